@@ -1,0 +1,288 @@
+"""Reads and writes a model in the folder layout of Hugging Face: `config.json` beside `model.safetensors`.
+
+Parameters are a nested dict of stacked arrays (`names.Rule` spells them). Tensors go straight into those arrays and
+straight out of them, one at a time, so a model is never held twice.
+"""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import psutil
+from absl import logging
+from tqdm import tqdm
+
+from moe_jax.checkpoint import safetensors_file
+from moe_jax.checkpoint.families import Family, family_of
+from moe_jax.checkpoint.names import Rule
+from moe_jax.checkpoint.safetensors_file import StoredTensor
+from moe_jax.config.schema import DTYPES, Architecture
+from moe_jax.files import replaced_folder
+
+_LAYOUT = (
+    "a checkpoint folder in Hugging Face layout: config.json beside model.safetensors or its shards and their index"
+)
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# dtype -> the integers that hold its bits, and the bits of its exponent: all set in NaN and infinity
+_EXPONENTS = {
+    np.dtype(np.float32): (np.uint32, 0x7F800000),
+    np.dtype(np.float16): (np.uint16, 0x7C00),
+    np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7F80),
+}
+
+
+def read_architecture(folder: str | os.PathLike) -> Architecture:
+    """Reads the shape of the model in `folder` from its `config.json`.
+
+    Raises:
+        ValueError: there is no such folder or file, its model type is not supported, or one of its fields asks for
+            something that is not implemented; the message names it.
+    """
+    return _describe(pathlib.Path(folder))[1]
+
+
+def read_token_ids(folder: str | os.PathLike) -> dict[str, int | list[int]]:
+    """Reads `bos_token_id`, `eos_token_id` and `pad_token_id`, where given: those of `generation_config.json` win."""
+    folder = pathlib.Path(folder)
+    fields = _read_json(folder / "config.json")
+    if (folder / "generation_config.json").exists():
+        fields |= {name: x for name, x in _read_json(folder / "generation_config.json").items() if x is not None}
+    return {name: fields[name] for name in _TOKEN_IDS if fields.get(name) is not None}
+
+
+def read_checkpoint(folder: str | os.PathLike, dtype: str = "auto") -> tuple[Architecture, dict[str, Any]]:
+    """Reads a whole model into host memory.
+
+    Args:
+        folder: the checkpoint; what `model.path` names.
+        dtype: of every parameter but those that their family keeps in float32 (the router's selection bias). "auto": as
+            stored; float32 where the tensors of one stacked parameter differ.
+
+    Returns:
+        The architecture, and the parameters: a nested dict of NumPy arrays (bfloat16 is that of `ml_dtypes`).
+
+    Raises:
+        ValueError: as `read_architecture`; or a tensor is missing, unknown, of another shape, truncated, or not finite
+            in that dtype; or the model does not fit in the memory that is available.
+    """
+    folder = pathlib.Path(folder)
+    _require_dtype(dtype)
+    family, architecture, fields = _describe(folder)
+    stored = _read_tables(folder)
+    rules = family.rules(architecture)
+    _require_same_names(folder, _wanted_names(rules, architecture), _without_skipped(folder, stored, family, fields))
+    sources = [(stored[name], name, rule, index) for rule in rules for name, index in rule.placements(architecture)]
+    for source, name, rule, _ in sources:
+        if source.shape != (wanted := rule.stored_shape(architecture)):
+            raise ValueError(f"{source.path}: {name} has shape {source.shape}: config.json asks for {wanted}")
+    dtypes = {rule: _dtype_of(rule, dtype, stored, architecture) for rule in rules}
+    _require_memory(folder, sum(math.prod(rule.shape(architecture)) * dtypes[rule].itemsize for rule in rules))
+    flat = {rule.parameter: np.empty(rule.shape(architecture), dtypes[rule]) for rule in rules}
+    sources.sort(key=lambda source: (source[0].path, source[0].start))
+    for source, name, rule, index in tqdm(sources, desc="load", unit=" tensors", disable=None, leave=False):
+        destination = flat[rule.parameter]
+        tensor = _finite(_cast(safetensors_file.read_tensor(source), destination.dtype), name)
+        bits = _EXPONENTS[destination.dtype][0]  # NumPy moves integers faster than it moves bfloat16
+        destination.view(bits)[index] = rule.from_stored(tensor.view(bits), architecture)
+    return architecture, _nested(flat)
+
+
+def write_checkpoint(
+    folder: str | os.PathLike,
+    architecture: Architecture,
+    params: Mapping[str, Any],
+    *,
+    dtype: str = "bfloat16",
+    model_type: str = "glm4_moe",
+    token_ids: Mapping[str, int | list[int]] | None = None,
+    extra_files: Mapping[str, bytes | str] | None = None,
+    replace: bool = False,
+) -> None:
+    """Writes a folder that transformers and other servers load; it appears whole, or not at all.
+
+    Args:
+        folder: where; missing parents are made.
+        architecture: its `moe.k` becomes `num_experts_per_tok`.
+        params: nested dict of arrays, as `read_checkpoint` returns it.
+        dtype: of every tensor but those that the family keeps in float32. "auto": as in `params`.
+        model_type: the family whose names are used.
+        token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`, for `config.json` and `generation_config.json`.
+        extra_files: more files by name, such as `tokenizer.json`.
+        replace: whether a folder that is already there is replaced, with everything in it.
+
+    Raises:
+        ValueError: `folder` is taken, the family cannot express the architecture, or `params` lacks a parameter, has
+            one too many, one of another shape, or values that are not finite in `dtype`.
+    """
+    folder = pathlib.Path(folder)
+    _require_dtype(dtype)
+    if folder.exists() and not (folder.is_dir() and (replace or not any(folder.iterdir()))):
+        raise ValueError(f"{folder} exists already, and nothing is overwritten: choose another path")
+    if unknown := sorted(set(token_ids or {}) - set(_TOKEN_IDS)):
+        raise ValueError(f"token_ids has {unknown[0]}: wanted some of {', '.join(_TOKEN_IDS)}")
+    family = family_of({"model_type": model_type})
+    fields = family.config_json(architecture)
+    rules = family.rules(architecture)
+    arrays = {path: np.asarray(array) for path, array in _flattened(params)}
+    _require_same_names(folder, {rule.parameter for rule in rules}, set(arrays))
+    shapes, dtypes = {}, {}
+    for rule in rules:
+        given, wanted = arrays[rule.parameter].shape, rule.shape(architecture)
+        if given != wanted:
+            raise ValueError(f"parameter {rule.parameter} has shape {given}: the architecture asks for {wanted}")
+        dtypes[rule] = _written_dtype(rule, dtype, arrays[rule.parameter].dtype)
+        for placement in rule.placements(architecture):
+            shapes[placement.tensor] = (dtypes[rule], rule.stored_shape(architecture))
+
+    def tensors() -> Iterator[np.ndarray]:
+        for rule in rules:
+            for name, index in rule.placements(architecture):
+                tensor = rule.to_stored(arrays[rule.parameter][index], architecture)
+                yield _finite(_cast(tensor, dtypes[rule]), name)
+
+    fields |= {"dtype": dtypes[rules[0]].name, **(token_ids or {})}
+    texts = {"config.json": _json_text(fields), "generation_config.json": _json_text(dict(token_ids or {}))}
+    if taken := sorted(set(extra_files or {}) & {*texts, _WEIGHTS}):
+        raise ValueError(f"extra_files has {taken[0]}, which is written from the architecture and the parameters")
+    with replaced_folder(folder) as partial:
+        for name, data in {**texts, **(extra_files or {})}.items():
+            (partial / name).write_bytes(data.encode() if isinstance(data, str) else data)
+        safetensors_file.write_file(partial / _WEIGHTS, shapes, tensors())
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    folder = path.parent
+    if not folder.is_dir():
+        what = "is a file" if folder.exists() else "does not exist (a model on a hub is downloaded first)"
+        raise ValueError(f"model.path = {str(folder)!r} {what}: wanted {_LAYOUT}")
+    if not path.is_file():
+        raise ValueError(f"model.path = {str(folder)!r} has no {path.name}: wanted {_LAYOUT}")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds a JSON {type(fields).__name__}: wanted an object")
+    return fields
+
+
+def _json_text(fields: dict[str, Any]) -> str:
+    return json.dumps(fields, indent=2) + "\n"
+
+
+def _describe(folder: pathlib.Path) -> tuple[Family, Architecture, dict[str, Any]]:
+    fields = _read_json(folder / "config.json")
+    try:
+        family = family_of(fields)
+        return family, family.architecture(fields), fields
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+
+
+def _read_tables(folder: pathlib.Path) -> dict[str, StoredTensor]:
+    """Reads the tables of all weight files: the single one where there is one, else the shards that the index names."""
+    if (folder / _WEIGHTS).is_file():
+        return safetensors_file.read_table(folder / _WEIGHTS)
+    if not (folder / _INDEX).is_file():
+        raise ValueError(f"model.path = {str(folder)!r} has neither {_WEIGHTS} nor {_INDEX}: wanted {_LAYOUT}")
+    weight_map = _read_json(folder / _INDEX).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{folder / _INDEX} has no weight_map from tensors to files")
+    tables: dict[str, StoredTensor] = {}
+    for shard in sorted(set(map(str, weight_map.values()))):
+        if not (folder / shard).is_file():
+            raise ValueError(f"{folder / shard} is missing: {_INDEX} names it")
+        table = safetensors_file.read_table(folder / shard)
+        if twice := sorted(tables.keys() & table.keys()):
+            raise ValueError(f"{folder / shard}: {twice[0]} is also in {tables[twice[0]].path.name}")
+        tables |= table
+    return tables
+
+
+def _wanted_names(rules: tuple[Rule, ...], architecture: Architecture) -> set[str]:
+    return {placement.tensor for rule in rules for placement in rule.placements(architecture)}
+
+
+def _without_skipped(folder: pathlib.Path, stored: Mapping, family: Family, fields: dict[str, Any]) -> set[str]:
+    """Names the tensors that have to find a place, and logs those that a family's checkpoints hold besides."""
+    names = set(stored)
+    for prefix, what in family.skipped(fields):
+        skipped = {name for name in names if name.startswith(prefix)}
+        if skipped:
+            logging.warning("%s: skipped %d tensors of %s* (%s)", folder, len(skipped), prefix, what)
+        names -= skipped
+    return names
+
+
+def _require_same_names(folder: pathlib.Path, wanted: set[str], given: set[str]) -> None:
+    complaints = []
+    for what, names in (("missing", sorted(wanted - given)), ("unknown", sorted(given - wanted))):
+        if names:
+            complaints.append(f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
+    if complaints:
+        raise ValueError(f"{folder} does not hold the parameters of its architecture: {'; '.join(complaints)}")
+
+
+def _require_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype = {dtype!r}: wanted one of {', '.join(DTYPES)}")
+
+
+def _require_memory(folder: pathlib.Path, needed_bytes: int) -> None:
+    available_bytes = psutil.virtual_memory().available
+    if needed_bytes > available_bytes:
+        needed, available = f"{needed_bytes / 1e9:.1f} GB", f"{available_bytes / 1e9:.1f} GB"
+        raise ValueError(f"{folder} needs {needed} of memory, {available} available: wanted a smaller model or dtype")
+
+
+def _dtype_of(rule: Rule, dtype: str, stored: Mapping[str, StoredTensor], architecture: Architecture) -> np.dtype:
+    if rule.float32:
+        return np.dtype(np.float32)
+    if dtype != "auto":
+        return np.dtype(dtype)
+    dtypes = {stored[placement.tensor].dtype for placement in rule.placements(architecture)}
+    return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+
+
+def _written_dtype(rule: Rule, dtype: str, given: np.dtype) -> np.dtype:
+    wanted = np.dtype(np.float32) if rule.float32 else given if dtype == "auto" else np.dtype(dtype)
+    if wanted not in _EXPONENTS:
+        raise ValueError(f"parameter {rule.parameter} is {given.name}: wanted one of {', '.join(DTYPES[1:])}")
+    return wanted
+
+
+def _cast(tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore", invalid="ignore"):  # _finite reports it, and names the tensor
+        return tensor.astype(dtype, copy=False)
+
+
+def _finite(tensor: np.ndarray, name: str) -> np.ndarray:
+    bits, exponent = _EXPONENTS[tensor.dtype]
+    if tensor.size and ((tensor.view(bits) & bits(exponent)) == exponent).any():
+        raise ValueError(f"tensor {name} holds NaN or infinity as {tensor.dtype.name}")
+    return tensor
+
+
+def _flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flattened(value, f"{prefix}{name}/")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, array in flat.items():
+        *parents, name = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[name] = array
+    return tree

@@ -1,0 +1,92 @@
+"""The safetensors format, one tensor at a time: a JSON table of names, dtypes, shapes and offsets, then the bytes.
+
+The format's own library reads into, and writes from, a second copy of the model; here one tensor is in flight.
+"""
+
+import json
+import math
+import operator
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_MAX_TABLE_BYTES = 100_000_000  # the library's own limit
+
+
+class StoredTensor(NamedTuple):
+    """Where one tensor lies: `start` counts bytes from the beginning of the file."""
+
+    path: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int
+
+
+def read_table(path: Path) -> dict[str, StoredTensor]:
+    """Reads the table of a file and checks it against the file's length.
+
+    Raises:
+        ValueError: the file is truncated, its table is damaged, or a tensor has a dtype other than F32, F16 and BF16.
+    """
+    file_bytes = path.stat().st_size
+    with open(path, "rb") as file:
+        table_bytes = int.from_bytes(file.read(8), "little")
+        if file_bytes < 8 or table_bytes > min(file_bytes - 8, _MAX_TABLE_BYTES):
+            raise ValueError(f"{path} is truncated, or not a safetensors file: {file_bytes} bytes")
+        text = file.read(table_bytes)
+    try:
+        entries = json.loads(text)
+        entries.pop("__metadata__", None)
+        spans = {name: _parsed(entry) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} has a damaged table of tensors: {error!r}") from error
+    end = max((last for _, last, _, _ in spans.values()), default=0)
+    if 8 + table_bytes + end != file_bytes:
+        raise ValueError(
+            f"{path} is truncated or damaged: its table needs {8 + table_bytes + end} bytes, it has {file_bytes}"
+        )
+    table = {}
+    for name, (first, last, code, shape) in spans.items():
+        if code not in _DTYPES:
+            raise ValueError(f"{path}: tensor {name} is stored as {code}: wanted one of {', '.join(_DTYPES)}")
+        if min((first, *shape)) < 0 or last - first != math.prod(shape) * _DTYPES[code].itemsize:
+            raise ValueError(f"{path} has a damaged table: {name} takes {last - first} bytes for {list(shape)} {code}")
+        table[name] = StoredTensor(path, _DTYPES[code], shape, 8 + table_bytes + first)
+    return table
+
+
+def _parsed(entry: dict) -> tuple[int, int, str, tuple[int, ...]]:
+    first, last = map(operator.index, entry["data_offsets"])
+    return first, last, str(entry["dtype"]), tuple(map(operator.index, entry["shape"]))
+
+
+def read_tensor(stored: StoredTensor) -> np.ndarray:
+    """Reads one tensor into memory of its own."""
+    values = np.fromfile(stored.path, np.uint8, math.prod(stored.shape) * stored.dtype.itemsize, offset=stored.start)
+    return values.view(stored.dtype).reshape(stored.shape)
+
+
+def write_file(path: Path, shapes: dict[str, tuple[np.dtype, tuple[int, ...]]], tensors: Iterable[np.ndarray]) -> None:
+    """Writes a new file; `tensors` come one by one, contiguous, in the order of `shapes`."""
+    table: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
+    end = 0
+    for name, (dtype, shape) in shapes.items():
+        first, end = end, end + math.prod(shape) * dtype.itemsize
+        table[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [first, end]}
+    text = json.dumps(table, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "xb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for (name, (dtype, shape)), tensor in zip(shapes.items(), tensors, strict=True):
+            if (tensor.dtype, tensor.shape) != (dtype, shape):
+                raise ValueError(f"{name} is {tensor.dtype} {tensor.shape}: announced {dtype} {shape}")
+            file.write(tensor.view(np.uint8).data if tensor.size else b"")

@@ -1,0 +1,331 @@
+"""What all launchers share: flags, errors of one line, interruption, timings and result.json.
+
+A launcher is a docstring (its `--help`), a `main(run)` and one call:
+
+    if __name__ == "__main__":
+        command.run(main, default_config="configs/infer_demo.gin")
+
+It imports JAX, and what needs JAX, inside `main`, so that a mistaken flag is refused at once.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import io
+import json
+import logging as standard_logging
+import math
+import os
+import pathlib
+import platform
+import resource
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+from absl import app, flags, logging
+
+from moe_jax import files
+from moe_jax.config import gin, schema
+
+REFUSED = 2  # exit status of a mistake in what was asked for
+_READER_GONE = 128 + signal.SIGPIPE  # as the shell reports a process that SIGPIPE ended
+
+flags.disclaim_key_flags()  # the flags below count as the launcher's own, which `--help` lists
+
+
+@dataclasses.dataclass
+class Command:
+    """One run of a launcher: what was asked for, and where its results go."""
+
+    name: str  # of the launcher's file, without suffix
+    config: schema.Config  # resolved: files, then overrides
+    out: pathlib.Path | None  # exists and can be written to
+    as_json: bool
+    output: Any  # standard output; under --json what `main` prints itself goes to standard error
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    implementations: dict[str, str] = dataclasses.field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Adds the block's duration to `seconds[phase]`, also where it raises."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def finish(
+        self,
+        figures: Mapping[str, Mapping[str, Any]],
+        *,
+        rows: Sequence[Mapping[str, Any]] = (),
+        implementations: Mapping[str, str] | None = None,
+        text: str = "",
+    ) -> None:
+        """Writes `result.json` and `config.gin` into the output folder, then prints the result.
+
+        On several hosts the first one writes and prints.
+
+        Args:
+          figures: name -> {`value`, `unit`, and `ci95` where it is an estimate}, of the configured policy. A value that
+            is not finite becomes null, since JSON has no name for it.
+          rows: {`policy`, `figures`} of each policy, where several were asked for.
+          implementations: operation -> name of the implementation that ran, joined to `self.implementations`.
+          text: The result for people, printed unless `--json` asks for result.json.
+        """
+        import jax
+
+        if jax.process_index() != 0:
+            return
+        result = {
+            "command": self.name,
+            "config": dataclasses.asdict(self.config),
+            "versions": _versions(),
+            "device": _device(),
+            "seed": self.config.run.seed,
+            "implementations": {**self.implementations, **(implementations or {})},
+            "seconds": self.seconds,
+            "peak_memory_bytes": _peak_memory_bytes(),
+            "figures": figures,
+            "rows": rows,
+        }
+        result_json = json.dumps(_plain(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        if self.out is not None:
+            files.write_atomically(self.out / "config.gin", gin.to_gin(self.config))
+            files.write_atomically(self.out / "result.json", result_json.encode(errors="backslashreplace"))
+        if self.as_json:
+            self.output.write(result_json)
+        elif text:
+            self.output.write(text.rstrip("\n") + "\n")
+        self.output.flush()
+
+
+def run(
+    main: Callable[[Command], int | None],
+    *,
+    default_config: str | os.PathLike | None = None,
+    default_out: str | os.PathLike | None = None,
+) -> NoReturn:
+    """Reads the command line, runs `main`, and exits with a status that says how it went.
+
+    0, or the status that `main` returns. 2: `main` or the command line was refused (`ValueError`, `OSError`), said in
+    one last line `error: ...`; `--verbosity=1` shows the traceback too. 130 or 143: interrupted by SIGINT or SIGTERM,
+    which `main` sees as a KeyboardInterrupt and may use to save; another signal a second or more later ends the process
+    there and then. 141: nobody reads the output any more. 1: any other exception, a bug, with its traceback.
+
+    Args:
+      main: The launcher's work.
+      default_config: The config file where `--config` is not given. None: the schema's defaults.
+      default_out: The output folder where `--out` is not given. None: nothing is written.
+    """
+    received = _raise_on_signals()
+    default_config = None if default_config is None else os.fspath(default_config)
+    default_out = None if default_out is None else os.fspath(default_out)
+    flags.DEFINE_string("config", default_config, "The configuration: a gin file.")
+    flags.DEFINE_multi_string("set", [], "section.field=value: overrides one setting; repeat it for more.")
+    flags.DEFINE_string("out", default_out, "The folder for result.json, config.gin and other outputs.")
+    flags.DEFINE_bool("json", False, "Print result.json instead of text.")
+    if sys.stdout is not None:
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        app.run(lambda _: _status_of(main, received), flags_parser=_parse_flags)
+    except KeyboardInterrupt:
+        sys.exit(_interrupted(received))
+
+
+def _parse_flags(arguments: Sequence[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(arguments)
+    except flags.Error as error:
+        sys.exit(_refuse(error))
+    except SystemExit:  # absl ends with status 1 after --help
+        sys.exit(0)
+    if len(rest) > 1:
+        hint = "--set " if "=" in rest[1] else "a flag, as in --config "
+        sys.exit(_refuse(ValueError(f"{rest[1]!r}: unexpected argument; wanted {hint}{rest[1]}")))
+    return rest
+
+
+def _raise_on_signals() -> list[int]:
+    """Makes the first SIGINT or SIGTERM a KeyboardInterrupt and a later one final; returns the list of the first.
+
+    What follows within a second is taken for an echo: `timeout` signals the process and then its group, and people
+    press Ctrl-C twice.
+    """
+    received: list[int] = []
+    first_s = 0.0
+
+    def interrupt(number, frame):
+        nonlocal first_s
+        if not received:
+            received.append(number)
+            first_s = time.monotonic()
+            raise KeyboardInterrupt
+        if time.monotonic() - first_s > 1.0:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    return received
+
+
+def _status_of(main: Callable[[Command], int | None], received: list[int]) -> int:
+    try:
+        status = _run_main(main)
+        if not received:
+            return status
+    except BrokenPipeError:
+        _discard_output()
+        return _READER_GONE
+    except (ValueError, OSError) as error:
+        _discard_output()
+        return _refuse(error)
+    except KeyboardInterrupt:
+        _discard_output()
+    return _interrupted(received)
+
+
+def _interrupted(received: list[int]) -> int:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # the interpreter drops handlers as it exits: an echo would kill it there
+    print("interrupted", file=sys.stderr, flush=True)
+    return 128 + (received[0] if received else signal.SIGINT)
+
+
+def _run_main(main: Callable[[Command], int | None]) -> int:
+    values = flags.FLAGS
+    config = gin.read_config(values["config"].value, values["set"].value)
+    out, made = None, []
+    if values["out"].value is not None:
+        try:
+            out, made = _open_folder(values["out"].value)
+        except ValueError as error:
+            raise ValueError(f"--out = {error}") from error
+    try:
+        _configure_jax()
+        as_json = values["json"].value
+        redirected = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
+        name = pathlib.Path(sys.argv[0]).stem
+        run = Command(name, config, out, as_json, sys.stdout or io.StringIO())  # None: closed by the caller
+        with redirected:
+            status = main(run)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status or 0
+    finally:
+        _remove_empty(made)
+
+
+def _refuse(error: Exception) -> int:
+    """Says in one line what was wrong; the traceback is for `--verbosity=1`."""
+    logging.debug("refused", exc_info=error)
+    message = str(error)
+    if isinstance(error, OSError) and error.strerror:
+        message = f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    one_line = " ".join(line.strip() for line in message.splitlines() if line.strip())
+    print(f"error: {one_line or type(error).__name__}", file=sys.stderr, flush=True)
+    return REFUSED
+
+
+def _discard_output() -> None:
+    """Flushes standard output; what cannot be written is dropped, lest the interpreter fail on it once more at exit."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError, AttributeError):
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _open_folder(name: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
+    """Makes a folder and proves by trying that it can be written to; returns it and the folders made for it.
+
+    Trying is the only test that holds for every user: permission bits do not bind root, nor tell of a read-only disk.
+    """
+    path = pathlib.Path(name)
+    made = []
+    folder = path
+    while not os.path.lexists(folder) and folder != folder.parent:
+        made.append(folder)
+        folder = folder.parent
+    wanted = "wanted a folder that exists or can be made, and can be written to"
+    try:
+        if not name:
+            raise ValueError(f"{name!r}: {wanted}")
+        if not folder.is_dir():
+            raise ValueError(f"{name!r}: {folder} is not a folder; {wanted}")
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".{uuid.uuid4().hex}.partial"
+        try:
+            probe.write_bytes(b"\0")
+        finally:
+            probe.unlink(missing_ok=True)
+    except OSError as error:
+        _remove_empty(made)
+        raise ValueError(f"{name!r}: {error.strerror}; {wanted}") from error
+    return path, made
+
+
+def _remove_empty(folders: Sequence[pathlib.Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _configure_jax() -> None:
+    """Imports JAX and keeps what it compiles between runs, where there is a folder for it."""
+    import jax
+
+    standard_logging.getLogger("jax").setLevel(standard_logging.WARNING)
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.join(caches, "moe_jax", "xla")
+    folder = os.path.expanduser(folder)
+    if "://" not in folder:
+        try:
+            _open_folder(folder)
+        except ValueError as error:
+            logging.warning("compiled programs are not kept for the next run: %s", error)
+            folder = None
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)  # of any size
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy", "moe_jax")}
+    return {**packages, "python": platform.python_version()}
+
+
+def _device() -> dict[str, Any]:
+    import jax
+
+    first = jax.devices()[0]
+    return {"platform": first.platform, "kind": first.device_kind, "count": jax.device_count()}
+
+
+def _peak_memory_bytes() -> int:
+    """The most memory held: of the fullest local device, or of this process where devices do not tell (CPU)."""
+    import jax
+
+    of_devices = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return max(of_devices) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _plain(value):
+    """What JSON can hold: arrays and their scalars as numbers and lists, paths as text, NaN and infinity as null."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

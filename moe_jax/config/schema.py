@@ -1,0 +1,299 @@
+"""What can be configured: one frozen dataclass per section, validated together before any array is made.
+
+A section is a field of `Config`; a setting is a field of its section, written `section.field` in a config file and
+after `--set`. Every check here raises `ValueError` whose message names the setting as it is written there, what was
+given, and what would be accepted.
+"""
+
+import dataclasses
+import math
+
+SCORES = ("softmax", "sigmoid")
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def _require(condition: bool, setting: str, given, wanted: str) -> None:
+    if not condition:
+        raise ValueError(f"{setting} = {given!r}: wanted {wanted}")
+
+
+def _require_positive(section: str, config, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        _require(value > 0 and math.isfinite(value), f"{section}.{field}", value, "a positive number")
+
+
+def _require_fraction(section: str, config, *fields: str) -> None:
+    for field in fields:
+        value = getattr(config, field)
+        _require(0 <= value <= 1, f"{section}.{field}", value, "a number from 0 to 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which weights to run. Ignored where the model is made from scratch."""
+
+    path: str = ""  # a checkpoint directory: Hugging Face layout
+    dtype: str = "auto"  # of weights and activations; "auto": as stored
+
+    def __post_init__(self):
+        _require(self.dtype in DTYPES, "model.dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The decoder's trunk: a dense prefix, then MoE layers."""
+
+    vocab_size: int = 4096
+    d_model: int = 256
+    num_layers: int = 8  # dense prefix included
+    num_dense_layers: int = 1  # the prefix whose feed-forward is dense
+    dense_hidden: int = 512  # F of those
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    max_context: int = 1024  # tokens: prompt and continuation together
+
+    def __post_init__(self):
+        _require_positive("decoder", self, "vocab_size", "d_model", "num_layers", "norm_eps", "max_context")
+        _require(
+            0 <= self.num_dense_layers < self.num_layers,
+            "decoder.num_dense_layers",
+            self.num_dense_layers,
+            f"0 to decoder.num_layers - 1 = {self.num_layers - 1}",
+        )
+        if self.num_dense_layers:
+            _require_positive("decoder", self, "dense_hidden")
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers behind the dense prefix: the columns of a policy."""
+        return self.num_layers - self.num_dense_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Grouped-query attention with rotary positions."""
+
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    qk_norm: bool = True  # RMS norm of every query and key head before rotation
+    bias: bool = False  # on the query, key and value projections
+    rope_theta: float = 10000.0
+    rope_fraction: float = 0.5  # of head_dim that rotates
+
+    def __post_init__(self):
+        _require_positive("attention", self, "num_heads", "num_kv_heads", "head_dim", "rope_theta")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            "attention.num_kv_heads",
+            self.num_kv_heads,
+            f"a divisor of attention.num_heads = {self.num_heads}",
+        )
+        _require_fraction("attention", self, "rope_fraction")
+        _require(
+            self.rope_dim % 2 == 0,
+            "attention.rope_fraction",
+            self.rope_fraction,
+            f"an even number of rotated channels out of attention.head_dim = {self.head_dim}",
+        )
+
+    @property
+    def rope_dim(self) -> int:
+        """Channels of each head that rotate; the rest pass unchanged."""
+        return int(self.head_dim * self.rope_fraction)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Routed and shared experts, and how the router scores them."""
+
+    num_experts: int = 64  # E
+    k: int = 8  # experts per token that the model was trained with
+    expert_hidden: int = 32  # F of one routed expert
+    num_shared_experts: int = 1  # run as one feed-forward of num_shared_experts * expert_hidden
+    score: str = "sigmoid"
+    selection_bias: bool = True  # added to the scores for choosing, never for weighting
+    num_groups: int = 1
+    num_groups_kept: int = 1
+    normalize: bool = True  # mixing weights of the kept experts sum to one before scaling
+    routed_scaling: float = 1.0
+
+    def __post_init__(self):
+        _require_positive("moe", self, "num_experts", "k", "expert_hidden", "num_groups", "num_groups_kept")
+        _require_positive("moe", self, "routed_scaling")
+        _require(self.num_shared_experts >= 0, "moe.num_shared_experts", self.num_shared_experts, "0 or more")
+        _require(self.score in SCORES, "moe.score", self.score, f"one of {', '.join(SCORES)}")
+        _require(self.k <= self.num_experts, "moe.k", self.k, f"at most moe.num_experts = {self.num_experts}")
+        _require(
+            self.num_experts % self.num_groups == 0,
+            "moe.num_groups",
+            self.num_groups,
+            f"a divisor of moe.num_experts = {self.num_experts}",
+        )
+        _require(
+            self.num_groups_kept <= self.num_groups,
+            "moe.num_groups_kept",
+            self.num_groups_kept,
+            f"at most moe.num_groups = {self.num_groups}",
+        )
+        reachable = self.num_experts // self.num_groups * self.num_groups_kept
+        _require(self.k <= reachable, "moe.k", self.k, f"at most the {reachable} experts of the groups kept")
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    """How many experts each token activates: the dial."""
+
+    spec: str = "model"  # "model": the model's own k; else as `moe_jax.policies.parse` takes it
+    k_max: int = 0  # static slots per token; 0: the model's own k
+
+    def __post_init__(self):
+        _require(bool(self.spec.strip()), "policy.spec", self.spec, 'a policy such as "topk:4"')
+        _require(self.k_max >= 0, "policy.k_max", self.k_max, "0 (the model's own k) or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelsConfig:
+    """Which implementation runs each operation; "auto" resolves by platform, once, and is logged."""
+
+    grouped_matmul: str = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The training text and its tokenizer."""
+
+    # "stdlib", names of installed distributions, or paths of files and folders
+    sources: tuple[str, ...] = ("stdlib",)
+    held_out: str = "assets/text"  # the folder of the held-out archive
+    tokenizer: str = ""  # a tokenizer.json to reuse; "": train one on the training text
+    vocab_size: int = 4096  # of a tokenizer trained here
+
+    def __post_init__(self):
+        _require(len(self.sources) > 0, "text.sources", self.sources, "at least one source")
+        _require(320 <= self.vocab_size <= 65536, "text.vocab_size", self.vocab_size, "320 to 65536")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """Optimisation, and what is written when."""
+
+    steps: int = 2000
+    batch_size: int = 8  # sequences per step
+    sequence_length: int = 1024  # tokens
+    learning_rate: float = 3e-3  # at the peak
+    final_learning_rate_fraction: float = 0.02  # of the peak, reached at the last step by a cosine
+    warmup_steps: int = 100
+    adam_b1: float = 0.9
+    adam_b2: float = 0.95
+    weight_decay: float = 0.1  # on matrices only
+    clip_norm: float = 1.0  # of the global gradient
+    balance_bias_rate: float = 1e-3  # step of the selection bias towards even loads
+    balance_loss: float = 1e-3  # coefficient of the auxiliary load loss
+    checkpoint_every: int = 100  # steps
+    checkpoints_kept: int = 2
+    evaluate_every: int = 200  # steps
+    evaluate_bytes: int = 100_000  # of held-out text, as it goes; all of it at the end
+    log_every: int = 10  # steps
+
+    def __post_init__(self):
+        _require_positive(
+            "training",
+            self,
+            *("steps", "batch_size", "sequence_length", "learning_rate", "clip_norm"),
+            *("checkpoint_every", "checkpoints_kept", "evaluate_every", "evaluate_bytes", "log_every"),
+        )
+        _require_fraction("training", self, "final_learning_rate_fraction", "adam_b1", "adam_b2")
+        for field in ("weight_decay", "balance_bias_rate", "balance_loss"):
+            _require(getattr(self, field) >= 0, f"training.{field}", getattr(self, field), "0 or more")
+        _require(
+            0 <= self.warmup_steps <= self.steps,
+            "training.warmup_steps",
+            self.warmup_steps,
+            f"0 to training.steps = {self.steps}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured on the held-out text."""
+
+    policies: tuple[str, ...] = ("model",)  # the first is what the others are compared with
+    batch_size: int = 16  # windows per step
+
+    def __post_init__(self):
+        _require(len(self.policies) > 0, "evaluation.policies", self.policies, "at least one policy")
+        _require_positive("evaluation", self, "batch_size")
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How the next token is drawn."""
+
+    max_new_tokens: int = 200
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0  # tokens; 0: all
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        _require_positive("sampling", self, "max_new_tokens")
+        _require(
+            self.temperature >= 0 and math.isfinite(self.temperature),
+            "sampling.temperature",
+            self.temperature,
+            "0 (greedy) or more",
+        )
+        _require(self.top_k >= 0, "sampling.top_k", self.top_k, "0 (all tokens) or more")
+        _require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "above 0 and at most 1")
+        _require(all(self.stop), "sampling.stop", self.stop, "strings that are not empty")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """What every command shares."""
+
+    seed: int = 0
+
+    def __post_init__(self):
+        _require(0 <= self.seed < 2**32, "run.seed", self.seed, "0 to 2**32 - 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """The shape of one model: what a checkpoint's config.json also says."""
+
+    decoder: DecoderConfig = DecoderConfig()
+    attention: AttentionConfig = AttentionConfig()
+    moe: MoEConfig = MoEConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """All sections. A launcher reads the ones it needs; each has defaults."""
+
+    model: ModelConfig = ModelConfig()
+    decoder: DecoderConfig = DecoderConfig()
+    attention: AttentionConfig = AttentionConfig()
+    moe: MoEConfig = MoEConfig()
+    policy: PolicyConfig = PolicyConfig()
+    kernels: KernelsConfig = KernelsConfig()
+    text: TextConfig = TextConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    run: RunConfig = RunConfig()
+
+    def __post_init__(self):
+        _require(
+            self.training.sequence_length <= self.decoder.max_context,
+            "training.sequence_length",
+            self.training.sequence_length,
+            f"at most decoder.max_context = {self.decoder.max_context}",
+        )
+
+    @property
+    def architecture(self) -> Architecture:
+        """The sections that give the model its shape."""
+        return Architecture(self.decoder, self.attention, self.moe)

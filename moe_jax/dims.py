@@ -1,0 +1,45 @@
+"""The dimension letters that array names carry, and the logical axis that each one shards over.
+
+`x_BTD` is batch by time by model width. A letter means the same thing in every file; inside `shard_map` a
+name carries `_local_` before its letters.
+"""
+
+LETTERS = {
+    "B": "batch: requests, or packed sequences",
+    "T": "time: positions of one sequence",
+    "N": "tokens, B * T flattened",
+    "D": "model width",
+    "V": "vocabulary",
+    "L": "layers of one stack",
+    "E": "routed experts",
+    "K": "slots per token: the static width k_max",
+    "S": "slots, N * K flattened",
+    "F": "hidden width of an expert, or of a dense feed-forward",
+    "I": "gate beside up: 2 in stored weights, 2 * F once flattened",
+    "C": "capacity: slots that one expert accepts",
+    "H": "query heads",
+    "G": "key and value heads",
+    "Q": "query heads that share one key and value head, H / G",
+    "M": "memory: positions that a cache holds",
+    "A": "width of one attention head",
+    "R": "expert groups of a group-limited router",
+}
+
+# None: replicated.
+LOGICAL_AXES = {
+    "B": "batch",
+    "V": "vocab",
+    "E": "expert",
+    "F": "hidden",
+    "H": "heads",
+    "G": "kv_heads",
+    "D": None,
+    "L": None,
+    "A": None,
+    "I": None,
+}
+
+
+def logical_axes(letters: str) -> tuple[str | None, ...]:
+    """Names the logical axes of an array, one per letter: `logical_axes("EDF")` is `("expert", None, "hidden")`."""
+    return tuple(LOGICAL_AXES[letter] for letter in letters)

@@ -1,0 +1,62 @@
+"""Grouped matmul: the contract, the implementations, and the chooser."""
+
+import functools
+
+import jax
+
+from moe_jax.kernels.grouped_matmul import blocked, ragged_dot
+
+IMPLEMENTATIONS = {"blocked": blocked, "ragged_dot": ragged_dot}
+BY_PLATFORM = {"cpu": "blocked", "tpu": "ragged_dot"}
+
+
+def resolve(name: str, platform: str) -> str:
+    """Turns "auto" into the implementation for a platform ("cpu", "tpu", "gpu").
+
+    Raises:
+        ValueError: the name is unknown, or nothing is written for the platform.
+    """
+    if name == "auto":
+        if platform not in BY_PLATFORM:
+            raise ValueError(
+                f"kernels.grouped_matmul = 'auto': nothing is written for {platform!r}; name one of "
+                f"{', '.join(IMPLEMENTATIONS)}"
+            )
+        return BY_PLATFORM[platform]
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"kernels.grouped_matmul = {name!r}: wanted auto or one of {', '.join(IMPLEMENTATIONS)}")
+    return name
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def grouped_matmul(
+    rows_SD: jax.Array, weights_LEDF: jax.Array, group_sizes_E: jax.Array, layer: jax.Array, implementation: str
+) -> jax.Array:
+    """Multiplies each group of rows by the matrix of its expert.
+
+    Differentiable in rows and weights. Sums are float32. The gradient for the weights is as large as the stack, so
+    training passes a stack of one layer. Runs on local arrays, inside `shard_map` where there is one.
+
+    Args:
+        rows_SD: rows sorted by expert; those behind the last group belong to nobody and cost nothing.
+        weights_LEDF: one matrix per layer and expert. Matrices of experts without rows are not read.
+        group_sizes_E: int32, rows of each expert in order; the sum is at most S, which is not checked.
+        layer: int32 scalar, which layer of the stack.
+        implementation: a name from `IMPLEMENTATIONS`, static.
+
+    Returns:
+        out_SF in the dtype of the rows. Rows that belong to nobody are zero.
+    """
+    return IMPLEMENTATIONS[implementation].forward(rows_SD, weights_LEDF, group_sizes_E, layer)
+
+
+def _forward(rows_SD, weights_LEDF, group_sizes_E, layer, implementation):
+    out_SF = grouped_matmul(rows_SD, weights_LEDF, group_sizes_E, layer, implementation)
+    return out_SF, (rows_SD, weights_LEDF, group_sizes_E, layer)
+
+
+def _backward(implementation, residuals, out_grad_SF):
+    return *IMPLEMENTATIONS[implementation].backward(*residuals, out_grad_SF), None, None
+
+
+grouped_matmul.defvjp(_forward, _backward)

@@ -1,0 +1,110 @@
+"""Grouped-query attention: whole sequences, and one step against a cache."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.config.schema import Architecture, AttentionConfig
+from moe_jax.model import rope
+from moe_jax.model.layers import draw, ones, rms_norm
+
+QUERY_BLOCK = 256  # queries that attend at once: keys beyond the block are never multiplied
+
+
+class Attention(nnx.Module):
+    """Weights of the attention of every layer of a stack."""
+
+    def __init__(self, architecture: Architecture, num_layers: int, residual_gain: float, rngs: nnx.Rngs):
+        attention, d_model = architecture.attention, architecture.decoder.d_model
+        heads, kv_heads, head_dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
+        self.query_LDHA = draw(rngs, (num_layers, d_model, heads, head_dim), d_model)
+        self.key_LDGA = draw(rngs, (num_layers, d_model, kv_heads, head_dim), d_model)
+        self.value_LDGA = draw(rngs, (num_layers, d_model, kv_heads, head_dim), d_model)
+        self.output_LHAD = draw(rngs, (num_layers, heads, head_dim, d_model), heads * head_dim, residual_gain)
+        if attention.bias:
+            self.query_bias_LHA = nnx.Param(jnp.zeros((num_layers, heads, head_dim), jnp.float32))
+            self.key_bias_LGA = nnx.Param(jnp.zeros((num_layers, kv_heads, head_dim), jnp.float32))
+            self.value_bias_LGA = nnx.Param(jnp.zeros((num_layers, kv_heads, head_dim), jnp.float32))
+        if attention.qk_norm:
+            self.query_norm_LA = ones(num_layers, head_dim)
+            self.key_norm_LA = ones(num_layers, head_dim)
+
+
+class Heads(NamedTuple):
+    """Queries, keys and values, normed and rotated."""
+
+    query_BTHA: jax.Array
+    key_BTGA: jax.Array
+    value_BTGA: jax.Array
+
+
+def attend(
+    x_BTD: jax.Array,
+    weights: dict[str, jax.Array],
+    turn: tuple[jax.Array, jax.Array],
+    attention: AttentionConfig,
+    norm_eps: float,
+    core: Callable[[Heads], tuple[jax.Array, Any]],
+) -> tuple[jax.Array, Any]:
+    """Projects to heads, lets `core` mix positions, and projects back.
+
+    Args:
+        x_BTD: normed activations.
+        weights: one layer of `Attention`, its names without the leading L.
+        turn: cosines and sines of the positions.
+        attention: the section of the configuration.
+        norm_eps: of the head norms.
+        core: heads -> (mixed_BTHA, anything to hand back, such as an updated cache).
+
+    Returns:
+        out_BTD, and what `core` handed back.
+    """
+    query_BTHA = jnp.einsum("btd,dha->btha", x_BTD, weights["query_DHA"])
+    key_BTGA = jnp.einsum("btd,dga->btga", x_BTD, weights["key_DGA"])
+    value_BTGA = jnp.einsum("btd,dga->btga", x_BTD, weights["value_DGA"])
+    if attention.bias:
+        query_BTHA = query_BTHA + weights["query_bias_HA"][None, None]
+        key_BTGA = key_BTGA + weights["key_bias_GA"][None, None]
+        value_BTGA = value_BTGA + weights["value_bias_GA"][None, None]
+    if attention.qk_norm:
+        query_BTHA = rms_norm(query_BTHA, weights["query_norm_A"], norm_eps)
+        key_BTGA = rms_norm(key_BTGA, weights["key_norm_A"], norm_eps)
+    mixed_BTHA, handed_back = core(Heads(rope.rotate(query_BTHA, turn), rope.rotate(key_BTGA, turn), value_BTGA))
+    return jnp.einsum("btha,had->btd", mixed_BTHA, weights["output_HAD"]), handed_back
+
+
+def mix(query_BTHA: jax.Array, key_BMGA: jax.Array, value_BMGA: jax.Array, mask_BTM: jax.Array) -> jax.Array:
+    """Softmax attention in float32. Every query must see a key.
+
+    Returns:
+        mixed_BTHA in the dtype of the queries.
+    """
+    batch, num_queries, heads, head_dim = query_BTHA.shape
+    query_BTGQA = query_BTHA.reshape(batch, num_queries, key_BMGA.shape[2], -1, head_dim)
+    score_BGQTM = jnp.einsum("btgqa,bmga->bgqtm", query_BTGQA, key_BMGA, preferred_element_type=jnp.float32)
+    score_BGQTM = jnp.where(mask_BTM[:, None, None], score_BGQTM * head_dim**-0.5, -1e30)
+    share_BGQTM = jax.nn.softmax(score_BGQTM, axis=-1).astype(value_BMGA.dtype)
+    return jnp.einsum("bgqtm,bmga->btgqa", share_BGQTM, value_BMGA).reshape(batch, num_queries, heads, head_dim)
+
+
+def causal(heads: Heads, segments_BT: jax.Array) -> jax.Array:
+    """Attention over whole sequences: a position sees itself and earlier positions of its segment.
+
+    Goes by blocks of queries, so that the keys behind a block are not multiplied, and recomputes the scores in the
+    gradient rather than keep them.
+    """
+    length = heads.query_BTHA.shape[1]
+    blocks = []
+    for first in range(0, length, QUERY_BLOCK):
+        last = min(first + QUERY_BLOCK, length)
+        order_TM = jnp.arange(first, last)[:, None] >= jnp.arange(last)[None, :]
+        mask_BTM = (segments_BT[:, first:last, None] == segments_BT[:, None, :last]) & order_TM[None]
+        blocks.append(
+            jax.checkpoint(mix)(
+                heads.query_BTHA[:, first:last], heads.key_BTGA[:, :last], heads.value_BTGA[:, :last], mask_BTM
+            )
+        )
+    return jnp.concatenate(blocks, axis=1)

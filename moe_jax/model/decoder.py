@@ -1,0 +1,255 @@
+"""The decoder: a dense prefix, then MoE layers; whole sequences for training, and prefill and decode with a cache."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from moe_jax.config.schema import Architecture
+from moe_jax.model import attention as attention_part
+from moe_jax.model import rope
+from moe_jax.model.attention import Attention, Heads, attend
+from moe_jax.model.layers import FeedForward, draw, feed_forward, ones, rms_norm
+from moe_jax.model.moe import Experts, Router, Traffic, moe_layer
+from moe_jax.routing.policies.base import Context, Settings
+
+Params = dict[str, Any]  # nested dicts of arrays, as `split` gives them
+
+
+class Layers(nnx.Module):
+    """The norms and the attention that dense and MoE layers have in common."""
+
+    def __init__(self, architecture: Architecture, num_layers: int, residual_gain: float, rngs: nnx.Rngs):
+        d_model = architecture.decoder.d_model
+        self.attention_norm_LD = ones(num_layers, d_model)
+        self.attention = Attention(architecture, num_layers, residual_gain, rngs)
+        self.ffn_norm_LD = ones(num_layers, d_model)
+
+
+class DenseLayers(Layers):
+    """Weights of the dense prefix."""
+
+    def __init__(self, architecture: Architecture, residual_gain: float, rngs: nnx.Rngs):
+        decoder = architecture.decoder
+        super().__init__(architecture, decoder.num_dense_layers, residual_gain, rngs)
+        self.ffn = FeedForward(decoder.num_dense_layers, decoder.d_model, decoder.dense_hidden, residual_gain, rngs)
+
+
+class MoELayers(Layers):
+    """Weights of the MoE layers."""
+
+    def __init__(self, architecture: Architecture, residual_gain: float, rngs: nnx.Rngs):
+        decoder = architecture.decoder
+        super().__init__(architecture, decoder.num_moe_layers, residual_gain, rngs)
+        moe = architecture.moe
+        self.router = Router(decoder.num_moe_layers, decoder.d_model, moe, rngs)
+        self.experts = Experts(decoder.num_moe_layers, decoder.d_model, moe, residual_gain, rngs)
+        if moe.num_shared_experts:
+            shared_hidden = moe.expert_hidden * moe.num_shared_experts
+            self.shared = FeedForward(decoder.num_moe_layers, decoder.d_model, shared_hidden, residual_gain, rngs)
+
+
+class Decoder(nnx.Module):
+    """Owns every parameter, float32 as drawn. `split` hands them to the functions below."""
+
+    def __init__(self, architecture: Architecture, rngs: nnx.Rngs):
+        decoder = architecture.decoder
+        residual_gain = (2 * decoder.num_layers) ** -0.5  # keeps the residual stream's variance flat over depth
+        self.embedding_VD = draw(rngs, (decoder.vocab_size, decoder.d_model), decoder.d_model, gain=0.5)
+        if decoder.num_dense_layers:
+            self.dense = DenseLayers(architecture, residual_gain, rngs)
+        self.moe = MoELayers(architecture, residual_gain, rngs)
+        self.norm_D = ones(decoder.d_model)
+        if not decoder.tie_embeddings:
+            self.head_DV = draw(rngs, (decoder.d_model, decoder.vocab_size), decoder.d_model)
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a decoder runs: the static half of a compiled step."""
+
+    architecture: Architecture
+    k_max: int  # slots per token
+    grouped_matmul: str  # a name from the operation's IMPLEMENTATIONS
+
+
+class Cache(NamedTuple):
+    """Keys and values of the positions seen so far, all layers: the dense prefix first."""
+
+    key_LBMGA: jax.Array
+    value_LBMGA: jax.Array
+
+
+def split(decoder: Decoder) -> Params:
+    """The parameters as nested dicts of arrays."""
+    return nnx.to_pure_dict(nnx.state(decoder))
+
+
+def _one_layer(weights: Params, layer: jax.Array | int) -> Params:
+    """Takes one layer out of every stack, dropping the L of its name."""
+    return {
+        name.replace("_L", "_"): _one_layer(value, layer)
+        if isinstance(value, dict)
+        else lax.dynamic_index_in_dim(value, layer, 0, keepdims=False)
+        for name, value in weights.items()
+    }
+
+
+def _layer(x_BTD, weights, turn, core, ffn, architecture):
+    """One pre-norm layer; `core` mixes positions and `ffn` works on flattened tokens. Returns what both hand back."""
+    eps = architecture.decoder.norm_eps
+    with jax.named_scope("attention"):
+        normed = rms_norm(x_BTD, weights["attention_norm_D"], eps)
+        out_BTD, from_core = attend(normed, weights["attention"], turn, architecture.attention, eps, core)
+        x_BTD = x_BTD + out_BTD
+    with jax.named_scope("ffn"):
+        normed = rms_norm(x_BTD, weights["ffn_norm_D"], eps)
+        y_ND, from_ffn = ffn(normed.reshape(-1, normed.shape[-1]))
+    return x_BTD + y_ND.reshape(x_BTD.shape), from_core, from_ffn
+
+
+def _dense_ffn(weights):
+    return lambda x_ND: (feed_forward(x_ND, weights["ffn"]["gate_up_DIF"], weights["ffn"]["down_FD"]), None)
+
+
+def _moe_ffn(weights, experts, layer, live, context, execution):
+    moe, k_max, implementation = execution.architecture.moe, execution.k_max, execution.grouped_matmul
+    return lambda x_ND: moe_layer(x_ND, weights, experts, layer, live, context, moe, k_max, implementation)
+
+
+def _context(column: jax.Array, valid_BT: jax.Array) -> Context:
+    batch, length = valid_BT.shape
+    return Context(column, jnp.repeat(jnp.arange(batch), length), valid_BT.reshape(-1))
+
+
+def _turn(positions_BT: jax.Array, architecture: Architecture):
+    return rope.angles(positions_BT, architecture.attention.rope_dim, architecture.attention.rope_theta)
+
+
+def hidden(
+    params: Params,
+    tokens_BT: jax.Array,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array,
+    live: Settings,
+    execution: Execution,
+) -> tuple[jax.Array, Traffic]:
+    """Whole sequences, for training and scoring: what the output head reads.
+
+    Args:
+        params: as `split` gives them.
+        tokens_BT: int32 ids.
+        positions_BT: int32, counted within each segment.
+        segments_BT: int32; positions see their own segment only; 0 is padding, which no expert serves.
+        live: settings of the policy.
+        execution: the static half.
+
+    Returns:
+        normed x_BTD, and the `Traffic` of the MoE layers stacked, L first.
+    """
+    architecture = execution.architecture
+    turn = _turn(positions_BT, architecture)
+    x_BTD = params["embedding_VD"][tokens_BT]
+
+    def core(heads: Heads):
+        return attention_part.causal(heads, segments_BT), None
+
+    for layer in range(architecture.decoder.num_dense_layers):
+        weights = _one_layer(params["dense"], layer)
+        x_BTD, _, _ = _layer(x_BTD, weights, turn, core, _dense_ffn(weights), architecture)
+
+    def moe_step(x_BTD, scanned):
+        column, stack = scanned  # a stack of this one layer
+        weights = _one_layer({name: part for name, part in stack.items() if name != "experts"}, 0)
+        ffn = _moe_ffn(weights, stack["experts"], jnp.int32(0), live, _context(column, segments_BT > 0), execution)
+        x_BTD, _, traffic = _layer(x_BTD, weights, turn, core, ffn, architecture)
+        return x_BTD, traffic
+
+    stacks = jax.tree.map(lambda weight: weight[:, None], params["moe"])
+    columns = jnp.arange(architecture.decoder.num_moe_layers, dtype=jnp.int32)
+    x_BTD, traffic = lax.scan(moe_step, x_BTD, (columns, stacks))
+    return rms_norm(x_BTD, params["norm_D"], architecture.decoder.norm_eps), traffic
+
+
+def head(params: Params) -> jax.Array:
+    """The output projection [D, V]: the embedding transposed where the two are tied."""
+    return params["head_DV"] if "head_DV" in params else params["embedding_VD"].T
+
+
+def logits(params: Params, x_BTD: jax.Array) -> jax.Array:
+    """float32 logits_BTV of what `hidden` or `extend` returned."""
+    return jnp.dot(x_BTD, head(params), preferred_element_type=jnp.float32)
+
+
+def extend(
+    params: Params,
+    cache: Cache,
+    tokens_BT: jax.Array,
+    start_B: jax.Array,
+    valid_BT: jax.Array,
+    live: Settings,
+    execution: Execution,
+) -> tuple[jax.Array, Cache, Traffic]:
+    """Appends tokens to the cached sequences: a prompt to empty ones (prefill), or one token each (decode).
+
+    Experts are read out of the whole stack by layer index; the loop never takes a layer's experts out of it.
+
+    Args:
+        params: as `split` gives them.
+        cache: keys and values of the earlier positions.
+        tokens_BT: int32 ids; rows may be padded at their end. T > 1 is a prefill: every start must be 0.
+        start_B: int32, the position of each row's first token.
+        valid_BT: bool, False for padding and for finished rows.
+        live: settings of the policy.
+        execution: the static half.
+
+    Returns:
+        normed x_BTD, the cache with these positions in it, and the `Traffic` of the MoE layers, L first.
+    """
+    architecture = execution.architecture
+    batch, length = tokens_BT.shape
+    positions_BT = start_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
+    turn = _turn(positions_BT, architecture)
+    seen_BTM = jnp.arange(cache.key_LBMGA.shape[2])[None, None, :] <= positions_BT[:, :, None]
+    x_BTD = params["embedding_VD"][tokens_BT]
+
+    def core(layer, cache):
+        def run(heads: Heads):
+            if length > 1:  # a prefill sees nothing but itself, and what its padding writes is overwritten in time
+                at = (layer, 0, 0, 0, 0)
+                written = Cache(
+                    lax.dynamic_update_slice(cache.key_LBMGA, heads.key_BTGA[None], at),
+                    lax.dynamic_update_slice(cache.value_LBMGA, heads.value_BTGA[None], at),
+                )
+                return attention_part.causal(heads, jnp.ones_like(tokens_BT)), written
+            rows = jnp.arange(batch)
+            written = Cache(
+                cache.key_LBMGA.at[layer, rows, start_B].set(heads.key_BTGA[:, 0]),
+                cache.value_LBMGA.at[layer, rows, start_B].set(heads.value_BTGA[:, 0]),
+            )
+            key_BMGA, value_BMGA = (lax.dynamic_index_in_dim(part, layer, 0, keepdims=False) for part in written)
+            return attention_part.mix(heads.query_BTHA, key_BMGA, value_BMGA, seen_BTM), written
+
+        return run
+
+    num_dense, num_moe = architecture.decoder.num_dense_layers, architecture.decoder.num_moe_layers
+    for layer in range(num_dense):
+        weights = _one_layer(params["dense"], layer)
+        x_BTD, cache, _ = _layer(x_BTD, weights, turn, core(layer, cache), _dense_ffn(weights), architecture)
+
+    stack = dict(params["moe"])
+    experts = stack.pop("experts")
+
+    def moe_step(column, carried):
+        x_BTD, cache, traffic = carried
+        weights = _one_layer(stack, column)
+        ffn = _moe_ffn(weights, experts, column, live, _context(column, valid_BT), execution)
+        x_BTD, cache, new = _layer(x_BTD, weights, turn, core(num_dense + column, cache), ffn, architecture)
+        return x_BTD, cache, jax.tree.map(lambda all_L, one: all_L.at[column].set(one), traffic, new)
+
+    nothing = Traffic(jnp.zeros((num_moe, architecture.moe.num_experts), jnp.int32), jnp.zeros(num_moe, jnp.float32))
+    x_BTD, cache, traffic = lax.fori_loop(0, num_moe, moe_step, (x_BTD, cache, nothing))
+    return rms_norm(x_BTD, params["norm_D"], architecture.decoder.norm_eps), cache, traffic

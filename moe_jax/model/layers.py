@@ -1,0 +1,41 @@
+"""The small parts of a layer: norms, gated feed-forwards, and how weights are drawn."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+    """Scales the last axis to unit mean square, then by `scale`; in float32, back in the dtype of x."""
+    x32 = x.astype(jnp.float32)
+    x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (x32 * jnp.broadcast_to(scale.astype(jnp.float32), x32.shape)).astype(x.dtype)
+
+
+def swiglu(gate_up_NI: jax.Array) -> jax.Array:
+    """silu(gate) * up, gate being the first half of the last axis (arXiv 2002.05202)."""
+    gate, up = jnp.split(gate_up_NI, 2, axis=-1)
+    return jax.nn.silu(gate) * up
+
+
+def feed_forward(x_ND: jax.Array, gate_up_DIF: jax.Array, down_FD: jax.Array) -> jax.Array:
+    """A dense gated feed-forward: of the dense prefix, and of the shared experts."""
+    return swiglu(x_ND @ gate_up_DIF.reshape(gate_up_DIF.shape[0], -1)) @ down_FD
+
+
+def draw(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, gain: float = 1.0) -> nnx.Param:
+    """A weight from a normal distribution of standard deviation gain / sqrt(fan_in)."""
+    return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * (gain / fan_in**0.5))
+
+
+def ones(*shape: int) -> nnx.Param:
+    """The scale of a norm."""
+    return nnx.Param(jnp.ones(shape, jnp.float32))
+
+
+class FeedForward(nnx.Module):
+    """Weights of one dense gated feed-forward per layer."""
+
+    def __init__(self, num_layers: int, d_model: int, hidden: int, residual_gain: float, rngs: nnx.Rngs):
+        self.gate_up_LDIF = draw(rngs, (num_layers, d_model, 2, hidden), d_model)
+        self.down_LFD = draw(rngs, (num_layers, hidden, d_model), hidden, residual_gain)

@@ -1,0 +1,96 @@
+"""The MoE layer: route, select, dispatch to the routed experts, add the shared ones."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.config.schema import MoEConfig
+from moe_jax.dispatch import local
+from moe_jax.kernels.grouped_matmul.api import grouped_matmul
+from moe_jax.model.layers import draw, feed_forward, swiglu
+from moe_jax.routing import balance
+from moe_jax.routing.policies import base as policies
+from moe_jax.routing.router import route
+
+
+class SelectionBias(nnx.Variable):
+    """A bias that balancing moves and no gradient reaches."""
+
+
+class Router(nnx.Module):
+    """Weights of the router of every MoE layer."""
+
+    def __init__(self, num_layers: int, d_model: int, moe: MoEConfig, rngs: nnx.Rngs):
+        self.weight_LDE = draw(rngs, (num_layers, d_model, moe.num_experts), d_model)
+        if moe.selection_bias:
+            self.bias_LE = SelectionBias(jnp.zeros((num_layers, moe.num_experts), jnp.float32))
+
+
+class Experts(nnx.Module):
+    """Weights of the routed experts of every MoE layer."""
+
+    def __init__(self, num_layers: int, d_model: int, moe: MoEConfig, residual_gain: float, rngs: nnx.Rngs):
+        stack = (num_layers, moe.num_experts)
+        self.gate_up_LEDIF = draw(rngs, (*stack, d_model, 2, moe.expert_hidden), d_model)
+        self.down_LEFD = draw(rngs, (*stack, moe.expert_hidden, d_model), moe.expert_hidden, residual_gain)
+
+
+class Traffic(NamedTuple):
+    """What one MoE layer did with its tokens."""
+
+    load_E: jax.Array  # int32: slots that each expert received
+    load_loss: jax.Array  # float32 scalar, see `balance.load_loss`
+
+
+def run_experts(
+    rows_SD: jax.Array, group_sizes_E: jax.Array, layer: jax.Array, weights: dict[str, jax.Array], implementation: str
+) -> jax.Array:
+    """The routed experts on rows sorted by expert: out_SD, unweighted; rows that nobody holds give zero."""
+    gate_up_LEDI = weights["gate_up_LEDIF"].reshape(*weights["gate_up_LEDIF"].shape[:3], -1)
+    gate_up_SI = grouped_matmul(rows_SD, gate_up_LEDI, group_sizes_E, layer, implementation)
+    return grouped_matmul(swiglu(gate_up_SI), weights["down_LEFD"], group_sizes_E, layer, implementation)
+
+
+def moe_layer(
+    x_ND: jax.Array,
+    weights: dict[str, Any],
+    experts: dict[str, jax.Array],
+    layer: jax.Array,
+    live: policies.Settings,
+    context: policies.Context,
+    moe: MoEConfig,
+    k_max: int,
+    implementation: str,
+) -> tuple[jax.Array, Traffic]:
+    """One MoE layer.
+
+    Args:
+        x_ND: normed activations.
+        weights: this layer's, names without the leading L; `router` and, where there are any, `shared` are read.
+        experts: the stack that holds the routed experts.
+        layer: int32 scalar, where in that stack this layer stands.
+        live: settings of the policy.
+        context: requests and validity of the tokens; its layer is the column of the settings.
+        moe: the section of the configuration.
+        k_max: K, static.
+        implementation: of grouped_matmul.
+
+    Returns:
+        y_ND, and what the layer did.
+    """
+    with jax.named_scope("route"):
+        routing = route(x_ND, weights["router"]["weight_DE"], weights["router"].get("bias_E"), moe)
+    with jax.named_scope("select"):
+        selection = policies.select(routing, live, context, moe, k_max)
+    y_ND, load_E = local.dispatch(
+        x_ND,
+        selection,
+        moe.num_experts,
+        lambda rows_SD, group_sizes_E: run_experts(rows_SD, group_sizes_E, layer, experts, implementation),
+    )
+    if moe.num_shared_experts:
+        with jax.named_scope("shared_experts"):
+            y_ND = y_ND + feed_forward(x_ND, weights["shared"]["gate_up_DIF"], weights["shared"]["down_FD"])
+    return y_ND, Traffic(load_E, balance.load_loss(routing, load_E.astype(jnp.float32), context.valid_N))

@@ -1,0 +1,34 @@
+"""Even loads: what each expert received, the auxiliary loss, and the update of the selection bias."""
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.routing.selection import Routing, Selection
+
+
+def loads(selection: Selection, num_experts: int) -> jax.Array:
+    """Kept slots per expert, float32 [E]."""
+    expert_NK = jnp.where(selection.keep_NK, selection.expert_NK, num_experts)
+    return (expert_NK.reshape(-1, 1) == jnp.arange(num_experts)[None, :]).sum(axis=0).astype(jnp.float32)
+
+
+def load_loss(routing: Routing, load_E: jax.Array, valid_N: jax.Array) -> jax.Array:
+    """E times the product of load share and mean score share, summed over experts: 1 when even.
+
+    The loss of Switch Transformer (arXiv 2101.03961, section 2.2) over the valid tokens of a batch, with each token's
+    scores made to sum to one, as DeepSeek-V3 does for sigmoid scores. Gradients flow through the scores alone.
+    """
+    share_NE = routing.mix_NE / (routing.mix_NE.sum(axis=1, keepdims=True) + 1e-20)
+    valid_N1 = valid_N[:, None].astype(jnp.float32)
+    score_share_E = (share_NE * valid_N1).sum(axis=0) / jnp.maximum(valid_N1.sum(), 1.0)
+    load_share_E = jax.lax.stop_gradient(load_E / jnp.maximum(load_E.sum(), 1.0))
+    return load_E.shape[0] * jnp.sum(score_share_E * load_share_E)
+
+
+def update_bias(bias_LE: jax.Array, load_LE: jax.Array, rate: float) -> jax.Array:
+    """Raises the bias of experts under the mean load by `rate` and lowers that of those above it.
+
+    Auxiliary-loss-free balancing (arXiv 2408.15664); the mean over experts is held at zero, which changes no choice.
+    """
+    moved_LE = bias_LE + rate * jnp.sign(load_LE.mean(axis=1, keepdims=True) - load_LE)
+    return moved_LE - moved_LE.mean(axis=1, keepdims=True)

@@ -1,0 +1,32 @@
+"""The router: token activations to scores for choosing experts and weights for mixing them."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_jax.config.schema import MoEConfig
+from moe_jax.routing.selection import Routing
+
+
+def route(x_ND: jax.Array, weight_DE: jax.Array, bias_E: jax.Array | None, moe: MoEConfig) -> Routing:
+    """Scores every expert for every token, in float32 whatever the model's dtype.
+
+    The selection bias moves the choice and never the mixing weight (auxiliary-loss-free balancing, DeepSeek-V3,
+    arXiv 2412.19437, section 2.1.2). With groups, a group scores the sum of its two best experts, and experts outside
+    the best `num_groups_kept` groups score -inf.
+    """
+    logits_NE = jnp.dot(x_ND.astype(jnp.float32), weight_DE.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    mix_NE = jax.nn.softmax(logits_NE, axis=1) if moe.score == "softmax" else jax.nn.sigmoid(logits_NE)
+    score_NE = mix_NE if bias_E is None else mix_NE + bias_E[None, :]
+    if moe.num_groups > 1:
+        score_NE = _limit_groups(score_NE, moe)
+    return Routing(lax.stop_gradient(score_NE), mix_NE)
+
+
+def _limit_groups(score_NE: jax.Array, moe: MoEConfig) -> jax.Array:
+    num_tokens, num_experts = score_NE.shape
+    score_NRE = score_NE.reshape(num_tokens, moe.num_groups, num_experts // moe.num_groups)
+    best_two = lax.top_k(score_NRE, min(2, score_NRE.shape[2]))[0].sum(axis=2)
+    _, kept = lax.top_k(best_two, moe.num_groups_kept)
+    kept_NR = (kept[:, :, None] == jnp.arange(moe.num_groups)[None, None, :]).any(axis=1)
+    return jnp.where(kept_NR[:, :, None], score_NRE, -jnp.inf).reshape(num_tokens, num_experts)

@@ -1,0 +1,188 @@
+"""Documents as batches: packed for training, cut into overlapping windows for scoring.
+
+A document's tokens begin with `<|endoftext|>`, which is also the label of its last token. It is cut into consecutive
+pieces of T tokens, each a row of its own; the shorter last pieces share rows. A segment id per token keeps the pieces
+of a row apart: attention and positions never cross from one document to another.
+"""
+
+import bisect
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from moe_jax.text.tokenizer import END_OF_TEXT_ID
+
+
+class Batch(NamedTuple):
+    """A batch of rows, or one row without the B; all int32. Padding is 0 everywhere."""
+
+    tokens_BT: np.ndarray
+    labels_BT: np.ndarray  # the token that follows in the document; `<|endoftext|>` behind the last one
+    segments_BT: np.ndarray  # 1, 2, .. per piece of the row; 0 marks padding, which is not trained on
+    positions_BT: np.ndarray  # from 0 within each piece
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """Rows of pieces of documents, made on demand.
+
+    Attributes:
+      tokens: all documents one after another and a closing `<|endoftext|>`, int32.
+      starts: where each piece begins in `tokens`, int64, in order of rows.
+      lengths: tokens of each piece.
+      first_piece: of each row, one more than there are rows.
+      sequence_length: T.
+    """
+
+    tokens: np.ndarray
+    starts: np.ndarray
+    lengths: np.ndarray
+    first_piece: np.ndarray
+    sequence_length: int
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one epoch."""
+        return len(self.first_piece) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one epoch, padding not counted."""
+        return int(self.lengths.sum())
+
+    @property
+    def fill_fraction(self) -> float:
+        """Share of the rows' places that hold a token."""
+        return self.num_tokens / (self.num_rows * self.sequence_length)
+
+    def row(self, index: int) -> Batch:
+        """Builds one row: four arrays `[T]`."""
+        row = Batch(*(np.zeros(self.sequence_length, np.int32) for _ in Batch._fields))
+        place = 0
+        pieces = range(self.first_piece[index], self.first_piece[index + 1])
+        for segment, piece in enumerate(pieces, start=1):
+            start, length = self.starts[piece], self.lengths[piece]
+            filled = slice(place, place + length)
+            row.tokens_BT[filled] = self.tokens[start : start + length]
+            row.labels_BT[filled] = self.tokens[start + 1 : start + length + 1]
+            row.segments_BT[filled] = segment
+            row.positions_BT[filled] = np.arange(length)
+            place += length
+        return row
+
+
+def pack(token_arrays: Sequence[np.ndarray], sequence_length: int) -> Packed:
+    """Cuts documents into pieces and lays the pieces out in rows.
+
+    Pieces shorter than T are packed by best-fit decreasing: the longest first, each into the fullest row that still has
+    room for it. The layout depends on the lengths alone.
+
+    Args:
+      token_arrays: one int32 array per document, each beginning with `<|endoftext|>` as `encode_documents` gives it.
+      sequence_length: T.
+
+    Returns:
+      Rows that cover every token of every document exactly once.
+
+    Raises:
+      ValueError: no documents, or one does not begin with `<|endoftext|>`.
+    """
+    if sequence_length < 1:
+        raise ValueError(f"sequence_length = {sequence_length}: wanted 1 or more")
+    if not len(token_arrays):
+        raise ValueError("no documents to pack")
+    for tokens in token_arrays:
+        if not len(tokens) or tokens[0] != END_OF_TEXT_ID:
+            raise ValueError(f"a document does not begin with <|endoftext|> (id {END_OF_TEXT_ID})")
+    rows, tails, begin = [], [], 0
+    for tokens in token_arrays:
+        for start in range(begin, begin + len(tokens), sequence_length):
+            length = min(sequence_length, begin + len(tokens) - start)
+            if length == sequence_length:
+                rows.append([(start, length)])
+            else:
+                tails.append((start, length))
+        begin += len(tokens)
+    rows += _best_fit_decreasing(tails, sequence_length)
+    pieces = np.array([piece for row in rows for piece in row], np.int64)
+    closing = np.array([END_OF_TEXT_ID], np.int32)
+    return Packed(
+        tokens=np.concatenate([*token_arrays, closing]).astype(np.int32),
+        starts=pieces[:, 0],
+        lengths=pieces[:, 1],
+        first_piece=np.cumsum([0] + [len(row) for row in rows]),
+        sequence_length=sequence_length,
+    )
+
+
+def _best_fit_decreasing(tails: list[tuple[int, int]], room: int) -> list[list[tuple[int, int]]]:
+    rows, by_room = [], []  # by_room: (room left, row), ascending
+    for start, length in sorted(tails, key=lambda tail: (-tail[1], tail[0])):
+        place = bisect.bisect_left(by_room, (length, 0))
+        if place < len(by_room):
+            left, row = by_room.pop(place)
+        else:
+            left, row = room, len(rows)
+            rows.append([])
+        rows[row].append((start, length))
+        if left > length:
+            bisect.insort(by_room, (left - length, row))
+    return rows
+
+
+def batches(packed: Packed, batch_size: int, seed: int) -> grain.IterDataset:
+    """An endless stream of batches, reshuffled every epoch.
+
+    Batch number s depends on the rows, the seed and s alone. `iter()` gives a `grain.DatasetIterator`, whose
+    `get_state()` after s batches, given to `set_state()` of a new one, makes it go on with batch s. An epoch's end may
+    lie within a batch; no row is dropped.
+
+    Args:
+      packed: at least one row.
+      batch_size: B.
+      seed: of the order of rows, 0 to 2**32 - 1.
+
+    Returns:
+      A dataset of `Batch` with arrays `[B, T]`, int32.
+    """
+    rows = grain.MapDataset.range(packed.num_rows).seed(seed).shuffle().repeat().map(packed.row)
+    # the default reads 500 batches ahead
+    ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
+    return rows.batch(batch_size).to_iter_dataset(ahead)
+
+
+def windows(tokens: np.ndarray, context: int, stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cuts one document into overlapping windows in which each token after the first is scored once.
+
+    The first window scores all its labels, every later one its last `stride` labels: each with at least
+    `context - stride` tokens before it, or all that there are. What would follow the document is not scored.
+
+    Args:
+      tokens: one document, int32; the first token is given (`<|endoftext|>`), not scored.
+      context: T, tokens of a window.
+      stride: new labels per window, 1 to `context`.
+
+    Returns:
+      Arrays `[N, T]` for N windows: the tokens and their labels, int32, padded with 0 at the end, and what is scored,
+      bool. N is 0 for a document of one token or none.
+
+    Raises:
+      ValueError: `stride` is not within 1 to `context`.
+    """
+    if not 1 <= stride <= context:
+        raise ValueError(f"stride = {stride}: wanted 1 to the context of {context} tokens")
+    num_labels = max(len(tokens) - 1, 0)
+    count = 0 if num_labels == 0 else 1 + max(0, -(-(num_labels - context) // stride))
+    tokens_NT = np.zeros((count, context), np.int32)
+    labels_NT = np.zeros((count, context), np.int32)
+    scored_NT = np.zeros((count, context), bool)
+    for window in range(count):
+        start = window * stride
+        length = min(context, num_labels - start)
+        tokens_NT[window, :length] = tokens[start : start + length]
+        labels_NT[window, :length] = tokens[start + 1 : start + length + 1]
+        scored_NT[window, (context - stride if window else 0) : length] = True
+    return tokens_NT, labels_NT, scored_NT

@@ -1,0 +1,162 @@
+"""The byte-level BPE tokenizer: trained, saved as other tools read it, loaded, and used.
+
+Any text survives encoding and decoding unchanged: there is no normaliser, and every byte is a token. Every encoded text
+begins with `<|endoftext|>`, which both opens a document and, as the label behind its last token, closes it.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+from moe_jax.text.corpus import Document
+
+END_OF_TEXT = "<|endoftext|>"
+END_OF_TEXT_ID = 0
+
+# Merges never cross these: a word with the one mark or space before it; up to three digits; marks with the space before
+# them and, at the end of a line, the next line's indentation; blank lines with that indentation; other space.
+PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?|\s*[\r\n]+[ \t]*|\s+(?!\S)|\s+"
+_ENCODE_AT_ONCE = 512  # documents
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
+    """Learns byte pairs (Sennrich et al., 2016) from training texts.
+
+    Args:
+      texts: the training documents, and nothing that is held out. The same texts give the same tokenizer.
+      vocab_size: tokens, `<|endoftext|>` (id 0) and the 256 bytes included.
+
+    Returns:
+      The tokenizer. `encode(text)` puts `<|endoftext|>` first; the same characters *in* a text are ordinary text.
+
+    Raises:
+      ValueError: the texts do not have that many pairs.
+    """
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(tokenizers.Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if tokenizer.get_vocab_size() != vocab_size:
+        raise ValueError(
+            f"text.vocab_size = {vocab_size}: the training text has pairs for {tokenizer.get_vocab_size()} tokens only"
+        )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{END_OF_TEXT} $A",
+        pair=f"{END_OF_TEXT} $A {END_OF_TEXT} $B",
+        special_tokens=[(END_OF_TEXT, END_OF_TEXT_ID)],
+    )
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: str | os.PathLike, max_context: int) -> None:
+    """Writes `tokenizer.json` and the two files beside it with which `transformers.AutoTokenizer` loads it.
+
+    Args:
+      tokenizer: as `train_tokenizer` makes it.
+      folder: must exist.
+      max_context: tokens that the model takes.
+    """
+    folder = pathlib.Path(folder)
+    special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_context,
+        "clean_up_tokenization_spaces": False,
+        "split_special_tokens": True,  # `<|endoftext|>` in a text is text, as in `train_tokenizer`
+        **special,
+    }
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n", encoding="utf-8")
+
+
+def load_tokenizer(folder: str | os.PathLike) -> tokenizers.Tokenizer:
+    """Reads `tokenizer.json` from a model's folder (or the file itself).
+
+    Raises:
+      ValueError: it is missing or not a tokenizer.
+    """
+    path = pathlib.Path(folder)
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: a model's folder holds the tokenizer that it was trained with")
+    try:
+        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises plain Exception
+        raise ValueError(f"{path} is not a tokenizer: {' '.join(str(error).split())}") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = _splits_special_tokens(path.parent)
+    return tokenizer
+
+
+def encode_documents(tokenizer: tokenizers.Tokenizer, documents: Sequence[Document]) -> list[np.ndarray]:
+    """Encodes whole documents, in order.
+
+    Returns:
+      One int32 array per document; each begins with what the tokenizer puts before a text (`<|endoftext|>` for ours).
+    """
+    arrays = []
+    for first in range(0, len(documents), _ENCODE_AT_ONCE):
+        texts = [document.text for document in documents[first : first + _ENCODE_AT_ONCE]]
+        arrays += [np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch_fast(texts)]
+    return arrays
+
+
+class TextStream:
+    """Turns token ids, as they come, into pieces of text that never end in half a character.
+
+    The pieces, `flush()` included, add up to what decoding all ids at once gives; special tokens have no text. Bytes
+    that cannot be UTF-8 are held back until a whole character follows, then come as U+FFFD.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer):
+        self._tokenizer = tokenizer
+        self._shown: list[int] = []  # the ids of the last piece: some decoders strip the space of the first token
+        self._pending: list[int] = []
+
+    def push(self, token_id: int) -> str:
+        """Takes one more id; returns the text that is now certain, which may be empty."""
+        self._pending.append(int(token_id))
+        text = self._pending_text()
+        if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
+            return ""
+        self._shown, self._pending = self._pending, []
+        return text
+
+    def flush(self) -> str:
+        """Ends the stream; returns what was held back, with U+FFFD for a character that never became whole."""
+        text = self._pending_text()
+        self._shown, self._pending = [], []
+        return text
+
+    def _pending_text(self) -> str:
+        before = self._tokenizer.decode(self._shown, skip_special_tokens=True)
+        return self._tokenizer.decode(self._shown + self._pending, skip_special_tokens=True)[len(before) :]
+
+
+def _splits_special_tokens(folder: pathlib.Path) -> bool:
+    path = folder / "tokenizer_config.json"
+    if not path.is_file():
+        return False
+    try:
+        return bool(json.loads(path.read_text(encoding="utf-8")).get("split_special_tokens", False))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
