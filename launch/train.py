@@ -9,16 +9,23 @@ from moe_jax import command
 
 
 def main(run: command.Command) -> None:
+    """Prepares the text, trains, exports and measures."""
     import jax
 
+    from moe_jax.report import trained
     from moe_jax.training import loop
 
     execution = loop.execution_of(run.config, jax.default_backend())
     run.implementations["grouped_matmul"] = execution.grouped_matmul
+    trained.require_policies(run.config, execution)
     with run.timed("text"):
         text = loop.prepare_text(run.config, run.out)
     with run.timed("run"):
-        loop.train(run.config, run.out, text, execution)
+        params = loop.train(run.config, run.out, text, execution)
+    with run.timed("measure"):
+        finished = trained.finish(run.config, run.out, text, execution, params)
+    figures, rows = trained.figures(finished)
+    run.finish(figures, rows=rows, text=trained.table(finished))
 
 
 if __name__ == "__main__":

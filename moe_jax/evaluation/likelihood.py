@@ -128,7 +128,19 @@ def paired_ratio(bits: np.ndarray, reference_bits: np.ndarray, seed: int = 0) ->
     return Estimate(float(bits.sum() / reference_bits.sum() - 1), (float(low), float(high)))
 
 
-def xz_bits_per_byte(texts: Sequence[bytes]) -> float:
-    """The same for `xz -9e` of all texts together: what a general compressor needs."""
+def xz_bits_per_byte(texts: Sequence[bytes], primer: Sequence[bytes] = ()) -> float:
+    """The same for `xz -9e` of all texts together: what a general compressor needs.
+
+    Args:
+        texts: what is compressed.
+        primer: texts that the compressor has read before, all within its window; their own size does not count.
+    """
+    read_before = b"".join(primer)
     text = b"".join(texts)
-    return 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+    window = max(1 << 26, 1 << (len(read_before) + len(text)).bit_length())  # -9e has 64 MiB
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "dict_size": min(window, 3 << 29)}]
+
+    def size(data: bytes) -> int:
+        return len(lzma.compress(data, filters=filters)) if data else 0
+
+    return 8 * (size(read_before + text) - size(read_before)) / len(text)

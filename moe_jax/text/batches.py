@@ -15,6 +15,8 @@ import numpy as np
 
 from moe_jax.text.tokenizer import END_OF_TEXT_ID
 
+_EPOCHS = 2**32  # without end; grain's own endless repetition overflows at batch size 1
+
 
 class Batch(NamedTuple):
     """A batch of rows, or one row without the B; all int32. Padding is 0 everywhere."""
@@ -25,7 +27,7 @@ class Batch(NamedTuple):
     positions_BT: np.ndarray  # from 0 within each piece
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Packed:
     """Rows of pieces of documents, made on demand.
 
@@ -74,7 +76,7 @@ class Packed:
         return row
 
 
-def pack(token_arrays: Sequence[np.ndarray], sequence_length: int) -> Packed:
+def pack(token_arrays: Sequence[np.ndarray], sequence_length: int, end_of_text: int = END_OF_TEXT_ID) -> Packed:
     """Cuts documents into pieces and lays the pieces out in rows.
 
     Pieces shorter than T are packed by best-fit decreasing: the longest first, each into the fullest row that still has
@@ -83,20 +85,21 @@ def pack(token_arrays: Sequence[np.ndarray], sequence_length: int) -> Packed:
     Args:
       token_arrays: one int32 array per document, each beginning with `<|endoftext|>` as `encode_documents` gives it.
       sequence_length: T.
+      end_of_text: the id of `<|endoftext|>`, or of what another tokenizer puts before a text.
 
     Returns:
       Rows that cover every token of every document exactly once.
 
     Raises:
-      ValueError: no documents, or one does not begin with `<|endoftext|>`.
+      ValueError: no documents, `sequence_length` is not positive, or a document does not begin with `<|endoftext|>`.
     """
     if sequence_length < 1:
         raise ValueError(f"sequence_length = {sequence_length}: wanted 1 or more")
     if not len(token_arrays):
         raise ValueError("no documents to pack")
     for tokens in token_arrays:
-        if not len(tokens) or tokens[0] != END_OF_TEXT_ID:
-            raise ValueError(f"a document does not begin with <|endoftext|> (id {END_OF_TEXT_ID})")
+        if not len(tokens) or tokens[0] != end_of_text:
+            raise ValueError(f"a document does not begin with the end-of-text token (id {end_of_text})")
     rows, tails, begin = [], [], 0
     for tokens in token_arrays:
         for start in range(begin, begin + len(tokens), sequence_length):
@@ -108,7 +111,7 @@ def pack(token_arrays: Sequence[np.ndarray], sequence_length: int) -> Packed:
         begin += len(tokens)
     rows += _best_fit_decreasing(tails, sequence_length)
     pieces = np.array([piece for row in rows for piece in row], np.int64)
-    closing = np.array([END_OF_TEXT_ID], np.int32)
+    closing = np.array([end_of_text], np.int32)
     return Packed(
         tokens=np.concatenate([*token_arrays, closing]).astype(np.int32),
         starts=pieces[:, 0],
@@ -148,10 +151,9 @@ def batches(packed: Packed, batch_size: int, seed: int) -> grain.IterDataset:
     Returns:
       A dataset of `Batch` with arrays `[B, T]`, int32.
     """
-    rows = grain.MapDataset.range(packed.num_rows).seed(seed).shuffle().repeat().map(packed.row)
-    # the default reads 500 batches ahead
-    ahead = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    return rows.batch(batch_size).to_iter_dataset(ahead)
+    rows = grain.MapDataset.range(packed.num_rows).seed(seed).shuffle().repeat(_EPOCHS).map(packed.row)
+    # No threads: a batch takes less than a millisecond, and nothing is left running when a run is interrupted.
+    return rows.batch(batch_size).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
 
 
 def windows(tokens: np.ndarray, context: int, stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -18,7 +18,7 @@ import pathlib
 import re
 import string
 import sysconfig
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -28,7 +28,7 @@ BOILERPLATE_FILES = 4  # a shingle in so many held-out files (a licence header) 
 MIN_BYTES = 200  # smaller files are left out
 MAX_LIBRARY_BYTES = 512 * 1024  # larger files of libraries are left out: most are generated
 MAX_LINE_CHARACTERS = 1000  # a longer line was not typed
-MAX_DATA_FRACTION = 0.25  # of the characters in numbers, escapes and unbroken runs of 80 and more
+MAX_DATA_FRACTION = 0.25  # of the characters in numbers, escapes and unbroken ASCII runs of 80 and more
 
 STDLIB = "stdlib"
 ARCHIVE = "held_out.jsonl.xz"
@@ -49,7 +49,7 @@ _GENERATED = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _GENERATED_NAMES = re.compile(r"(_pb2|_pb2_grpc)\.py$|(^|/)(_sysconfigdata\w*|_version)\.py$")
-_DATA = re.compile(r"0[xX][0-9a-fA-F]+|\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|[-+]?\d[\d_.]*(?:[eE][-+]?\d+)?|\S{80,}")
+_DATA = re.compile(r"0[xX][0-9a-fA-F]+|\\x[0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|[-+]?\d[\d_.]*(?:[eE][-+]?\d+)?|[!-~]{80,}")
 _SHINGLED_AT_ONCE = 4_000_000  # characters
 _NOT_LIBRARY_CODE = {"__pycache__", "site-packages", "dist-packages"}
 
@@ -107,7 +107,7 @@ def collect(sources: Sequence[str], held_out: Sequence[Document]) -> Corpus:
       held_out: documents that must not be trained on.
 
     Returns:
-      The corpus. Its order and hash depend on the files alone, not on the order of `sources`.
+      The corpus, the same for any order of `sources`.
 
     Raises:
       ValueError: a source is unknown, not permissively licensed, unreadable or has nothing to read; or nothing is left.
@@ -284,7 +284,7 @@ def _read(source: str) -> Iterable[tuple[Document | None, str]]:
     """Yields each file of a source in order of name: the document, and why it is left out ("" if it is not)."""
     if source == STDLIB:
         root = pathlib.Path(sysconfig.get_path("stdlib"))
-        files, library = list(_walk(root, lambda name: name.endswith(".py"))), True
+        files, library = _walk(root, lambda name: name.endswith(".py")), True
     elif (distribution := _distribution(source)) is not None:
         _require_permissive(distribution)
         root = pathlib.Path(distribution.locate_file(""))
@@ -295,23 +295,26 @@ def _read(source: str) -> Iterable[tuple[Document | None, str]]:
             raise ValueError(f"text.sources: the distribution {source!r} has no Python files; name its folder instead")
     else:
         root, library = pathlib.Path(source), False
+        if not source.strip():
+            raise ValueError("text.sources: a source is empty; wanted stdlib, a distribution, or a file or folder")
         if root.is_file():
             yield _read_named_file(root, source), ""
             return
         if not root.is_dir():
             raise ValueError(f"text.sources: {source!r} is neither installed nor a file or folder{_nearest(source)}")
-        files = list(_walk(root, lambda name: not name.startswith(".")))
+        files = _walk(root, lambda name: not name.startswith("."))
     for name in files:
         text, reason = _read_text(root / name)
         reason = reason or _why_not(name, text, library)
         yield (None, reason) if reason else (Document(source, name, text), "")
 
 
-def _walk(root: pathlib.Path, wanted) -> Iterable[str]:
+def _walk(root: pathlib.Path, wanted: Callable[[str], bool]) -> list[str]:
     names = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _NOT_LIBRARY_CODE and not name.startswith(".")]
-        names += [(pathlib.Path(folder) / name).relative_to(root).as_posix() for name in files if wanted(name)]
+        paths = [pathlib.Path(folder) / name for name in files if wanted(name)]
+        names += [path.relative_to(root).as_posix() for path in paths if path.is_file()]  # no pipes or sockets
     return sorted(names)
 
 
@@ -365,7 +368,9 @@ def _nearest(source: str) -> str:
 def _require_permissive(distribution: importlib.metadata.Distribution) -> None:
     metadata = distribution.metadata
     expression = metadata.get("License-Expression")
-    classifiers = [one for one in metadata.get_all("Classifier") or () if one.startswith("License ::")]
+    classifiers = [
+        one for one in metadata.get_all("Classifier") or () if re.match("License :: .* ::|License :: (?!OSI)", one)
+    ]
     written = (metadata.get("License") or "").strip()[:200]
     if expression:
         permissive, licence = _is_permissive_expression(expression), expression

@@ -108,15 +108,19 @@ def load_tokenizer(folder: str | os.PathLike) -> tokenizers.Tokenizer:
 
 
 def encode_documents(tokenizer: tokenizers.Tokenizer, documents: Sequence[Document]) -> list[np.ndarray]:
-    """Encodes whole documents, in order.
+    """Encodes whole documents, in order; the characters of a special token within a document are ordinary text.
 
     Returns:
       One int32 array per document; each begins with what the tokenizer puts before a text (`<|endoftext|>` for ours).
     """
     arrays = []
-    for first in range(0, len(documents), _ENCODE_AT_ONCE):
-        texts = [document.text for document in documents[first : first + _ENCODE_AT_ONCE]]
-        arrays += [np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch_fast(texts)]
+    encode_special_tokens, tokenizer.encode_special_tokens = tokenizer.encode_special_tokens, True
+    try:
+        for first in range(0, len(documents), _ENCODE_AT_ONCE):
+            texts = [document.text for document in documents[first : first + _ENCODE_AT_ONCE]]
+            arrays += [np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch_fast(texts)]
+    finally:
+        tokenizer.encode_special_tokens = encode_special_tokens
     return arrays
 
 

@@ -40,7 +40,7 @@ class Text(NamedTuple):
 
     tokenizer: tokenizers.Tokenizer
     packed: Packed
-    corpus_sha256: str
+    corpus: corpora.Corpus
     held_out: Sequence[corpora.Document]
     held_out_tokens: Sequence[np.ndarray]
 
@@ -73,7 +73,7 @@ def prepare_text(config: Config, folder: pathlib.Path) -> Text:
         )
     packed = pack(encode_documents(tokenizer, corpus.documents), config.training.sequence_length)
     logging.info("%.2f M tokens, rows filled to %.1f%%", packed.num_tokens / 1e6, 100 * packed.fill_fraction)
-    return Text(tokenizer, packed, corpus.sha256, held_out, encode_documents(tokenizer, held_out))
+    return Text(tokenizer, packed, corpus, held_out, encode_documents(tokenizer, held_out))
 
 
 def _require_same_run(config: Config, folder: pathlib.Path) -> None:
@@ -178,7 +178,7 @@ def train(config: Config, folder: pathlib.Path, text: Text, execution: decoder.E
     done = checkpoints.latest_step or 0
     if done:
         state, place = checkpoints.restore(done, state)
-        if place["corpus_sha256"] != text.corpus_sha256:
+        if place["corpus_sha256"] != text.corpus.sha256:
             raise ValueError(
                 f"text.sources: the text differs from what the run in {folder} was started with; "
                 "restore those files, or give another --out"
@@ -188,7 +188,7 @@ def train(config: Config, folder: pathlib.Path, text: Text, execution: decoder.E
     bar = tqdm(total=training.steps, initial=done, unit="step", file=sys.stderr, disable=None)
 
     def save():
-        checkpoints.save(done, state, {"corpus_sha256": text.corpus_sha256, "stream": stream.get_state()})
+        checkpoints.save(done, state, {"corpus_sha256": text.corpus.sha256, "stream": stream.get_state()})
 
     try:
         with _interruption_deferred() as interrupted:

@@ -10,7 +10,7 @@ from jax import lax
 from moe_jax.model import decoder
 from moe_jax.routing.policies.base import Settings
 
-CHUNK_TOKENS = 1024  # rows of logits held at once
+CHUNK_TOKENS = 1024  # rows of logits held at once, or a little more where they do not divide the batch
 
 
 class Measured(NamedTuple):
@@ -40,7 +40,7 @@ def cross_entropy(x_ND: jax.Array, head_DV: jax.Array, labels_N: jax.Array, weig
     Computes the gradients along with the loss, chunk by chunk, so that the logits are made once and never kept.
 
     Args:
-        x_ND: what the output head reads; N a multiple of `CHUNK_TOKENS`, or below it.
+        x_ND: what the output head reads.
         head_DV: the output projection.
         labels_N: int32 ids.
         weight_N: float32; 0 where a token is not scored.
@@ -52,7 +52,9 @@ def cross_entropy(x_ND: jax.Array, head_DV: jax.Array, labels_N: jax.Array, weig
 
 
 def _cross_entropy_forward(x_ND, head_DV, labels_N, weight_N):
-    chunks = max(1, x_ND.shape[0] // CHUNK_TOKENS)
+    num_tokens = x_ND.shape[0]
+    most = max(1, num_tokens // CHUNK_TOKENS)
+    chunks = next(count for count in range(most, 0, -1) if num_tokens % count == 0)
     split = functools.partial(jax.tree.map, lambda a: a.reshape(chunks, -1, *a.shape[1:]))
 
     def step(carried, chunk):

@@ -61,7 +61,7 @@ def make_step(execution: decoder.Execution, training: TrainingConfig):
         metrics = Metrics(
             measured.loss,
             measured.load_loss,
-            optax.global_norm(gradient),
+            optax.tree.norm(gradient),
             (load_LE.max(axis=1) / load_LE.mean(axis=1)).max(),
         )
         return State(optax.apply_updates(state.params, updates), bias_LE, optimizer_state), metrics

@@ -55,7 +55,7 @@ def backward(rows_SD, weights_LEDF, group_sizes_E, layer, out_grad_SF):
         new = lax.dot_general(rows, out_grad, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         at = (blocks.expert[i], 0, 0)
         old = lax.dynamic_slice(grad, at, (1, *matrix))
-        return lax.dynamic_update_slice(grad, old + new, at)
+        return lax.dynamic_update_slice(grad, old + new[None], at)
 
     grad_EDF = lax.fori_loop(0, blocks.count, body, jnp.zeros((num_experts, *matrix), jnp.float32))
     weights_grad_LEDF = lax.dynamic_update_slice(

@@ -1,0 +1,168 @@
+"""Continues prompts with a model, with as many active experts as asked for, and says how fast.
+
+    python launch/infer.py --config configs/infer_demo.gin --prompt "def main():" --set policy.spec=topk:3
+
+Prompts come from --prompt, --prompt_file or, where neither is given, from what is piped to standard input. The
+continuations go to standard output as they are made; several prompts run as one batch. With --out, they are also
+written to OUT/completions.jsonl.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import select
+import sys
+
+from absl import flags
+
+from moe_jax import command, files
+
+ROOT = pathlib.Path(__file__).parents[1]
+DEFAULT_PROMPT = 'import os\n\n\ndef read_lines(path):\n    """Return the lines of a text file."""\n'
+WAIT_S = 5.0  # for the first byte of a pipe: some callers leave one open and never write to it
+
+PROMPT = flags.DEFINE_multi_string(
+    "prompt", [], "A text to continue; repeat it for a batch. Default: a Python function."
+)
+PROMPT_FILE = flags.DEFINE_multi_string("prompt_file", [], "A file that holds one prompt, UTF-8; repeat it for more.")
+
+
+def main(run: command.Command) -> None:
+    """Checks all that was asked for, then loads, compiles and generates."""
+    prompts = read_prompts()
+    path = in_repository(run.config.model.path)
+
+    import moe_jax
+    from moe_jax.checkpoint.huggingface import read_architecture
+    from moe_jax.engine.request import execution_of, make_requests
+    from moe_jax.text.tokenizer import load_tokenizer
+
+    config = run.config
+    architecture = read_architecture(path)
+    refuse_other_shape(config, architecture)
+    execution = execution_of(architecture, config.policy.k_max, config.kernels.grouped_matmul)
+    run.implementations["grouped_matmul"] = execution.grouped_matmul
+    settings = {"sampling": config.sampling, "policy": config.policy.spec, "seed": config.run.seed}
+    requests = make_requests(prompts, load_tokenizer(path), execution, **settings)
+
+    with run.timed("load"):
+        model = moe_jax.load(path, dtype=config.model.dtype)
+    with run.timed("compile"):
+        model.engine.compile(requests, execution)
+
+    made = ["" for _ in prompts]
+
+    def show(index: int, piece: str) -> None:
+        made[index] += piece
+        if index == 0:
+            print(piece, end="", flush=True)
+
+    print(heading(0, prompts) + prompts[0], end="", flush=True)
+    try:
+        with run.timed("run"):
+            completions, measured = model.engine.run(requests, execution, show)
+    except KeyboardInterrupt:
+        parts = [{"text": text, "finish_reason": "interrupted"} for text in made]
+        write_completions(run.out, prompts, parts)
+        raise
+    print()
+    for index in range(1, len(prompts)):
+        print(heading(index, prompts) + prompts[index] + completions[index].text)
+    print(flush=True)
+
+    write_completions(run.out, prompts, [dataclasses.asdict(completion) for completion in completions])
+    run.seconds |= {"prefill": measured.prefill_s, "decode": measured.decode_s}
+    figures = measured.figures()
+    run.finish(figures, text=summary(run, figures, completions))
+
+
+def read_prompts() -> list[str]:
+    """The prompts asked for: flags, then files, else standard input, else the default one."""
+    prompts = list(PROMPT.value)
+    for name in PROMPT_FILE.value:
+        try:
+            prompts.append(as_text(pathlib.Path(name).read_bytes(), f"--prompt_file = {name!r}"))
+        except OSError as error:
+            raise ValueError(f"--prompt_file = {name!r}: {error.strerror}") from error
+    if not prompts:
+        piped = read_piped()
+        prompts = [as_text(piped, "standard input") if piped.strip() else DEFAULT_PROMPT]
+    return prompts
+
+
+def read_piped() -> bytes:
+    """All of standard input, unless it is a terminal, closed, or a pipe that nobody writes to."""
+    if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
+        return b""
+    if os.name == "posix" and not select.select([sys.stdin], [], [], WAIT_S)[0]:
+        print(f"nothing on standard input within {WAIT_S:.0f} s: going on with the default prompt", file=sys.stderr)
+        return b""
+    return sys.stdin.buffer.read()
+
+
+def as_text(data: bytes, name: str) -> str:
+    """Decodes UTF-8; ValueError, naming the source, for anything else."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: byte {error.start} is not UTF-8; wanted text") from error
+    if "\0" in text:
+        raise ValueError(f"{name}: byte {data.index(0)} is 0; wanted text")
+    if not text:
+        raise ValueError(f"{name} is empty: wanted text")
+    return text
+
+
+def in_repository(path: str) -> pathlib.Path:
+    """A path as given or, where there is nothing, relative to the repository."""
+    if not path:
+        raise ValueError("model.path = '': wanted the folder of a model")
+    return pathlib.Path(path) if os.path.exists(path) or not (ROOT / path).exists() else ROOT / path
+
+
+def refuse_other_shape(config, architecture) -> None:
+    """Refuses settings of the model's shape that say otherwise than the model: they would be ignored."""
+    for section in ("decoder", "attention", "moe"):
+        given, own = getattr(config, section), getattr(architecture, section)
+        for field in dataclasses.fields(given):
+            value, wanted = getattr(given, field.name), getattr(own, field.name)
+            if value not in (field.default, wanted):
+                hint = "; for fewer active experts: policy.spec=topk:4" if field.name == "k" else ""
+                raise ValueError(f"{section}.{field.name} = {value!r}: the model's own is {wanted!r}, and stays{hint}")
+
+
+def heading(index: int, prompts: list[str]) -> str:
+    """What goes before a prompt where there are several."""
+    return f"--- {index + 1} of {len(prompts)}\n" if len(prompts) > 1 else ""
+
+
+def write_completions(out: pathlib.Path | None, prompts: list[str], completions: list[dict]) -> None:
+    """Writes one line of JSON per prompt; what is not a number becomes null, since JSON has no name for it."""
+    if out is None:
+        return
+    lines = []
+    for prompt, completion in zip(prompts, completions):
+        line = {"prompt": prompt, **{name: None if value != value else value for name, value in completion.items()}}
+        lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+    files.write_atomically(out / "completions.jsonl", "".join(lines).encode(errors="backslashreplace"))
+
+
+def summary(run: command.Command, figures: dict, completions: list) -> str:
+    """The figures for people."""
+    value = {name: figure["value"] for name, figure in figures.items()}
+    seconds = ", ".join(f"{phase} {run.seconds[phase]:.2f} s" for phase in ("load", "compile", "prefill", "decode"))
+    names = ", ".join(f"{operation} {name}" for operation, name in run.implementations.items())
+    tokens, reasons = sum(len(one.ids) for one in completions), ", ".join(one.finish_reason for one in completions)
+    return (
+        f"{seconds}\n"
+        f"prefill {value['prefill_tokens_per_s']:.0f} tokens/s, first token after "
+        f"{value['time_to_first_token_s']:.3f} s, decode {value['decode_tokens_per_s']:.1f} tokens/s\n"
+        f"{value['experts_per_token']:.2f} experts per token, {value['distinct_experts_per_layer_step']:.2f} distinct "
+        f"experts per layer and step\n"
+        f"{tokens} tokens made ({reasons}); {names}"
+    )
+
+
+if __name__ == "__main__":
+    command.run(main, default_config=os.path.relpath(ROOT / "configs" / "infer_demo.gin"))

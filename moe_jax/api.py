@@ -1,0 +1,203 @@
+"""The public names: load a model, ask it for logits and completions, save it."""
+
+import functools
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+
+from moe_jax.checkpoint import huggingface
+from moe_jax.config.schema import Architecture, SamplingConfig
+from moe_jax.engine import cache as caches
+from moe_jax.engine.generate import Completion, Engine
+from moe_jax.engine.request import AnyPolicy, execution_of, make_requests, policy_of_each
+from moe_jax.model import decoder
+from moe_jax.routing.policies import base as policies
+from moe_jax.text.tokenizer import load_tokenizer
+
+# What travels with the weights from the folder that a model was loaded from to the one it is saved to.
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"),
+)
+
+
+class Model:
+    """A model in memory, on the default device. `load` makes one.
+
+    Attributes:
+        architecture: its shape, as `config.json` says.
+        params: its weights, a nested dict of arrays; the seam for anything that `moe_jax` does not do itself.
+        tokenizer: None where its folder has none.
+        engine: what generates.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        params: decoder.Params,
+        tokenizer: tokenizers.Tokenizer | None,
+        *,
+        model_type: str,
+        token_ids: Mapping[str, int | Sequence[int]],
+        tokenizer_files: Mapping[str, bytes],
+    ):
+        self.architecture = architecture
+        self.params = params
+        self.tokenizer = tokenizer
+        self._model_type = model_type
+        self._token_ids = dict(token_ids)
+        self._tokenizer_files = dict(tokenizer_files)
+        self.engine = Engine(params, tokenizer, np.atleast_1d(token_ids.get("eos_token_id", [])).tolist())
+
+    def logits(self, tokens_BT, *, policy: AnyPolicy | Sequence[AnyPolicy] = None, k_max: int = 0) -> np.ndarray:
+        """Scores every next token behind every position.
+
+        Lengths and rows are rounded up to buckets: within one, nothing is compiled anew.
+
+        Args:
+            tokens_BT: integer ids; position t sees positions 0 to t of its row.
+            policy: which experts run: a spec such as "topk:4", a policy, None for the model's own k, or a sequence with
+                one of these for each row.
+            k_max: static slots per token, at least what any policy asks for; 0: the model's own k.
+
+        Returns:
+            logits_BTV float32.
+
+        Raises:
+            ValueError: ids are not of the vocabulary, a row is longer than the context, or a policy does not fit.
+        """
+        tokens_BT = np.asarray(tokens_BT)
+        trunk = self.architecture.decoder
+        if tokens_BT.ndim != 2 or not tokens_BT.size or not np.issubdtype(tokens_BT.dtype, np.integer):
+            raise ValueError(f"tokens_BT is {tokens_BT.dtype}{list(tokens_BT.shape)}: wanted whole numbers [B, T]")
+        batch, length = tokens_BT.shape
+        if length > trunk.max_context:
+            raise ValueError(f"tokens_BT has {length} positions: wanted at most the model's {trunk.max_context}")
+        if tokens_BT.min() < 0 or tokens_BT.max() >= trunk.vocab_size:
+            wrong = tokens_BT.min() if tokens_BT.min() < 0 else tokens_BT.max()
+            raise ValueError(f"tokens_BT has the token {wrong}: wanted 0 to {trunk.vocab_size - 1}")
+        execution = execution_of(self.architecture, k_max)
+        policy_B = policy_of_each(policy, batch)
+        rows = caches.round_up(batch)
+        padding = ((0, rows - batch), (0, caches.length_bucket(length, trunk.max_context) - length))
+        live = policies.settings(
+            policy_B + policy_B[:1] * (rows - batch), trunk.num_moe_layers, self.architecture.moe.k, execution.k_max
+        )
+        segments_BT = np.pad(np.ones_like(tokens_BT, np.int32), padding)
+        tokens_BT = np.pad(tokens_BT.astype(np.int32), padding)
+        return np.asarray(_logits(self.params, tokens_BT, segments_BT, live, execution=execution))[:batch, :length]
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        *,
+        max_new_tokens: int,
+        policy: AnyPolicy | Sequence[AnyPolicy] = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int | Sequence[int] = 0,
+        stop: str | Sequence[str] = (),
+        k_max: int = 0,
+        on_text: Callable[[int, str], object] = lambda index, piece: None,
+    ) -> list[Completion]:
+        """Continues prompts, all in one batch.
+
+        Policies and sampling settings are data: changing them compiles nothing, and neither does another prompt length
+        or one more prompt within a bucket.
+
+        Args:
+            prompts: texts, or token ids that are taken as they are.
+            max_new_tokens: for each prompt; the model's context ends a completion earlier.
+            policy: which experts run: a spec such as "topk:4", a policy, None for the model's own k, or a sequence with
+                one of these for each prompt.
+            temperature: 0 takes the best token; else what logits are divided by.
+            top_k: draw among so many of the best tokens; 0: all.
+            top_p: draw among the best tokens whose probabilities add up to this.
+            seed: of the draws; one for all, or one for each prompt. A prompt's draws depend on its seed alone, not on
+                what runs beside it: the same prompt twice wants two seeds.
+            stop: strings that end a completion, itself left out.
+            k_max: static slots per token, at least what any policy asks for; 0: the model's own k.
+            on_text: called with a prompt's index and the next piece of its text, as soon as that is certain.
+
+        Returns:
+            A completion for each prompt, in order.
+
+        Raises:
+            ValueError: an argument is refused, the model has no tokenizer, or the cache does not fit in memory.
+        """
+        if self.tokenizer is None:
+            raise ValueError("the model's folder has no tokenizer.json: wanted one, to generate text")
+        stop = (stop,) if isinstance(stop, str) else tuple(stop)
+        sampling = SamplingConfig(max_new_tokens, temperature, top_k, top_p, stop)
+        execution = execution_of(self.architecture, k_max)
+        requests = make_requests(prompts, self.tokenizer, execution, sampling=sampling, policy=policy, seed=seed)
+        return self.engine.run(requests, execution, on_text).completions
+
+    def save(self, path: str | os.PathLike, *, dtype: str = "auto") -> None:
+        """Writes a folder in Hugging Face layout, tokenizer included, that `load` and other programs read.
+
+        Args:
+            path: where; it must not exist yet, or be an empty folder.
+            dtype: of the weights. "auto": as they are in memory.
+
+        Raises:
+            ValueError: `path` is taken, or a weight is not finite in that dtype.
+        """
+        huggingface.write_checkpoint(
+            path,
+            self.architecture,
+            self.params,
+            dtype=dtype,
+            model_type=self._model_type,
+            token_ids=self._token_ids,
+            extra_files=self._tokenizer_files,
+        )
+
+
+def load(path: str | os.PathLike, *, dtype: str = "auto") -> Model:
+    """Loads a model onto the default device.
+
+    Args:
+        path: a folder in Hugging Face layout.
+        dtype: of weights and activations: "float32", "bfloat16", "float16", or "auto": as stored.
+
+    Raises:
+        ValueError: there is no such folder, its model is not supported, or a file is damaged or beyond the memory.
+    """
+    folder = pathlib.Path(path)
+    huggingface.read_architecture(folder)  # what is quickly told is told first
+    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    tokenizer = load_tokenizer(folder) if "tokenizer.json" in files else None
+    architecture, params = huggingface.read_checkpoint(folder, dtype)
+    return Model(
+        architecture,
+        _moved_to_device(params),
+        tokenizer,
+        model_type=json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"],
+        token_ids=huggingface.read_token_ids(folder),
+        tokenizer_files=files,
+    )
+
+
+def _moved_to_device(params: dict[str, Any]) -> decoder.Params:
+    """Moves arrays one at a time, emptying the tree that held them: nothing but the largest is held twice."""
+    moved = {}
+    while params:
+        name, value = params.popitem()
+        moved[name] = _moved_to_device(value) if isinstance(value, dict) else jax.device_put(value).block_until_ready()
+    return moved
+
+
+@functools.partial(jax.jit, static_argnames="execution")
+def _logits(params, tokens_BT, segments_BT, live, *, execution):
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+    x_BTD, _ = decoder.hidden(params, tokens_BT, positions_BT, segments_BT, live, execution)
+    return decoder.logits(params, x_BTD)

@@ -1,0 +1,78 @@
+"""The cache of keys and values: the shapes that requests round up to, its bytes, and its allocation."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+
+from moe_jax.config.schema import Architecture
+from moe_jax.model.decoder import Cache
+
+SHORTEST = 16  # positions of the smallest bucket
+
+
+class Shape(NamedTuple):
+    """The static shape of one batch of requests: what its programs are compiled for."""
+
+    batch: int  # rows, a power of two
+    length: int  # positions of the longest prompt, rounded up
+    memory: int  # positions of the cache: prompt and continuation, rounded up
+
+
+def round_up(count: int) -> int:
+    """The smallest power of two that is not below a positive count: the bucket of a number of rows."""
+    return 1 << (count - 1).bit_length()
+
+
+def length_bucket(length: int, max_context: int) -> int:
+    """The bucket of a number of positions: a power of two, at least 16, at most the context."""
+    return min(max(SHORTEST, round_up(length)), max_context)
+
+
+def shape_of(prompts: Sequence[int], continuations: Sequence[int], max_context: int) -> Shape:
+    """The shape that holds a batch.
+
+    Args:
+        prompts: tokens of each prompt.
+        continuations: tokens that each may grow by; together with its prompt at most `max_context`.
+        max_context: positions that the model takes.
+    """
+    longest = max(prompt + continuation for prompt, continuation in zip(prompts, continuations))
+    length, memory = length_bucket(max(prompts), max_context), length_bucket(longest, max_context)
+    return Shape(round_up(len(prompts)), length, memory)
+
+
+def allocate(architecture: Architecture, batch: int, memory: int, dtype: jnp.dtype) -> Cache:
+    """An empty cache of `batch` rows and `memory` positions."""
+    key_LBMGA, value_LBMGA = (jnp.zeros(_array_shape(architecture, batch, memory), dtype) for _ in range(2))
+    return Cache(key_LBMGA, value_LBMGA)
+
+
+def require_memory(architecture: Architecture, shape: Shape, dtype: np.dtype) -> None:
+    """Refuses a cache that does not fit beside what the first device already holds.
+
+    Raises:
+        ValueError: saying what it needs and what is available.
+    """
+    needed_bytes = 2 * int(np.prod(_array_shape(architecture, shape.batch, shape.memory))) * np.dtype(dtype).itemsize
+    available_bytes = _available_bytes(jax.local_devices()[0])
+    if needed_bytes > available_bytes:
+        raise ValueError(
+            f"the cache of {shape.batch} prompts with up to {shape.memory} tokens needs {needed_bytes / 1e9:.1f} GB, "
+            f"{available_bytes / 1e9:.1f} GB available: wanted fewer prompts or fewer tokens"
+        )
+
+
+def _array_shape(architecture: Architecture, batch: int, memory: int) -> tuple[int, ...]:
+    attention = architecture.attention
+    return (architecture.decoder.num_layers, batch, memory, attention.num_kv_heads, attention.head_dim)
+
+
+def _available_bytes(device: jax.Device) -> int:
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    return psutil.virtual_memory().available

@@ -1,0 +1,303 @@
+"""Generation: a batch of requests, each with its own policy and sampling, to completions."""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+
+from moe_jax.engine import cache as caches
+from moe_jax.engine.request import Request
+from moe_jax.engine.sampling import Sampling, draw
+from moe_jax.engine.stopping import StoppingText
+from moe_jax.model import decoder
+from moe_jax.routing.policies import base as policies
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What was made of one prompt.
+
+    Attributes:
+        text: the continuation, up to a stop string or the end of text, neither included.
+        ids: every token drawn, those of a stop string and the end-of-text token included.
+        log_probabilities: of each of `ids` under the model itself, in nats, before temperature and cuts.
+        experts_per_token: slots that the request's policy keeps, mean over MoE layers.
+        distinct_experts_per_layer_step: experts that one MoE layer ran in one decode step, for all requests of the
+            batch together; mean over MoE layers and this request's decode steps. NaN where it took no such step: the
+            first token comes from reading the prompt.
+        finish_reason: "stop" (a stop string), "end" (the end-of-text token) or "length" (`max_new_tokens`, or the
+            model's context).
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    log_probabilities: tuple[float, ...]
+    experts_per_token: float
+    distinct_experts_per_layer_step: float
+    finish_reason: str
+
+
+@dataclasses.dataclass
+class Measured:
+    """What a batch took, programs and weights being there. Padding and finished rows count nowhere."""
+
+    prefill_tokens: int
+    prefill_s: float = 0.0  # until the first token of every request is on the host
+    decode_s: float = 0.0
+    decode_steps: int = 0
+    decode_tokens: int = 0  # drawn by those steps
+    kept_slots: int = 0  # of those steps, mean over MoE layers, like what follows
+    distinct_experts: float = 0.0  # experts that held a slot, summed over those steps
+
+    def add_step(self, tokens: int, load_LE: np.ndarray) -> None:
+        """Counts one decode step of so many rows alive."""
+        self.decode_steps += 1
+        self.decode_tokens += tokens
+        self.kept_slots += load_LE.sum() / len(load_LE)
+        self.distinct_experts += np.count_nonzero(load_LE) / len(load_LE)
+
+    def figures(self) -> dict[str, dict[str, float | str]]:
+        """The figures of result.json; NaN where there was no decode step."""
+        decoded = {
+            "decode_tokens_per_s": (self.decode_tokens, self.decode_s, "tokens/s"),
+            "experts_per_token": (self.kept_slots, self.decode_tokens, "experts"),
+            "distinct_experts_per_layer_step": (self.distinct_experts, self.decode_steps, "experts"),
+        }
+        ratio = {
+            name: (total / count if self.decode_steps else float("nan"), unit)
+            for name, (total, count, unit) in decoded.items()
+        }
+        values = {
+            "prefill_tokens_per_s": (self.prefill_tokens / self.prefill_s, "tokens/s"),
+            "time_to_first_token_s": (self.prefill_s, "s"),
+            **ratio,
+        }
+        return {name: {"value": float(value), "unit": unit} for name, (value, unit) in values.items()}
+
+
+class Generated(NamedTuple):
+    """The completions of a batch, in the order of its requests, and what they took."""
+
+    completions: list[Completion]
+    measured: Measured
+
+
+class Drawn(NamedTuple):
+    """What a step hands to the host."""
+
+    token_B: jax.Array  # int32
+    log_probability_B: jax.Array  # float32
+    load_LE: jax.Array  # int32: slots that each expert received
+
+
+class Live(NamedTuple):
+    """The live settings of a batch, one row per request."""
+
+    policy: policies.Settings
+    sampling: Sampling
+
+
+@functools.partial(jax.jit, static_argnames=("execution", "memory"))
+def _prefill(params, tokens_BT, length_B, valid_BT, live: Live, *, execution, memory):
+    """Reads the prompts into a new cache, and draws the first token of each."""
+    batch = tokens_BT.shape[0]
+    cache = caches.allocate(execution.architecture, batch, memory, params["embedding_VD"].dtype)
+    start_B = jnp.zeros_like(length_B)
+    with jax.named_scope("prefill"):
+        x_BTD, cache, traffic = decoder.extend(params, cache, tokens_BT, start_B, valid_BT, live.policy, execution)
+        last_BD = x_BTD[jnp.arange(batch), length_B - 1]
+    return _draw(params, last_BD, length_B, traffic, live), cache
+
+
+@functools.partial(jax.jit, static_argnames="execution", donate_argnames="cache")
+def _decode(params, cache, token_B, position_B, alive_B, live: Live, *, execution):
+    """Reads the last token of each row that is alive, and draws the next."""
+    with jax.named_scope("decode"):
+        x_BTD, cache, traffic = decoder.extend(
+            params, cache, token_B[:, None], position_B, alive_B[:, None], live.policy, execution
+        )
+    return _draw(params, x_BTD[:, 0], position_B + 1, traffic, live), cache
+
+
+def _draw(params, x_BD, position_B, traffic, live):
+    with jax.named_scope("sample"):
+        token_B, log_probability_B = draw(decoder.logits(params, x_BD), live.sampling, position_B)
+    return Drawn(token_B, log_probability_B, traffic.load_E)
+
+
+class Engine:
+    """Runs one model: its weights, and the programs compiled for them so far.
+
+    A program is compiled for a `cache.Shape` and an `Execution`. Prompts, lengths and numbers of requests within a
+    shape, policies up to k_max, and sampling settings are data: they compile nothing.
+
+    Args:
+        params: as `decoder.split` gives them, on their devices.
+        tokenizer: of the model.
+        end_ids: tokens that end a text.
+    """
+
+    def __init__(self, params: decoder.Params, tokenizer: tokenizers.Tokenizer, end_ids: Sequence[int]):
+        self._params = params
+        self._tokenizer = tokenizer
+        self._end_ids = frozenset(end_ids)
+        self._programs: dict[tuple, jax.stages.Compiled] = {}
+
+    def compile(self, requests: Sequence[Request], execution: decoder.Execution) -> None:
+        """Compiles what `run` needs for these requests, unless it is there already.
+
+        Raises:
+            ValueError: the cache does not fit in the memory that is available.
+        """
+        self._prepared(requests, execution)
+
+    def run(
+        self,
+        requests: Sequence[Request],
+        execution: decoder.Execution,
+        on_text: Callable[[int, str], object] = lambda index, piece: None,
+    ) -> Generated:
+        """Continues all prompts together, until the last is finished.
+
+        Args:
+            requests: as `make_requests` gives them for the same execution.
+            execution: the static half of the steps.
+            on_text: called with the index of a request and the next piece of its text as soon as that is certain; the
+                pieces of a request add up to the text of its completion.
+
+        Returns:
+            The completions, and what they took.
+
+        Raises:
+            ValueError: the cache does not fit in the memory that is available.
+        """
+        batch, prefill, decode = self._prepared(requests, execution)
+        rows = [_Row(request, self._tokenizer, self._end_ids) for request in requests]
+        measured = Measured(prefill_tokens=sum(len(request.ids) for request in requests))
+
+        def hand_out(drawn: Drawn, alive_B: np.ndarray, distinct: float | None) -> np.ndarray:
+            """Gives every row that is alive its token; returns those that still are."""
+            for index in np.flatnonzero(alive_B).tolist():
+                piece = rows[index].take(int(drawn.token_B[index]), float(drawn.log_probability_B[index]), distinct)
+                if piece:
+                    on_text(index, piece)
+            return np.array([row.finish_reason is None for row in rows] + [False] * (len(alive_B) - len(rows)))
+
+        began = time.perf_counter()
+        drawn, cache = prefill(self._params, batch.tokens_BT, batch.length_B, batch.valid_BT, batch.live)
+        drawn = jax.device_get(drawn)
+        measured.prefill_s = time.perf_counter() - began
+        position_B = batch.length_B
+        alive_B = hand_out(drawn, batch.valid_BT[:, 0], None)
+
+        began = time.perf_counter()
+        while alive_B.any():
+            drawn, cache = decode(self._params, cache, drawn.token_B, position_B, alive_B, batch.live)
+            drawn = jax.device_get(drawn)
+            measured.add_step(np.count_nonzero(alive_B), drawn.load_LE)
+            position_B = position_B + alive_B
+            alive_B = hand_out(drawn, alive_B, np.count_nonzero(drawn.load_LE) / len(drawn.load_LE))
+        measured.decode_s = time.perf_counter() - began
+        k_BL = np.asarray(batch.live.policy.k_BL)
+        return Generated([row.completion(float(k_L.mean())) for row, k_L in zip(rows, k_BL)], measured)
+
+    def _prepared(
+        self, requests: Sequence[Request], execution: decoder.Execution
+    ) -> tuple["_Batch", jax.stages.Compiled, jax.stages.Compiled | None]:
+        """The batch, its prefill, and its decode step unless the prefill draws all there is to draw."""
+        batch = _batch_of(requests, execution)
+        shape, dtype = batch.shape, self._params["embedding_VD"].dtype
+        caches.require_memory(execution.architecture, shape, dtype)
+        key = (execution, shape)
+        if key not in self._programs:
+            arguments = (self._params, batch.tokens_BT, batch.length_B, batch.valid_BT, batch.live)
+            lowered = _prefill.lower(*arguments, execution=execution, memory=shape.memory)
+            self._programs[key] = lowered.compile()
+        prefill = self._programs[key]
+        if max(request.max_new_tokens for request in requests) == 1:
+            return batch, prefill, None
+        key = (execution, shape.batch, shape.memory)
+        if key not in self._programs:
+            cache = jax.eval_shape(lambda: caches.allocate(execution.architecture, shape.batch, shape.memory, dtype))
+            rows = (batch.length_B, batch.length_B, batch.valid_BT[:, 0], batch.live)
+            self._programs[key] = _decode.lower(self._params, cache, *rows, execution=execution).compile()
+        return batch, prefill, self._programs[key]
+
+
+class _Batch(NamedTuple):
+    """Requests as arrays, padded to their shape. Rows without a request have one token that is not valid."""
+
+    shape: caches.Shape
+    tokens_BT: np.ndarray  # int32, padded at the end
+    length_B: np.ndarray  # int32
+    valid_BT: np.ndarray  # bool
+    live: Live
+
+
+def _batch_of(requests: Sequence[Request], execution: decoder.Execution) -> _Batch:
+    architecture = execution.architecture
+    lengths = [len(request.ids) for request in requests]
+    budgets = [request.max_new_tokens for request in requests]
+    shape = caches.shape_of(lengths, budgets, architecture.decoder.max_context)
+    tokens_BT = np.zeros((shape.batch, shape.length), np.int32)
+    length_B = np.ones(shape.batch, np.int32)
+    valid_BT = np.zeros((shape.batch, shape.length), bool)
+    for row, request in enumerate(requests):
+        tokens_BT[row, : lengths[row]] = request.ids
+        valid_BT[row, : lengths[row]] = True
+        length_B[row] = lengths[row]
+    padded = [*requests, *requests[:1] * (shape.batch - len(requests))]
+    num_layers, k = architecture.decoder.num_moe_layers, architecture.moe.k
+    live = Live(
+        policies.settings([request.policy for request in padded], num_layers, k, execution.k_max),
+        Sampling(
+            np.array([request.sampling.temperature for request in padded], np.float32),
+            np.array([request.sampling.top_k for request in padded], np.int32),
+            np.array([request.sampling.top_p for request in padded], np.float32),
+            np.array([request.seed for request in padded], np.uint32),
+        ),
+    )
+    return _Batch(shape, tokens_BT, length_B, valid_BT, jax.device_put(live))
+
+
+class _Row:
+    """One request on its way to a completion."""
+
+    def __init__(self, request: Request, tokenizer: tokenizers.Tokenizer, end_ids: frozenset[int]):
+        self.finish_reason: str | None = None
+        self._request = request
+        self._end_ids = end_ids
+        self._stopping = StoppingText(tokenizer, request.sampling.stop)
+        self._text = ""
+        self._ids: list[int] = []
+        self._log_probabilities: list[float] = []
+        self._distinct: list[float] = []
+
+    def take(self, token: int, log_probability: float, distinct: float | None) -> str:
+        """Adds a token; returns the text that it makes certain."""
+        self._ids.append(token)
+        self._log_probabilities.append(log_probability)
+        if distinct is not None:
+            self._distinct.append(distinct)
+        if token in self._end_ids:
+            piece, self.finish_reason = self._stopping.flush(), "end"
+        else:
+            piece = self._stopping.push(token)
+            if not self._stopping.stopped and len(self._ids) == self._request.max_new_tokens:
+                piece, self.finish_reason = piece + self._stopping.flush(), "length"
+        if self._stopping.stopped:
+            self.finish_reason = "stop"
+        self._text += piece
+        return piece
+
+    def completion(self, experts_per_token: float) -> Completion:
+        """What has been made so far."""
+        distinct = float(np.mean(self._distinct)) if self._distinct else float("nan")
+        made = (self._text, tuple(self._ids), tuple(self._log_probabilities))
+        return Completion(*made, experts_per_token, distinct, self.finish_reason)

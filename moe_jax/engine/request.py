@@ -1,0 +1,120 @@
+"""Requests: what is asked of a model, checked before anything runs."""
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import tokenizers
+
+from moe_jax.config.schema import Architecture, SamplingConfig
+from moe_jax.kernels.grouped_matmul import api as grouped_matmul
+from moe_jax.model.decoder import Execution
+from moe_jax.routing.policies import base as policies
+from moe_jax.routing.policies.parse import parse
+from moe_jax.routing.policies.schedule import ModelOwn
+
+AnyPolicy = str | policies.Policy | None  # None: the model's own k
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """One prompt, and how it is to be continued."""
+
+    ids: tuple[int, ...]
+    policy: policies.Policy
+    sampling: SamplingConfig
+    seed: int
+    max_new_tokens: int  # what the context leaves of what was asked for
+
+
+def execution_of(architecture: Architecture, k_max: int = 0, implementation: str = "auto") -> Execution:
+    """The static half of the steps that run a model here.
+
+    Args:
+        architecture: of the model.
+        k_max: static slots per token; 0: the model's own k.
+        implementation: of the grouped matmul; "auto": by platform.
+
+    Raises:
+        ValueError: a router cannot choose that many experts, or the implementation is unknown.
+    """
+    moe = architecture.moe
+    reachable = moe.num_experts // moe.num_groups * moe.num_groups_kept
+    if not 0 <= operator.index(k_max) <= reachable:
+        raise ValueError(f"policy.k_max = {k_max}: wanted 0 (the model's own {moe.k}) to {reachable} experts")
+    return Execution(architecture, k_max or moe.k, grouped_matmul.resolve(implementation, jax.default_backend()))
+
+
+def policy_of_each(policy: AnyPolicy | Sequence[AnyPolicy], count: int) -> list[policies.Policy]:
+    """Gives each of `count` rows its policy: one for all, or a sequence of one each.
+
+    Raises:
+        ValueError: a spec does not parse, or the sequence has another length.
+    """
+    each = list(policy) if isinstance(policy, (list, tuple)) else [policy] * count
+    if len(each) != count:
+        raise ValueError(f"{len(each)} policies for {count} rows: wanted one, or one for each row")
+    return [ModelOwn() if one is None else parse(one) if isinstance(one, str) else one for one in each]
+
+
+def make_requests(
+    prompts: Sequence[str | Sequence[int]],
+    tokenizer: tokenizers.Tokenizer,
+    execution: Execution,
+    *,
+    sampling: SamplingConfig,
+    policy: AnyPolicy | Sequence[AnyPolicy] = None,
+    seed: int | Sequence[int] = 0,
+) -> list[Request]:
+    """Turns prompts into requests that `Engine.run` takes; all that can be wrong with them is found here.
+
+    Args:
+        prompts: texts, or token ids.
+        tokenizer: of the model.
+        execution: the static half of the steps.
+        sampling: of all of them.
+        policy: as `policy_of_each` takes it.
+        seed: of the draws, 0 to 2**32 - 1: one for all, or one for each prompt.
+
+    Raises:
+        ValueError: there is no prompt; one is empty, is not text, or leaves the context no room for a token; a policy
+            or a seed does not fit.
+    """
+    if isinstance(prompts, str) or not len(prompts):
+        raise ValueError(f"prompts = {prompts!r}: wanted a sequence of at least one prompt")
+    trunk, moe = execution.architecture.decoder, execution.architecture.moe
+    policy_B = policy_of_each(policy, len(prompts))
+    policies.settings(policy_B, trunk.num_moe_layers, moe.k, execution.k_max)
+    seed_B = [seed] * len(prompts) if np.ndim(seed) == 0 else list(seed)
+    if len(seed_B) != len(prompts) or not all(0 <= operator.index(one) < 2**32 for one in seed_B):
+        raise ValueError(f"seed = {seed!r}: wanted a whole number from 0 to 2**32 - 1, or one for each prompt")
+    requests = []
+    for number, prompt in enumerate(prompts, start=1):
+        ids = _encode(prompt, tokenizer, trunk.vocab_size, f"prompt {number}")
+        room = trunk.max_context - len(ids)
+        if room < 1:
+            raise ValueError(
+                f"prompt {number} has {len(ids)} tokens: wanted at most {trunk.max_context - 1}, one less than "
+                "the model's context"
+            )
+        budget = min(sampling.max_new_tokens, room)
+        requests.append(Request(ids, policy_B[number - 1], sampling, operator.index(seed_B[number - 1]), budget))
+    return requests
+
+
+def _encode(prompt, tokenizer, vocab_size: int, name: str) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name} is not text: {error}") from error
+        ids = tokenizer.encode(prompt).ids if prompt else []
+    else:
+        ids = [operator.index(token) for token in prompt]
+    if not ids:
+        raise ValueError(f"{name} is empty: wanted at least one token")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        raise ValueError(f"{name} has the token {min(ids) if min(ids) < 0 else max(ids)}: wanted 0 to {vocab_size - 1}")
+    return tuple(ids)

@@ -1,0 +1,218 @@
+"""What is done with a model once it is trained: exported, measured as exported, and described in its card."""
+
+import json
+import pathlib
+import statistics
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from moe_jax import files
+from moe_jax.checkpoint.huggingface import read_checkpoint, write_checkpoint
+from moe_jax.config.schema import Config
+from moe_jax.evaluation import likelihood
+from moe_jax.evaluation.likelihood import Estimate
+from moe_jax.model.decoder import Execution, Params
+from moe_jax.report.plots import draw_training_curve
+from moe_jax.routing.policies import base as policies
+from moe_jax.routing.policies.parse import parse
+from moe_jax.text.tokenizer import END_OF_TEXT_ID, save_tokenizer
+from moe_jax.training.loop import Text
+
+
+class Row(NamedTuple):
+    """One policy on the held-out text."""
+
+    policy: str
+    bits_per_byte: Estimate
+    worse: Estimate | None  # than the first policy, as a fraction; paired
+    load_max_over_mean: float  # of the worst MoE layer
+    unused_experts: int  # in all MoE layers
+
+
+class Finished(NamedTuple):
+    """The figures of a trained model, as exported."""
+
+    rows: Sequence[Row]
+    xz: float  # bits per byte of the same text by `xz -9e`
+    xz_primed: float  # the same, the compressor having read the training text
+    tokens_per_s: float  # median over the run
+    parameters: int
+    active_parameters: int  # that one token reads, with the model's own k
+
+
+def require_policies(config: Config, execution: Execution) -> None:
+    """Raises ValueError where a policy of `evaluation.policies` does not fit the model, before hours are spent."""
+    moe, num_layers = config.moe, config.decoder.num_moe_layers
+    policies.settings([parse(spec) for spec in config.evaluation.policies], num_layers, moe.k, execution.k_max)
+
+
+def finish(config: Config, folder: pathlib.Path, text: Text, execution: Execution, params: Params) -> Finished:
+    """Exports the trained model to `folder/model`, with its tokenizer, curve and card, and measures it as exported."""
+    metrics = folder / "metrics.jsonl"
+    with tempfile.TemporaryDirectory() as scratch:
+        save_tokenizer(text.tokenizer, scratch, config.decoder.max_context)
+        tokenizer_files = {path.name: path.read_bytes() for path in pathlib.Path(scratch).iterdir()}
+        token_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_TEXT_ID)
+        write_checkpoint(
+            folder / "model",
+            config.architecture,
+            params,
+            token_ids=token_ids,
+            extra_files=tokenizer_files | {"training_curve.png": draw_training_curve(metrics)},
+            replace=True,
+        )
+    _, exported = read_checkpoint(folder / "model", dtype="float32")
+    measured = _measure(config, text, execution, exported)
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    held_out_text, training_text = (
+        [document.text.encode() for document in documents] for documents in (text.held_out, text.corpus.documents)
+    )
+    finished = Finished(
+        measured,
+        likelihood.xz_bits_per_byte(held_out_text),
+        likelihood.xz_bits_per_byte(held_out_text, primer=training_text),
+        statistics.median(line["tokens_per_s"] for line in lines if "tokens_per_s" in line),
+        *count_parameters(exported, config.moe.k),
+    )
+    files.write_atomically(folder / "model" / "MODEL_CARD.md", model_card(config, text, finished))
+    return finished
+
+
+def _measure(config: Config, text: Text, execution: Execution, params: Params) -> list[Row]:
+    sizes = np.array([len(document.text.encode()) for document in text.held_out])
+    rows, reference = [], None
+    for spec in config.evaluation.policies:
+        with tqdm(desc=spec, unit="window", disable=None) as bar:
+            scored = likelihood.score(
+                params,
+                text.held_out_tokens,
+                parse(spec),
+                execution,
+                context=config.decoder.max_context,
+                batch_size=config.evaluation.batch_size,
+                advance=bar.update,
+            )
+        reference = scored.bits if reference is None else reference
+        load_LE = scored.load_LE
+        rows.append(
+            Row(
+                spec,
+                likelihood.bits_per_byte(scored.bits, sizes),
+                likelihood.paired_ratio(scored.bits, reference) if rows else None,
+                float((load_LE.max(axis=1) / load_LE.mean(axis=1)).max()),
+                int((load_LE == 0).sum()),
+            )
+        )
+    return rows
+
+
+def count_parameters(params: Params, k: int) -> tuple[int, int]:
+    """All parameters, and those that one token reads: of the routed experts, k out of E."""
+
+    def size(part) -> int:
+        return sum(map(size, part.values())) if isinstance(part, Mapping) else part.size
+
+    routed = size(params["moe"]["experts"])
+    num_experts = params["moe"]["experts"]["down_LEFD"].shape[1]
+    return size(params), size(params) - routed + routed * k // num_experts
+
+
+def figures(finished: Finished) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The figures of result.json: of the first policy and of the run, and one row per policy."""
+
+    def of(row: Row) -> dict[str, Any]:
+        of_row = {
+            "bits_per_byte": _figure(row.bits_per_byte, "bit/byte"),
+            "expert_load_max_over_mean": {"value": row.load_max_over_mean, "unit": "1"},
+            "unused_experts": {"value": row.unused_experts, "unit": "experts"},
+        }
+        return of_row | ({"worse_than_first": _figure(row.worse, "1")} if row.worse else {})
+
+    of_run = {
+        "xz_bits_per_byte": {"value": finished.xz, "unit": "bit/byte"},
+        "xz_primed_bits_per_byte": {"value": finished.xz_primed, "unit": "bit/byte"},
+        "training_tokens_per_s": {"value": finished.tokens_per_s, "unit": "token/s"},
+        "parameters": {"value": finished.parameters, "unit": "1"},
+        "active_parameters": {"value": finished.active_parameters, "unit": "1"},
+    }
+    return of(finished.rows[0]) | of_run, [{"policy": row.policy, "figures": of(row)} for row in finished.rows]
+
+
+def _figure(estimate: Estimate, unit: str) -> dict[str, Any]:
+    return {"value": estimate.value, "unit": unit, "ci95": estimate.ci95}
+
+
+def table(finished: Finished) -> str:
+    """One line per policy, in Markdown."""
+    head = "| policy | held-out bits per byte (95%) | worse, paired (95%) | max/mean load | experts unused |\n"
+    lines = [head + "|---|---|---|---|---|"]
+    for row in finished.rows:
+        low, high = row.bits_per_byte.ci95
+        worse = ""
+        if row.worse:
+            worse = f"{row.worse.value:.2%} ({row.worse.ci95[0]:.2%} to {row.worse.ci95[1]:.2%})"
+        lines.append(
+            f"| `{row.policy}` | {row.bits_per_byte.value:.4f} ({low:.4f} to {high:.4f}) | {worse} | "
+            f"{row.load_max_over_mean:.2f} | {row.unused_experts} |"
+        )
+    return "\n".join(lines)
+
+
+def model_card(config: Config, text: Text, finished: Finished) -> str:
+    """MODEL_CARD.md: what the model is, what it was trained on, and how well it does."""
+    moe, decoder, attention, training = config.moe, config.decoder, config.attention, config.training
+    seen_M = training.steps * training.batch_size * training.sequence_length / 1e6
+    held_out_MB = sum(len(document.text.encode()) for document in text.held_out) / 1e6
+    sources = "\n".join(
+        f"| {name} | {source.files} | {source.bytes / 1e6:.2f} |" for name, source in text.corpus.statistics.items()
+    )
+    return f"""# Model card
+
+A fine-grained Mixture-of-Experts decoder, trained from scratch by `launch/train.py` and exported in the `glm4_moe`
+layout: {finished.parameters:,} parameters, of which one token reads {finished.active_parameters:,}. It completes
+Python source text; it knows nothing else and follows no instructions.
+
+## Shape
+
+- {decoder.num_layers} layers, {decoder.num_dense_layers} of them a dense prefix; model width {decoder.d_model}
+- {moe.num_experts} routed experts of width {moe.expert_hidden}, {moe.k} active; {moe.num_shared_experts} shared
+- {attention.num_heads} query heads and {attention.num_kv_heads} key and value heads of {attention.head_dim}
+- byte-level BPE of {decoder.vocab_size} tokens; context {decoder.max_context} tokens
+- weights in bfloat16
+
+## Training
+
+- {training.steps:,} steps of {training.batch_size} x {training.sequence_length} tokens: {seen_M:.1f} M tokens seen, of
+  {text.packed.num_tokens / 1e6:.1f} M there are; k = {moe.k} throughout; dropless; float32; seed {config.run.seed}
+- AdamW, peak {training.learning_rate:g}, {training.warmup_steps} steps of warm-up, then a cosine
+- loads balanced by the selection bias (step {training.balance_bias_rate:g}) and the load loss of Switch Transformer
+  ({training.balance_loss:g})
+- {finished.tokens_per_s:,.0f} tokens/s (median)
+
+![Training curve](training_curve.png)
+
+## Quality
+
+Measured on the weights as exported, computing in float32, on the whole held-out text ({len(text.held_out)} files,
+{held_out_MB:.2f} MB; `assets/text`), in windows of {decoder.max_context} tokens that overlap by half. Intervals
+resample files; "worse" is relative to the first policy, paired by file.
+
+{table(finished)}
+
+`xz -9e` needs {finished.xz:.4f} bits per byte for the same text, and {finished.xz_primed:.4f} once it has read the
+training text.
+
+## Data
+
+Python sources of these packages as installed, without generated and data-like files, without the held-out files and
+without near-duplicates of them. Each is permissively licensed by its own statement; `assets/text/LICENSES` holds the
+licences. The weights are released under Apache-2.0.
+
+| source | files | MB |
+|---|---|---|
+{sources}
+"""

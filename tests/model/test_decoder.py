@@ -1,0 +1,223 @@
+"""The decoder against what it must equal: a dense loop over experts, itself without a cache, itself without neighbours."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+
+from moe_jax.engine import cache as caches
+from moe_jax.model import decoder
+from moe_jax.model.moe import moe_layer
+from moe_jax.routing.policies.base import Context, Settings
+
+UNTIED = tiny_model.changed(decoder={"tie_embeddings": False})
+PARAMS = tiny_model.random_params(UNTIED)
+EXECUTION = decoder.Execution(UNTIED, 8, "blocked")
+TOLERANCE = 1e-5  # of the largest value, float32
+
+
+def assert_close(got, wanted):
+    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
+    assert got.shape == wanted.shape
+    assert np.abs(got - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+
+
+def live(*k):
+    """Settings of one row per number, the same in both MoE layers."""
+    return Settings(jnp.asarray(np.array([[one, one] for one in k]), jnp.int32))
+
+
+def tokens(batch, length, seed=0):
+    return np.random.default_rng(seed).integers(0, 512, (batch, length), dtype=np.int32)
+
+
+@jax.jit
+def whole(params, tokens_BT, segments_BT, settings):
+    """Logits without a cache; positions count from the left."""
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+    x_BTD, traffic = decoder.hidden(params, tokens_BT, positions_BT, segments_BT, settings, EXECUTION)
+    return decoder.logits(params, x_BTD), traffic.load_E
+
+
+@jax.jit
+def extend(params, cache, tokens_BT, start_B, valid_BT, settings):
+    x_BTD, cache, traffic = decoder.extend(params, cache, tokens_BT, start_B, valid_BT, settings, EXECUTION)
+    return decoder.logits(params, x_BTD), cache, traffic.load_E
+
+
+def reference_moe(x_ND, weights, moe, k_N):
+    """A token at a time in float64: every expert runs, and the weight of those not chosen is zero."""
+
+    def silu(x):
+        return x / (1 + np.exp(-x))
+
+    def feed_forward(x_D, gate_up_DIF, down_FD):
+        return (silu(x_D @ gate_up_DIF[:, 0]) * (x_D @ gate_up_DIF[:, 1])) @ down_FD
+
+    weights = jax.tree.map(lambda weight: np.asarray(weight, np.float64), weights)
+    y_ND, chosen = [], []
+    for x_D, k in zip(np.asarray(x_ND, np.float64), k_N):
+        logits_E = x_D @ weights["router"]["weight_DE"]
+        if moe.score == "softmax":
+            mix_E = np.exp(logits_E - logits_E.max())
+            mix_E = mix_E / mix_E.sum()
+        else:
+            mix_E = 1 / (1 + np.exp(-logits_E))
+        score_E = mix_E + weights["router"].get("bias_E", 0)
+        group_of_E = np.arange(moe.num_experts) // (moe.num_experts // moe.num_groups)
+        if moe.num_groups > 1:
+            worth = [np.sort(score_E[group_of_E == group])[-2:].sum() for group in range(moe.num_groups)]
+            best = np.argsort(worth)[-moe.num_groups_kept :]
+            score_E = np.where(np.isin(group_of_E, best), score_E, -np.inf)
+        kept = np.argsort(-score_E, kind="stable")[:k]
+        weight_E = np.zeros(moe.num_experts)
+        weight_E[kept] = mix_E[kept]
+        if moe.normalize and k:
+            weight_E = weight_E / weight_E.sum()
+        y_D = np.zeros_like(x_D)
+        for expert in range(moe.num_experts):
+            y_expert_D = feed_forward(x_D, weights["gate_up_EDIF"][expert], weights["down_EFD"][expert])
+            y_D = y_D + moe.routed_scaling * weight_E[expert] * y_expert_D
+        if moe.num_shared_experts:
+            y_D = y_D + feed_forward(x_D, weights["shared"]["gate_up_DIF"], weights["shared"]["down_FD"])
+        y_ND.append(y_D)
+        chosen.extend(kept)
+    return np.stack(y_ND), np.bincount(chosen, minlength=moe.num_experts)
+
+
+VARIANTS = {
+    "sigmoid": {},
+    "softmax": {"score": "softmax", "selection_bias": False},
+    "softmax_bias": {"score": "softmax", "num_shared_experts": 2},
+    "no_bias": {"selection_bias": False},
+    "not_normalized": {"normalize": False},
+    "softmax_not_normalized_scaled": {
+        "score": "softmax",
+        "selection_bias": False,
+        "normalize": False,
+        "routed_scaling": 2.5,
+    },
+    "groups": {"num_groups": 4, "num_groups_kept": 2, "routed_scaling": 2.5},
+    "groups_of_one": {"num_groups": 16, "num_groups_kept": 8},
+    "no_shared": {"num_shared_experts": 0},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_moe_layer_equals_a_loop_over_all_experts(variant):
+    moe = tiny_model.changed(moe=VARIANTS[variant]).moe
+    stack = tiny_model.random_params(tiny_model.changed(moe=VARIANTS[variant]))["moe"]
+    layer = 1
+    experts = stack["experts"]
+    parts = {name: stack[name] for name in ("router", "shared") if name in stack}
+    weights = {
+        part: {name.replace("_L", "_"): weight[layer] for name, weight in of_part.items()}
+        for part, of_part in parts.items()
+    }
+    x_ND = np.random.default_rng(1).standard_normal((12, 64)).astype(np.float32)
+    row_N = np.repeat(np.arange(4), 3).astype(np.int32)
+    valid_N = np.ones(12, bool)
+    valid_N[[4, 9]] = False
+    k_B = np.array([8, 1, 3, 5])
+    settings = Settings(jnp.asarray(np.stack([np.full(4, 2), k_B], axis=1), jnp.int32))  # another k in the other layer
+
+    @jax.jit
+    def run(x_ND, weights, experts, settings):
+        context = Context(jnp.int32(layer), row_N, valid_N)
+        return moe_layer(x_ND, weights, experts, jnp.int32(layer), settings, context, moe, 8, "blocked")
+
+    y_ND, traffic = run(x_ND, weights, experts, settings)
+    weights |= {"gate_up_EDIF": experts["gate_up_LEDIF"][layer], "down_EFD": experts["down_LEFD"][layer]}
+    wanted_ND, load_E = reference_moe(x_ND, weights, moe, np.where(valid_N, k_B[row_N], 0))
+    assert_close(y_ND, wanted_ND)
+    np.testing.assert_array_equal(traffic.load_E, load_E)
+
+
+def test_cached_decode_equals_the_whole_sequence():
+    """A ragged batch, a policy per row: after the prompts, one token at a time."""
+    tokens_BT, length_B, settings = tokens(3, 24), np.array([16, 5, 9], np.int32), live(8, 2, 5)
+    wanted_BTV, _ = whole(PARAMS, tokens_BT, np.ones_like(tokens_BT), settings)
+    valid_BT = np.arange(16)[None, :] < length_B[:, None]
+    prompts_BT = np.where(valid_BT, tokens_BT[:, :16], 511)
+    cache = caches.allocate(UNTIED, 3, 32, jnp.float32)
+    logits_BTV, cache, _ = extend(PARAMS, cache, prompts_BT, np.zeros(3, np.int32), valid_BT, settings)
+    for row, length in enumerate(length_B):
+        assert_close(logits_BTV[row, :length], wanted_BTV[row, :length])
+    rows = np.arange(3)
+    for step in range(8):
+        at_B = length_B + step
+        logits_BTV, cache, _ = extend(
+            PARAMS, cache, tokens_BT[rows, at_B][:, None], at_B, np.ones((3, 1), bool), settings
+        )
+        assert_close(logits_BTV[:, 0], wanted_BTV[rows, at_B])
+
+
+def test_a_finished_row_keeps_no_experts_and_disturbs_nobody():
+    tokens_BT, settings = tokens(2, 16), live(8, 4)
+    cache = caches.allocate(UNTIED, 2, 32, jnp.float32)
+    everything = np.ones((2, 16), bool)
+    _, cache, load_LE = extend(PARAMS, cache, tokens_BT, np.zeros(2, np.int32), everything, settings)
+    assert load_LE.sum(axis=1).tolist() == [16 * (8 + 4)] * 2
+    last_BT, start_B = np.array([[7], [8]], np.int32), np.full(2, 16, np.int32)
+    both, _, load_LE = extend(PARAMS, cache, last_BT, start_B, np.array([[True], [True]]), settings)
+    assert load_LE.sum(axis=1).tolist() == [12, 12]
+    one, _, load_LE = extend(PARAMS, cache, last_BT, start_B, np.array([[False], [True]]), settings)
+    assert load_LE.sum(axis=1).tolist() == [4, 4]
+    assert_close(one[1], both[1])
+
+
+def test_requests_of_different_k_get_what_each_gets_alone():
+    tokens_BT, settings = tokens(2, 16), live(2, 8)
+    both_BTV, load_LE = whole(PARAMS, tokens_BT, np.ones_like(tokens_BT), settings)
+    assert load_LE.sum(axis=1).tolist() == [16 * (2 + 8)] * 2
+    for row in range(2):
+        segments_BT = np.zeros_like(tokens_BT)
+        segments_BT[row] = 1
+        alone_BTV, load_LE = whole(PARAMS, tokens_BT, segments_BT, settings)
+        assert load_LE.sum(axis=1).tolist() == [16 * (2, 8)[row]] * 2
+        assert_close(both_BTV[row], alone_BTV[row])
+    same_k_BTV, _ = whole(PARAMS, tokens_BT, np.ones_like(tokens_BT), live(8, 8))
+    assert np.abs(same_k_BTV[0] - both_BTV[0]).max() > 0.1  # the dial does something
+
+
+def test_a_rows_logits_depend_on_neither_padding_nor_neighbours():
+    tokens_BT = tokens(1, 11)
+    wanted_BTV, _ = whole(PARAMS, tokens_BT, np.ones_like(tokens_BT), live(8))
+    for seed in (1, 2):
+        crowd_BT = tokens(4, 16, seed)
+        crowd_BT[2, :11] = tokens_BT
+        segments_BT = np.ones_like(crowd_BT)
+        segments_BT[2, 11:] = 0
+        got_BTV, _ = whole(PARAMS, crowd_BT, segments_BT, live(3, 8, 8, 1))
+        assert_close(got_BTV[2, :11], wanted_BTV[0])
+
+
+def test_segments_do_not_see_each_other():
+    tokens_BT = tokens(1, 20)
+    positions_BT = np.concatenate([np.arange(8), np.arange(12)])[None].astype(np.int32)
+    segments_BT = np.repeat([1, 2], [8, 12])[None].astype(np.int32)
+
+    @jax.jit
+    def packed(tokens_BT):
+        x_BTD, _ = decoder.hidden(PARAMS, tokens_BT, positions_BT, segments_BT, live(8), EXECUTION)
+        return decoder.logits(PARAMS, x_BTD)
+
+    got_BTV = packed(tokens_BT)
+    for part in (slice(0, 8), slice(8, 20)):
+        alone_BTV, _ = whole(PARAMS, tokens_BT[:, part], np.ones_like(tokens_BT[:, part]), live(8))
+        assert_close(got_BTV[:, part], alone_BTV)
+
+
+def test_causality_by_gradient():
+    """Each position has a token of its own: the gradient for its embedding says which positions saw it."""
+    tokens_BT, at = np.arange(100, 112, dtype=np.int32)[None], 5
+
+    @jax.jit
+    @jax.grad
+    def gradient(embedding_VD):
+        logits_BTV, _ = whole({**PARAMS, "embedding_VD": embedding_VD}, tokens_BT, np.ones_like(tokens_BT), live(4))
+        return (logits_BTV[0, at] ** 2).sum()
+
+    size_T = np.abs(gradient(PARAMS["embedding_VD"])[tokens_BT[0]]).max(axis=1)
+    assert (size_T[: at + 1] > 1e-3).all() and (size_T[at + 1 :] == 0).all()

@@ -1,0 +1,217 @@
+"""Logits against transformers, on checkpoints that each side writes: the same files, the same tokens, two programs.
+
+pip install -r requirements-peers.txt && python -m pytest -m peers tests/peers
+"""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import pytest
+
+import moe_jax
+from moe_jax.checkpoint import huggingface
+from moe_jax.checkpoint.families import FAMILIES
+from moe_jax.config.schema import Architecture, AttentionConfig, DecoderConfig, MoEConfig
+
+pytestmark = pytest.mark.peers
+DEMO = pathlib.Path(__file__).parents[2] / "assets" / "demo"
+TOLERANCE = 1e-5  # float32 on both sides
+GAP = 1e-4  # a choice between scores nearer than this may rightly fall either way
+
+BASE = Architecture(
+    DecoderConfig(
+        vocab_size=96,
+        d_model=64,
+        num_layers=4,
+        num_dense_layers=1,
+        dense_hidden=80,
+        tie_embeddings=False,
+        max_context=64,
+    ),
+    AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=24, qk_norm=False, bias=True),
+    MoEConfig(num_experts=32, k=8, expert_hidden=24, num_shared_experts=1),
+)
+
+
+def variant(decoder=None, attention=None, moe=None):
+    """`BASE` with some settings changed."""
+    return Architecture(
+        dataclasses.replace(BASE.decoder, **(decoder or {})),
+        dataclasses.replace(BASE.attention, **(attention or {})),
+        dataclasses.replace(BASE.moe, **(moe or {})),
+    )
+
+
+VARIANTS = {
+    "base": BASE,
+    "qk_norm": variant(attention={"qk_norm": True, "bias": False}),
+    "qk_norm_and_bias": variant(attention={"qk_norm": True, "rope_theta": 1e6}, decoder={"norm_eps": 1e-3}),
+    "groups": variant(moe={"num_groups": 4, "num_groups_kept": 2, "routed_scaling": 2.5, "num_shared_experts": 2}),
+    "dense_layers": variant(decoder={"num_dense_layers": 3}),
+    "no_dense_layers": variant(decoder={"num_dense_layers": 0, "tie_embeddings": True}),
+    "not_normalized": variant(moe={"normalize": False}, attention={"rope_fraction": 1.0, "num_kv_heads": 4}),
+}
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    """The peer: imported late, so that collecting this file needs neither it nor torch."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    return transformers
+
+
+def random_params(architecture):
+    """Parameters that keep activations near one and give the selection bias a say."""
+    random = np.random.default_rng(0)
+    flat = {}
+    for rule in FAMILIES["glm4_moe"].rules(architecture):
+        x = random.standard_normal(rule.shape(architecture)).astype(np.float32)
+        if "norm" in rule.parameter:
+            x = 1 + x / 10
+        elif "bias" in rule.parameter:
+            x = x / 10
+        elif rule.parameter != "embedding_VD":
+            x = x * rule.stored_shape(architecture)[-1] ** -0.5
+        flat[rule.parameter] = x
+    return huggingface._nested(flat)
+
+
+def load_peer(transformers, path, **options):
+    """Loads with the peer, and accepts no missing, unexpected or mismatched tensor."""
+    import torch
+
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **options
+    )
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def peer_logits(model, tokens_BT, valid_BT):
+    """Returns the peer's logits, and where no choice of an expert or a group, here or earlier in the row, was close."""
+    import torch
+
+    clear_BT = np.ones(tokens_BT.shape, bool)
+
+    def gap_at(score_NE, kept):
+        ordered_NE = score_NE.sort(dim=-1, descending=True).values
+        return ordered_NE[:, kept - 1] - ordered_NE[:, kept] if kept < score_NE.shape[1] else None
+
+    def observe(gate, inputs, output):
+        score_NE = output[0].sigmoid() + gate.e_score_correction_bias
+        group_score_NR = score_NE.unflatten(-1, (gate.num_group, -1)).topk(2, dim=-1).values.sum(-1)
+        kept_NR = torch.zeros_like(group_score_NR).scatter(1, group_score_NR.topk(gate.topk_group).indices, 1)
+        kept_NE = kept_NR.repeat_interleave(gate.num_experts // gate.num_group, dim=1).bool()
+        for gap_N in (
+            gap_at(group_score_NR, gate.topk_group),
+            gap_at(score_NE.masked_fill(~kept_NE, -torch.inf), gate.top_k),
+        ):
+            if gap_N is not None:
+                np.logical_and(clear_BT, (gap_N > GAP).numpy().reshape(clear_BT.shape), out=clear_BT)
+
+    gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    assert gates
+    hooks = [gate.register_forward_hook(observe) for gate in gates]
+    with torch.no_grad():
+        mask = torch.tensor(valid_BT.astype(np.int64))
+        logits_BTV = model(input_ids=torch.tensor(tokens_BT.astype(np.int64)), attention_mask=mask).logits
+    for hook in hooks:
+        hook.remove()
+    return logits_BTV.numpy(), np.logical_and.accumulate(clear_BT, axis=1)
+
+
+def assert_same_logits(ours, peer, vocab_size, policy=None):
+    """Compares rows of several lengths, padded at the end, at every position where both have to agree."""
+    random = np.random.default_rng(1)
+    tokens_BT = random.integers(0, vocab_size, (16, 12), dtype=np.int32)
+    valid_BT = np.arange(12) < np.array([12, 7, 1, 10] * 4)[:, None]
+    tokens_BT[~valid_BT] = 0
+    wanted_BTV, clear_BT = peer_logits(peer, tokens_BT, valid_BT)
+    got_BTV = np.asarray(ours.logits(tokens_BT, policy=policy))
+    assert got_BTV.dtype == np.float32 and got_BTV.shape == wanted_BTV.shape
+    compared_BT = clear_BT & valid_BT
+    assert compared_BT.sum() > valid_BT.sum() / 2
+    got, wanted = got_BTV[compared_BT], wanted_BTV[compared_BT]
+    assert np.linalg.norm(got - wanted) <= TOLERANCE * np.linalg.norm(wanted)
+    assert np.abs(got - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def tiny(request, tmp_path_factory):
+    """A random checkpoint that we wrote, and its architecture."""
+    architecture = VARIANTS[request.param]
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    huggingface.write_checkpoint(path, architecture, random_params(architecture), token_ids={"eos_token_id": 1})
+    return path, architecture
+
+
+def test_logits_of_what_we_write(transformers, tiny):
+    path, architecture = tiny
+    ours = moe_jax.load(path, dtype="float32")
+    assert_same_logits(ours, load_peer(transformers, path), architecture.decoder.vocab_size)
+
+
+def test_logits_with_fewer_experts(transformers, tiny):
+    path, architecture = tiny
+    ours, peer = moe_jax.load(path, dtype="float32"), load_peer(transformers, path, num_experts_per_tok=4)
+    vocab_size = architecture.decoder.vocab_size
+    assert_same_logits(ours, peer, vocab_size, policy=moe_jax.policies.parse("topk:4"))
+    with pytest.raises(AssertionError):
+        assert_same_logits(ours, peer, vocab_size)
+
+
+def test_logits_of_what_transformers_writes(transformers, tmp_path):
+    config = transformers.Glm4MoeConfig(
+        **FAMILIES["glm4_moe"].config_json(VARIANTS["groups"]) | {"initializer_range": 0.2}
+    )
+    transformers.set_seed(0)
+    transformers.Glm4MoeForCausalLM(config).save_pretrained(tmp_path / "model")
+    assert huggingface.read_architecture(tmp_path / "model") == VARIANTS["groups"]
+    ours = moe_jax.load(tmp_path / "model", dtype="float32")
+    assert_same_logits(ours, load_peer(transformers, tmp_path / "model"), VARIANTS["groups"].decoder.vocab_size)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_no_shared_experts(transformers, tmp_path):
+    """The peer then makes shared experts of width zero, which no file holds."""
+    architecture = variant(moe={"num_shared_experts": 0})
+    huggingface.write_checkpoint(tmp_path / "model", architecture, random_params(architecture))
+    import torch
+
+    peer = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", dtype=torch.float32, attn_implementation="eager"
+    )
+    assert_same_logits(moe_jax.load(tmp_path / "model", dtype="float32"), peer.eval(), architecture.decoder.vocab_size)
+
+
+def test_dtypes_of_the_peer(transformers, tiny):
+    """The peer keeps the selection bias in float32, as we write it, and reads the rest as bfloat16."""
+    import torch
+
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tiny[0], dtype="auto")
+    dtypes = {name: tensor.dtype for name, tensor in peer.state_dict().items()}
+    wide = {name for name, dtype in dtypes.items() if dtype == torch.float32}
+    assert wide == {name for name in dtypes if name.endswith("e_score_correction_bias")} != set()
+    assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
+
+
+@pytest.mark.parametrize("k", [8, 4])
+def test_logits_of_the_demo(transformers, k):
+    architecture = huggingface.read_architecture(DEMO)
+    assert architecture.moe.k == 8
+    ours, peer = moe_jax.load(DEMO, dtype="float32"), load_peer(transformers, DEMO, num_experts_per_tok=k)
+    policy = None if k == 8 else moe_jax.policies.parse(f"topk:{k}")
+    assert_same_logits(ours, peer, architecture.decoder.vocab_size, policy)
+
+
+def test_token_ids_of_the_demo(transformers):
+    """The peer stops where we do."""
+    ids = huggingface.read_token_ids(DEMO)
+    config = transformers.AutoConfig.from_pretrained(DEMO)
+    generation = transformers.GenerationConfig.from_pretrained(DEMO)
+    assert "eos_token_id" in ids
+    for name, value in ids.items():
+        assert getattr(config, name) == value == getattr(generation, name)

@@ -1,0 +1,105 @@
+"""Scores, groups and weights against plain loops."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config.schema import MoEConfig
+from moe_jax.routing import balance
+from moe_jax.routing.policies import base
+from moe_jax.routing.policies.schedule import Layers, TopK
+from moe_jax.routing.router import route
+
+BASE = MoEConfig(num_experts=16, k=4)
+VARIANTS = {
+    "sigmoid": BASE,
+    "softmax": dataclasses.replace(BASE, score="softmax", selection_bias=False),
+    "not_normalized": dataclasses.replace(BASE, score="softmax", selection_bias=False, normalize=False),
+    "scaled": dataclasses.replace(BASE, routed_scaling=2.5),
+    "groups": dataclasses.replace(BASE, num_groups=4, num_groups_kept=2),
+}
+N, D = 21, 12
+
+
+def plain_selection(x, weight, bias, moe, k):
+    """One token after the other, as the models' papers write it."""
+    experts, weights = [], []
+    for row in np.asarray(x, np.float64):
+        logits = row @ np.asarray(weight, np.float64)
+        mix = np.exp(logits) / np.exp(logits).sum() if moe.score == "softmax" else 1 / (1 + np.exp(-logits))
+        score = mix + (bias if moe.selection_bias else 0)
+        if moe.num_groups > 1:
+            groups = np.split(np.arange(moe.num_experts), moe.num_groups)
+            group_score = [np.sort(score[group])[-2:].sum() for group in groups]
+            best = np.argsort(group_score)[::-1][: moe.num_groups_kept]
+            reachable = np.concatenate([groups[g] for g in best])
+        else:
+            reachable = np.arange(moe.num_experts)
+        chosen = sorted(reachable, key=lambda e: -score[e])[:k]
+        weight_of = mix[chosen] / mix[chosen].sum() if moe.normalize else mix[chosen]
+        experts.append(chosen)
+        weights.append(weight_of * moe.routed_scaling)
+    return np.array(experts), np.array(weights)
+
+
+@pytest.mark.parametrize("k", [1, 3, 4, 6])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_selection_equals_a_plain_loop(variant, k):
+    moe = VARIANTS[variant]
+    rng = np.random.default_rng(3)
+    x, weight = rng.standard_normal((N, D)), rng.standard_normal((D, moe.num_experts))
+    bias = rng.standard_normal(moe.num_experts) * 0.1
+    x32, weight32, bias32 = (np.asarray(part, np.float32) for part in (x, weight, bias))
+    routing = route(x32, weight32, bias32 if moe.selection_bias else None, moe)
+    live = base.settings([TopK(k)], 1, moe.k, 6)
+    context = base.Context(jnp.int32(0), jnp.zeros(N, jnp.int32), jnp.ones(N, bool))
+    selection = base.select(routing, live, context, moe, 6)
+    experts, weights = plain_selection(x32, weight32, bias32, moe, k)
+    np.testing.assert_array_equal(selection.expert_NK[:, :k], experts)
+    np.testing.assert_allclose(selection.weight_NK[:, :k], weights, rtol=1e-5)
+    np.testing.assert_array_equal(selection.keep_NK, np.tile(np.arange(6) < k, (N, 1)))
+    assert (np.asarray(selection.weight_NK)[:, k:] == 0).all()
+
+
+def test_settings_are_per_request_and_layer_and_padding_keeps_nothing():
+    rng = np.random.default_rng(0)
+    routing = route(rng.standard_normal((6, D), np.float32), rng.standard_normal((D, 16), np.float32), None, BASE)
+    live = base.settings([TopK(2), Layers((1, 4))], 2, 4, 4)
+    rows, valid = jnp.array([0, 0, 0, 1, 1, 1]), jnp.array([True, True, False, True, False, True])
+    kept = [
+        np.asarray(base.select(routing, live, base.Context(jnp.int32(layer), rows, valid), BASE, 4).keep_NK).sum(axis=1)
+        for layer in (0, 1)
+    ]
+    np.testing.assert_array_equal(kept, [[2, 2, 0, 1, 0, 1], [2, 2, 0, 4, 0, 4]])
+
+
+def test_full_k_keeps_the_models_own_choice_bit_for_bit():
+    rng = np.random.default_rng(5)
+    routing = route(rng.standard_normal((N, D), np.float32), rng.standard_normal((D, 16), np.float32), None, BASE)
+    context = base.Context(jnp.int32(0), jnp.zeros(N, jnp.int32), jnp.ones(N, bool))
+    narrow = base.select(routing, base.settings([TopK(4)], 1, 4, 4), context, BASE, 4)
+    wide = base.select(routing, base.settings([TopK(4)], 1, 4, 7), context, BASE, 7)
+    np.testing.assert_array_equal(narrow.weight_NK, wide.weight_NK[:, :4])
+    np.testing.assert_array_equal(narrow.expert_NK, wide.expert_NK[:, :4])
+
+
+def test_load_loss_is_one_when_even_and_its_gradient_evens():
+    moe = dataclasses.replace(BASE, selection_bias=False)
+    even = base.Routing(jnp.zeros((N, 16)), jnp.full((N, 16), 0.25))
+    valid = jnp.ones(N, bool)
+    np.testing.assert_allclose(balance.load_loss(even, jnp.full(16, 3.0), valid), 1.0, rtol=1e-6)
+
+    def loss(logits):
+        routing = base.Routing(logits, jax.nn.sigmoid(logits))
+        return balance.load_loss(routing, jnp.zeros(16).at[3].set(50.0), valid)
+
+    gradient = np.asarray(jax.grad(loss)(jnp.zeros((N, moe.num_experts)))).sum(axis=0)
+    assert gradient[3] > 0 and (np.delete(gradient, 3) < 0).all()
+
+
+def test_bias_moves_toward_even_loads():
+    moved = balance.update_bias(jnp.zeros((1, 4)), jnp.array([[10.0, 2.0, 5.0, 3.0]]), 0.1)
+    np.testing.assert_allclose(moved, [[-0.1, 0.1, 0.0, 0.1] - np.mean([-0.1, 0.1, 0.0, 0.1])], atol=1e-7)

@@ -1,0 +1,100 @@
+"""The house holds: imports point down, and each file states its subject."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PACKAGE = ROOT / "moe_jax"
+FLOORS = (
+    ("dims", "files", "config", "cost"),
+    ("text", "routing", "kernels"),
+    ("dispatch",),
+    ("model",),
+    ("checkpoint", "engine"),
+    ("evaluation", "training"),
+    ("study", "report"),
+    ("api", "command", "__init__"),
+)
+SIDEWAYS = {("training", "evaluation")}  # training evaluates as it goes
+FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
+TOP = len(FLOORS) - 1
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path):
+    """The part of the house that a file belongs to: the package or module directly below `moe_jax`."""
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported_rooms(tree, package):
+    """The rooms that code in `package` (dotted) imports, wherever in the file; `import moe_jax` is its `__init__`."""
+    names = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            module = ".".join(base + ([node.module] if node.module else []))
+            names += [f"{module}.{alias.name}" for alias in node.names] if module == "moe_jax" else [module]
+    parts = [name.split(".") for name in names]
+    return {part[1] if len(part) > 1 else "__init__" for part in parts if part[0] == "moe_jax"}
+
+
+def violations(room, tree, package):
+    """What breaks the rule in a file of `room`. The modules of the top floor are one package: the rule spares them."""
+    found = []
+    for imported in sorted(imported_rooms(tree, package) - {room}):
+        if (room, imported) in SIDEWAYS:
+            continue
+        if imported not in FLOOR_OF:
+            found.append(f"{imported} has no floor")
+        elif FLOOR_OF[imported] >= FLOOR_OF[room] and FLOOR_OF[room] != TOP:
+            found.append(f"{room} (floor {FLOOR_OF[room]}) imports {imported} (floor {FLOOR_OF[imported]})")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    assert room_of(path) in FLOOR_OF, f"give {room_of(path)} a floor"
+    package = ".".join(path.parent.relative_to(ROOT).parts)
+    assert violations(room_of(path), ast.parse(path.read_text()), package) == []
+
+
+@pytest.mark.parametrize(
+    ("room", "source", "refused"),
+    [
+        ("model", "from moe_jax.routing import selection", False),
+        ("model", "import jax, moe_jaxlike", False),
+        ("model", "from moe_jax.model import rope", False),
+        ("model", "from . import rope", False),
+        ("model", "from ..routing import selection", False),
+        ("model", "from moe_jax.engine import cache", True),
+        ("model", "import moe_jax.engine.cache", True),
+        ("model", "def later():\n    from moe_jax import engine", True),
+        ("model", "from ..engine import cache", True),
+        ("model", "from .. import engine", True),
+        ("model", "import moe_jax", True),
+        ("model", "from moe_jax import command", True),
+        ("model", "from moe_jax.attic import old", True),
+        ("engine", "from moe_jax.checkpoint import families", True),
+        ("training", "from moe_jax.evaluation import likelihood", False),
+        ("evaluation", "from moe_jax.training import loop", True),
+        ("command", "from moe_jax import api", False),
+    ],
+)
+def test_the_rule_itself(room, source, refused):
+    assert bool(violations(room, ast.parse(source), f"moe_jax.{room}")) == refused
+
+
+SUBJECTS = [path for path in FILES if path.read_text().strip()]
+SUBJECTS += sorted(path for folder in ("launch", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", SUBJECTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_first_docstring_line_states_the_subject(path):
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert docstring, "wanted a docstring"
+    first, *rest = docstring.split("\n")
+    assert first.endswith((".", ":")) and (not rest or rest[0] == ""), "wanted a sentence on a line of its own"

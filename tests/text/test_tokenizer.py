@@ -1,0 +1,185 @@
+"""Any text comes back unchanged, and other tools read what is saved."""
+
+import json
+import pathlib
+import sysconfig
+
+import hypothesis
+import numpy as np
+import pytest
+from hypothesis import strategies as st
+
+from moe_jax.text import tokenizer as tokenizer_module
+from moe_jax.text.corpus import Document, collect
+from moe_jax.text.tokenizer import (
+    END_OF_TEXT,
+    END_OF_TEXT_ID,
+    TextStream,
+    encode_documents,
+    load_tokenizer,
+    save_tokenizer,
+    train_tokenizer,
+)
+
+STDLIB = pathlib.Path(sysconfig.get_path("stdlib"))
+VOCAB_SIZE = 1024
+
+any_text = st.one_of(
+    st.text(),
+    st.text(alphabet=st.sampled_from(" \t\r\n\0\x0b\x0c\x1b\x7f\x85\u200b\u2028\ufeff\ufffda_1.'")),
+    st.text(alphabet=st.sampled_from("é日本語👩‍👩‍👧🏽🇦🇧ÅÅ")),
+    st.lists(st.sampled_from([END_OF_TEXT, "<|endof", "text|>", " ", "def f(x):\n    ", "return x\r\n"])).map("".join),
+)
+
+
+@pytest.fixture(scope="module")
+def documents():
+    return collect([str(STDLIB / "json"), str(STDLIB / "html"), str(STDLIB / "email")], ()).documents
+
+
+@pytest.fixture(scope="module")
+def tokenizer(documents):
+    # on a busy machine, threads that wait for one another at every merge take minutes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TOKENIZERS_PARALLELISM", "false")
+        return train_tokenizer((document.text for document in documents), VOCAB_SIZE)
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(tokenizer, folder, max_context=1024)
+    return folder
+
+
+def test_training_is_deterministic_on_any_number_of_threads(documents, monkeypatch):
+    trained = []
+    for parallel in ("true", "false", "true"):
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallel)
+        trained.append(train_tokenizer((document.text for document in documents[:10]), 400).to_str())
+    assert trained[0] == trained[1] == trained[2]
+
+
+def test_vocabulary(tokenizer):
+    assert tokenizer.get_vocab_size() == VOCAB_SIZE
+    assert tokenizer.id_to_token(END_OF_TEXT_ID) == END_OF_TEXT
+    with pytest.raises(ValueError, match=r"text.vocab_size = 4000: the training text has pairs for \d+ tokens only"):
+        train_tokenizer(["a b c"], 4000)
+
+
+@hypothesis.given(any_text)
+@hypothesis.settings(deadline=None, max_examples=300)
+def test_any_text_comes_back_unchanged(tokenizer, text):
+    ids = tokenizer.encode(text).ids
+    assert ids[0] == END_OF_TEXT_ID
+    assert END_OF_TEXT_ID not in ids[1:]
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_python_layout_is_short(tokenizer, documents):
+    layout = "\n\n    def f(self):\n        return 0\n"
+    assert len(tokenizer.encode(layout).tokens) <= 12
+    ids = encode_documents(tokenizer, documents)
+    assert sum(len(document.text.encode()) for document in documents) / sum(map(len, ids)) > 2.8
+
+
+def test_digits_are_split_in_short_groups(tokenizer):
+    pieces = [tokenizer.decode([number]) for number in tokenizer.encode("x = 1234567890123").ids]
+    assert max(len(piece) for piece in pieces if piece.isdigit()) <= 3
+
+
+def test_documents_are_encoded_alone_and_in_order(tokenizer, documents, monkeypatch):
+    monkeypatch.setattr(tokenizer_module, "_ENCODE_AT_ONCE", 7)
+    some = [*documents[:20], Document("here", "empty", ""), Document("here", "special", f"a{END_OF_TEXT}b")]
+    arrays = encode_documents(tokenizer, some)
+    assert [array.dtype for array in arrays] == [np.int32] * len(some)
+    for document, array in zip(some, arrays, strict=True):
+        assert array.tolist() == tokenizer.encode(document.text).ids
+    assert arrays[-2].tolist() == [END_OF_TEXT_ID]
+    assert np.count_nonzero(arrays[-1] == END_OF_TEXT_ID) == 1
+
+
+def test_saved_tokenizer_loads_the_same(tokenizer, folder):
+    text = f"class A:\n    x = {END_OF_TEXT!r}\n"
+    for path in (folder, folder / "tokenizer.json"):
+        loaded = load_tokenizer(path)
+        assert loaded.to_str() == tokenizer.to_str()
+        assert loaded.encode(text).ids == tokenizer.encode(text).ids
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["model_max_length"] == 1024
+    assert settings["bos_token"] == settings["eos_token"] == END_OF_TEXT
+
+
+def test_special_tokens_of_other_tokenizers_stay_special(tmp_path, tokenizer):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode(f"a{END_OF_TEXT}").ids[-1] == END_OF_TEXT_ID
+    in_document = encode_documents(loaded, [Document("here", "special", f"a{END_OF_TEXT}")])[0]
+    assert END_OF_TEXT_ID not in in_document[1:]
+    assert loaded.encode(f"a{END_OF_TEXT}").ids[-1] == END_OF_TEXT_ID
+
+
+@pytest.mark.parametrize("content", [b"", b"{}", b"[1]", b"\xff\xfe", b'{"model": {"type": "BPE"'])
+def test_damaged_tokenizer_is_refused(content, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"tokenizer.json is not a tokenizer: ") as error:
+        load_tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_missing_tokenizer_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "nowhere"):
+        with pytest.raises(ValueError, match="is missing: a model's folder holds the tokenizer"):
+            load_tokenizer(path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"split_special_tokens"'])
+def test_damaged_settings_are_refused(content, tmp_path, tokenizer):
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(content)
+    with pytest.raises(ValueError, match=r"tokenizer_config.json is damaged"):
+        load_tokenizer(tmp_path)
+
+
+# text as it comes
+
+
+@hypothesis.given(any_text)
+@hypothesis.settings(deadline=None, max_examples=150)
+def test_stream_adds_up_to_the_text(tokenizer, text):
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(number) for number in tokenizer.encode(text).ids]
+    assert "".join(pieces) + stream.flush() == text
+    # a piece ends in U+FFFD only where the text has that character itself, and then not before the text goes on
+    assert not any(piece.endswith("\ufffd") for piece in pieces)
+
+
+@hypothesis.given(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=40))
+@hypothesis.settings(deadline=None, max_examples=150)
+def test_stream_of_any_tokens_adds_up_to_their_text(tokenizer, ids):
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(number) for number in ids]
+    assert "".join(pieces) + stream.flush() == tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_stream_holds_back_half_a_character(tokenizer):
+    ids = tokenizer.encode("a👩b").ids
+    assert len(ids) > 4  # the emoji is no token
+    stream = TextStream(tokenizer)
+    assert [piece for piece in map(stream.push, ids) if piece] == ["a", "👩", "b"]
+    stream = TextStream(tokenizer)
+    assert "".join(map(stream.push, ids[:4])) == "a"
+    assert stream.flush() == "\ufffd"
+    assert stream.flush() == ""
+
+
+@pytest.mark.peers
+def test_transformers_reads_it(folder, tokenizer, documents):
+    transformers = pytest.importorskip("transformers")
+    loaded = transformers.AutoTokenizer.from_pretrained(folder)
+    assert isinstance(loaded, transformers.PreTrainedTokenizerFast)
+    assert loaded.model_max_length == 1024
+    assert loaded.bos_token_id == loaded.eos_token_id == END_OF_TEXT_ID
+    for text in [*(document.text for document in documents[:10]), f"a {END_OF_TEXT} b", "", "é👩\r\n"]:
+        assert loaded(text)["input_ids"] == tokenizer.encode(text).ids
+        assert loaded.decode(loaded(text)["input_ids"], skip_special_tokens=True) == text

@@ -1,0 +1,150 @@
+"""Training as a user runs it: killed and started again, refused, diverging, and the model that comes out."""
+
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+
+import numpy as np
+import pytest
+
+from moe_jax.checkpoint.huggingface import read_checkpoint
+from moe_jax.checkpoint.orbax import Checkpoints
+from moe_jax.config.gin import read_config
+from moe_jax.training import loop
+from moe_jax.training.step import start
+
+ROOT = pathlib.Path(__file__).parents[2]
+MODULES = ("argparse.py", "ast.py", "base64.py", "bdb.py", "calendar.py", "cmd.py", "csv.py", "enum.py", "heapq.py")
+SMALL = {
+    "decoder.vocab_size": 384,
+    "decoder.d_model": 32,
+    "decoder.num_layers": 3,
+    "decoder.dense_hidden": 48,
+    "decoder.max_context": 64,
+    "attention.num_heads": 2,
+    "attention.num_kv_heads": 1,
+    "attention.head_dim": 16,
+    "moe.num_experts": 8,
+    "moe.k": 3,
+    "moe.expert_hidden": 16,
+    "text.vocab_size": 384,
+    "training.steps": 40,
+    "training.batch_size": 4,
+    "training.sequence_length": 64,
+    "training.warmup_steps": 4,
+    "training.checkpoint_every": 5,
+    "training.evaluate_every": 20,
+    "training.evaluate_bytes": 2000,
+    "training.log_every": 1,
+    "evaluation.policies": ("model", "topk:1"),
+}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A few modules of the standard library as the training text, and two files as the held-out text."""
+    folder = tmp_path_factory.mktemp("sources")
+    for name in MODULES:
+        (folder / name).write_bytes((pathlib.Path(sysconfig.get_path("stdlib")) / name).read_bytes())
+    return folder
+
+
+def overrides(sources, **more):
+    settings = SMALL | {"text.sources": (str(sources),), "text.held_out": str(ROOT / "assets" / "text")} | more
+    return [f"{name}={value!r}" for name, value in settings.items()]
+
+
+def command(sources, out, **more):
+    flags = [f"--set={override}" for override in overrides(sources, **more)]
+    return [sys.executable, str(ROOT / "launch" / "train.py"), f"--out={out}", *flags]
+
+
+def measured(out):
+    """What metrics.jsonl says, less what the clock says."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_s"} for line in lines]
+
+
+def test_killed_and_started_again_it_goes_on_bit_identically(sources, tmp_path):
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    subprocess.run(command(sources, undisturbed), check=True, capture_output=True)
+
+    wait_for = random.randrange(6, 36)
+    with subprocess.Popen(command(sources, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        metrics = killed / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= wait_for):
+            time.sleep(0.002)
+        time.sleep(random.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL, "the run was over before it was killed: nothing was tested"
+    assert len(measured(killed)) < len(measured(undisturbed))
+    again = subprocess.run(command(sources, killed), check=True, capture_output=True, text=True)
+
+    assert measured(killed) == measured(undisturbed), f"killed after {wait_for} lines"
+    weights = [(out / "model" / "model.safetensors").read_bytes() for out in (undisturbed, killed)]
+    assert weights[0] == weights[1]
+    result = json.loads((killed / "result.json").read_text())
+    assert result["figures"]["bits_per_byte"]["value"] < 6  # untrained: log2(384) per token of 1.6 bytes
+    assert f"{result['figures']['bits_per_byte']['value']:.4f}" in again.stdout
+    assert "bits per byte" in (killed / "model" / "MODEL_CARD.md").read_text()
+    assert (killed / "model" / "training_curve.png").read_bytes().startswith(b"\x89PNG")
+    _, params = read_checkpoint(killed / "model", "float32")
+    assert np.isfinite(params["embedding_VD"]).all()
+
+
+@pytest.fixture(scope="module")
+def prepared(sources, tmp_path_factory):
+    config = read_config(None, overrides(sources, **{"training.steps": 8}))
+    return config, loop.prepare_text(config, tmp_path_factory.mktemp("prepared"))
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(prepared, sources, tmp_path):
+    _, text = prepared
+    config = read_config(
+        None,
+        overrides(sources, **{"training.steps": 8, "training.learning_rate": 1e25, "training.checkpoint_every": 1}),
+    )
+    execution = loop.execution_of(config, "cpu")
+    with pytest.raises(ValueError, match=r"step \d+ is not finite .* the last good checkpoint is that of step \d"):
+        loop.train(config, tmp_path, text, execution)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
+    last = checkpoints.latest_step
+    state, _ = checkpoints.restore(last, start(execution, config.training, 0))
+    checkpoints.close()
+    assert 1 <= last < 8
+    assert np.isfinite(state.params["embedding_VD"]).all()
+
+
+def test_another_configuration_or_text_is_refused(prepared, sources, tmp_path):
+    config, text = prepared
+    execution = loop.execution_of(config, "cpu")
+    loop.train(config, tmp_path, text, execution)
+    other = read_config(None, overrides(sources, **{"training.steps": 8, "training.learning_rate": 1e-4}))
+    with pytest.raises(ValueError, match=r"training.learning_rate = 0.0001: .* was started with 0.003"):
+        loop.train(other, tmp_path, text, execution)
+    changed = text._replace(corpus=text.corpus.__class__(text.corpus.documents, text.corpus.statistics, "0" * 64))
+    with pytest.raises(ValueError, match="the text differs"):
+        loop.train(config, tmp_path, changed, execution)
+
+
+def test_ctrl_c_saves_where_it_stands(sources, tmp_path):
+    out = tmp_path / "out"
+    more = {"training.steps": 5000, "training.checkpoint_every": 5000, "training.evaluate_every": 5000}
+    with subprocess.Popen(
+        command(sources, out, **more), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        metrics = out / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+            time.sleep(0.02)
+        os.kill(process.pid, signal.SIGINT)
+        stderr = process.stderr.read()
+    assert process.returncode == 130
+    assert stderr.rstrip().endswith("interrupted")
+    saved = max(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit())
+    assert saved == measured(out)[-1]["step"]
