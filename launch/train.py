@@ -5,7 +5,11 @@
 Started again with the same --out, it goes on where it was killed. The model is exported to OUT/model.
 """
 
+import pathlib
+
 from moe_jax import command
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def main(run: command.Command) -> None:
@@ -29,4 +33,4 @@ def main(run: command.Command) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, default_config="configs/train_demo.gin", default_out="out/train")
+    command.run(main, default_config=ROOT / "configs/train_demo.gin", default_out="out/train", huge_pages=True)

@@ -40,9 +40,9 @@ def random_params(architecture=ARCHITECTURE, seed=0):
             return x / 10
         if name == "embedding_VD":
             return x
-        inputs = {"down": shape[-2], "output": shape[-2] * shape[-3]}.get(
-            name.split("_")[0], architecture.decoder.d_model
-        )
+        inputs = architecture.decoder.d_model
+        if name.startswith(("down", "output")):
+            inputs = np.prod(shape[2 if "_LE" in name else 1 : -1])
         return x * np.float32(inputs**-0.5)
 
     return jax.tree_util.tree_map_with_path(fill, shapes)

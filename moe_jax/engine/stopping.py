@@ -8,7 +8,7 @@ from moe_jax.text.tokenizer import TextStream
 
 
 class StoppingText:
-    """A `TextStream` that ends before the first stop string.
+    """A `TextStream` that ends before the first stop string to be whole, the longest of those that end together.
 
     What may be the beginning of a stop string is held back until more text tells.
 
@@ -35,10 +35,10 @@ class StoppingText:
 
     def _certain(self, piece: str) -> str:
         text = self._held + piece
-        found = [at for at in map(text.find, self._stop) if at >= 0]
+        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text]
         if found:
             self._held, self.stopped = "", True
-            return text[: min(found)]
+            return text[: min(found)[1]]
         longest = max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[len(text) - longest :]
         return text[: len(text) - longest]

@@ -1,7 +1,9 @@
 """Held-out likelihood against a plain loop over positions, and intervals that mean what they say."""
 
+import functools
 import lzma
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
@@ -26,14 +28,20 @@ def params():
     return decoder.split(decoder.Decoder(ARCHITECTURE, nnx.Rngs(1)))
 
 
-def bits_of(params, context_tokens, label, policy):
-    """Bits for one token from the logits of one unpadded sequence."""
-    tokens = np.asarray(context_tokens)[None]
+@functools.cache
+def jitted_hidden():
+    return jax.jit(decoder.hidden, static_argnums=5)
+
+
+def bits_of_window(params, tokens, policy):
+    """Bits of every token of one unpadded sequence but the first."""
     live = base.settings([policy], 1, 3, 3)
-    positions = np.arange(tokens.shape[1])[None]
-    x, _ = decoder.hidden(params, tokens, positions, np.ones_like(tokens), live, EXECUTION)
-    logits = np.asarray(decoder.logits(params, x), np.float64)[0, -1]
-    return (np.log(np.exp(logits - logits.max()).sum()) + logits.max() - logits[label]) / np.log(2)
+    inputs = np.asarray(tokens[:-1])[None]
+    positions = np.arange(inputs.shape[1])[None]
+    x, _ = jitted_hidden()(params, inputs, positions, np.ones_like(inputs), live, EXECUTION)
+    logits_TV = np.asarray(decoder.logits(params, x), np.float64)[0]
+    probability_TV = np.exp(logits_TV) / np.exp(logits_TV).sum(axis=1, keepdims=True)
+    return [-np.log2(probability[label]) for probability, label in zip(probability_TV, tokens[1:])]
 
 
 @pytest.mark.parametrize("spec", ["model", "topk:1"])
@@ -44,14 +52,15 @@ def test_every_token_is_scored_once_with_the_context_it_has(params, spec):
     got = likelihood.score(params, documents, policy, EXECUTION, context=CONTEXT, batch_size=3)
     half = CONTEXT // 2
     for tokens, bits in zip(documents, got.bits):
-        wanted = 0.0
-        for place in range(1, len(tokens)):
-            # the first window whole, then windows every half context, each scoring its second half
-            start = 0 if place <= CONTEXT else -(-(place - CONTEXT) // half) * half
-            wanted += bits_of(params, tokens[start:place], tokens[place], policy)
+        # the first window whole, then windows every half context, each scoring what the last one did not
+        scored = bits_of_window(params, tokens[: CONTEXT + 1], policy)
+        for start in range(half, len(tokens) - 1 - half, half):
+            scored += bits_of_window(params, tokens[start : start + CONTEXT + 1], policy)[half:]
+        assert len(scored) == len(tokens) - 1
+        wanted = sum(scored)
         np.testing.assert_allclose(bits, wanted, rtol=1e-5)
     k = 3 if spec == "model" else 1
-    window_tokens = sum(1 if len(t) == 2 else 0 for t in documents) + 5 + CONTEXT + (CONTEXT + CONTEXT + 13)
+    window_tokens = 1 + 5 + CONTEXT + (CONTEXT + CONTEXT + 13)  # the last document has three windows
     assert got.load_LE.sum() == k * window_tokens
 
 

@@ -1,4 +1,4 @@
-"""The decoder against what it must equal: a dense loop over experts, itself without a cache, itself without neighbours."""
+"""The decoder against what it must equal: a loop over all experts, itself without a cache, without neighbours."""
 
 import jax
 import jax.numpy as jnp

@@ -1,0 +1,36 @@
+import collections
+
+import jax.numpy as jnp
+import psutil
+import pytest
+import tiny_model
+
+from moe_jax.engine import cache
+
+
+@pytest.mark.parametrize(
+    ("length", "max_context", "wanted"),
+    [(1, 512, 16), (16, 512, 16), (17, 512, 32), (256, 512, 256), (257, 512, 512), (290, 300, 300), (3, 8, 8)],
+)
+def test_lengths_round_up_to_a_power_of_two_within_the_context(length, max_context, wanted):
+    assert cache.length_bucket(length, max_context) == wanted
+
+
+def test_a_shape_holds_every_request():
+    assert cache.shape_of([3, 20, 9], [20, 10, 40], 512) == (4, 32, 64)
+    assert cache.shape_of([3], [1], 512) == (1, 16, 16)
+    assert cache.shape_of([500] * 9, [12] * 9, 512) == (16, 512, 512)
+
+
+def test_a_cache_beyond_the_memory_is_refused(monkeypatch):
+    memory = collections.namedtuple("memory", "available")
+    shape = cache.Shape(batch=4, length=32, memory=64)
+    needed_bytes = 2 * 3 * 4 * 64 * 2 * 16 * 4  # keys and values, L, B, M, G, A, float32
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(needed_bytes))
+    cache.require_memory(tiny_model.ARCHITECTURE, shape, jnp.float32)
+    assert sum(part.nbytes for part in cache.allocate(tiny_model.ARCHITECTURE, 4, 64, jnp.float32)) == needed_bytes
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(needed_bytes - 1))
+    with pytest.raises(
+        ValueError, match=r"4 prompts with up to 64 tokens needs 0.0 GB, 0.0 GB available: wanted fewer"
+    ):
+        cache.require_memory(tiny_model.ARCHITECTURE, shape, jnp.float32)

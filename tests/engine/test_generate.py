@@ -1,0 +1,209 @@
+"""Generation against its plain definition: score the whole sequence anew for every token, and take the best."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_model
+
+from moe_jax.config.schema import SamplingConfig
+from moe_jax.engine.generate import Engine
+from moe_jax.engine.request import execution_of, make_requests, policy_of_each
+from moe_jax.model import decoder
+from moe_jax.routing.policies.base import Settings
+from moe_jax.routing.policies.schedule import TopK
+
+EXECUTION = execution_of(tiny_model.ARCHITECTURE)
+PROMPTS = ["The quick brown", "a walk through the woods, said the fox, is", "lazy"]
+
+
+@pytest.fixture(scope="module")
+def params():
+    return jax.device_put(tiny_model.random_params())
+
+
+@pytest.fixture(scope="module")
+def engine(params):
+    return Engine(params, tiny_model.tokenizer(), end_ids=())
+
+
+@pytest.fixture
+def compilations():
+    """A list that grows with every program that XLA compiles."""
+    seen = []
+
+    def listen(event, duration, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seen.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seen
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def requests(prompts=PROMPTS, policy=None, seed=0, execution=EXECUTION, **sampling):
+    settings = SamplingConfig(**{"max_new_tokens": 12, **sampling})
+    tokenizer = tiny_model.tokenizer()
+    return make_requests(prompts, tokenizer, execution, sampling=settings, policy=policy, seed=seed)
+
+
+def run(engine, *args, on_text=lambda index, piece: None, **kwargs):
+    return engine.run(requests(*args, **kwargs), EXECUTION, on_text)
+
+
+@jax.jit
+def log_probabilities(params, tokens_BT, k_BL):
+    positions_BT = jnp.arange(tokens_BT.shape[1])[None]
+    x_BTD, _ = decoder.hidden(params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT), Settings(k_BL), EXECUTION)
+    return jax.nn.log_softmax(decoder.logits(params, x_BTD))
+
+
+def best_continuation(params, ids, k, count):
+    """The best tokens and their log-probabilities, the whole sequence scored anew for each."""
+    padded_BT = np.zeros((1, 64), np.int32)
+    padded_BT[0, : len(ids)] = ids
+    best, log_probability = [], []
+    for at in range(len(ids), len(ids) + count):
+        of_next_V = np.asarray(log_probabilities(params, padded_BT, np.full((1, 2), k, np.int32))[0, at - 1])
+        best.append(int(of_next_V.argmax()))
+        log_probability.append(of_next_V.max())
+        padded_BT[0, at] = best[-1]
+    return tuple(best), log_probability
+
+
+def test_greedy_completions_are_the_best_tokens_of_the_whole_sequence(engine, params):
+    """Three ragged prompts in a batch of four rows, each with its own policy."""
+    policy = ["topk:2", None, TopK(5)]
+    completions, measured = run(engine, policy=policy)
+    for request, k, completion in zip(requests(), (2, 8, 5), completions):
+        best, log_probability = best_continuation(params, request.ids, k, 12)
+        assert completion.ids == best
+        np.testing.assert_allclose(completion.log_probabilities, log_probability, rtol=1e-4, atol=1e-5)
+        assert completion.text == tiny_model.tokenizer().decode(best)
+        assert (completion.finish_reason, completion.experts_per_token) == ("length", k)
+    assert measured.prefill_tokens == sum(len(request.ids) for request in requests())
+    assert (measured.decode_steps, measured.decode_tokens) == (11, 33)
+    assert measured.kept_slots == 11 * (2 + 8 + 5)  # nothing for the fourth row
+
+
+def test_within_a_bucket_nothing_compiles(engine, compilations):
+    assert compilations == []
+    fresh = Engine(engine._params, tiny_model.tokenizer(), end_ids=())
+    run(fresh, policy="topk:8")
+    assert len(compilations) == 2  # a prefill and a decode step
+    run(fresh, policy="topk:2")
+    run(fresh, policy=["layers:1,7", "topk:8", "model"])
+    run(fresh, temperature=0.7, top_k=5, top_p=0.9, seed=[1, 2, 3], stop=("x",))
+    run(fresh, [*PROMPTS, "one request more"])
+    run(fresh, ["another length", PROMPTS[1] + " a", "x"], max_new_tokens=9)
+    assert len(compilations) == 2
+    run(fresh, PROMPTS[:1])
+    assert len(compilations) == 4  # another bucket: the listener does hear
+
+
+def test_a_request_draws_the_same_beside_others_and_alone(engine):
+    settings = {"temperature": 1.3, "top_k": 50, "top_p": 0.95}
+    policy, seed = ["topk:3", "topk:8", "topk:1"], [5, 6, 7]
+    together = run(engine, policy=policy, seed=seed, **settings).completions
+    backwards = run(engine, PROMPTS[::-1], policy[::-1], seed[::-1], **settings).completions
+    for index in range(3):
+        (alone,) = run(engine, [PROMPTS[index]], policy[index], seed[index], **settings).completions
+        assert alone.ids == together[index].ids == backwards[2 - index].ids
+    others = run(engine, policy=policy, seed=[8, 9, 10], **settings).completions
+    assert all(one.ids != other.ids for one, other in zip(together, others))
+
+
+def test_completions_end_at_a_stop_string_the_end_of_text_or_the_limit(engine, params):
+    whole = run(engine, temperature=1.0).completions
+    tokenizer = tiny_model.tokenizer()
+    stop = tokenizer.decode(whole[1].ids[4:6])
+    first = next(n for n in range(1, 13) if stop in tokenizer.decode(whole[1].ids[:n]))
+    end_id = whole[2].ids[2]
+    length = whole[2].ids.index(end_id) + 1
+    ending = Engine(params, tokenizer, end_ids=[end_id])
+    pieces = [[], [], []]
+    completions, measured = run(
+        ending, temperature=1.0, stop=(stop,), on_text=lambda index, piece: pieces[index].append(piece)
+    )
+    assert completions[1].finish_reason == "stop" and completions[1].ids == whole[1].ids[:first]
+    assert completions[1].text == tokenizer.decode(whole[1].ids[:first]).split(stop)[0]
+    assert completions[2].finish_reason == "end" and completions[2].ids == whole[2].ids[:length]
+    assert completions[2].text == tokenizer.decode(whole[2].ids[: length - 1]).split(stop)[0]
+    assert [one.text for one in completions] == ["".join(parts) for parts in pieces]
+    assert all(itertools.chain(*pieces))  # no empty pieces
+    assert measured.kept_slots == 8 * measured.decode_tokens == 8 * (sum(len(one.ids) for one in completions) - 3)
+
+
+def test_the_context_ends_a_completion(engine):
+    prompt = list(range(1, 125))
+    (completion,) = run(engine, [prompt], max_new_tokens=99).completions
+    assert (len(completion.ids), completion.finish_reason) == (128 - 124, "length")
+
+
+def test_experts_are_counted_per_layer_and_step(engine):
+    (alone,), measured = run(engine, ["The"], "layers:3,6")
+    assert (alone.experts_per_token, alone.distinct_experts_per_layer_step) == (4.5, 4.5)  # one token: all distinct
+    figures = {name: figure["value"] for name, figure in measured.figures().items()}
+    assert figures["experts_per_token"] == figures["distinct_experts_per_layer_step"] == 4.5
+    assert figures["prefill_tokens_per_s"] == measured.prefill_tokens / figures["time_to_first_token_s"]
+    assert figures["decode_tokens_per_s"] == 11 / measured.decode_s
+    twins, _ = run(engine, ["The", "The"], "topk:4")
+    assert [one.distinct_experts_per_layer_step for one in twins] == [4, 4]  # the same tokens want the same experts
+    several, _ = run(engine, policy="topk:4")
+    assert 4 < several[0].distinct_experts_per_layer_step <= 12
+
+
+def test_one_token_takes_no_decode_step(engine):
+    (completion,), measured = run(engine, ["The"], max_new_tokens=1)
+    assert (len(completion.ids), measured.decode_steps) == (1, 0)
+    assert math.isnan(completion.distinct_experts_per_layer_step)
+    assert math.isnan(measured.figures()["decode_tokens_per_s"]["value"])
+
+
+def test_a_larger_k_max_keeps_more_than_the_models_own(params):
+    execution = execution_of(tiny_model.ARCHITECTURE, k_max=12)
+    asked = requests(["The"], "topk:12", execution=execution)
+    (completion,), _ = Engine(params, tiny_model.tokenizer(), ()).run(asked, execution)
+    assert completion.distinct_experts_per_layer_step == 12
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"prompts": []}, "wanted a sequence of at least one prompt"),
+        ({"prompts": "The"}, "wanted a sequence of at least one prompt"),
+        ({"prompts": ["a", ""]}, "prompt 2 is empty"),
+        ({"prompts": [[]]}, "prompt 1 is empty"),
+        ({"prompts": [[1, 512]]}, "prompt 1 has the token 512: wanted 0 to 511"),
+        ({"prompts": [[-1]]}, "prompt 1 has the token -1"),
+        ({"prompts": ["a\udcff"]}, "prompt 1 is not text"),
+        ({"prompts": [[1] * 128]}, "prompt 1 has 128 tokens: wanted at most 127"),
+        ({"policy": "topk:0"}, "wanted whole numbers of at least 1"),
+        ({"policy": "topk:9"}, "wanted 1 to 8 experts in every layer; more need a larger policy.k_max"),
+        ({"policy": "layers:8"}, "wanted one number for each of the model's 2 MoE layers"),
+        ({"policy": "topq:4"}, "did you mean"),
+        ({"policy": ["topk:4"] * 2}, "2 policies for 3 rows"),
+        ({"seed": -1}, "seed = -1: wanted"),
+        ({"seed": [1, 2]}, "or one for each prompt"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_what_cannot_run_is_refused_before_it_does(arguments, expected):
+    with pytest.raises(ValueError, match=expected):
+        requests(**arguments)
+
+
+@pytest.mark.parametrize("k_max", [-1, 9])
+def test_k_max_stays_within_what_the_groups_leave(k_max):
+    grouped = tiny_model.changed(moe={"num_groups": 4, "num_groups_kept": 2})
+    assert execution_of(grouped, 8).k_max == execution_of(grouped).k_max == 8
+    with pytest.raises(ValueError, match=r"wanted 0 \(the model's own 8\) to 8 experts"):
+        execution_of(grouped, k_max)
+
+
+def test_a_policy_for_all_or_for_each():
+    assert policy_of_each("topk:3", 2) == [TopK(3)] * 2
+    assert [policy.spec for policy in policy_of_each([None, TopK(2)], 2)] == ["model", "topk:2"]
