@@ -92,13 +92,16 @@ def test_blocks_cover_every_kept_row_once(sizes, spare):
     num_rows = sum(sizes) + spare
     hypothesis.assume(num_rows > 0)
     size = tiles.block_size(num_rows, len(sizes))
-    blocks = tiles.cut(jnp.asarray(sizes, jnp.int32), num_rows, size)
+    groups = tiles.busy_groups(jnp.asarray(sizes, jnp.int32))
     served = np.full(num_rows, -1)
-    for i in range(int(blocks.count)):
-        expert, start, first, last = (int(part[i]) for part in blocks[1:])
-        assert 0 <= start <= first < last <= start + size <= num_rows
-        assert (served[first:last] == -1).all()
-        served[first:last] = expert
+    for i in range(int(groups.count)):
+        expert, first, last = (int(part[i]) for part in groups[1:])
+        for number in range(int(tiles.num_blocks(first, last, size))):
+            start, own = tiles.block(first, last, number, size, num_rows)
+            assert 0 <= start <= num_rows - size
+            rows = int(start) + np.flatnonzero(own)
+            assert len(rows) and (served[rows] == -1).all()
+            served[rows] = expert
     wanted = np.repeat(np.arange(len(sizes)), sizes)
     np.testing.assert_array_equal(served, np.r_[wanted, np.full(spare, -1)])
 
@@ -115,8 +118,10 @@ def test_rows_and_experts_without_work_are_not_touched():
 
 
 def test_trips_follow_the_rows_kept():
-    assert int(tiles.cut(jnp.asarray([0, 0, 0, 0]), 512, 64).count) == 0
-    assert int(tiles.cut(jnp.asarray([64, 0, 1, 0]), 512, 64).count) == 2
+    assert int(tiles.busy_groups(jnp.asarray([0, 0, 0, 0])).count) == 0
+    groups = tiles.busy_groups(jnp.asarray([64, 0, 1, 0]))
+    assert int(groups.count) == 2
+    assert [int(tiles.num_blocks(groups.first_E[i], groups.last_E[i], 16)) for i in range(2)] == [4, 1]
 
 
 def test_auto_resolves_by_platform_and_nothing_falls_back():

@@ -1,7 +1,7 @@
-"""Grouped matmul in plain XLA, for CPUs: a loop over row blocks whose trip count is data.
+"""Grouped matmul in plain XLA, for CPUs: loops whose trip counts are data.
 
-Each trip multiplies one block of rows by the matrix of its expert, taken out of the whole stack by index. Experts
-without rows and rows that no group holds cost nothing.
+The outer loop goes over the experts that have rows and takes the matrix of each out of the whole stack, once; the inner
+one over blocks of its rows. Experts without rows and rows that no group holds cost nothing.
 """
 
 import jax
@@ -11,28 +11,29 @@ from jax import lax
 from moe_jax.kernels.grouped_matmul import tiles
 
 
-def _own_rows(blocks: tiles.Blocks, i: jax.Array, size: int) -> jax.Array:
-    row = blocks.start[i] + jnp.arange(size, dtype=jnp.int32)
-    return ((row >= blocks.first[i]) & (row < blocks.last[i]))[:, None]
-
-
 def _multiply(rows_SX, weights_LEDF, group_sizes_E, layer, *, transposed: bool):
     """Rows by matrices [D, F], or by their transposes: out is [S, F] or [S, D]."""
     num_rows = rows_SX.shape[0]
     num_experts, *matrix = weights_LEDF.shape[1:]
     size = tiles.block_size(num_rows, num_experts)
-    blocks = tiles.cut(group_sizes_E, num_rows, size)
+    groups = tiles.busy_groups(group_sizes_E)
     contract = ((1,), (1 if transposed else 0,)), ((), ())
 
-    def body(i, out):
-        rows = lax.dynamic_slice_in_dim(rows_SX, blocks.start[i], size)
-        weight = lax.dynamic_slice(weights_LEDF, (layer, blocks.expert[i], 0, 0), (1, 1, *matrix))[0, 0]
-        new = lax.dot_general(rows, weight, contract, preferred_element_type=jnp.float32).astype(out.dtype)
-        old = lax.dynamic_slice_in_dim(out, blocks.start[i], size)
-        return lax.dynamic_update_slice_in_dim(out, jnp.where(_own_rows(blocks, i, size), new, old), blocks.start[i], 0)
+    def of_expert(i, out):
+        first, last = groups.first_E[i], groups.last_E[i]
+        weight = lax.dynamic_slice(weights_LEDF, (layer, groups.expert_E[i], 0, 0), (1, 1, *matrix))[0, 0]
+
+        def of_block(number, out):
+            start, own = tiles.block(first, last, number, size, num_rows)
+            rows = lax.dynamic_slice_in_dim(rows_SX, start, size)
+            new = lax.dot_general(rows, weight, contract, preferred_element_type=jnp.float32).astype(out.dtype)
+            new = jnp.where(own, new, lax.dynamic_slice_in_dim(out, start, size))
+            return lax.dynamic_update_slice_in_dim(out, new, start, 0)
+
+        return lax.fori_loop(0, tiles.num_blocks(first, last, size), of_block, out)
 
     out = jnp.zeros((num_rows, matrix[0] if transposed else matrix[1]), rows_SX.dtype)
-    return lax.fori_loop(0, blocks.count, body, out)
+    return lax.fori_loop(0, groups.count, of_expert, out)
 
 
 def forward(rows_SD, weights_LEDF, group_sizes_E, layer):
@@ -40,25 +41,35 @@ def forward(rows_SD, weights_LEDF, group_sizes_E, layer):
     return _multiply(rows_SD, weights_LEDF, group_sizes_E, layer, transposed=False)
 
 
+def _weights_gradient(rows_SD, group_sizes_E, out_grad_SF) -> jax.Array:
+    """float32 [E, D, F]: of each expert, its rows transposed times the gradient of their outputs."""
+    num_rows, num_experts = rows_SD.shape[0], group_sizes_E.shape[0]
+    size = tiles.block_size(num_rows, num_experts)
+    groups = tiles.busy_groups(group_sizes_E)
+    matrix = (rows_SD.shape[1], out_grad_SF.shape[1])
+    contract = ((0,), (0,)), ((), ())
+
+    def of_expert(i, grad_EDF):
+        first, last = groups.first_E[i], groups.last_E[i]
+
+        def of_block(number, grad_DF):
+            start, own = tiles.block(first, last, number, size, num_rows)
+            rows = jnp.where(own, lax.dynamic_slice_in_dim(rows_SD, start, size), 0)
+            out_grad = jnp.where(own, lax.dynamic_slice_in_dim(out_grad_SF, start, size), 0)
+            return grad_DF + lax.dot_general(rows, out_grad, contract, preferred_element_type=jnp.float32)
+
+        blocks = tiles.num_blocks(first, last, size)
+        grad_DF = lax.fori_loop(0, blocks, of_block, jnp.zeros(matrix, jnp.float32))
+        return lax.dynamic_update_slice(grad_EDF, grad_DF[None], (groups.expert_E[i], 0, 0))
+
+    return lax.fori_loop(0, groups.count, of_expert, jnp.zeros((num_experts, *matrix), jnp.float32))
+
+
 def backward(rows_SD, weights_LEDF, group_sizes_E, layer, out_grad_SF):
     """As `reference.backward`."""
     rows_grad_SD = _multiply(out_grad_SF, weights_LEDF, group_sizes_E, layer, transposed=True)
-    num_rows = rows_SD.shape[0]
-    num_experts, *matrix = weights_LEDF.shape[1:]
-    size = tiles.block_size(num_rows, num_experts)
-    blocks = tiles.cut(group_sizes_E, num_rows, size)
-
-    def body(i, grad):
-        rows = lax.dynamic_slice_in_dim(rows_SD, blocks.start[i], size)
-        rows = jnp.where(_own_rows(blocks, i, size), rows, 0)
-        out_grad = lax.dynamic_slice_in_dim(out_grad_SF, blocks.start[i], size)
-        new = lax.dot_general(rows, out_grad, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
-        at = (blocks.expert[i], 0, 0)
-        old = lax.dynamic_slice(grad, at, (1, *matrix))
-        return lax.dynamic_update_slice(grad, old + new[None], at)
-
-    grad_EDF = lax.fori_loop(0, blocks.count, body, jnp.zeros((num_experts, *matrix), jnp.float32))
-    weights_grad_LEDF = lax.dynamic_update_slice(
-        jnp.zeros_like(weights_LEDF), grad_EDF.astype(weights_LEDF.dtype)[None], (layer, 0, 0, 0)
-    )
-    return rows_grad_SD, weights_grad_LEDF
+    grad_EDF = _weights_gradient(rows_SD, group_sizes_E, out_grad_SF).astype(weights_LEDF.dtype)
+    if weights_LEDF.shape[0] == 1:
+        return rows_grad_SD, grad_EDF[None]
+    zeros = jnp.zeros_like(weights_LEDF)
+    return rows_grad_SD, lax.dynamic_update_slice(zeros, grad_EDF[None], (layer, 0, 0, 0))

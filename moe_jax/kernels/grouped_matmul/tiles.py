@@ -1,51 +1,62 @@
-"""How the rows of sorted groups are cut into row blocks, each of one expert."""
+"""How the rows of sorted groups are walked: expert by expert, and within one by blocks of rows."""
 
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-SMALLEST_BLOCK, LARGEST_BLOCK = 1, 256
+LARGEST_BLOCK = 256
 
 
-class Blocks(NamedTuple):
-    """A table of row blocks; only the first `count` entries hold one, so a loop over them does no work for the rest.
-
-    A block is `size` rows long in memory. Rows outside `[first, last)` belong to a neighbour or to nobody.
-    """
+class Groups(NamedTuple):
+    """The experts that have rows; only the first `count` entries name one, so a loop over them skips all others."""
 
     count: jax.Array  # int32 scalar
-    expert: jax.Array  # int32 [max_blocks]
-    start: jax.Array  # int32 [max_blocks]: first row in memory, at most S - size
-    first: jax.Array  # int32 [max_blocks]: first row that is the block's own
-    last: jax.Array  # int32 [max_blocks]: one past the last such row
+    expert_E: jax.Array  # int32
+    first_E: jax.Array  # int32: first row of that expert
+    last_E: jax.Array  # int32: one past its last row
 
 
 def block_size(num_rows: int, num_experts: int) -> int:
-    """Rows per block: the power of two nearest below an even share, so that little of a block is wasted."""
-    share = max(1, num_rows // num_experts)
-    return min(LARGEST_BLOCK, max(SMALLEST_BLOCK, 1 << (share.bit_length() - 1)), num_rows)
+    """Rows per block: a power of two near half an even share, so that the last block of a group wastes little."""
+    half_share = num_rows // (2 * num_experts)
+    return min(LARGEST_BLOCK, 1 << max(half_share.bit_length() - 1, 0))
 
 
-def cut(group_sizes_E: jax.Array, num_rows: int, size: int) -> Blocks:
-    """Cuts `num_rows` sorted rows into blocks of `size` rows, none spanning two experts.
+def busy_groups(group_sizes_E: jax.Array) -> Groups:
+    """Lists the experts that have rows, in order.
 
     Args:
-        group_sizes_E: int32, rows of each expert in order; their sum is at most `num_rows`.
-        num_rows: S, static.
-        size: rows per block, static, at most `num_rows`.
+        group_sizes_E: int32, rows of each expert; rows lie in the order of the experts.
+    """
+    order_E = jnp.argsort(group_sizes_E == 0, stable=True).astype(jnp.int32)
+    last_E = jnp.cumsum(group_sizes_E, dtype=jnp.int32)
+    first_E = last_E - group_sizes_E
+    return Groups((group_sizes_E > 0).sum(dtype=jnp.int32), order_E, first_E[order_E], last_E[order_E])
+
+
+def num_blocks(first: jax.Array, last: jax.Array, size: int) -> jax.Array:
+    """Blocks of `size` rows that cover rows `first` up to `last`."""
+    return (last - first + size - 1) // size
+
+
+def block(
+    first: jax.Array, last: jax.Array, number: jax.Array, size: int, num_rows: int
+) -> tuple[jax.Array, jax.Array]:
+    """Where one block of a group lies.
+
+    Args:
+        first: first row of the group.
+        last: one past its last row.
+        number: of the block within the group.
+        size: rows per block, at most `num_rows`.
+        num_rows: S: a block never reaches beyond it.
 
     Returns:
-        The table, with room for `num_rows // size + E` blocks. An empty group has no block.
+        The block's first row in memory, and own_N1: which of its `size` rows belong to it. Others are those of
+        neighbours, or nobody's.
     """
-    num_experts = group_sizes_E.shape[0]
-    blocks_E = (group_sizes_E + size - 1) // size
-    block_end_E = jnp.cumsum(blocks_E)
-    row_end_E = jnp.cumsum(group_sizes_E)
-    index = jnp.arange(num_rows // size + num_experts, dtype=jnp.int32)
-    expert = jnp.searchsorted(block_end_E, index, side="right", method="compare_all").astype(jnp.int32)
-    expert = jnp.minimum(expert, num_experts - 1)
-    within = index - (block_end_E - blocks_E)[expert]
-    first = (row_end_E - group_sizes_E)[expert] + within * size
-    last = jnp.minimum(first + size, row_end_E[expert])
-    return Blocks(block_end_E[-1], expert, jnp.minimum(first, num_rows - size), first, last)
+    begin = first + number * size
+    start = jnp.minimum(begin, num_rows - size)
+    row = start + jnp.arange(size, dtype=jnp.int32)
+    return start, ((row >= begin) & (row < last))[:, None]

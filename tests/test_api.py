@@ -1,0 +1,153 @@
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+import tiny_model
+
+import moe_jax
+from moe_jax import api
+from moe_jax.config.schema import Config
+from moe_jax.routing.policies.schedule import TopK
+
+TOKENS_BT = np.random.default_rng(0).integers(0, 512, (3, 20), dtype=np.int32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny_model.write_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+    return moe_jax.load(folder)
+
+
+def assert_close(got, wanted):
+    assert got.shape == wanted.shape
+    assert np.abs(got - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+def test_the_public_names_are_there_and_importing_them_is_cheap():
+    code = (
+        "import sys, moe_jax, moe_jax.command, moe_jax.config.gin\n"
+        "assert set(moe_jax.__all__) <= set(dir(moe_jax))\n"
+        "assert moe_jax.read_config(None).policy.spec == 'model' and moe_jax.__version__[0].isdigit()\n"
+        "assert not {'jax', 'flax', 'tokenizers'} & set(sys.modules), 'imported too early'\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
+    assert moe_jax.Model is api.Model and moe_jax.load is api.load
+    assert moe_jax.policies.parse("topk:3") == TopK(3)
+    assert moe_jax.read_config(None) == Config()
+    with pytest.raises(AttributeError, match="has no attribute 'lod'"):
+        _ = moe_jax.lod
+
+
+def test_logits_depend_on_neither_padding_nor_neighbours_nor_their_policies(model):
+    policy = ["topk:2", TopK(8), None]
+    logits_BTV = model.logits(TOKENS_BT, policy=policy)
+    assert (logits_BTV.dtype, logits_BTV.shape) == (np.float32, (3, 20, 512))
+    for row in range(3):
+        assert_close(model.logits(TOKENS_BT[row : row + 1], policy=policy[row])[0], logits_BTV[row])
+    assert_close(model.logits(TOKENS_BT[:, :7], policy=policy), logits_BTV[:, :7])
+    assert np.abs(model.logits(TOKENS_BT[:1]) - logits_BTV[:1]).max() > 0.1
+
+
+def test_logits_and_completions_agree(model):
+    (completion,) = model.generate([TOKENS_BT[0].tolist()], max_new_tokens=5, policy="topk:3")
+    whole_BT = np.concatenate([TOKENS_BT[:1], [completion.ids]], axis=1)
+    logits_TV = model.logits(whole_BT, policy="topk:3")[0, 19:24]
+    assert completion.ids == tuple(logits_TV.argmax(axis=1))
+    wanted = np.asarray(jax.nn.log_softmax(logits_TV))[np.arange(5), list(completion.ids)]
+    np.testing.assert_allclose(completion.log_probabilities, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_generate_hands_all_it_is_given_to_the_engine(model):
+    settings = {"max_new_tokens": 8, "temperature": 2.0, "top_k": 400, "top_p": 0.99, "seed": [1, 2]}
+    pieces = ["", ""]
+
+    def on_text(index, piece):
+        pieces[index] += piece
+
+    completions = model.generate(["The fox", "The fox"], on_text=on_text, **settings)
+    assert completions[0].ids != completions[1].ids and pieces == [one.text for one in completions]
+    assert model.generate(["The fox"], **{**settings, "seed": 2})[0].ids == completions[1].ids
+    assert model.generate(["The fox"], **{**settings, "top_k": 1, "seed": 2})[0].ids != completions[1].ids
+    assert model.generate(["The fox"], **{**settings, "seed": 2, "stop": pieces[1]})[0].finish_reason == "stop"
+    assert model.generate(["The fox"], max_new_tokens=2, policy="topk:11", k_max=12)[0].experts_per_token == 11
+
+
+@pytest.mark.parametrize(
+    ("tokens_BT", "settings", "expected"),
+    [
+        ([1, 2], {}, r"int64\[2\]: wanted whole numbers \[B, T\]"),
+        ([[]], {}, "wanted whole numbers"),
+        ([[1.0]], {}, "float64"),
+        ([[512]], {}, "token 512: wanted 0 to 511"),
+        ([[3, -1]], {}, "token -1: wanted 0 to 511"),
+        ([[1] * 129], {}, "129 positions: wanted at most the model's 128"),
+        ([[1], [2]], {"policy": ["topk:1"]}, "1 policies for 2 rows"),
+        ([[1]], {"policy": "topk:9"}, "wanted 1 to 8 experts"),
+        ([[1]], {"k_max": 17}, "to 16 experts"),
+    ],
+    ids=str,
+)
+def test_logits_refuse_what_they_cannot_score(model, tokens_BT, settings, expected):
+    with pytest.raises(ValueError, match=expected):
+        model.logits(tokens_BT, **settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"max_new_tokens": 0}, "sampling.max_new_tokens = 0"),
+        ({"temperature": -1.0}, "sampling.temperature"),
+        ({"temperature": float("nan")}, "sampling.temperature"),
+        ({"top_k": -1}, "sampling.top_k"),
+        ({"top_p": 0.0}, "sampling.top_p"),
+        ({"stop": ("a", "")}, "sampling.stop"),
+    ],
+    ids=str,
+)
+def test_generate_refuses_settings_that_mean_nothing(model, settings, expected):
+    with pytest.raises(ValueError, match=expected):
+        model.generate(["The"], **{"max_new_tokens": 1, **settings})
+
+
+def test_a_saved_model_loads_with_the_same_weights_tokenizer_and_end(model, folder, tmp_path):
+    model.save(tmp_path / "copy")
+    for name in os.listdir(folder):
+        assert (tmp_path / "copy" / name).read_bytes() == (folder / name).read_bytes(), name
+    with pytest.raises(ValueError, match="exists already"):
+        model.save(tmp_path / "copy")
+    model.save(tmp_path / "half", dtype="bfloat16")
+    half = moe_jax.load(tmp_path / "half")
+    assert half.params["moe"]["experts"]["down_LEFD"].dtype == "bfloat16"
+    assert moe_jax.load(tmp_path / "half", dtype="float32").params["embedding_VD"].dtype == "float32"
+    (completion,) = half.generate(["The"], max_new_tokens=3)
+    assert len(completion.ids) == 3
+
+
+def test_the_end_of_text_token_of_the_folder_ends_a_completion(model, folder, tmp_path):
+    first, second = model.generate(["The"], max_new_tokens=2)[0].ids
+    ending = pathlib.Path(shutil.copytree(folder, tmp_path / "ending"))
+    for ids, length in ((first, 1), ([7, second], 1 + (first != second))):
+        (ending / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        (completion,) = moe_jax.load(ending).generate(["The"], max_new_tokens=5)
+        assert (completion.finish_reason, len(completion.ids)) == ("end", length)
+
+
+def test_a_model_without_a_tokenizer_gives_logits_alone(model, folder, tmp_path):
+    bare = pathlib.Path(shutil.copytree(folder, tmp_path / "bare"))
+    (bare / "tokenizer.json").unlink()
+    loaded = moe_jax.load(bare)
+    assert_close(loaded.logits(TOKENS_BT), model.logits(TOKENS_BT))
+    with pytest.raises(ValueError, match=r"no tokenizer\.json: wanted one"):
+        loaded.generate(["The"], max_new_tokens=1)
+    with pytest.raises(ValueError, match="does not exist"):
+        moe_jax.load(tmp_path / "nowhere")
