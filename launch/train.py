@@ -14,20 +14,20 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def main(run: command.Command) -> None:
     """Prepares the text, trains, exports and measures."""
-    import jax
-
+    from moe_jax.engine.request import execution_of
     from moe_jax.report import trained
     from moe_jax.training import loop
 
-    execution = loop.execution_of(run.config, jax.default_backend())
+    config = run.config
+    execution = execution_of(config.architecture, config.policy.k_max, config.kernels.grouped_matmul)
     run.implementations["grouped_matmul"] = execution.grouped_matmul
-    trained.require_policies(run.config, execution)
+    trained.require_policies(config, execution)
     with run.timed("text"):
-        text = loop.prepare_text(run.config, run.out)
+        text = loop.prepare_text(config, run.out)
     with run.timed("run"):
-        params = loop.train(run.config, run.out, text, execution)
+        params = loop.train(config, run.out, text, execution)
     with run.timed("measure"):
-        finished = trained.finish(run.config, run.out, text, execution, params)
+        finished = trained.finish(config, run.out, text, execution, params)
     figures, rows = trained.figures(finished)
     run.finish(figures, rows=rows, text=trained.table(finished))
 

@@ -33,7 +33,6 @@ class Model:
 
     Attributes:
         architecture: its shape, as `config.json` says.
-        params: its weights, a nested dict of arrays; the seam for anything that `moe_jax` does not do itself.
         tokenizer: None where its folder has none.
         engine: what generates.
     """
@@ -49,12 +48,16 @@ class Model:
         tokenizer_files: Mapping[str, bytes],
     ):
         self.architecture = architecture
-        self.params = params
         self.tokenizer = tokenizer
         self._model_type = model_type
         self._token_ids = dict(token_ids)
         self._tokenizer_files = dict(tokenizer_files)
         self.engine = Engine(params, tokenizer, np.atleast_1d(token_ids.get("eos_token_id", [])).tolist())
+
+    @property
+    def params(self) -> decoder.Params:
+        """The weights, a nested dict of arrays: the seam for anything that `moe_jax` does not do itself."""
+        return self.engine.params
 
     def logits(self, tokens_BT, *, policy: AnyPolicy | Sequence[AnyPolicy] = None, k_max: int = 0) -> np.ndarray:
         """Scores every next token behind every position.

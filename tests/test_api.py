@@ -8,12 +8,12 @@ import sys
 import jax
 import numpy as np
 import pytest
-import tiny_model
 
 import moe_jax
 from moe_jax import api
 from moe_jax.config.schema import Config
 from moe_jax.routing.policies.schedule import TopK
+from tests import tiny_model
 
 TOKENS_BT = np.random.default_rng(0).integers(0, 512, (3, 20), dtype=np.int32)
 

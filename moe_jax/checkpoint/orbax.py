@@ -1,12 +1,19 @@
 """Training state to and from disk, written in the background, with Orbax."""
 
+import logging
 import pathlib
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging as absl_logging
 
 _STATE, _PLACE = "state", "place"
+
+
+def _is_worth_saying(record: logging.LogRecord) -> bool:
+    """Orbax tells of every step of every save, dozens of lines, at the level of our own."""
+    return record.levelno >= logging.WARNING or "orbax" not in pathlib.Path(record.pathname).parts
 
 
 class Checkpoints:
@@ -16,6 +23,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: pathlib.Path, kept: int):
+        absl_logging.get_absl_handler().addFilter(_is_worth_saying)
         options = ocp.CheckpointManagerOptions(max_to_keep=kept, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 

@@ -144,7 +144,7 @@ class Engine:
     """
 
     def __init__(self, params: decoder.Params, tokenizer: tokenizers.Tokenizer, end_ids: Sequence[int]):
-        self._params = params
+        self.params = params
         self._tokenizer = tokenizer
         self._end_ids = frozenset(end_ids)
         self._programs: dict[tuple, jax.stages.Compiled] = {}
@@ -190,7 +190,7 @@ class Engine:
             return np.array([row.finish_reason is None for row in rows] + [False] * (len(alive_B) - len(rows)))
 
         began = time.perf_counter()
-        drawn, cache = prefill(self._params, batch.tokens_BT, batch.length_B, batch.valid_BT, batch.live)
+        drawn, cache = prefill(self.params, batch.tokens_BT, batch.length_B, batch.valid_BT, batch.live)
         drawn = jax.device_get(drawn)
         measured.prefill_s = time.perf_counter() - began
         position_B = batch.length_B
@@ -198,7 +198,7 @@ class Engine:
 
         began = time.perf_counter()
         while alive_B.any():
-            drawn, cache = decode(self._params, cache, drawn.token_B, position_B, alive_B, batch.live)
+            drawn, cache = decode(self.params, cache, drawn.token_B, position_B, alive_B, batch.live)
             drawn = jax.device_get(drawn)
             measured.add_step(np.count_nonzero(alive_B), drawn.load_LE)
             position_B = position_B + alive_B
@@ -212,11 +212,11 @@ class Engine:
     ) -> tuple["_Batch", jax.stages.Compiled, jax.stages.Compiled | None]:
         """The batch, its prefill, and its decode step unless the prefill draws all there is to draw."""
         batch = _batch_of(requests, execution)
-        shape, dtype = batch.shape, self._params["embedding_VD"].dtype
+        shape, dtype = batch.shape, self.params["embedding_VD"].dtype
         caches.require_memory(execution.architecture, shape, dtype)
         key = (execution, shape)
         if key not in self._programs:
-            arguments = (self._params, batch.tokens_BT, batch.length_B, batch.valid_BT, batch.live)
+            arguments = (self.params, batch.tokens_BT, batch.length_B, batch.valid_BT, batch.live)
             lowered = _prefill.lower(*arguments, execution=execution, memory=shape.memory)
             self._programs[key] = lowered.compile()
         prefill = self._programs[key]
@@ -226,7 +226,7 @@ class Engine:
         if key not in self._programs:
             cache = jax.eval_shape(lambda: caches.allocate(execution.architecture, shape.batch, shape.memory, dtype))
             rows = (batch.length_B, batch.length_B, batch.valid_BT[:, 0], batch.live)
-            self._programs[key] = _decode.lower(self._params, cache, *rows, execution=execution).compile()
+            self._programs[key] = _decode.lower(self.params, cache, *rows, execution=execution).compile()
         return batch, prefill, self._programs[key]
 
 

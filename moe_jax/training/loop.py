@@ -21,7 +21,6 @@ from moe_jax.checkpoint.orbax import Checkpoints
 from moe_jax.config import gin
 from moe_jax.config.schema import Config
 from moe_jax.evaluation import likelihood
-from moe_jax.kernels.grouped_matmul import api as grouped_matmul
 from moe_jax.model import decoder
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.schedule import ModelOwn
@@ -43,13 +42,6 @@ class Text(NamedTuple):
     corpus: corpora.Corpus
     held_out: Sequence[corpora.Document]
     held_out_tokens: Sequence[np.ndarray]
-
-
-def execution_of(config: Config, platform: str) -> decoder.Execution:
-    """The static half of the step that a configuration asks for."""
-    implementation = grouped_matmul.resolve(config.kernels.grouped_matmul, platform)
-    k_max = config.policy.k_max or config.moe.k
-    return decoder.Execution(config.architecture, k_max, implementation)
 
 
 def prepare_text(config: Config, folder: pathlib.Path) -> Text:

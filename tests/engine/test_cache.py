@@ -3,9 +3,9 @@ import collections
 import jax.numpy as jnp
 import psutil
 import pytest
-import tiny_model
 
 from moe_jax.engine import cache
+from tests import tiny_model
 
 
 @pytest.mark.parametrize(

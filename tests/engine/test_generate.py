@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_model
 
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.engine.generate import Engine
@@ -15,6 +14,7 @@ from moe_jax.engine.request import execution_of, make_requests, policy_of_each
 from moe_jax.model import decoder
 from moe_jax.routing.policies.base import Settings
 from moe_jax.routing.policies.schedule import TopK
+from tests import tiny_model
 
 EXECUTION = execution_of(tiny_model.ARCHITECTURE)
 PROMPTS = ["The quick brown", "a walk through the woods, said the fox, is", "lazy"]
@@ -91,7 +91,7 @@ def test_greedy_completions_are_the_best_tokens_of_the_whole_sequence(engine, pa
 
 def test_within_a_bucket_nothing_compiles(engine, compilations):
     assert compilations == []
-    fresh = Engine(engine._params, tiny_model.tokenizer(), end_ids=())
+    fresh = Engine(engine.params, tiny_model.tokenizer(), end_ids=())
     run(fresh, policy="topk:8")
     assert len(compilations) == 2  # a prefill and a decode step
     run(fresh, policy="topk:2")

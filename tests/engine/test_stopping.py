@@ -1,9 +1,9 @@
 import pytest
-import tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_jax.engine.stopping import StoppingText
+from tests import tiny_model
 
 
 def pieces(text, stop):

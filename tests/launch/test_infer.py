@@ -9,12 +9,12 @@ import subprocess
 import sys
 
 import pytest
-import tiny_model
 from absl import flags
 from absl.testing import flagsaver
 
 from moe_jax import command
 from moe_jax.config import gin
+from tests import tiny_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 FIGURES = {

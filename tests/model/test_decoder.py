@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny_model
 
 from moe_jax.engine import cache as caches
 from moe_jax.model import decoder
 from moe_jax.model.moe import moe_layer
 from moe_jax.routing.policies.base import Context, Settings
+from tests import tiny_model
 
 UNTIED = tiny_model.changed(decoder={"tie_embeddings": False})
 PARAMS = tiny_model.random_params(UNTIED)
@@ -199,11 +199,11 @@ def test_segments_do_not_see_each_other():
     segments_BT = np.repeat([1, 2], [8, 12])[None].astype(np.int32)
 
     @jax.jit
-    def packed(tokens_BT):
-        x_BTD, _ = decoder.hidden(PARAMS, tokens_BT, positions_BT, segments_BT, live(8), EXECUTION)
-        return decoder.logits(PARAMS, x_BTD)
+    def packed(params, tokens_BT):
+        x_BTD, _ = decoder.hidden(params, tokens_BT, positions_BT, segments_BT, live(8), EXECUTION)
+        return decoder.logits(params, x_BTD)
 
-    got_BTV = packed(tokens_BT)
+    got_BTV = packed(PARAMS, tokens_BT)
     for part in (slice(0, 8), slice(8, 20)):
         alone_BTV, _ = whole(PARAMS, tokens_BT[:, part], np.ones_like(tokens_BT[:, part]), live(8))
         assert_close(got_BTV[:, part], alone_BTV)

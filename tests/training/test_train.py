@@ -1,6 +1,7 @@
 """Training as a user runs it: killed and started again, refused, diverging, and the model that comes out."""
 
 import json
+import lzma
 import os
 import pathlib
 import random
@@ -16,6 +17,8 @@ import pytest
 from moe_jax.checkpoint.huggingface import read_checkpoint
 from moe_jax.checkpoint.orbax import Checkpoints
 from moe_jax.config.gin import read_config
+from moe_jax.engine.request import execution_of
+from moe_jax.text.corpus import ARCHIVE, MANIFEST
 from moe_jax.training import loop
 from moe_jax.training.step import start
 
@@ -48,16 +51,23 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """A few modules of the standard library as the training text, and two files as the held-out text."""
+    """A folder with a few modules of the standard library as training text, and six files of the held-out text."""
     folder = tmp_path_factory.mktemp("sources")
+    (folder / "train").mkdir()
     for name in MODULES:
-        (folder / name).write_bytes((pathlib.Path(sysconfig.get_path("stdlib")) / name).read_bytes())
+        (folder / "train" / name).write_bytes((pathlib.Path(sysconfig.get_path("stdlib")) / name).read_bytes())
+    whole = ROOT / "assets" / "text"
+    (folder / "held_out").mkdir()
+    with lzma.open(whole / ARCHIVE, "rt") as lines, lzma.open(folder / "held_out" / ARCHIVE, "wt") as few:
+        few.writelines(next(lines) for _ in range(6))
+    manifest = json.loads((whole / MANIFEST).read_text())
+    (folder / "held_out" / MANIFEST).write_text(json.dumps(manifest | {"files": manifest["files"][:6]}))
     return folder
 
 
 def overrides(sources, **more):
-    settings = SMALL | {"text.sources": (str(sources),), "text.held_out": str(ROOT / "assets" / "text")} | more
-    return [f"{name}={value!r}" for name, value in settings.items()]
+    folders = {"text.sources": (str(sources / "train"),), "text.held_out": str(sources / "held_out")}
+    return [f"{name}={value!r}" for name, value in (SMALL | folders | more).items()]
 
 
 def command(sources, out, **more):
@@ -110,7 +120,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(prepared, sources, 
         None,
         overrides(sources, **{"training.steps": 8, "training.learning_rate": 1e25, "training.checkpoint_every": 1}),
     )
-    execution = loop.execution_of(config, "cpu")
+    execution = execution_of(config.architecture)
     with pytest.raises(ValueError, match=r"step \d+ is not finite .* the last good checkpoint is that of step \d"):
         loop.train(config, tmp_path, text, execution)
     checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
@@ -123,7 +133,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(prepared, sources, 
 
 def test_another_configuration_or_text_is_refused(prepared, sources, tmp_path):
     config, text = prepared
-    execution = loop.execution_of(config, "cpu")
+    execution = execution_of(config.architecture)
     loop.train(config, tmp_path, text, execution)
     other = read_config(None, overrides(sources, **{"training.steps": 8, "training.learning_rate": 1e-4}))
     with pytest.raises(ValueError, match=r"training.learning_rate = 0.0001: .* was started with 0.003"):
