@@ -15,7 +15,7 @@ from moe_jax.config.schema import Config
 from moe_jax.routing.policies.schedule import TopK
 from tests import tiny_model
 
-TOKENS_BT = np.random.default_rng(0).integers(0, 512, (3, 20), dtype=np.int32)
+TOKENS_BT = np.random.default_rng(0).integers(0, 512, (3, 14), dtype=np.int32)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_the_public_names_are_there_and_importing_them_is_cheap():
 def test_logits_depend_on_neither_padding_nor_neighbours_nor_their_policies(model):
     policy = ["topk:2", TopK(8), None]
     logits_BTV = model.logits(TOKENS_BT, policy=policy)
-    assert (logits_BTV.dtype, logits_BTV.shape) == (np.float32, (3, 20, 512))
+    assert (logits_BTV.dtype, logits_BTV.shape) == (np.float32, (3, 14, 512))
     for row in range(3):
         assert_close(model.logits(TOKENS_BT[row : row + 1], policy=policy[row])[0], logits_BTV[row])
     assert_close(model.logits(TOKENS_BT[:, :7], policy=policy), logits_BTV[:, :7])
@@ -59,27 +59,29 @@ def test_logits_depend_on_neither_padding_nor_neighbours_nor_their_policies(mode
 
 
 def test_logits_and_completions_agree(model):
-    (completion,) = model.generate([TOKENS_BT[0].tolist()], max_new_tokens=5, policy="topk:3")
-    whole_BT = np.concatenate([TOKENS_BT[:1], [completion.ids]], axis=1)
-    logits_TV = model.logits(whole_BT, policy="topk:3")[0, 19:24]
+    (completion,) = model.generate([TOKENS_BT[0, :9].tolist()], max_new_tokens=5, policy="topk:3")
+    whole_BT = np.concatenate([TOKENS_BT[:1, :9], [completion.ids]], axis=1)
+    logits_TV = model.logits(whole_BT, policy="topk:3")[0, 8:13]
     assert completion.ids == tuple(logits_TV.argmax(axis=1))
     wanted = np.asarray(jax.nn.log_softmax(logits_TV))[np.arange(5), list(completion.ids)]
     np.testing.assert_allclose(completion.log_probabilities, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_generate_hands_all_it_is_given_to_the_engine(model):
-    settings = {"max_new_tokens": 8, "temperature": 2.0, "top_k": 400, "top_p": 0.99, "seed": [1, 2]}
-    pieces = ["", ""]
+    settings = {"max_new_tokens": 8, "temperature": 2.0, "top_k": 400, "top_p": 0.99, "seed": 2}
 
-    def on_text(index, piece):
-        pieces[index] += piece
+    def made(**changed):
+        (completion,) = model.generate(["The fox"], **{**settings, **changed})
+        return completion
 
-    completions = model.generate(["The fox", "The fox"], on_text=on_text, **settings)
-    assert completions[0].ids != completions[1].ids and pieces == [one.text for one in completions]
-    assert model.generate(["The fox"], **{**settings, "seed": 2})[0].ids == completions[1].ids
-    assert model.generate(["The fox"], **{**settings, "top_k": 1, "seed": 2})[0].ids != completions[1].ids
-    assert model.generate(["The fox"], **{**settings, "seed": 2, "stop": pieces[1]})[0].finish_reason == "stop"
-    assert model.generate(["The fox"], max_new_tokens=2, policy="topk:11", k_max=12)[0].experts_per_token == 11
+    pieces = []
+    completion = made(on_text=lambda index, piece: pieces.append((index, piece)))
+    assert "".join(piece for _, piece in pieces) == completion.text and {index for index, _ in pieces} == {0}
+    assert made(seed=[2]) == completion and made(seed=3).ids != completion.ids
+    assert made(temperature=0.0).ids == made(top_k=1).ids == made(top_p=1e-9).ids != completion.ids
+    assert made(stop=completion.text[:2]).finish_reason == "stop"
+    assert made(max_new_tokens=1).ids == completion.ids[:1]
+    assert made(policy="topk:11", k_max=12, max_new_tokens=1).experts_per_token == 11
 
 
 @pytest.mark.parametrize(
@@ -90,7 +92,7 @@ def test_generate_hands_all_it_is_given_to_the_engine(model):
         ([[1.0]], {}, "float64"),
         ([[512]], {}, "token 512: wanted 0 to 511"),
         ([[3, -1]], {}, "token -1: wanted 0 to 511"),
-        ([[1] * 129], {}, "129 positions: wanted at most the model's 128"),
+        ([[1] * 33], {}, "33 positions: wanted at most the model's 32"),
         ([[1], [2]], {"policy": ["topk:1"]}, "1 policies for 2 rows"),
         ([[1]], {"policy": "topk:9"}, "wanted 1 to 8 experts"),
         ([[1]], {"k_max": 17}, "to 16 experts"),
@@ -129,8 +131,7 @@ def test_a_saved_model_loads_with_the_same_weights_tokenizer_and_end(model, fold
     half = moe_jax.load(tmp_path / "half")
     assert half.params["moe"]["experts"]["down_LEFD"].dtype == "bfloat16"
     assert moe_jax.load(tmp_path / "half", dtype="float32").params["embedding_VD"].dtype == "float32"
-    (completion,) = half.generate(["The"], max_new_tokens=3)
-    assert len(completion.ids) == 3
+    assert len(half.generate(["The"], max_new_tokens=1)[0].ids) == 1
 
 
 def test_the_end_of_text_token_of_the_folder_ends_a_completion(model, folder, tmp_path):

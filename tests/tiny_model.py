@@ -13,7 +13,7 @@ from moe_jax.model.decoder import Decoder, split
 from moe_jax.text.tokenizer import END_OF_TEXT_ID, save_tokenizer, train_tokenizer
 
 ARCHITECTURE = Architecture(
-    DecoderConfig(vocab_size=512, d_model=64, num_layers=3, num_dense_layers=1, dense_hidden=96, max_context=128),
+    DecoderConfig(vocab_size=512, d_model=64, num_layers=3, num_dense_layers=1, dense_hidden=96, max_context=32),
     AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16),
     MoEConfig(num_experts=16, k=8, expert_hidden=24, num_shared_experts=1),
 )
@@ -38,8 +38,6 @@ def random_params(architecture=ARCHITECTURE, seed=0):
             return 1 + x / 10
         if "bias" in name:
             return x / 10
-        if name == "embedding_VD":
-            return x
         inputs = architecture.decoder.d_model
         if name.startswith(("down", "output")):
             inputs = np.prod(shape[2 if "_LE" in name else 1 : -1])

@@ -24,7 +24,7 @@ def draw(num_tokens, k_max, num_experts, keep_share, seed):
     keep_share=st.sampled_from([0.0, 0.3, 1.0]),
     seed=st.integers(0, 99),
 )
-@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(max_examples=20, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 def test_plan(monkeypatch, few_slots, num_tokens, k_max, keep_share, seed):
     monkeypatch.setattr(plan_part, "FEW_SLOTS", few_slots)
     num_experts = 8

@@ -11,13 +11,14 @@ import pytest
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.engine.generate import Engine
 from moe_jax.engine.request import execution_of, make_requests, policy_of_each
+from moe_jax.engine.stopping import StoppingText
 from moe_jax.model import decoder
 from moe_jax.routing.policies.base import Settings
 from moe_jax.routing.policies.schedule import TopK
 from tests import tiny_model
 
 EXECUTION = execution_of(tiny_model.ARCHITECTURE)
-PROMPTS = ["The quick brown", "a walk through the woods, said the fox, is", "lazy"]
+PROMPTS = ["The quick brown", "a walk through the woods, said the", "lazy"]  # 16 tokens at most: one bucket
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def log_probabilities(params, tokens_BT, k_BL):
 
 def best_continuation(params, ids, k, count):
     """The best tokens and their log-probabilities, the whole sequence scored anew for each."""
-    padded_BT = np.zeros((1, 64), np.int32)
+    padded_BT = np.zeros((1, 32), np.int32)
     padded_BT[0, : len(ids)] = ids
     best, log_probability = [], []
     for at in range(len(ids), len(ids) + count):
@@ -90,18 +91,20 @@ def test_greedy_completions_are_the_best_tokens_of_the_whole_sequence(engine, pa
 
 
 def test_within_a_bucket_nothing_compiles(engine, compilations):
-    assert compilations == []
-    fresh = Engine(engine.params, tiny_model.tokenizer(), end_ids=())
-    run(fresh, policy="topk:8")
-    assert len(compilations) == 2  # a prefill and a decode step
-    run(fresh, policy="topk:2")
-    run(fresh, policy=["layers:1,7", "topk:8", "model"])
-    run(fresh, temperature=0.7, top_k=5, top_p=0.9, seed=[1, 2, 3], stop=("x",))
-    run(fresh, [*PROMPTS, "one request more"])
-    run(fresh, ["another length", PROMPTS[1] + " a", "x"], max_new_tokens=9)
-    assert len(compilations) == 2
-    run(fresh, PROMPTS[:1])
-    assert len(compilations) == 4  # another bucket: the listener does hear
+    execution = execution_of(tiny_model.ARCHITECTURE, k_max=10)  # that no other test has compiled for
+
+    def compiled_by(*args, **kwargs):
+        before = len(compilations)
+        completions, _ = engine.run(requests(*args, execution=execution, **kwargs), execution)
+        return len(compilations) - before, completions[0].experts_per_token
+
+    prompts = [[1] * 5, [2] * 9, [3]]
+    assert compiled_by(prompts) == (2, 8)  # a prefill and a decode step
+    assert compiled_by(prompts, policy="topk:2") == (0, 2)
+    assert compiled_by(prompts, policy=["layers:1,10", "topk:8", "model"]) == (0, 5.5)
+    assert compiled_by(prompts, temperature=0.7, top_k=5, top_p=0.9, seed=[1, 2, 3], stop=("x",)) == (0, 8)
+    assert compiled_by([*prompts, [4] * 16], max_new_tokens=16) == (0, 8)
+    assert compiled_by([[5] * 17] * 3, policy="topk:10") == (1, 10)  # the prefill of another bucket
 
 
 def test_a_request_draws_the_same_beside_others_and_alone(engine):
@@ -118,29 +121,36 @@ def test_a_request_draws_the_same_beside_others_and_alone(engine):
 
 def test_completions_end_at_a_stop_string_the_end_of_text_or_the_limit(engine, params):
     whole = run(engine, temperature=1.0).completions
-    tokenizer = tiny_model.tokenizer()
-    stop = tokenizer.decode(whole[1].ids[4:6])
-    first = next(n for n in range(1, 13) if stop in tokenizer.decode(whole[1].ids[:n]))
-    end_id = whole[2].ids[2]
-    length = whole[2].ids.index(end_id) + 1
-    ending = Engine(params, tokenizer, end_ids=[end_id])
+    stop, end_id = whole[1].text[2:4], whole[2].ids[2]
     pieces = [[], [], []]
-    completions, measured = run(
-        ending, temperature=1.0, stop=(stop,), on_text=lambda index, piece: pieces[index].append(piece)
-    )
-    assert completions[1].finish_reason == "stop" and completions[1].ids == whole[1].ids[:first]
-    assert completions[1].text == tokenizer.decode(whole[1].ids[:first]).split(stop)[0]
-    assert completions[2].finish_reason == "end" and completions[2].ids == whole[2].ids[:length]
-    assert completions[2].text == tokenizer.decode(whole[2].ids[: length - 1]).split(stop)[0]
+
+    def on_text(index, piece):
+        pieces[index].append(piece)
+
+    ending = Engine(params, tiny_model.tokenizer(), end_ids=[end_id])
+    completions, measured = run(ending, temperature=1.0, stop=(stop,), on_text=on_text)
+    wanted = [cut(one.ids, stop, end_id) for one in whole]
+    assert [(one.ids, one.text, one.finish_reason) for one in completions] == wanted
+    assert [one.finish_reason for one in completions][1:] == ["stop", "end"]
     assert [one.text for one in completions] == ["".join(parts) for parts in pieces]
     assert all(itertools.chain(*pieces))  # no empty pieces
-    assert measured.kept_slots == 8 * measured.decode_tokens == 8 * (sum(len(one.ids) for one in completions) - 3)
+    assert measured.decode_tokens == sum(len(one.ids) for one in completions) - 3
+    assert measured.kept_slots == 8 * measured.decode_tokens  # finished rows keep none
+
+
+def cut(ids, stop, end_id):
+    """What is left of a completion that nothing ended early."""
+    text, shown = StoppingText(tiny_model.tokenizer(), [stop]), ""
+    for count, token in enumerate(ids, start=1):
+        shown += text.flush() if token == end_id else text.push(token)
+        if text.stopped or token == end_id:
+            return ids[:count], shown, "stop" if text.stopped else "end"
+    return ids, shown + text.flush(), "length"
 
 
 def test_the_context_ends_a_completion(engine):
-    prompt = list(range(1, 125))
-    (completion,) = run(engine, [prompt], max_new_tokens=99).completions
-    assert (len(completion.ids), completion.finish_reason) == (128 - 124, "length")
+    (completion,) = run(engine, [[*range(1, 17)]], max_new_tokens=99).completions
+    assert (len(completion.ids), completion.finish_reason) == (32 - 16, "length")
 
 
 def test_experts_are_counted_per_layer_and_step(engine):
@@ -150,8 +160,8 @@ def test_experts_are_counted_per_layer_and_step(engine):
     assert figures["experts_per_token"] == figures["distinct_experts_per_layer_step"] == 4.5
     assert figures["prefill_tokens_per_s"] == measured.prefill_tokens / figures["time_to_first_token_s"]
     assert figures["decode_tokens_per_s"] == 11 / measured.decode_s
-    twins, _ = run(engine, ["The", "The"], "topk:4")
-    assert [one.distinct_experts_per_layer_step for one in twins] == [4, 4]  # the same tokens want the same experts
+    triplets, _ = run(engine, ["The", "The", "The"], "topk:4")
+    assert [one.distinct_experts_per_layer_step for one in triplets] == [4] * 3  # the same tokens, the same experts
     several, _ = run(engine, policy="topk:4")
     assert 4 < several[0].distinct_experts_per_layer_step <= 12
 
@@ -161,13 +171,6 @@ def test_one_token_takes_no_decode_step(engine):
     assert (len(completion.ids), measured.decode_steps) == (1, 0)
     assert math.isnan(completion.distinct_experts_per_layer_step)
     assert math.isnan(measured.figures()["decode_tokens_per_s"]["value"])
-
-
-def test_a_larger_k_max_keeps_more_than_the_models_own(params):
-    execution = execution_of(tiny_model.ARCHITECTURE, k_max=12)
-    asked = requests(["The"], "topk:12", execution=execution)
-    (completion,), _ = Engine(params, tiny_model.tokenizer(), ()).run(asked, execution)
-    assert completion.distinct_experts_per_layer_step == 12
 
 
 @pytest.mark.parametrize(
@@ -180,7 +183,7 @@ def test_a_larger_k_max_keeps_more_than_the_models_own(params):
         ({"prompts": [[1, 512]]}, "prompt 1 has the token 512: wanted 0 to 511"),
         ({"prompts": [[-1]]}, "prompt 1 has the token -1"),
         ({"prompts": ["a\udcff"]}, "prompt 1 is not text"),
-        ({"prompts": [[1] * 128]}, "prompt 1 has 128 tokens: wanted at most 127"),
+        ({"prompts": [[1] * 32]}, "prompt 1 has 32 tokens: wanted at most 31"),
         ({"policy": "topk:0"}, "wanted whole numbers of at least 1"),
         ({"policy": "topk:9"}, "wanted 1 to 8 experts in every layer; more need a larger policy.k_max"),
         ({"policy": "layers:8"}, "wanted one number for each of the model's 2 MoE layers"),

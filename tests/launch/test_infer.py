@@ -26,7 +26,8 @@ SHORT = ["--set=sampling.max_new_tokens=6", "--set=policy.spec=topk:3"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny_model.write_model(tmp_path_factory.mktemp("models") / "tiny")
+    architecture = tiny_model.changed(decoder={"max_context": 128})
+    return tiny_model.write_model(tmp_path_factory.mktemp("models") / "tiny", architecture)
 
 
 @pytest.fixture(scope="module")

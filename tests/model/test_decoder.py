@@ -33,11 +33,16 @@ def tokens(batch, length, seed=0):
 
 
 @jax.jit
-def whole(params, tokens_BT, segments_BT, settings):
-    """Logits without a cache; positions count from the left."""
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+def score(params, tokens_BT, positions_BT, segments_BT, settings):
     x_BTD, traffic = decoder.hidden(params, tokens_BT, positions_BT, segments_BT, settings, EXECUTION)
     return decoder.logits(params, x_BTD), traffic.load_E
+
+
+def whole(tokens_BT, settings, segments_BT=None):
+    """Logits without a cache; positions count from the left."""
+    positions_BT = np.tile(np.arange(tokens_BT.shape[1], dtype=np.int32), (len(tokens_BT), 1))
+    segments_BT = np.ones_like(tokens_BT) if segments_BT is None else segments_BT
+    return score(PARAMS, tokens_BT, positions_BT, segments_BT, settings)
 
 
 @jax.jit
@@ -136,77 +141,71 @@ def test_a_moe_layer_equals_a_loop_over_all_experts(variant):
 
 def test_cached_decode_equals_the_whole_sequence():
     """A ragged batch, a policy per row: after the prompts, one token at a time."""
-    tokens_BT, length_B, settings = tokens(3, 24), np.array([16, 5, 9], np.int32), live(8, 2, 5)
-    wanted_BTV, _ = whole(PARAMS, tokens_BT, np.ones_like(tokens_BT), settings)
-    valid_BT = np.arange(16)[None, :] < length_B[:, None]
-    prompts_BT = np.where(valid_BT, tokens_BT[:, :16], 511)
-    cache = caches.allocate(UNTIED, 3, 32, jnp.float32)
-    logits_BTV, cache, _ = extend(PARAMS, cache, prompts_BT, np.zeros(3, np.int32), valid_BT, settings)
+    tokens_BT, length_B, settings = tokens(4, 16), np.array([8, 2, 5, 7], np.int32), live(8, 2, 5, 1)
+    wanted_BTV, _ = whole(tokens_BT, settings)
+    valid_BT = np.arange(8)[None, :] < length_B[:, None]
+    prompts_BT = np.where(valid_BT, tokens_BT[:, :8], 511)
+    cache = caches.allocate(UNTIED, 4, 16, jnp.float32)
+    logits_BTV, cache, _ = extend(PARAMS, cache, prompts_BT, np.zeros(4, np.int32), valid_BT, settings)
     for row, length in enumerate(length_B):
         assert_close(logits_BTV[row, :length], wanted_BTV[row, :length])
-    rows = np.arange(3)
-    for step in range(8):
-        at_B = length_B + step
-        logits_BTV, cache, _ = extend(
-            PARAMS, cache, tokens_BT[rows, at_B][:, None], at_B, np.ones((3, 1), bool), settings
-        )
+    rows, alive_BT = np.arange(4), np.ones((4, 1), bool)
+    for at_B in (length_B + step for step in range(8)):
+        logits_BTV, cache, _ = extend(PARAMS, cache, tokens_BT[rows, at_B][:, None], at_B, alive_BT, settings)
         assert_close(logits_BTV[:, 0], wanted_BTV[rows, at_B])
 
 
 def test_a_finished_row_keeps_no_experts_and_disturbs_nobody():
-    tokens_BT, settings = tokens(2, 16), live(8, 4)
-    cache = caches.allocate(UNTIED, 2, 32, jnp.float32)
-    everything = np.ones((2, 16), bool)
-    _, cache, load_LE = extend(PARAMS, cache, tokens_BT, np.zeros(2, np.int32), everything, settings)
-    assert load_LE.sum(axis=1).tolist() == [16 * (8 + 4)] * 2
-    last_BT, start_B = np.array([[7], [8]], np.int32), np.full(2, 16, np.int32)
-    both, _, load_LE = extend(PARAMS, cache, last_BT, start_B, np.array([[True], [True]]), settings)
-    assert load_LE.sum(axis=1).tolist() == [12, 12]
-    one, _, load_LE = extend(PARAMS, cache, last_BT, start_B, np.array([[False], [True]]), settings)
-    assert load_LE.sum(axis=1).tolist() == [4, 4]
-    assert_close(one[1], both[1])
+    prompts_BT, settings = tokens(4, 8), live(8, 4, 2, 1)
+    cache = caches.allocate(UNTIED, 4, 16, jnp.float32)
+    start_B, everything = np.zeros(4, np.int32), np.ones((4, 8), bool)
+    _, cache, load_LE = extend(PARAMS, cache, prompts_BT, start_B, everything, settings)
+    assert load_LE.sum(axis=1).tolist() == [8 * (8 + 4 + 2 + 1)] * 2
+    last_BT, start_B = np.array([[7], [8], [9], [7]], np.int32), np.full(4, 8, np.int32)
+    all_BTV, _, load_LE = extend(PARAMS, cache, last_BT, start_B, np.ones((4, 1), bool), settings)
+    assert load_LE.sum(axis=1).tolist() == [15, 15]
+    alive_BT = np.array([[False], [True], [False], [True]])
+    some_BTV, _, load_LE = extend(PARAMS, cache, last_BT, start_B, alive_BT, settings)
+    assert load_LE.sum(axis=1).tolist() == [5, 5]
+    assert_close(some_BTV[alive_BT], all_BTV[alive_BT])
 
 
 def test_requests_of_different_k_get_what_each_gets_alone():
-    tokens_BT, settings = tokens(2, 16), live(2, 8)
-    both_BTV, load_LE = whole(PARAMS, tokens_BT, np.ones_like(tokens_BT), settings)
-    assert load_LE.sum(axis=1).tolist() == [16 * (2 + 8)] * 2
-    for row in range(2):
+    tokens_BT, settings = tokens(4, 16), live(2, 8, 3, 5)
+    together_BTV, load_LE = whole(tokens_BT, settings)
+    assert load_LE.sum(axis=1).tolist() == [16 * (2 + 8 + 3 + 5)] * 2
+    for row, k in ((0, 2), (1, 8)):
         segments_BT = np.zeros_like(tokens_BT)
         segments_BT[row] = 1
-        alone_BTV, load_LE = whole(PARAMS, tokens_BT, segments_BT, settings)
-        assert load_LE.sum(axis=1).tolist() == [16 * (2, 8)[row]] * 2
-        assert_close(both_BTV[row], alone_BTV[row])
-    same_k_BTV, _ = whole(PARAMS, tokens_BT, np.ones_like(tokens_BT), live(8, 8))
-    assert np.abs(same_k_BTV[0] - both_BTV[0]).max() > 0.1  # the dial does something
+        alone_BTV, load_LE = whole(tokens_BT, settings, segments_BT)
+        assert load_LE.sum(axis=1).tolist() == [16 * k] * 2
+        assert_close(together_BTV[row], alone_BTV[row])
+    all_experts_BTV, _ = whole(tokens_BT, live(8, 8, 8, 8))
+    assert np.abs(all_experts_BTV - together_BTV)[0].max() > 0.1  # the dial does something
 
 
 def test_a_rows_logits_depend_on_neither_padding_nor_neighbours():
     tokens_BT = tokens(1, 11)
-    wanted_BTV, _ = whole(PARAMS, tokens_BT, np.ones_like(tokens_BT), live(8))
+    wanted_BTV, _ = whole(tokens_BT, live(8))
     for seed in (1, 2):
         crowd_BT = tokens(4, 16, seed)
         crowd_BT[2, :11] = tokens_BT
         segments_BT = np.ones_like(crowd_BT)
         segments_BT[2, 11:] = 0
-        got_BTV, _ = whole(PARAMS, crowd_BT, segments_BT, live(3, 8, 8, 1))
+        got_BTV, _ = whole(crowd_BT, live(3, 8, 8, 1), segments_BT)
         assert_close(got_BTV[2, :11], wanted_BTV[0])
 
 
 def test_segments_do_not_see_each_other():
-    tokens_BT = tokens(1, 20)
-    positions_BT = np.concatenate([np.arange(8), np.arange(12)])[None].astype(np.int32)
-    segments_BT = np.repeat([1, 2], [8, 12])[None].astype(np.int32)
-
-    @jax.jit
-    def packed(params, tokens_BT):
-        x_BTD, _ = decoder.hidden(params, tokens_BT, positions_BT, segments_BT, live(8), EXECUTION)
-        return decoder.logits(params, x_BTD)
-
-    got_BTV = packed(PARAMS, tokens_BT)
-    for part in (slice(0, 8), slice(8, 20)):
-        alone_BTV, _ = whole(PARAMS, tokens_BT[:, part], np.ones_like(tokens_BT[:, part]), live(8))
-        assert_close(got_BTV[:, part], alone_BTV)
+    """Row 0 holds two documents; rows 1 and 2 hold one of them each."""
+    tokens_BT, segments_BT = tokens(4, 16), np.zeros((4, 16), np.int32)
+    tokens_BT[1, :6], tokens_BT[2, :10] = tokens_BT[0, :6], tokens_BT[0, 6:]
+    segments_BT[0, :6], segments_BT[0, 6:], segments_BT[1, :6], segments_BT[2, :10] = 1, 2, 1, 1
+    positions_BT = np.tile(np.arange(16, dtype=np.int32), (4, 1))
+    positions_BT[0, 6:] = np.arange(10)
+    logits_BTV, _ = score(PARAMS, tokens_BT, positions_BT, segments_BT, live(8, 8, 8, 8))
+    assert_close(logits_BTV[0, :6], logits_BTV[1, :6])
+    assert_close(logits_BTV[0, 6:], logits_BTV[2, :10])
 
 
 def test_causality_by_gradient():
@@ -216,7 +215,8 @@ def test_causality_by_gradient():
     @jax.jit
     @jax.grad
     def gradient(embedding_VD):
-        logits_BTV, _ = whole({**PARAMS, "embedding_VD": embedding_VD}, tokens_BT, np.ones_like(tokens_BT), live(4))
+        ones_BT, positions_BT = jnp.ones_like(tokens_BT), jnp.arange(12, dtype=jnp.int32)[None]
+        logits_BTV, _ = score({**PARAMS, "embedding_VD": embedding_VD}, tokens_BT, positions_BT, ones_BT, live(4))
         return (logits_BTV[0, at] ** 2).sum()
 
     size_T = np.abs(gradient(PARAMS["embedding_VD"])[tokens_BT[0]]).max(axis=1)
