@@ -115,6 +115,9 @@ def test_a_request_draws_the_same_beside_others_and_alone(engine):
     for index in range(3):
         (alone,) = run(engine, [PROMPTS[index]], policy[index], seed[index], **settings).completions
         assert alone.ids == together[index].ids == backwards[2 - index].ids
+    begun = [*requests()[1].ids, *together[1].ids[:3]]
+    (rest,) = run(engine, [begun], policy[1], seed[1], **settings, max_new_tokens=9).completions
+    assert rest.ids == together[1].ids[3:]  # a draw depends on its place in the text, not on what was the prompt
     others = run(engine, policy=policy, seed=[8, 9, 10], **settings).completions
     assert all(one.ids != other.ids for one, other in zip(together, others))
 
@@ -154,20 +157,20 @@ def test_the_context_ends_a_completion(engine):
 
 
 def test_experts_are_counted_per_layer_and_step(engine):
-    (alone,), measured = run(engine, ["The"], "layers:3,6")
+    (alone,), measured = run(engine, ["The"], "layers:3,6", max_new_tokens=16)
     assert (alone.experts_per_token, alone.distinct_experts_per_layer_step) == (4.5, 4.5)  # one token: all distinct
     figures = {name: figure["value"] for name, figure in measured.figures().items()}
     assert figures["experts_per_token"] == figures["distinct_experts_per_layer_step"] == 4.5
     assert figures["prefill_tokens_per_s"] == measured.prefill_tokens / figures["time_to_first_token_s"]
-    assert figures["decode_tokens_per_s"] == 11 / measured.decode_s
-    triplets, _ = run(engine, ["The", "The", "The"], "topk:4")
+    assert figures["decode_tokens_per_s"] == 15 / measured.decode_s
+    triplets, _ = run(engine, ["The"] * 3, "topk:4", max_new_tokens=16)
     assert [one.distinct_experts_per_layer_step for one in triplets] == [4] * 3  # the same tokens, the same experts
     several, _ = run(engine, policy="topk:4")
     assert 4 < several[0].distinct_experts_per_layer_step <= 12
 
 
 def test_one_token_takes_no_decode_step(engine):
-    (completion,), measured = run(engine, ["The"], max_new_tokens=1)
+    (completion,), measured = run(engine, [[1] * 16], max_new_tokens=1)
     assert (len(completion.ids), measured.decode_steps) == (1, 0)
     assert math.isnan(completion.distinct_experts_per_layer_step)
     assert math.isnan(measured.figures()["decode_tokens_per_s"]["value"])

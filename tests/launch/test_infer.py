@@ -26,8 +26,9 @@ SHORT = ["--set=sampling.max_new_tokens=6", "--set=policy.spec=topk:3"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """A model without an end-of-text token: it makes as many tokens as asked for."""
     architecture = tiny_model.changed(decoder={"max_context": 128})
-    return tiny_model.write_model(tmp_path_factory.mktemp("models") / "tiny", architecture)
+    return tiny_model.write_model(tmp_path_factory.mktemp("models") / "tiny", architecture, token_ids={})
 
 
 @pytest.fixture(scope="module")
