@@ -19,6 +19,7 @@ import sysconfig
 import numpy as np
 
 from moe_jax.text import corpus
+from moe_jax.text.shingles import shingle
 
 FOLDER = pathlib.Path(__file__).parent
 SEED = 0
@@ -46,7 +47,7 @@ SOURCES = (
 
 def candidates(documents) -> list[corpus.Document]:
     """Files of the wanted size that share little with the rest, in a seeded order."""
-    shingles = [corpus.shingle(document.text) for document in documents]
+    shingles = [shingle(document.text) for document in documents]
     files_with, counts = np.unique(np.concatenate(shingles), return_counts=True)
     chosen = []
     for document, hashes in zip(documents, shingles):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from moe_jax.text import corpus
+from moe_jax.text import corpus, shingles
 
 HELD_OUT = pathlib.Path(__file__).parents[2] / "assets" / "text"
 STDLIB = pathlib.Path(sysconfig.get_path("stdlib"))
@@ -189,22 +189,22 @@ def test_shingles_are_those_of_the_words(words, draw):
     # words beyond ASCII are one character each
     separated = [part for word in words for part in (word if word[0] > "z" else [word])]
     separated = [part for word in separated for part in {"été": ["é", "t", "é"]}.get(word, [word])]
-    width = min(corpus.SHINGLE_WORDS, len(separated))
+    width = min(shingles.SHINGLE_WORDS, len(separated))
     expected = (
         {tuple(separated[start : start + width]) for start in range(len(separated) - width + 1)} if width else set()
     )
     text = "".join(word + draw.choice([" ", "\n\t", ", ", "(("]) for word in words)
-    hashes = corpus.shingle(text)
+    hashes = shingles.shingle(text)
     assert len(hashes) == len(expected)
     assert hashes.dtype == np.uint64
-    np.testing.assert_array_equal(hashes, corpus.shingle(" - ".join(separated)))
+    np.testing.assert_array_equal(hashes, shingles.shingle(" - ".join(separated)))
 
 
 def test_long_texts_are_shingled_in_blocks(monkeypatch):
     text = unrelated(3)
-    whole = corpus.shingle(text)
-    monkeypatch.setattr(corpus, "_SHINGLED_AT_ONCE", 400)
-    blocks = corpus.shingle(text)
+    whole = shingles.shingle(text)
+    monkeypatch.setattr(shingles, "_SHINGLED_AT_ONCE", 400)
+    blocks = shingles.shingle(text)
     assert np.isin(whole, blocks).mean() > 0.6
 
 
