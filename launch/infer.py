@@ -19,7 +19,13 @@ from absl import flags
 from moe_jax import command, files
 
 ROOT = pathlib.Path(__file__).parents[1]
-DEFAULT_PROMPT = 'import os\n\n\ndef read_lines(path):\n    """Return the lines of a text file."""\n    with open('
+DEFAULT_PROMPT = """import numpy as np
+
+
+def normalize(x, axis=None):
+    \"\"\"Scales an array to unit length.\"\"\"
+    x = np.asarray(x)
+    if"""
 WAIT_S = 5.0  # for the first byte of a pipe: some callers leave one open and never write to it
 
 PROMPT = flags.DEFINE_multi_string(
