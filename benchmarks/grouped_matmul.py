@@ -7,6 +7,7 @@ of the machine falls on all of them; figures are medians.
 """
 
 import functools
+import os
 import pathlib
 import statistics
 import time
@@ -92,4 +93,6 @@ def main(run: command.Command) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, default_config=ROOT / "configs/benchmark_grouped_matmul.gin", huge_pages=True)
+    command.run(
+        main, default_config=os.path.relpath(ROOT / "configs" / "benchmark_grouped_matmul.gin"), huge_pages=True
+    )

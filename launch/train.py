@@ -5,6 +5,7 @@
 Started again with the same --out, it goes on where it was killed. The model is exported to OUT/model.
 """
 
+import os
 import pathlib
 
 from moe_jax import command
@@ -33,4 +34,9 @@ def main(run: command.Command) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, default_config=ROOT / "configs/train_demo.gin", default_out="out/train", huge_pages=True)
+    command.run(
+        main,
+        default_config=os.path.relpath(ROOT / "configs" / "train_demo.gin"),
+        default_out="out/train",
+        huge_pages=True,
+    )

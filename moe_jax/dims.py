@@ -1,4 +1,4 @@
-"""The dimension letters that array names carry, and the logical axis that each one shards over.
+"""The dimension letters that array names carry.
 
 `x_BTD` is batch by time by model width. A letter means the same thing in every file; inside `shard_map` a
 name carries `_local_` before its letters.
@@ -24,22 +24,3 @@ LETTERS = {
     "A": "width of one attention head",
     "R": "expert groups of a group-limited router",
 }
-
-# None: replicated.
-LOGICAL_AXES = {
-    "B": "batch",
-    "V": "vocab",
-    "E": "expert",
-    "F": "hidden",
-    "H": "heads",
-    "G": "kv_heads",
-    "D": None,
-    "L": None,
-    "A": None,
-    "I": None,
-}
-
-
-def logical_axes(letters: str) -> tuple[str | None, ...]:
-    """Names the logical axes of an array, one per letter: `logical_axes("EDF")` is `("expert", None, "hidden")`."""
-    return tuple(LOGICAL_AXES[letter] for letter in letters)
