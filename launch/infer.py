@@ -37,7 +37,7 @@ PROMPT_FILE = flags.DEFINE_multi_string("prompt_file", [], "A file that holds on
 def main(run: command.Command) -> None:
     """Checks all that was asked for, then loads, compiles and generates."""
     prompts = read_prompts()
-    path = in_repository(run.config.model.path)
+    path = command.in_repository(run.config.model.path)
 
     import moe_jax
     from moe_jax.checkpoint.huggingface import read_architecture
@@ -46,7 +46,7 @@ def main(run: command.Command) -> None:
 
     config = run.config
     architecture = read_architecture(path)
-    refuse_other_shape(config, architecture)
+    command.refuse_other_shape(config, architecture)
     execution = execution_of(architecture, config.policy.k_max, config.kernels.grouped_matmul)
     run.implementations["grouped_matmul"] = execution.grouped_matmul
     settings = {"sampling": config.sampling, "policy": config.policy.spec, "seed": config.run.seed}
@@ -118,24 +118,6 @@ def as_text(data: bytes, name: str) -> str:
     if not text:
         raise ValueError(f"{name} is empty: wanted text")
     return text
-
-
-def in_repository(path: str) -> pathlib.Path:
-    """A path as given or, where there is nothing, relative to the repository."""
-    if not path:
-        raise ValueError("model.path = '': wanted the folder of a model")
-    return pathlib.Path(path) if os.path.exists(path) or not (ROOT / path).exists() else ROOT / path
-
-
-def refuse_other_shape(config, architecture) -> None:
-    """Refuses settings of the model's shape that say otherwise than the model: they would be ignored."""
-    for section in ("decoder", "attention", "moe"):
-        given, own = getattr(config, section), getattr(architecture, section)
-        for field in dataclasses.fields(given):
-            value, wanted = getattr(given, field.name), getattr(own, field.name)
-            if value not in (field.default, wanted):
-                hint = "; for fewer active experts: policy.spec=topk:4" if field.name == "k" else ""
-                raise ValueError(f"{section}.{field.name} = {value!r}: the model's own is {wanted!r}, and stays{hint}")
 
 
 def heading(index: int, prompts: list[str]) -> str:

@@ -5,6 +5,7 @@
 Started again with the same --out, it goes on where it was killed. The model is exported to OUT/model.
 """
 
+import dataclasses
 import os
 import pathlib
 
@@ -24,7 +25,9 @@ def main(run: command.Command) -> None:
     run.implementations["grouped_matmul"] = execution.grouped_matmul
     trained.require_policies(config, execution)
     with run.timed("text"):
-        text = loop.prepare_text(config, run.out)
+        held_out = str(command.in_repository(config.text.held_out, "text.held_out"))
+        found = dataclasses.replace(config, text=dataclasses.replace(config.text, held_out=held_out))
+        text = loop.prepare_text(found, run.out)
     with run.timed("run"):
         params = loop.train(config, run.out, text, execution)
     with run.timed("measure"):

@@ -32,6 +32,7 @@ from moe_jax import files
 from moe_jax.config import gin, schema
 
 REFUSED = 2  # exit status of a mistake in what was asked for
+_ROOT = pathlib.Path(__file__).parents[1]  # of the repository
 _READER_GONE = 128 + signal.SIGPIPE  # as the shell reports a process that SIGPIPE ended
 
 flags.disclaim_key_flags()  # the flags below count as the launcher's own, which `--help` lists
@@ -139,6 +140,24 @@ def run(
         app.run(lambda _: _status_of(main, received), flags_parser=_parse_flags)
     except KeyboardInterrupt:
         sys.exit(_interrupted(received))
+
+
+def in_repository(path: str, setting: str = "model.path") -> pathlib.Path:
+    """A path as given or, where there is nothing, relative to the repository; `setting` is what gave it."""
+    if not path:
+        raise ValueError(f"{setting} = '': wanted a folder")
+    return pathlib.Path(path) if os.path.exists(path) or not (_ROOT / path).exists() else _ROOT / path
+
+
+def refuse_other_shape(config: schema.Config, architecture: schema.Architecture) -> None:
+    """Refuses settings of the model's shape that say otherwise than the model: they would be ignored."""
+    for section in ("decoder", "attention", "moe"):
+        given, own = getattr(config, section), getattr(architecture, section)
+        for field in dataclasses.fields(given):
+            value, wanted = getattr(given, field.name), getattr(own, field.name)
+            if value not in (field.default, wanted):
+                hint = "; for fewer active experts: policy.spec=topk:4" if field.name == "k" else ""
+                raise ValueError(f"{section}.{field.name} = {value!r}: the model's own is {wanted!r}, and stays{hint}")
 
 
 def _use_huge_pages() -> None:

@@ -23,4 +23,7 @@ LETTERS = {
     "M": "memory: positions that a cache holds",
     "A": "width of one attention head",
     "R": "expert groups of a group-limited router",
+    "Y": "labels that are scored",
+    "J": "documents of a text",
+    "P": "policies",
 }

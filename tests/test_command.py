@@ -227,3 +227,14 @@ def test_a_full_disk_behind_standard_output_is_refused(start):
     with open("/dev/full", "w") as full:
         status, _, stderr = finished(start("--set=model.path=print", stdout=full))
     assert (status, stderr) == (2, "error: No space left on device\n")
+
+
+def test_a_folder_of_the_repository_is_found_from_anywhere(tmp_path, monkeypatch):
+    repository = pathlib.Path(command.__file__).parents[1]
+    monkeypatch.chdir(tmp_path)
+    assert command.in_repository("configs") == repository / "configs"
+    (tmp_path / "configs").mkdir()
+    assert command.in_repository("configs") == pathlib.Path("configs")
+    assert command.in_repository("nowhere") == pathlib.Path("nowhere")
+    with pytest.raises(ValueError, match=r"text\.held_out = '': wanted a folder"):
+        command.in_repository("", "text.held_out")

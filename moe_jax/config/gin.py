@@ -23,6 +23,9 @@ from gin import config_parser
 from moe_jax.config import schema
 
 _GRAMMAR = "`section.field = literal` (strings in quotes), `NAME = literal` or `include 'file.gin'`"
+# Far beyond any configuration, and read in a second or two: what is larger is no configuration, or never ends.
+_MOST_BYTES, _MOST_FILES, _MOST_MACROS = 200_000, 100, 100
+_MOST_INTEGER = 2**63 - 1  # that arrays and JSON readers hold
 _WANTED = {bool: "True or False", int: "an integer", float: "a number", str: "a string"}
 
 
@@ -65,6 +68,7 @@ class _Collected:
     settings: dict[str, _Given] = dataclasses.field(default_factory=dict)
     macros: dict[str, _Given] = dataclasses.field(default_factory=dict)
     used_macros: set[str] = dataclasses.field(default_factory=set)
+    files: int = 0
 
 
 def _section_types() -> dict[str, type]:
@@ -95,7 +99,7 @@ def read_config(path: str | os.PathLike | None, overrides: Iterable[str] = ()) -
     collected = _Collected()
     if path is not None:
         path = pathlib.Path(path)
-        if not path.exists():
+        if not os.path.exists(path):
             raise _refusal(str(path), f"no such config file; {_nearest_file(path)}")
         _read_file(path, collected, ())
     settings = {name: _typed(name, _without_macros(given, collected)) for name, given in collected.settings.items()}
@@ -118,35 +122,40 @@ def to_gin(config: schema.Config) -> str:
 def _as_literal(value) -> str:
     if isinstance(value, tuple):
         return f"[{', '.join(map(_as_literal, value))}]"
-    if isinstance(value, float) and math.isinf(value):
-        return "1e999" if value > 0 else "-1e999"  # `inf` is a name, not a literal
     return repr(value)
 
 
 def _refusal(where: str, message: str) -> ValueError:
-    text = f"{where}: {message}"
-    return ValueError(" ".join(line.strip() for line in text.splitlines() if line.strip()))
+    """One line, whatever was given; of a very long one, the beginning and the end."""
+    line = " ".join(line.strip() for line in f"{where}: {message}".splitlines() if line.strip())
+    return ValueError(line if len(line) <= 1000 else f"{line[:500]} ... {line[-495:]}")
 
 
 def _shown(value) -> str:
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # thousands of digits, or of brackets
+        text = f"a very long {type(value).__name__}"
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     """The known name most like `name`; one that is only written in another case counts as most like."""
     by_lower = {candidate.lower(): candidate for candidate in known}
-    return by_lower[difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.0)[0]]
+    return by_lower[difflib.get_close_matches(name[:100].lower(), by_lower, n=1, cutoff=0.0)[0]]
 
 
 def _nearest_file(path: pathlib.Path) -> str:
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         return f"there is no folder {path.parent}"
     names = sorted(file.name for file in path.parent.glob("*.gin"))
     return f"nearest: {path.parent / _nearest(path.name, names)}" if names else f"{path.parent} has no *.gin file"
 
 
 def _read_file(path: pathlib.Path, collected: _Collected, including: tuple[pathlib.Path, ...]) -> None:
+    collected.files += 1
+    if collected.files > _MOST_FILES:
+        raise _refusal(str(path), f"is included in a chain or a crowd: wanted at most {_MOST_FILES} files")
     including = (*including, path.resolve())
     for statement in _parse(_read_text(path), path):
         where = f"{path}:{statement.location.line_num}"
@@ -160,6 +169,10 @@ def _read_file(path: pathlib.Path, collected: _Collected, including: tuple[pathl
 
 def _read_text(path: pathlib.Path) -> str:
     try:
+        if not path.is_file() and not path.is_dir():  # a pipe or a device may never end
+            raise _refusal(str(path), "is not a regular file; wanted a gin file")
+        if path.stat().st_size > _MOST_BYTES:
+            raise _refusal(str(path), f"holds {path.stat().st_size} bytes: wanted a gin file of at most {_MOST_BYTES}")
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise _refusal(str(path), f"cannot be read: {error.strerror}; wanted a gin file") from None
@@ -172,7 +185,7 @@ def _read_text(path: pathlib.Path) -> str:
 
 def _locate_include(name: str, includer: pathlib.Path, where: str, including: Sequence[pathlib.Path]) -> pathlib.Path:
     beside = includer.parent / name
-    found = next((path for path in (beside, pathlib.Path(name)) if path.exists()), None)
+    found = next((path for path in (beside, pathlib.Path(name)) if os.path.exists(path)), None)
     if found is None:
         raise _refusal(where, f"include {name!r}: no such file; {_nearest_file(beside)}")
     if found.resolve() in including:
@@ -239,7 +252,7 @@ def _unknown_setting(section: str, field: str) -> str:
         nearest = _nearest(name, elsewhere or settings)
         return f"{name}: unknown section {section!r}; nearest: {nearest}; sections: {', '.join(sections)}"
     fields = [setting for setting in settings if setting.startswith(f"{section}.")]
-    alike = difflib.get_close_matches(name.lower(), fields, n=1, cutoff=0.8)
+    alike = difflib.get_close_matches(name[:100].lower(), fields, n=1, cutoff=0.8)
     nearest = alike[0] if alike else _nearest(name, elsewhere or fields)
     known = ", ".join(setting.split(".")[1] for setting in fields)
     return f"{name}: {section} has no {field!r}; nearest: {nearest}; {section} has {known}"
@@ -248,9 +261,11 @@ def _unknown_setting(section: str, field: str) -> str:
 def _without_macros(given: _Given, collected: _Collected, through: tuple[str, ...] = ()) -> _Given:
     """Replaces the macros in a value, also inside lists; those of a macro's own value too."""
 
-    def replaced(value):
+    def replaced(value, within_list=False):
         if isinstance(value, (list, tuple)):
-            return type(value)(map(replaced, value))
+            if within_list:  # no setting is one, and macros could double it at every level
+                raise _refusal(given.where, f"{_shown(value)}: a list within a list; wanted a list of plain values")
+            return type(value)(replaced(item, within_list=True) for item in value)
         if isinstance(value, _Reference):
             raise _refusal(given.where, f"{value}: references are not taken; wanted {_GRAMMAR}")
         if not isinstance(value, _Macro):
@@ -260,7 +275,10 @@ def _without_macros(given: _Given, collected: _Collected, through: tuple[str, ..
         if value.name not in collected.macros:
             known = f"nearest: %{_nearest(value.name, collected.macros)}" if collected.macros else "no macro is defined"
             raise _refusal(given.where, f"{value}: unknown macro; {known}; wanted `{value.name} = literal` in a file")
-        return _without_macros(collected.macros[value.name], collected, (*through, value.name)).value
+        if len(through) >= _MOST_MACROS:
+            raise _refusal(given.where, f"{value}: is defined through more than {_MOST_MACROS} macros")
+        found = _without_macros(collected.macros[value.name], collected, (*through, value.name)).value
+        return replaced(found, within_list) if isinstance(found, (list, tuple)) else found
 
     return _Given(replaced(given.value), given.where)
 
@@ -299,9 +317,23 @@ def _typed(name: str, given: _Given) -> _Given:
     if not _fits(given.value, kind):
         raise _refusal(given.where, f"{name} = {_shown(given.value)}: wanted {_wanted(kind)}")
     try:
-        return _Given(_converted(given.value, kind), given.where)
+        value = _converted(given.value, kind)
     except OverflowError:
-        raise _refusal(given.where, f"{name} = {_shown(given.value)}: wanted a number of at most 1.8e308") from None
+        value = math.inf
+    if wanted := _wanted_instead(value, kind):
+        raise _refusal(given.where, f"{name} = {_shown(given.value)}: wanted {wanted}")
+    return _Given(value, given.where)
+
+
+def _wanted_instead(value, kind) -> str:
+    """What would do for a value that has the right type and that no array or file holds; else nothing."""
+    if item := _item_kind(kind):
+        return next(filter(None, (_wanted_instead(part, item) for part in value)), "")
+    if kind is str and "\0" in value:
+        return "text without zero bytes"
+    if kind is int and abs(value) > _MOST_INTEGER:
+        return f"an integer of at most {_MOST_INTEGER}"
+    return "a number of at most 1.8e308" if kind is float and not math.isfinite(value) else ""
 
 
 def _item_kind(kind):

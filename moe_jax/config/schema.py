@@ -220,11 +220,18 @@ class EvaluationConfig:
     """What is measured on the held-out text."""
 
     policies: tuple[str, ...] = ("model",)  # the first is what the others are compared with
-    batch_size: int = 16  # windows per step
+    batch_size: int = 16  # windows, or questions, per step
+    documents: int = 0  # the first so many of the held-out text; 0: all
+    choice_questions: int = 512
+    completion_headers: int = 208
+    completion_tokens: int = 64  # of each function's body, at most
 
     def __post_init__(self):
         _require(len(self.policies) > 0, "evaluation.policies", self.policies, "at least one policy")
-        _require_positive("evaluation", self, "batch_size")
+        _require(self.documents >= 0, "evaluation.documents", self.documents, "0 (all) or more")
+        _require_positive(
+            *("evaluation", self, "batch_size"), *("choice_questions", "completion_headers", "completion_tokens")
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +255,29 @@ class SamplingConfig:
         _require(self.top_k >= 0, "sampling.top_k", self.top_k, "0 (all tokens) or more")
         _require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "above 0 and at most 1")
         _require(all(self.stop), "sampling.stop", self.stop, "strings that are not empty")
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkConfig:
+    """Which steps are timed."""
+
+    decode_batches: tuple[int, ...] = (1, 8, 64)  # rows of each decode case
+    prompt_length: int = 64  # tokens that lie in the cache when decoding is first timed
+    prefill_lengths: tuple[int, ...] = (128, 512, 2048)  # tokens of each prefill case, one row
+    rounds: int = 7  # in each, every case has its turn
+    decode_steps: int = 8  # of a decode case in one turn; a prefill case has one
+    trace: str = "assets/traces/demo.npz"  # routing to replay where weights are random; "": the routers' own
+
+    def __post_init__(self):
+        _require_positive("benchmark", self, "prompt_length", "rounds", "decode_steps")
+        for field in ("decode_batches", "prefill_lengths"):
+            given = getattr(self, field)
+            _require(all(one > 0 for one in given), f"benchmark.{field}", given, "positive numbers")
+            _require(len(set(given)) == len(given), f"benchmark.{field}", given, "each number once")
+        cases = self.decode_batches + self.prefill_lengths
+        _require(
+            len(cases) > 0, "benchmark.decode_batches", self.decode_batches, "at least one case, or one of prefill"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -283,6 +313,7 @@ class Config:
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sampling: SamplingConfig = SamplingConfig()
+    benchmark: BenchmarkConfig = BenchmarkConfig()
     run: RunConfig = RunConfig()
 
     def __post_init__(self):

@@ -58,11 +58,11 @@ def require_memory(architecture: Architecture, shape: Shape, dtype: np.dtype) ->
         ValueError: saying what it needs and what is available.
     """
     needed_bytes = 2 * int(np.prod(_array_shape(architecture, shape.batch, shape.memory))) * np.dtype(dtype).itemsize
-    available_bytes = _available_bytes(jax.local_devices()[0])
-    if needed_bytes > available_bytes:
+    free_bytes = available_bytes()
+    if needed_bytes > free_bytes:
         raise ValueError(
             f"the cache of {shape.batch} prompts with up to {shape.memory} tokens needs {needed_bytes / 1e9:.1f} GB, "
-            f"{available_bytes / 1e9:.1f} GB available: wanted fewer prompts or fewer tokens"
+            f"{free_bytes / 1e9:.1f} GB available: wanted fewer prompts or fewer tokens"
         )
 
 
@@ -71,8 +71,9 @@ def _array_shape(architecture: Architecture, batch: int, memory: int) -> tuple[i
     return (architecture.decoder.num_layers, batch, memory, attention.num_kv_heads, attention.head_dim)
 
 
-def _available_bytes(device: jax.Device) -> int:
-    stats = device.memory_stats() or {}
+def available_bytes() -> int:
+    """Memory that the first device has left; on a CPU, this machine."""
+    stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
     return psutil.virtual_memory().available

@@ -209,28 +209,47 @@ class Engine:
 
     def _prepared(
         self, requests: Sequence[Request], execution: decoder.Execution
-    ) -> tuple["_Batch", jax.stages.Compiled, jax.stages.Compiled | None]:
+    ) -> tuple["Batch", jax.stages.Compiled, jax.stages.Compiled | None]:
         """The batch, its prefill, and its decode step unless the prefill draws all there is to draw."""
-        batch = _batch_of(requests, execution)
+        batch = batch_of(requests, execution)
+        prefill = self.prefill_program(batch, execution)
+        if max(request.max_new_tokens for request in requests) == 1:
+            return batch, prefill, None
+        return batch, prefill, self.decode_program(batch, execution)
+
+    def prefill_program(self, batch: "Batch", execution: decoder.Execution) -> jax.stages.Compiled:
+        """The program that reads the prompts of a batch, for those who time steps rather than `run` them.
+
+        It takes (params, tokens_BT, length_B, valid_BT, live), and returns a `Drawn` and the cache.
+
+        Raises:
+            ValueError: the cache does not fit in the memory that is available.
+        """
         shape, dtype = batch.shape, self.params["embedding_VD"].dtype
         caches.require_memory(execution.architecture, shape, dtype)
-        key = (execution, shape)
+        key = (execution, shape, jax.tree.structure(batch.live))
         if key not in self._programs:
             arguments = (self.params, batch.tokens_BT, batch.length_B, batch.valid_BT, batch.live)
             lowered = _prefill.lower(*arguments, execution=execution, memory=shape.memory)
             self._programs[key] = lowered.compile()
-        prefill = self._programs[key]
-        if max(request.max_new_tokens for request in requests) == 1:
-            return batch, prefill, None
-        key = (execution, shape.batch, shape.memory)
+        return self._programs[key]
+
+    def decode_program(self, batch: "Batch", execution: decoder.Execution) -> jax.stages.Compiled:
+        """The program of one decode step of a batch.
+
+        It takes (params, cache, token_B, position_B, alive_B, live), and returns a `Drawn` and the cache, which it
+        writes in place.
+        """
+        shape, dtype = batch.shape, self.params["embedding_VD"].dtype
+        key = (execution, shape.batch, shape.memory, jax.tree.structure(batch.live))
         if key not in self._programs:
             cache = jax.eval_shape(lambda: caches.allocate(execution.architecture, shape.batch, shape.memory, dtype))
             rows = (batch.length_B, batch.length_B, batch.valid_BT[:, 0], batch.live)
             self._programs[key] = _decode.lower(self.params, cache, *rows, execution=execution).compile()
-        return batch, prefill, self._programs[key]
+        return self._programs[key]
 
 
-class _Batch(NamedTuple):
+class Batch(NamedTuple):
     """Requests as arrays, padded to their shape. Rows without a request have one token that is not valid."""
 
     shape: caches.Shape
@@ -240,7 +259,8 @@ class _Batch(NamedTuple):
     live: Live
 
 
-def _batch_of(requests: Sequence[Request], execution: decoder.Execution) -> _Batch:
+def batch_of(requests: Sequence[Request], execution: decoder.Execution) -> Batch:
+    """Pads requests to the shape that they share, with their live settings on the device."""
     architecture = execution.architecture
     lengths = [len(request.ids) for request in requests]
     budgets = [request.max_new_tokens for request in requests]
@@ -263,7 +283,7 @@ def _batch_of(requests: Sequence[Request], execution: decoder.Execution) -> _Bat
             np.array([request.seed for request in padded], np.uint32),
         ),
     )
-    return _Batch(shape, tokens_BT, length_B, valid_BT, jax.device_put(live))
+    return Batch(shape, tokens_BT, length_B, valid_BT, jax.device_put(live))
 
 
 class _Row:

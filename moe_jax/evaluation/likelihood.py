@@ -1,62 +1,39 @@
-"""Held-out bits per byte: how many bits a model needs for each byte of a text that it has not seen."""
+"""Held-out likelihood: how many bits a model needs for each byte of a text that it has not seen."""
 
-import functools
 import lzma
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.evaluation.journal import Journal
+from moe_jax.evaluation.scoring import Batch, score
 from moe_jax.model import decoder
 from moe_jax.routing.policies import base as policies
 from moe_jax.text.batches import windows
 
-RESAMPLES = 2000
-
 
 class Likelihood(NamedTuple):
-    """What scoring some documents gave."""
+    """What one policy gave on some documents."""
 
-    bits: np.ndarray  # float64 per document
+    bits_J: np.ndarray  # float64
+    kl_J: np.ndarray | None  # float64 nats, summed over scored tokens: divergence of the reference from this policy
+    tokens_J: np.ndarray  # int64: tokens scored
     load_LE: np.ndarray  # int64: slots that each expert received
 
 
-class Estimate(NamedTuple):
-    """A value with its 95% interval."""
-
-    value: float
-    ci95: tuple[float, float]
-
-
-@functools.partial(jax.jit, static_argnames="execution")
-def _score(params, tokens_BT, labels_BT, scored_BT, valid_BT, live, execution):
-    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    segments_BT = valid_BT.astype(jnp.int32)
-    x_BTD, traffic = decoder.hidden(params, tokens_BT, positions_BT, segments_BT, live, execution)
-
-    def row(carried, args):
-        x_TD, labels_T, scored_T = args
-        logits_TV = decoder.logits(params, x_TD)
-        picked_T = jnp.take_along_axis(logits_TV, labels_T[:, None], axis=1)[:, 0]
-        nats_T = jax.nn.logsumexp(logits_TV, axis=1) - picked_T
-        return carried, jnp.where(scored_T, nats_T, 0.0).sum()
-
-    _, nats_B = jax.lax.scan(row, None, (x_BTD, labels_BT, scored_BT))
-    return nats_B, traffic.load_E
-
-
-def score(
+def score_documents(
     params: decoder.Params,
     documents: Sequence[np.ndarray],
-    policy: policies.Policy,
+    compared: Sequence[policies.Policy],
     execution: decoder.Execution,
     *,
     context: int,
     batch_size: int,
+    reference: int | None = None,
+    journal: Journal | None = None,
     advance: Callable[[int], object] = lambda windows: None,
-) -> Likelihood:
+) -> list[Likelihood]:
     """Scores every token of every document but its leading `<|endoftext|>`.
 
     A document longer than the context is cut into windows that overlap by half: each token but those of the first
@@ -65,67 +42,80 @@ def score(
     Args:
         params: as `decoder.split` gives them.
         documents: int32 ids of each, as `encode_documents` gives them.
-        policy: which experts run.
+        compared: the policies; each batch runs under all of them in turn.
         execution: the static half of the step.
         context: T, tokens of a window.
         batch_size: windows per compiled step.
+        reference: which policy divergences are measured from; None: no divergences.
+        journal: where finished batches are kept; None: nowhere.
         advance: called with the number of windows done since the last call, for a progress bar.
 
     Returns:
-        Bits of each document and the experts' loads.
+        The likelihood under each policy, in order.
     """
-    cut = [windows(tokens, context, context // 2) for tokens in documents]
-    owner_N = np.repeat(np.arange(len(documents)), [len(tokens) for tokens, _, _ in cut])
-    tokens_NT, labels_NT, scored_NT = (np.concatenate(parts) for parts in zip(*cut))
-    length_N = np.concatenate([_lengths(len(tokens), len(parts[0]), context) for tokens, parts in zip(documents, cut)])
-    valid_NT = np.arange(context)[None, :] < length_N[:, None]
+    journal = journal or Journal(None, {})
+    cut = _Windows(documents, context)
     moe, num_layers = execution.architecture.moe, execution.architecture.decoder.num_moe_layers
-    live = policies.settings([policy] * batch_size, num_layers, moe.k, execution.k_max)
-    nats_N = np.zeros(len(owner_N))
-    load_LE = np.zeros((num_layers, moe.num_experts), np.int64)
-    for first in range(0, len(owner_N), batch_size):
-        rows = np.arange(first, first + batch_size)
-        there = rows < len(owner_N)
-        rows = np.where(there, rows, 0)
-        valid_BT, scored_BT = (part[rows] & there[:, None] for part in (valid_NT, scored_NT))
-        nats_B, batch_load_LE = _score(
-            params, tokens_NT[rows], labels_NT[rows], scored_BT, valid_BT, live, execution=execution
+    settings = [policies.settings([policy] * batch_size, num_layers, moe.k, execution.k_max) for policy in compared]
+    nats_PJ, kl_PJ = np.zeros((2, len(compared), len(documents)))
+    load_PLE = np.zeros((len(compared), num_layers, moe.num_experts), np.int64)
+    for first in range(0, len(cut.owner), batch_size):
+        batch = cut.batch(first, batch_size)
+
+        def compute(batch=batch):
+            scores = score(params, batch, settings, execution, reference)
+            arrays = {"nats_PY": [one.nats_Y for one in scores], "load_PLE": [one.load_LE for one in scores]}
+            return arrays | ({} if reference is None else {"kl_PY": [one.kl_Y for one in scores]})
+
+        part = journal.once(f"windows-{first:06d}", compute)
+        owner_Y = cut.owner[first + batch.source_Y[: batch.num_labels] // context]
+        for number in range(len(compared)):
+            nats_PJ[number] += np.bincount(owner_Y, np.float64(part["nats_PY"][number]), len(documents))
+            if reference is not None:
+                kl_PJ[number] += np.bincount(owner_Y, np.float64(part["kl_PY"][number]), len(documents))
+        load_PLE += part["load_PLE"]
+        advance(min(batch_size, len(cut.owner) - first))
+    tokens_J = np.array([max(len(tokens) - 1, 0) for tokens in documents])
+    return [
+        Likelihood(nats_J / np.log(2), None if reference is None else kl_J, tokens_J, load_LE)
+        for nats_J, kl_J, load_LE in zip(nats_PJ, kl_PJ, load_PLE)
+    ]
+
+
+def num_windows(documents: Sequence[np.ndarray], context: int) -> int:
+    """How many windows `score_documents` cuts documents into."""
+    return len(_Windows(documents, context).owner)
+
+
+class _Windows:
+    """All windows of all documents."""
+
+    def __init__(self, documents: Sequence[np.ndarray], context: int):
+        cut = [windows(tokens, context, context // 2) for tokens in documents]
+        self.owner = np.repeat(np.arange(len(documents)), [len(tokens_NT) for tokens_NT, _, _ in cut])
+        self._tokens, self._labels, self._scored = (np.concatenate(parts) for parts in zip(*cut))
+        starts = np.concatenate([np.arange(len(tokens_NT)) for tokens_NT, _, _ in cut]) * (context // 2)
+        self._lengths = np.minimum(context, np.array([len(tokens) - 1 for tokens in documents])[self.owner] - starts)
+
+    def batch(self, first: int, batch_size: int) -> Batch:
+        """So many windows from the first on, padded with empty rows behind the last."""
+        rows = slice(first, first + batch_size)
+        missing = first + batch_size - min(first + batch_size, len(self.owner))
+        tokens_BT, labels_BT, scored_BT = (
+            np.pad(part[rows], ((0, missing), (0, 0))) for part in (self._tokens, self._labels, self._scored)
         )
-        nats_N[rows[there]] = np.asarray(nats_B)[there]
-        load_LE += np.asarray(batch_load_LE)
-        advance(int(there.sum()))
-    bits = np.bincount(owner_N, weights=nats_N, minlength=len(documents)) / np.log(2)
-    return Likelihood(bits, load_LE)
-
-
-def _lengths(num_tokens: int, num_windows: int, context: int) -> np.ndarray:
-    starts = np.arange(num_windows) * (context // 2)
-    return np.minimum(context, num_tokens - 1 - starts)
-
-
-def bits_per_byte(bits: np.ndarray, sizes: np.ndarray, seed: int = 0) -> Estimate:
-    """Bits over bytes of all documents, with an interval from resampling documents.
-
-    Args:
-        bits: per document.
-        sizes: bytes of each document.
-        seed: of the resampling.
-    """
-    rng = np.random.default_rng(seed)
-    picked = rng.integers(len(bits), size=(RESAMPLES, len(bits)))
-    low, high = np.quantile(bits[picked].sum(axis=1) / sizes[picked].sum(axis=1), [0.025, 0.975])
-    return Estimate(float(bits.sum() / sizes.sum()), (float(low), float(high)))
-
-
-def paired_ratio(bits: np.ndarray, reference_bits: np.ndarray, seed: int = 0) -> Estimate:
-    """How much worse than the reference, as a fraction of it: 0.01 is one percent more bits for the same text.
-
-    Documents are resampled in pairs, so the spread between documents cancels.
-    """
-    rng = np.random.default_rng(seed)
-    picked = rng.integers(len(bits), size=(RESAMPLES, len(bits)))
-    low, high = np.quantile(bits[picked].sum(axis=1) / reference_bits[picked].sum(axis=1) - 1, [0.025, 0.975])
-    return Estimate(float(bits.sum() / reference_bits.sum() - 1), (float(low), float(high)))
+        context = tokens_BT.shape[1]
+        lengths = np.pad(self._lengths[rows], (0, missing))
+        source_Y = np.flatnonzero(scored_BT).astype(np.int32)
+        padding = (0, scored_BT.size - len(source_Y))
+        return Batch(
+            tokens_BT,
+            np.broadcast_to(np.arange(context, dtype=np.int32), tokens_BT.shape),
+            (np.arange(context)[None] < lengths[:, None]).astype(np.int32),
+            np.pad(source_Y, padding),
+            np.pad(labels_BT.reshape(-1)[source_Y], padding),
+            len(source_Y),
+        )
 
 
 def xz_bits_per_byte(texts: Sequence[bytes], primer: Sequence[bytes] = ()) -> float:

@@ -91,7 +91,9 @@ def mix(query_BTHA: jax.Array, key_BMGA: jax.Array, value_BMGA: jax.Array, mask_
 
 
 def causal(heads: Heads, segments_BT: jax.Array) -> jax.Array:
-    """Attention over whole sequences: a position sees itself and earlier positions of its segment.
+    """Attention over whole sequences: a position sees itself, and earlier positions of its segment or of a prefix.
+
+    The number of a prefix segment is negative: every later segment of its row goes on from it.
 
     Goes by blocks of queries, so that the keys behind a block are not multiplied, and recomputes the scores in the
     gradient rather than keep them.
@@ -101,7 +103,8 @@ def causal(heads: Heads, segments_BT: jax.Array) -> jax.Array:
     for first in range(0, length, QUERY_BLOCK):
         last = min(first + QUERY_BLOCK, length)
         order_TM = jnp.arange(first, last)[:, None] >= jnp.arange(last)[None, :]
-        mask_BTM = (segments_BT[:, first:last, None] == segments_BT[:, None, :last]) & order_TM[None]
+        key_segments_B1M = segments_BT[:, None, :last]
+        mask_BTM = ((segments_BT[:, first:last, None] == key_segments_B1M) | (key_segments_B1M < 0)) & order_TM[None]
         blocks.append(
             jax.checkpoint(mix)(
                 heads.query_BTHA[:, first:last], heads.key_BTGA[:, :last], heads.value_BTGA[:, :last], mask_BTM

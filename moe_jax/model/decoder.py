@@ -143,7 +143,8 @@ def hidden(
         params: as `split` gives them.
         tokens_BT: int32 ids.
         positions_BT: int32, counted within each segment.
-        segments_BT: int32; positions see their own segment only; 0 is padding, which no expert serves.
+        segments_BT: int32; positions see their own segment and negative ones, which are prefixes of all that follows in
+            their row; 0 is padding, which no expert serves.
         live: settings of the policy.
         execution: the static half.
 
@@ -164,7 +165,7 @@ def hidden(
     def moe_step(x_BTD, scanned):
         column, stack = scanned  # a stack of this one layer
         weights = _one_layer({name: part for name, part in stack.items() if name != "experts"}, 0)
-        ffn = _moe_ffn(weights, stack["experts"], jnp.int32(0), live, _context(column, segments_BT > 0), execution)
+        ffn = _moe_ffn(weights, stack["experts"], jnp.int32(0), live, _context(column, segments_BT != 0), execution)
         x_BTD, _, traffic = _layer(x_BTD, weights, turn, core, ffn, architecture)
         return x_BTD, traffic
 

@@ -13,9 +13,10 @@ from tqdm import tqdm
 from moe_jax import files
 from moe_jax.checkpoint.huggingface import read_checkpoint, write_checkpoint
 from moe_jax.config.schema import Config
-from moe_jax.evaluation import likelihood
-from moe_jax.evaluation.likelihood import Estimate
+from moe_jax.evaluation.intervals import Estimate, paired_ratio, ratio
+from moe_jax.evaluation.likelihood import num_windows, score_documents, xz_bits_per_byte
 from moe_jax.model.decoder import Execution, Params
+from moe_jax.report.evaluated import load_max_over_mean
 from moe_jax.report.plots import draw_training_curve
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.parse import parse
@@ -73,8 +74,8 @@ def finish(config: Config, folder: pathlib.Path, text: Text, execution: Executio
     )
     finished = Finished(
         measured,
-        likelihood.xz_bits_per_byte(held_out_text),
-        likelihood.xz_bits_per_byte(held_out_text, primer=training_text),
+        xz_bits_per_byte(held_out_text),
+        xz_bits_per_byte(held_out_text, primer=training_text),
         statistics.median(line["tokens_per_s"] for line in lines if "tokens_per_s" in line),
         *count_parameters(exported, config.moe.k),
     )
@@ -84,30 +85,27 @@ def finish(config: Config, folder: pathlib.Path, text: Text, execution: Executio
 
 def _measure(config: Config, text: Text, execution: Execution, params: Params) -> list[Row]:
     sizes = np.array([len(document.text.encode()) for document in text.held_out])
-    rows, reference = [], None
-    for spec in config.evaluation.policies:
-        with tqdm(desc=spec, unit="window", disable=None) as bar:
-            scored = likelihood.score(
-                params,
-                text.held_out_tokens,
-                parse(spec),
-                execution,
-                context=config.decoder.max_context,
-                batch_size=config.evaluation.batch_size,
-                advance=bar.update,
-            )
-        reference = scored.bits if reference is None else reference
-        load_LE = scored.load_LE
-        rows.append(
-            Row(
-                spec,
-                likelihood.bits_per_byte(scored.bits, sizes),
-                likelihood.paired_ratio(scored.bits, reference) if rows else None,
-                float((load_LE.max(axis=1) / load_LE.mean(axis=1)).max()),
-                int((load_LE == 0).sum()),
-            )
+    context = config.decoder.max_context
+    with tqdm(total=num_windows(text.held_out_tokens, context), unit="window", disable=None) as bar:
+        scored = score_documents(
+            params,
+            text.held_out_tokens,
+            [parse(spec) for spec in config.evaluation.policies],
+            execution,
+            context=context,
+            batch_size=config.evaluation.batch_size,
+            advance=bar.update,
         )
-    return rows
+    return [
+        Row(
+            spec,
+            ratio(one.bits_J, sizes),
+            paired_ratio(one.bits_J, scored[0].bits_J) if number else None,
+            load_max_over_mean(one.load_LE),
+            int((one.load_LE == 0).sum()),
+        )
+        for number, (spec, one) in enumerate(zip(config.evaluation.policies, scored))
+    ]
 
 
 def count_parameters(params: Params, k: int) -> tuple[int, int]:

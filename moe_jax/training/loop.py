@@ -137,15 +137,15 @@ def _bits_per_byte(params: decoder.Params, config: Config, text: Text, execution
     """Of the first held-out documents, `training.evaluate_bytes` in all, with the model's own k."""
     sizes = np.array([len(document.text.encode()) for document in text.held_out])
     count = int(np.searchsorted(np.cumsum(sizes), config.training.evaluate_bytes)) + 1
-    scored = likelihood.score(
+    [scored] = likelihood.score_documents(
         params,
         text.held_out_tokens[:count],
-        ModelOwn(),
+        [ModelOwn()],
         execution,
         context=config.training.sequence_length,
         batch_size=config.evaluation.batch_size,
     )
-    return float(scored.bits.sum() / sizes[:count].sum())
+    return float(scored.bits_J.sum() / sizes[:count].sum())
 
 
 def train(config: Config, folder: pathlib.Path, text: Text, execution: decoder.Execution) -> decoder.Params:

@@ -1,4 +1,4 @@
-"""Held-out likelihood against a plain loop over positions, and intervals that mean what they say."""
+"""Held-out likelihood against a plain loop over positions."""
 
 import functools
 import lzma
@@ -9,7 +9,8 @@ import pytest
 from flax import nnx
 
 from moe_jax.config.schema import Architecture, AttentionConfig, DecoderConfig, MoEConfig
-from moe_jax.evaluation import likelihood
+from moe_jax.evaluation import likelihood, scoring
+from moe_jax.evaluation.journal import Journal
 from moe_jax.model import decoder
 from moe_jax.routing.policies import base
 from moe_jax.routing.policies.parse import parse
@@ -33,55 +34,82 @@ def jitted_hidden():
     return jax.jit(decoder.hidden, static_argnums=5)
 
 
-def bits_of_window(params, tokens, policy):
-    """Bits of every token of one unpadded sequence but the first."""
+def probabilities(params, tokens, policy):
+    """Of every next token behind every token of one unpadded sequence but its last."""
     live = base.settings([policy], 1, 3, 3)
     inputs = np.asarray(tokens[:-1])[None]
     positions = np.arange(inputs.shape[1])[None]
     x, _ = jitted_hidden()(params, inputs, positions, np.ones_like(inputs), live, EXECUTION)
     logits_TV = np.asarray(decoder.logits(params, x), np.float64)[0]
-    probability_TV = np.exp(logits_TV) / np.exp(logits_TV).sum(axis=1, keepdims=True)
+    return np.exp(logits_TV) / np.exp(logits_TV).sum(axis=1, keepdims=True)
+
+
+def bits_of_window(params, tokens, policy):
+    """Bits of every token of one unpadded sequence but the first."""
+    probability_TV = probabilities(params, tokens, policy)
     return [-np.log2(probability[label]) for probability, label in zip(probability_TV, tokens[1:])]
 
 
-@pytest.mark.parametrize("spec", ["model", "topk:1"])
-def test_every_token_is_scored_once_with_the_context_it_has(params, spec):
-    policy = parse(spec)
+def documents():
     rng = np.random.default_rng(0)
-    documents = [np.r_[0, rng.integers(1, 50, size=size)].astype(np.int32) for size in (1, 5, CONTEXT, 29)]
-    got = likelihood.score(params, documents, policy, EXECUTION, context=CONTEXT, batch_size=3)
+    return [np.r_[0, rng.integers(1, 50, size=size)].astype(np.int32) for size in (1, 5, CONTEXT, 29)]
+
+
+def score(params, *specs, **options):
+    settings = {"context": CONTEXT, "batch_size": 3, **options}
+    return likelihood.score_documents(params, documents(), [parse(spec) for spec in specs], EXECUTION, **settings)
+
+
+def windows(tokens):
+    """The first window whole, then windows every half context: the window, and how many labels it leaves unscored."""
     half = CONTEXT // 2
-    for tokens, bits in zip(documents, got.bits):
-        # the first window whole, then windows every half context, each scoring what the last one did not
-        scored = bits_of_window(params, tokens[: CONTEXT + 1], policy)
-        for start in range(half, len(tokens) - 1 - half, half):
-            scored += bits_of_window(params, tokens[start : start + CONTEXT + 1], policy)[half:]
-        assert len(scored) == len(tokens) - 1
-        wanted = sum(scored)
-        np.testing.assert_allclose(bits, wanted, rtol=1e-5)
-    k = 3 if spec == "model" else 1
-    window_tokens = 1 + 5 + CONTEXT + (CONTEXT + CONTEXT + 13)  # the last document has three windows
-    assert got.load_LE.sum() == k * window_tokens
+    starts = range(half, len(tokens) - 1 - half, half)
+    return [(tokens[: CONTEXT + 1], 0)] + [(tokens[start : start + CONTEXT + 1], half) for start in starts]
 
 
-def test_intervals_cover():
-    """Documents drawn from a known distribution: 95% intervals hold its mean about 95 times in 100."""
-    rng = np.random.default_rng(0)
-    held = 0
-    for trial in range(100):
-        sizes = rng.integers(1000, 5000, size=80)
-        bits = sizes * rng.normal(1.5, 0.3, size=80)
-        low, high = likelihood.bits_per_byte(bits, sizes, seed=trial).ci95
-        held += low <= 1.5 <= high
-    assert 88 <= held <= 99
+def test_every_token_is_scored_once_with_the_context_it_has(params):
+    for spec, k, got in zip(("model", "topk:1"), (3, 1), score(params, "model", "topk:1")):
+        for tokens, bits, count in zip(documents(), got.bits_J, got.tokens_J):
+            scored = [
+                one for window, skip in windows(tokens) for one in bits_of_window(params, window, parse(spec))[skip:]
+            ]
+            assert len(scored) == len(tokens) - 1 == count
+            np.testing.assert_allclose(bits, sum(scored), rtol=1e-5)
+        window_tokens = 1 + 5 + CONTEXT + (CONTEXT + CONTEXT + 13)  # the last document has three windows
+        assert got.load_LE.sum() == k * window_tokens
 
 
-def test_paired_differences_cancel_what_documents_share():
-    rng = np.random.default_rng(0)
-    reference = rng.uniform(1e3, 1e5, size=50)
-    worse = likelihood.paired_ratio(reference * 1.02, reference)
-    np.testing.assert_allclose([worse.value, *worse.ci95], 0.02, rtol=1e-9)
-    assert likelihood.paired_ratio(reference, reference).value == 0
+def test_divergence_is_that_of_the_reference_from_each_policy(params):
+    few, full = score(params, "topk:1", "model", reference=1)
+    for number, tokens in enumerate(documents()):
+        wanted = 0.0
+        for window, skip in windows(tokens):
+            p_TV, q_TV = (probabilities(params, window, parse(spec)) for spec in ("model", "topk:1"))
+            wanted += (p_TV * np.log(p_TV / q_TV)).sum(axis=1)[skip:].sum()
+        np.testing.assert_allclose(few.kl_J[number], wanted, rtol=1e-4)
+    assert few.kl_J.min() > 0
+    np.testing.assert_array_equal(full.kl_J, 0)
+
+
+def test_chunks_of_labels_change_nothing(params, monkeypatch):
+    [whole] = score(params, "model", reference=0)
+    monkeypatch.setattr(scoring, "CHUNK", 7)
+    jax.clear_caches()
+    [chunked] = score(params, "model", reference=0)
+    jax.clear_caches()
+    np.testing.assert_allclose(chunked.bits_J, whole.bits_J, rtol=1e-6)
+
+
+def test_a_finished_batch_is_not_computed_again(params, tmp_path):
+    whole = score(params, "model", "topk:1", reference=0)
+    with_journal = score(params, "model", "topk:1", reference=0, journal=Journal(tmp_path, {}))
+    dead = jax.tree.map(np.zeros_like, params)  # what is read from the journal no longer needs weights
+    (tmp_path / Journal(tmp_path, {}).name / "windows-000003.npz").unlink()
+    again = score(params, "model", "topk:1", reference=0, journal=Journal(tmp_path, {}))
+    read = score(dead, "model", "topk:1", reference=0, journal=Journal(tmp_path, {}))
+    for other in (with_journal, again, read):
+        for one, wanted in zip(other, whole):
+            jax.tree.map(np.testing.assert_array_equal, one, wanted)
 
 
 def test_xz():

@@ -148,7 +148,7 @@ def test_an_interruption_saves_what_is_done(main, capsys, tmp_path, monkeypatch)
         (["--prompt_file=zeros"], {}, "'zeros': byte 2 is 0; wanted text"),
         (["--prompt_file=empty"], {}, "'empty' is empty"),
         ([], {"model.path": "nowhere"}, "model.path = 'nowhere' does not exist"),
-        ([], {"model.path": ""}, "model.path = '': wanted the folder of a model"),
+        ([], {"model.path": ""}, "model.path = '': wanted a folder"),
         ([], {"policy.spec": "topk:9"}, "wanted 1 to 8 experts in every layer; more need a larger policy.k_max"),
         ([], {"policy.spec": "tpok:2"}, 'did you mean "topk:4"'),
         ([], {"policy.k_max": 17}, "policy.k_max = 17: wanted 0"),
@@ -203,14 +203,6 @@ def test_piped_text_is_a_prompt_unless_flags_give_one(infer, monkeypatch):
         assert infer.read_prompts() == ["a"]
         flags.FLAGS["prompt"].unparse()
         assert infer.read_prompts() == ["naïve\n"]
-
-
-def test_the_model_is_found_from_any_folder(infer, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert infer.in_repository("configs") == ROOT / "configs"
-    (tmp_path / "configs").mkdir()
-    assert infer.in_repository("configs") == pathlib.Path("configs")
-    assert infer.in_repository("nowhere") == pathlib.Path("nowhere")
 
 
 def test_the_demo_config_is_ready_to_run():

@@ -13,6 +13,10 @@ import moe_jax
 from moe_jax.checkpoint import huggingface
 from moe_jax.checkpoint.families import FAMILIES
 from moe_jax.config.schema import Architecture, AttentionConfig, DecoderConfig, MoEConfig
+from moe_jax.engine.request import execution_of
+from moe_jax.evaluation.likelihood import score_documents
+from moe_jax.text.corpus import load_held_out
+from moe_jax.text.tokenizer import encode_documents
 
 pytestmark = pytest.mark.peers
 DEMO = pathlib.Path(__file__).parents[2] / "assets" / "demo"
@@ -215,3 +219,35 @@ def test_token_ids_of_the_demo(transformers):
     assert "eos_token_id" in ids
     for name, value in ids.items():
         assert getattr(config, name) == value == getattr(generation, name)
+
+
+@pytest.mark.parametrize("k", [8, 2])
+def test_bits_per_byte_of_the_demo(transformers, k):
+    """Against the peer's own loss, window by window, over whole held-out files of one window and of several."""
+    import torch
+
+    model = moe_jax.load(DEMO, dtype="float32")
+    peer = load_peer(transformers, DEMO, num_experts_per_tok=k)
+    documents = sorted(load_held_out(DEMO.parent / "text"), key=lambda one: len(one.text))[:250:50]
+    tokens, sizes = encode_documents(model.tokenizer, documents), [len(one.text.encode()) for one in documents]
+    context = model.architecture.decoder.max_context
+    assert min(map(len, tokens)) < context < max(map(len, tokens))
+    [ours] = score_documents(
+        model.params,
+        tokens,
+        [moe_jax.policies.parse(f"topk:{k}")],
+        execution_of(model.architecture),
+        **{"context": context, "batch_size": 4},
+    )
+    for ids, size, bits in zip(tokens, sizes, ours.bits_J):
+        nats, scored = 0.0, 1  # the first token is given
+        while scored < len(ids):
+            begin = max(0, scored - 1 - context // 2)
+            window = torch.tensor(ids[begin : begin + context + 1].astype(np.int64))[None]
+            labels = window.clone()
+            labels[0, : scored - begin] = -100  # what this loss leaves out
+            count = int((labels != -100).sum())
+            with torch.no_grad():
+                nats += float(peer(input_ids=window, labels=labels).loss) * count
+            scored += count
+        assert bits / size == pytest.approx(nats / np.log(2) / size, abs=1e-4)

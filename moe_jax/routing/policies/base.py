@@ -26,6 +26,7 @@ class Settings(NamedTuple):
     """The live half of a policy: one row per request, one column per MoE layer."""
 
     k_BL: jax.Array  # int32: slots to keep
+    replay_LNK: jax.Array | None = None  # int32: experts of this step's tokens, best first; -1: the router's own choice
 
 
 class Context(NamedTuple):
@@ -55,8 +56,16 @@ def settings(policies: Sequence[Policy], num_layers: int, k: int, k_max: int) ->
 
 
 def select(routing: Routing, live: Settings, context: Context, moe: MoEConfig, k_max: int) -> Selection:
-    """Keeps the first k slots of each valid token, k being its request's setting for the layer."""
+    """Keeps the first k slots of each valid token, k being its request's setting for the layer.
+
+    Where routing is replayed, the given experts stand in the slots instead of the best ones, at the mixing weights that
+    the router gives them. The router chooses all the same: a replayed step costs what the model's own costs.
+    """
     expert_NK, mix_NK = top_slots(routing, k_max)
+    if live.replay_LNK is not None:
+        replayed_NK = live.replay_LNK[context.layer]
+        expert_NK = jnp.where(replayed_NK >= 0, replayed_NK, expert_NK)
+        mix_NK = jnp.take_along_axis(routing.mix_NE, expert_NK, axis=1)
     k_N = live.k_BL[context.row_N, context.layer]
     keep_NK = (jnp.arange(k_max)[None, :] < k_N[:, None]) & context.valid_N[:, None]
     return weigh(expert_NK, mix_NK, keep_NK, moe)

@@ -1,0 +1,78 @@
+"""Measures what fewer experts cost in quality: every policy of `evaluation.policies` on held-out text, side by side.
+
+    python launch/evaluate.py --config configs/evaluate_demo.gin --out out/evaluate
+
+Bits per byte, the divergence from the full model, the choice of a next line among four, how often a completed function
+parses, and the load of the experts; with 95% intervals over documents, and differences to the first policy paired by
+document. Started again with the same --out, it goes on where it was killed. OUT/documents.csv and OUT/expert_load.csv
+hold what the table sums up.
+"""
+
+import dataclasses
+import importlib.metadata
+import os
+import pathlib
+
+from moe_jax import command
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def main(run: command.Command) -> None:
+    """Checks all that was asked for, then loads and measures."""
+    config = run.config
+    path = command.in_repository(config.model.path)
+    held_out = command.in_repository(config.text.held_out, "text.held_out")
+
+    import moe_jax
+    from moe_jax.checkpoint.huggingface import read_architecture
+    from moe_jax.engine.request import execution_of
+    from moe_jax.evaluation.journal import Journal
+    from moe_jax.evaluation.likelihood import xz_bits_per_byte
+    from moe_jax.report import evaluated
+    from moe_jax.text.corpus import load_held_out
+    from moe_jax.text.tokenizer import load_tokenizer
+
+    architecture = read_architecture(path)
+    command.refuse_other_shape(config, architecture)
+    execution = execution_of(architecture, config.policy.k_max, config.kernels.grouped_matmul)
+    run.implementations["grouped_matmul"] = execution.grouped_matmul
+    tokenizer, seed = load_tokenizer(path), config.run.seed
+    with run.timed("text"):
+        task = evaluated.prepare(config.evaluation, seed, load_held_out(held_out), tokenizer, execution)
+        xz = xz_bits_per_byte([document.text.encode() for document in task.documents])
+
+    with run.timed("load"):
+        model = moe_jax.load(path, dtype=config.model.dtype)
+    journal = Journal(run.out / "parts", identity(config, path, held_out, run.implementations))
+    with run.timed("run"):
+        measured = evaluated.measure(config.evaluation, seed, task, model.engine, tokenizer, execution, journal)
+
+    rows = evaluated.rows(task, measured)
+    figures = rows[0]["figures"] | {"xz_bits_per_byte": {"value": xz, "unit": "bit/byte"}}
+    evaluated.write_details(run.out, task, measured)
+    run.finish(figures, rows=rows, text=f"{evaluated.table(rows)}\n`xz -9e` of the same text: {xz:.3f} bits per byte")
+    journal.forget()
+
+
+def identity(config, path: pathlib.Path, held_out: pathlib.Path, implementations: dict[str, str]) -> dict:
+    """All that the parts of a measurement depend on; of files, what changes when they are written again."""
+    import jax
+
+    written = {
+        str(file): [file.stat().st_size, file.stat().st_mtime_ns]
+        for folder in (path, held_out)
+        for file in sorted(folder.iterdir())
+        if file.is_file()
+    }
+    versions = {"moe_jax": importlib.metadata.version("moe_jax"), "jax": jax.__version__}
+    return dataclasses.asdict(config) | {"files": written, "versions": versions, "implementations": implementations}
+
+
+if __name__ == "__main__":
+    command.run(
+        main,
+        default_config=os.path.relpath(ROOT / "configs" / "evaluate_demo.gin"),
+        default_out="out/evaluate",
+        huge_pages=True,
+    )

@@ -1,0 +1,180 @@
+"""Next-line choice: which of four lines of a file comes next, the true one or one of three later lines."""
+
+import collections
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+
+from moe_jax.evaluation.journal import Journal
+from moe_jax.evaluation.scoring import Batch, score
+from moe_jax.model import decoder
+from moe_jax.routing.policies import base as policies
+from moe_jax.text.corpus import Document
+
+OPTIONS = 4
+ROW = 192  # tokens: what comes before, then the options one behind the other
+LONGEST_OPTIONS = 96  # tokens of them all
+SHORTEST_LINE = 8  # characters without indentation: `else:` and brackets tell little
+EARLIEST_LINE = 5  # lines before the question
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """What comes before, and four lines of which the first is the true one."""
+
+    document: int
+    prefix_ids: tuple[int, ...]
+    option_ids: tuple[tuple[int, ...], ...]
+    option_bytes: tuple[int, ...]
+
+
+def make_questions(
+    documents: Sequence[Document], tokenizer: tokenizers.Tokenizer, count: int, seed: int = 0
+) -> list[Question]:
+    """Draws questions from documents, as evenly over them as their lines permit.
+
+    The line asked for and the later ones that it stands against keep their indentation. Each is written once in the
+    whole text, so no licence is asked for; an earlier line would tempt a model that copies what it has just read. All
+    four continue the same tokens: what the four encodings of text and line share comes before.
+
+    Args:
+        documents: the held-out text.
+        tokenizer: of the model.
+        count: how many questions.
+        seed: of the draw; the same arguments give the same questions.
+
+    Raises:
+        ValueError: the documents do not have so many.
+    """
+    rng = np.random.default_rng(seed)
+    questions: list[Question] = []
+    places = _places(documents)
+    waiting = [rng.permutation(np.array(of_document, np.int64)).tolist() for of_document in places]
+    while any(waiting) and len(questions) < count:
+        for number, document in enumerate(documents):
+            question = _draw(document.text, number, places[number], waiting[number], tokenizer, rng)
+            questions += [] if question is None else [question]
+    if len(questions) < count:
+        raise ValueError(f"the text has {len(questions)} next-line questions: wanted {count}")
+    return questions[:count]
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.split("\n")]
+
+
+def _places(documents: Sequence[Document]) -> list[list[int]]:
+    """Of each document the numbers of the lines that can be asked for: long enough, and nowhere written twice."""
+    bare = [[line.strip() for line in _lines(document.text)] for document in documents]
+    written = collections.Counter(itertools.chain.from_iterable(bare))
+    return [
+        [place for place, line in enumerate(lines) if len(line) >= SHORTEST_LINE and written[line] == 1]
+        for lines in bare
+    ]
+
+
+def _draw(text, number, places, waiting, tokenizer, rng) -> Question | None:
+    """Takes places that wait until one gives a question that fits; None where the document has no more."""
+    lines = _lines(text)
+    while waiting:
+        place = waiting.pop()
+        others = [other for other in places if other > place]
+        if place < EARLIEST_LINE or len(others) < OPTIONS - 1:
+            continue
+        picked = [place, *(int(other) for other in rng.choice(others, OPTIONS - 1, replace=False))]
+        before = "\n".join(lines[:place])
+        encoded = tokenizer.encode_batch([f"{before}\n{lines[one]}" for one in picked])
+        ids = [one.ids for one in encoded]
+        shared = _shared(ids)
+        options = tuple(tuple(one[shared:]) for one in ids)
+        if all(options) and sum(map(len, options)) <= LONGEST_OPTIONS:
+            room = ROW - sum(map(len, options))
+            prefix = tuple(ids[0][max(0, shared - room) : shared])
+            return Question(number, prefix, options, tuple(len(lines[one].encode()) for one in picked))
+    return None
+
+
+def _shared(ids: Sequence[Sequence[int]]) -> int:
+    """How many leading tokens all have in common."""
+    return sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*ids)))
+
+
+def score_options(
+    params: decoder.Params,
+    questions: Sequence[Question],
+    compared: Sequence[policies.Policy],
+    execution: decoder.Execution,
+    *,
+    batch_size: int,
+    journal: Journal | None = None,
+    advance: Callable[[int], object] = lambda questions: None,
+) -> np.ndarray:
+    """How unlikely every option of every question is under every policy.
+
+    The options of a question lie in one row, each a segment that goes on from the same prefix, which is thus read once.
+
+    Args:
+        params: as `decoder.split` gives them.
+        questions: as `make_questions` gives them.
+        compared: the policies.
+        execution: the static half of the step.
+        batch_size: rows of `ROW` tokens per compiled step.
+        journal: where finished batches are kept; None: nowhere.
+        advance: called with the number of questions done since the last call.
+
+    Returns:
+        float64 [policies, questions, options]: nats per byte of the line.
+    """
+    journal = journal or Journal(None, {})
+    moe, num_layers = execution.architecture.moe, execution.architecture.decoder.num_moe_layers
+    settings = [policies.settings([policy] * batch_size, num_layers, moe.k, execution.k_max) for policy in compared]
+    per_byte = []
+    for first in range(0, len(questions), batch_size):
+        asked = questions[first : first + batch_size]
+
+        def compute(asked=asked):
+            laid = _lay_out(asked, batch_size)
+            found = [score(params, laid.batch, [live], execution)[0].nats_Y for live in settings]
+            return {"nats": [np.bincount(laid.option_Y, nats_Y, len(asked) * OPTIONS) for nats_Y in found]}
+
+        nats = journal.once(f"choices-{first:06d}", compute)["nats"].reshape(len(compared), len(asked), OPTIONS)
+        per_byte.append(nats / np.array([question.option_bytes for question in asked]))
+        advance(len(asked))
+    return np.concatenate(per_byte, axis=1)
+
+
+def is_right(per_byte: np.ndarray) -> np.ndarray:
+    """Whether the true line is the likeliest, of what `score_options` gives; where another is as likely it is not."""
+    return per_byte[..., 0] < per_byte[..., 1:].min(axis=-1)
+
+
+class _LaidOut(NamedTuple):
+    batch: Batch
+    option_Y: np.ndarray  # question * OPTIONS + option of each scored label
+
+
+def _lay_out(questions: Sequence[Question], batch_size: int) -> _LaidOut:
+    tokens_BT, positions_BT, segments_BT = np.zeros((3, batch_size, ROW), np.int32)
+    source, label, option = [], [], []
+    for row, question in enumerate(questions):
+        end = len(question.prefix_ids)
+        tokens_BT[row, :end] = question.prefix_ids
+        positions_BT[row, :end] = np.arange(end)
+        segments_BT[row, :end] = -1
+        begin = end
+        for number, ids in enumerate(question.option_ids):
+            at = slice(begin, begin + len(ids))
+            tokens_BT[row, at] = ids
+            positions_BT[row, at] = end + np.arange(len(ids))
+            segments_BT[row, at] = number + 1
+            source += [row * ROW + end - 1, *range(row * ROW + begin, row * ROW + begin + len(ids) - 1)]
+            label += ids
+            option += [row * OPTIONS + number] * len(ids)
+            begin += len(ids)
+    padding = (0, batch_size * LONGEST_OPTIONS - len(label))
+    source_Y, label_Y = (np.pad(np.array(part, np.int32), padding) for part in (source, label))
+    return _LaidOut(Batch(tokens_BT, positions_BT, segments_BT, source_Y, label_Y, len(label)), np.array(option))

@@ -1,0 +1,170 @@
+"""Completion parse rate: how often the body that a model writes under a function's header is Python that parses."""
+
+import ast
+import dataclasses
+import itertools
+import textwrap
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import tokenizers
+
+from moe_jax.config.schema import SamplingConfig
+from moe_jax.engine.generate import Engine
+from moe_jax.engine.request import make_requests
+from moe_jax.evaluation.journal import Journal
+from moe_jax.model import decoder
+from moe_jax.routing.policies import base as policies
+from moe_jax.text.corpus import Document
+
+PROMPT = 128  # tokens, the header's the last of them
+BATCH = 128  # completions at a time
+SAMPLED_TEMPERATURE = 0.8
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """The header of a function, and the tokens that lead up to its body."""
+
+    document: int
+    ids: tuple[int, ...]  # end with the line break and the indentation before the body, whole tokens
+    text: str  # from `def`'s own line to the body's first character
+    column: int  # of `def`
+
+
+def make_headers(
+    documents: Sequence[Document], tokenizer: tokenizers.Tokenizer, count: int, seed: int = 0
+) -> list[Header]:
+    """Draws functions from documents, as evenly over them as they permit.
+
+    Args:
+        documents: the held-out text; those that this Python does not parse are passed over.
+        tokenizer: of the model.
+        count: how many headers.
+        seed: of the draw; the same arguments give the same headers.
+
+    Raises:
+        ValueError: the documents do not have so many.
+    """
+    rng = np.random.default_rng(seed)
+    waiting = [rng.permutation(np.array(_functions(document.text), np.int64)).tolist() for document in documents]
+    found: list[Header] = []
+    while any(waiting) and len(found) < count:
+        for number, functions in enumerate(waiting):
+            while functions:
+                header = _header(documents[number].text, number, *functions.pop(), tokenizer)
+                if header is not None:
+                    found.append(header)
+                    break
+    if len(found) < count:
+        raise ValueError(f"the text has {len(found)} headers of functions: wanted {count}")
+    return found[:count]
+
+
+def _functions(text: str) -> list[tuple[int, int]]:
+    """Where the line of each `def` begins and where its body does, in characters; bodies on a line of their own."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError):
+        return []
+    starts = np.cumsum([0] + [len(line) + 1 for line in text.split("\n")])
+    functions = (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
+    spans = [(starts[one.lineno - 1], starts[one.body[0].lineno - 1] + one.body[0].col_offset) for one in functions]
+    return [(begin, body) for begin, body in spans if "\n" in text[begin:body] and text[:body].endswith((" ", "\t"))]
+
+
+def _header(text: str, number: int, begin: int, body: int, tokenizer: tokenizers.Tokenizer) -> Header | None:
+    """None where a token reaches into the body, so that no prompt ends before it."""
+    encoded = tokenizer.encode(text[: body + 1])
+    count = sum(end <= body for _, end in encoded.offsets)
+    if not count or encoded.offsets[count - 1][1] != body:
+        return None
+    line = text[begin:body]
+    return Header(number, tuple(encoded.ids[max(0, count - PROMPT) : count]), line, len(line) - len(line.lstrip()))
+
+
+def parses(header: Header, text: str, finished: bool) -> bool:
+    """Whether a header and the body written under it are a function that this Python parses.
+
+    The body ends before the first line that is indented no deeper than the header. Where none is and the text is not
+    finished, its last line may be half a line and does not count; with nothing left, nothing parses.
+
+    Args:
+        header: as `make_headers` gives it.
+        text: what the model wrote.
+        finished: whether it came to an end by itself.
+    """
+    first, *rest = text.split("\n")
+    deeper = list(itertools.takewhile(lambda line: not line.strip() or _indentation(line) > header.column, rest))
+    lines = [first, *deeper]
+    if len(deeper) == len(rest) and not finished:
+        lines.pop()
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            ast.parse(textwrap.dedent(header.text + "\n".join(lines)))
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
+
+
+def _indentation(line: str) -> int:
+    return len(line) - len(line.lstrip())
+
+
+def complete(
+    engine: Engine,
+    tokenizer: tokenizers.Tokenizer,
+    headers: Sequence[Header],
+    compared: Sequence[policies.Policy],
+    execution: decoder.Execution,
+    *,
+    max_new_tokens: int,
+    seed: int = 0,
+    journal: Journal | None = None,
+    advance: Callable[[int], object] = lambda completions: None,
+) -> np.ndarray:
+    """Has every body written under every policy, greedily and at a temperature of 0.8.
+
+    Policies and temperatures are data, so all share one compiled step. The same header draws the same random numbers
+    under every policy.
+
+    Args:
+        engine: of the model.
+        tokenizer: of the model.
+        headers: as `make_headers` gives them.
+        compared: the policies.
+        execution: the static half of the step.
+        max_new_tokens: of each body.
+        seed: of the draws.
+        journal: where finished batches are kept; None: nowhere.
+        advance: called with the number of completions done since the last call.
+
+    Returns:
+        bool [policies, 2, headers]: whether the completion parses; greedy first, then sampled.
+    """
+    journal = journal or Journal(None, {})
+    asked = list(headers) * (2 * len(compared))
+    settings = [(policy, temperature) for policy in compared for temperature in (0.0, SAMPLED_TEMPERATURE)]
+    requests = []
+    for policy, temperature in settings:
+        sampling = SamplingConfig(max_new_tokens, temperature)
+        seeds = [(seed + number) % 2**32 for number in range(len(headers))]
+        prompts = [header.ids for header in headers]
+        requests += make_requests(prompts, tokenizer, execution, sampling=sampling, policy=policy, seed=seeds)
+    found = []
+    for first in range(0, len(requests), BATCH):
+        batch = slice(first, first + BATCH)
+
+        def compute(batch=batch):
+            completions = engine.run(requests[batch], execution).completions
+            judged = [
+                parses(header, completion.text, completion.finish_reason == "end")
+                for header, completion in zip(asked[batch], completions)
+            ]
+            return {"parses": judged}
+
+        found.append(journal.once(f"completions-{first:06d}", compute)["parses"])
+        advance(len(found[-1]))
+    return np.concatenate(found).reshape(len(compared), 2, len(headers))

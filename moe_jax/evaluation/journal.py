@@ -1,0 +1,60 @@
+"""What a long measurement has done so far, kept part by part, so that a killed one goes on where it stood."""
+
+import hashlib
+import io
+import json
+import pathlib
+import shutil
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+
+from moe_jax import files
+
+
+class Journal:
+    """A folder of finished parts; a part is a dict of arrays and appears whole or not at all.
+
+    The parts of one measurement lie under a name made of all that it depends on, so another configuration, model or
+    text never takes them for its own.
+
+    Args:
+        folder: where; made by the first part. None: nothing is kept.
+        identity: what the parts depend on; JSON.
+    """
+
+    def __init__(self, folder: pathlib.Path | None, identity: Mapping[str, Any]):
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.name = digest[:16]
+        self._folder = None if folder is None else folder / self.name
+
+    def once(self, name: str, compute: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+        """The arrays of a part: read where it is finished, else computed and written."""
+        if self._folder is None:
+            return _arrays(compute())
+        path = self._folder / f"{name}.npz"
+        try:
+            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as part:
+                return dict(part)
+        except FileNotFoundError:
+            pass
+        except (ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged ({error}): remove it, and this part is computed again") from error
+        arrays = _arrays(compute())
+        buffer = io.BytesIO()
+        np.savez(buffer, **arrays)
+        files.write_atomically(path, buffer.getvalue())
+        return arrays
+
+    def forget(self) -> None:
+        """Removes the parts, once what they add up to is written elsewhere."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            if self._folder.parent.is_dir() and not any(self._folder.parent.iterdir()):
+                self._folder.parent.rmdir()
+
+
+def _arrays(part: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value) for name, value in part.items()}

@@ -1,0 +1,209 @@
+"""What each policy costs in quality: all measurements of one model, as figures and as a table."""
+
+import csv
+import io
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from moe_jax import files
+from moe_jax.config.schema import Architecture, EvaluationConfig
+from moe_jax.engine.generate import Engine
+from moe_jax.evaluation import choices, completions, likelihood
+from moe_jax.evaluation.intervals import Estimate, paired_difference, paired_ratio, ratio
+from moe_jax.evaluation.journal import Journal
+from moe_jax.model.decoder import Execution
+from moe_jax.routing.policies import base as policies
+from moe_jax.routing.policies.parse import parse
+from moe_jax.routing.policies.schedule import ModelOwn
+from moe_jax.text.corpus import Document
+from moe_jax.text.tokenizer import encode_documents
+
+
+class Task(NamedTuple):
+    """What is asked of every policy: made, and checked, before anything is computed."""
+
+    documents: Sequence[Document]
+    tokens: Sequence[np.ndarray]
+    questions: Sequence[choices.Question]
+    headers: Sequence[completions.Header]
+    compared: Sequence[policies.Policy]
+
+
+class Measured(NamedTuple):
+    """Of every policy, what it did with each document, question and header."""
+
+    likelihoods: Sequence[likelihood.Likelihood]
+    right: np.ndarray  # bool [policies, questions]
+    parses: np.ndarray  # bool [policies, greedy and sampled, headers]
+
+
+def prepare(
+    config: EvaluationConfig, seed: int, documents: Sequence[Document], tokenizer, execution: Execution
+) -> Task:
+    """Draws questions and headers, and binds the policies to the model.
+
+    Raises:
+        ValueError: a policy does not fit the model, its context is too short, or the text has too few lines or
+            functions.
+    """
+    context = execution.architecture.decoder.max_context
+    needed = max(choices.ROW, completions.PROMPT + config.completion_tokens)
+    if context < needed:
+        raise ValueError(
+            f"the model's context is {context} tokens: wanted at least {needed}, for choices and completions"
+        )
+    moe, num_layers = execution.architecture.moe, execution.architecture.decoder.num_moe_layers
+    compared = [parse(spec) for spec in config.policies]
+    policies.settings(compared, num_layers, moe.k, execution.k_max)
+    documents = documents[: config.documents or None]
+    return Task(
+        documents,
+        encode_documents(tokenizer, documents),
+        choices.make_questions(documents, tokenizer, config.choice_questions, seed),
+        completions.make_headers(documents, tokenizer, config.completion_headers, seed),
+        compared,
+    )
+
+
+def measure(
+    config: EvaluationConfig, seed: int, task: Task, engine: Engine, tokenizer, execution: Execution, journal: Journal
+) -> Measured:
+    """Runs every measurement under every policy; what the journal holds is not run again."""
+    context = execution.architecture.decoder.max_context
+    shared = {"execution": execution, "journal": journal}
+    scored, reference = _with_full(task.compared, execution.architecture)
+
+    def bar(total, name, unit):
+        return tqdm(total=total, desc=name, unit=unit, disable=None)
+
+    with bar(likelihood.num_windows(task.tokens, context), "likelihood", "window") as progress:
+        settings = {"context": context, "batch_size": config.batch_size, "reference": reference}
+        likelihoods = likelihood.score_documents(
+            engine.params, task.tokens, scored, advance=progress.update, **settings, **shared
+        )
+    with bar(len(task.questions), "choices", "question") as progress:
+        per_byte = choices.score_options(
+            engine.params,
+            *(task.questions, task.compared),
+            batch_size=config.batch_size,
+            advance=progress.update,
+            **shared,
+        )
+    with bar(2 * len(task.headers) * len(task.compared), "completions", "text") as progress:
+        parses = completions.complete(
+            *(engine, tokenizer, task.headers, task.compared),
+            max_new_tokens=config.completion_tokens,
+            seed=seed,
+            advance=progress.update,
+            **shared,
+        )
+    return Measured(likelihoods[: len(task.compared)], choices.is_right(per_byte), parses)
+
+
+def _with_full(compared: Sequence[policies.Policy], architecture: Architecture) -> tuple[list[policies.Policy], int]:
+    """The policies and where among them the full model stands, which is added where it is missing."""
+    num_layers, k = architecture.decoder.num_moe_layers, architecture.moe.k
+    for number, policy in enumerate(compared):
+        if (policy.experts_per_layer(num_layers, k) == k).all():
+            return list(compared), number
+    return [*compared, ModelOwn()], len(compared)
+
+
+def rows(task: Task, measured: Measured) -> list[dict[str, Any]]:
+    """The rows of result.json: each policy's figures and, from the second on, how they differ from the first's.
+
+    Differences are paired by document: `bits_per_byte_increase` is a fraction of the first policy's bits, the others
+    are in the unit of their figure.
+    """
+    sizes = np.array([len(document.text.encode()) for document in task.documents])
+    count = len(sizes)
+    asked = np.array([question.document for question in task.questions])
+    headed = np.array([header.document for header in task.headers])
+    asked_J, headed_J = np.bincount(asked, minlength=count), np.bincount(headed, minlength=count)
+
+    def of(policy: int) -> list[tuple[str, str, np.ndarray, np.ndarray]]:
+        greedy, sampled = (np.bincount(headed, parses, count) for parses in measured.parses[policy])
+        return [
+            ("choice_accuracy", "1", np.bincount(asked, measured.right[policy], count), asked_J),
+            ("completion_parse_rate", "1", greedy, headed_J),
+            ("completion_parse_rate_sampled", "1", sampled, headed_J),
+        ]
+
+    found = []
+    for policy, spec in enumerate(task.compared):
+        one, first = measured.likelihoods[policy], measured.likelihoods[0]
+        figures = {
+            "bits_per_byte": _figure(ratio(one.bits_J, sizes), "bit/byte"),
+            "kl_to_full": _figure(ratio(one.kl_J, one.tokens_J), "nat/token"),
+            "expert_load_max_over_mean": {"value": load_max_over_mean(one.load_LE), "unit": "1"},
+            "unused_experts": {"value": int((one.load_LE == 0).sum()), "unit": "experts"},
+        }
+        figures |= {name: _figure(ratio(part, whole), unit) for name, unit, part, whole in of(policy)}
+        if policy:
+            figures["bits_per_byte_increase"] = _figure(paired_ratio(one.bits_J, first.bits_J), "1")
+            for (name, unit, part, whole), (_, _, reference, _) in zip(of(policy), of(0)):
+                figures[f"{name}_difference"] = _figure(paired_difference(part, reference, whole), unit)
+        found.append({"policy": spec.spec, "figures": figures})
+    return found
+
+
+def load_max_over_mean(load_LE: np.ndarray) -> float:
+    """The busiest expert's slots over the mean expert's, of the most uneven MoE layer."""
+    return float((load_LE.max(axis=1) / load_LE.mean(axis=1)).max())
+
+
+def _figure(estimate: Estimate, unit: str) -> dict[str, Any]:
+    return {"value": estimate.value, "unit": unit, "ci95": estimate.ci95}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line per policy, in Markdown; intervals are 95%."""
+    columns = {
+        "bits per byte": ("bits_per_byte", "{:.3f}"),
+        "more, paired": ("bits_per_byte_increase", "{:+.2%}"),
+        "KL to full": ("kl_to_full", "{:.3f}"),
+        "next-line choice": ("choice_accuracy", "{:.3f}"),
+        "difference": ("choice_accuracy_difference", "{:+.3f}"),
+        "parses, greedy": ("completion_parse_rate", "{:.3f}"),
+        "parses, T=0.8": ("completion_parse_rate_sampled", "{:.3f}"),
+        "max/mean load": ("expert_load_max_over_mean", "{:.2f}"),
+    }
+    lines = ["| policy | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row in rows:
+        cells = [_cell(row["figures"].get(name), form) for name, form in columns.values()]
+        lines.append(f"| `{row['policy']}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(figure: dict[str, Any] | None, form: str) -> str:
+    if figure is None:
+        return ""
+    interval = " ({} to {})".format(*map(form.format, figure["ci95"])) if "ci95" in figure else ""
+    return form.format(figure["value"]) + interval
+
+
+def write_details(folder: pathlib.Path, task: Task, measured: Measured) -> None:
+    """Writes `documents.csv`, bits of each document under each policy, and `expert_load.csv`, slots of each expert."""
+    specs = [policy.spec for policy in task.compared]
+    of_documents = [
+        [document.source, document.name, len(document.text.encode()), *(f"{bits:.6f}" for bits in bits_P)]
+        for document, bits_P in zip(task.documents, zip(*(one.bits_J for one in measured.likelihoods)))
+    ]
+    _write_csv(folder / "documents.csv", ["source", "name", "bytes", *specs], of_documents)
+    of_experts = [
+        [spec, layer, *load_E]
+        for spec, one in zip(specs, measured.likelihoods)
+        for layer, load_E in enumerate(one.load_LE.tolist())
+    ]
+    num_experts = measured.likelihoods[0].load_LE.shape[1]
+    _write_csv(folder / "expert_load.csv", ["policy", "moe_layer", *range(num_experts)], of_experts)
+
+
+def _write_csv(path: pathlib.Path, head: list, lines: list[list]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([head, *lines])
+    files.write_atomically(path, text.getvalue())

@@ -1,0 +1,57 @@
+"""Intervals mean what they say, on known distributions and on the measured figures of the shipped model."""
+
+import csv
+import pathlib
+
+import numpy as np
+import pytest
+
+from moe_jax.evaluation.intervals import paired_difference, paired_ratio, ratio
+
+RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results" / "evaluate_demo"
+
+
+def test_intervals_cover():
+    """Documents drawn from a known distribution: 95% intervals hold its mean about 95 times in 100."""
+    rng = np.random.default_rng(0)
+    held = 0
+    for trial in range(100):
+        sizes = rng.integers(1000, 5000, size=80)
+        bits = sizes * rng.normal(1.5, 0.3, size=80)
+        low, high = ratio(bits, sizes, seed=trial).ci95
+        held += low <= 1.5 <= high
+    assert 88 <= held <= 99
+
+
+def test_paired_differences_cancel_what_documents_share():
+    rng = np.random.default_rng(0)
+    reference, sizes = rng.uniform(1e3, 1e5, size=50), np.full(50, 1e4)
+    worse = paired_ratio(reference * 1.02, reference)
+    np.testing.assert_allclose([worse.value, *worse.ci95], 0.02, rtol=1e-9)
+    assert paired_ratio(reference, reference).value == 0
+    more = paired_difference(reference + 5.0, reference, sizes)
+    np.testing.assert_allclose([more.value, *more.ci95], 5e-4, rtol=1e-9)
+    unpaired = ratio(reference + 5.0, sizes)
+    assert unpaired.ci95[1] - unpaired.ci95[0] > 1.0
+
+
+def test_documents_that_say_nothing_are_left_out():
+    part, whole = np.array([3.0, 1.0, 0.0, 0.0]), np.array([4.0, 2.0, 0.0, 0.0])
+    assert ratio(part, whole) == ratio(part[:2], whole[:2])
+
+
+@pytest.mark.parametrize("policy", [f"topk:{k}" for k in range(8, 0, -1)])
+def test_intervals_of_half_the_held_out_files_hold_the_figure_of_all(policy):
+    """20 halves drawn anew: the interval stated for a half holds the figure of all files at least 17 times."""
+    with open(RESULTS / "documents.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    bits, sizes, first = (np.array([float(line[name]) for line in lines]) for name in (policy, "bytes", "topk:8"))
+    rng = np.random.default_rng(0)
+    held, held_paired = 0, 0
+    for _ in range(20):
+        half = rng.choice(len(lines), len(lines) // 2, replace=False)
+        low, high = ratio(bits[half], sizes[half]).ci95
+        held += low <= bits.sum() / sizes.sum() <= high
+        low, high = paired_ratio(bits[half], first[half]).ci95
+        held_paired += low <= bits.sum() / first.sum() - 1 <= high
+    assert len(lines) == 304 and held >= 17 and held_paired >= 17

@@ -1,0 +1,85 @@
+"""launch/evaluate.py on a tiny model and real held-out text: its table, its files, its refusals, and going on."""
+
+import csv
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests import tiny_model
+
+ROOT = pathlib.Path(__file__).parents[2]
+SMALL = (
+    *('--set=evaluation.policies=("topk:8","model","topk:2")', "--set=evaluation.documents=4"),
+    *("--set=evaluation.choice_questions=8", "--set=evaluation.completion_headers=6"),
+    *("--set=evaluation.completion_tokens=8", "--set=evaluation.batch_size=4"),
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    architecture = tiny_model.changed(decoder={"max_context": 256})
+    return tiny_model.write_model(tmp_path_factory.mktemp("models") / "tiny", architecture)
+
+
+def evaluate(model, out, *arguments):
+    launch = [sys.executable, str(ROOT / "launch" / "evaluate.py"), f"--set=model.path={model}", f"--out={out}"]
+    return subprocess.run([*launch, *SMALL, *arguments], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def done(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "whole"
+    done = evaluate(model, out)
+    assert done.returncode == 0, done.stderr
+    return done, out
+
+
+def test_one_row_per_policy_compared_with_the_first(done):
+    printed, out = done
+    result = json.loads((out / "result.json").read_text())
+    first, same, few = (row["figures"] for row in result["rows"])
+    assert [row["policy"] for row in result["rows"]] == ["topk:8", "model", "topk:2"]
+    assert result["figures"].items() >= first.items() and result["figures"]["xz_bits_per_byte"]["value"] > 0
+    names = {"bits_per_byte", "choice_accuracy", "completion_parse_rate", "expert_load_max_over_mean", "kl_to_full"}
+    assert names | {"completion_parse_rate_sampled", "unused_experts"} == set(first)
+    assert all(same[name] == first[name] for name in first)
+    assert same["bits_per_byte_increase"]["ci95"] == [0, 0] and same["kl_to_full"]["value"] == 0
+    assert few["kl_to_full"]["ci95"][0] > 0
+    assert len([line for line in printed.stdout.splitlines() if line.startswith("| `")]) == 3
+    assert {path.name for path in out.iterdir()} == {"result.json", "config.gin", "documents.csv", "expert_load.csv"}
+
+
+def test_details_add_up_to_the_table(done):
+    _, out = done
+    rows = json.loads((out / "result.json").read_text())["rows"]
+    with open(out / "documents.csv", newline="") as file:
+        documents = list(csv.DictReader(file))
+    with open(out / "expert_load.csv", newline="") as file:
+        _, *loads = csv.reader(file)
+    assert len(documents) == 4 and len(loads) == 3 * 2
+    for row in rows:
+        bits = sum(float(one[row["policy"]]) for one in documents) / sum(int(one["bytes"]) for one in documents)
+        assert bits == pytest.approx(row["figures"]["bits_per_byte"]["value"], abs=1e-6)
+        of_layers = [[int(slots) for slots in slots_E] for spec, _, *slots_E in loads if spec == row["policy"]]
+        uneven = max(max(load) * len(load) / sum(load) for load in of_layers)
+        assert uneven == pytest.approx(row["figures"]["expert_load_max_over_mean"]["value"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "wanted"),
+    [
+        ('evaluation.policies=("topk:9",)', "wanted 1 to 8 experts"),
+        ("evaluation.choice_questions=100000", "next-line questions: wanted 100000"),
+        ("evaluation.completion_headers=100000", "headers of functions: wanted 100000"),
+        ("evaluation.completion_tokens=200", "context is 256 tokens: wanted at least 328"),
+        ("text.held_out=nowhere", "nowhere"),
+    ],
+)
+def test_refusals_are_one_line(model, tmp_path, setting, wanted):
+    done = evaluate(model, tmp_path / "out", f"--set={setting}")
+    assert done.returncode == 2 and wanted in done.stderr and done.stdout == ""
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
