@@ -195,7 +195,7 @@ VALUES = {
     float: strategies.floats(allow_nan=False, allow_infinity=False) | strategies.integers(-9, 9).map(float),
     str: ODD_TEXT,
     tuple[str, ...]: strategies.lists(ODD_TEXT, max_size=3).map(tuple),
-    tuple[int, ...]: strategies.lists(strategies.integers(), max_size=3).map(tuple),
+    tuple[int, ...]: strategies.lists(strategies.integers(-(2**63) + 1, 2**63 - 1), max_size=3).map(tuple),
 }
 
 
