@@ -1,17 +1,20 @@
 """Grouped-query attention: whole sequences, and one step against a cache."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from moe_jax.config.schema import Architecture, AttentionConfig
 from moe_jax.model import rope
-from moe_jax.model.layers import draw, ones, rms_norm
+from moe_jax.model.layers import Stacked, draw, ones, project, rms_norm
 
 QUERY_BLOCK = 256  # queries that attend at once: keys beyond the block are never multiplied
+TERMS = 8  # products that a step against the cache adds up at once
 
 
 class Attention(nnx.Module):
@@ -43,7 +46,7 @@ class Heads(NamedTuple):
 
 def attend(
     x_BTD: jax.Array,
-    weights: dict[str, jax.Array],
+    weights: dict[str, jax.Array | Stacked],
     turn: tuple[jax.Array, jax.Array],
     attention: AttentionConfig,
     norm_eps: float,
@@ -62,9 +65,9 @@ def attend(
     Returns:
         out_BTD, and what `core` handed back.
     """
-    query_BTHA = jnp.einsum("btd,dha->btha", x_BTD, weights["query_DHA"])
-    key_BTGA = jnp.einsum("btd,dga->btga", x_BTD, weights["key_DGA"])
-    value_BTGA = jnp.einsum("btd,dga->btga", x_BTD, weights["value_DGA"])
+    query_BTHA = project(x_BTD, weights["query_DHA"])
+    key_BTGA = project(x_BTD, weights["key_DGA"])
+    value_BTGA = project(x_BTD, weights["value_DGA"])
     if attention.bias:
         query_BTHA = query_BTHA + weights["query_bias_HA"][None, None]
         key_BTGA = key_BTGA + weights["key_bias_GA"][None, None]
@@ -73,7 +76,7 @@ def attend(
         query_BTHA = rms_norm(query_BTHA, weights["query_norm_A"], norm_eps)
         key_BTGA = rms_norm(key_BTGA, weights["key_norm_A"], norm_eps)
     mixed_BTHA, handed_back = core(Heads(rope.rotate(query_BTHA, turn), rope.rotate(key_BTGA, turn), value_BTGA))
-    return jnp.einsum("btha,had->btd", mixed_BTHA, weights["output_HAD"]), handed_back
+    return project(mixed_BTHA, weights["output_HAD"], 2), handed_back
 
 
 def mix(query_BTHA: jax.Array, key_BMGA: jax.Array, value_BMGA: jax.Array, mask_BTM: jax.Array) -> jax.Array:
@@ -88,6 +91,48 @@ def mix(query_BTHA: jax.Array, key_BMGA: jax.Array, value_BMGA: jax.Array, mask_
     score_BGQTM = jnp.where(mask_BTM[:, None, None], score_BGQTM * head_dim**-0.5, -1e30)
     share_BGQTM = jax.nn.softmax(score_BGQTM, axis=-1).astype(value_BMGA.dtype)
     return jnp.einsum("bgqtm,bmga->btgqa", share_BGQTM, value_BMGA).reshape(batch, num_queries, heads, head_dim)
+
+
+def step(
+    query_BTHA: jax.Array, key_LBMGA: jax.Array, value_LBMGA: jax.Array, layer: jax.Array | int, seen_BM: jax.Array
+) -> jax.Array:
+    """What `mix` does, for one query per row and keys and values within the stack of all layers.
+
+    A product of matrices would copy the layer and turn it around first. The products are written out instead, a few
+    terms at a time, so that XLA reads the cache where it lies.
+
+    Args:
+        query_BTHA: T is 1.
+        key_LBMGA: of all layers.
+        value_LBMGA: of all layers.
+        layer: which of them.
+        seen_BM: bool, the positions that the row sees: at least one.
+
+    Returns:
+        mixed_BTHA in the dtype of the queries.
+    """
+    num_layers, batch, memory, kv_heads, head_dim = key_LBMGA.shape
+    query_BGQA = query_BTHA.reshape(batch, kv_heads, -1, head_dim).astype(jnp.float32)
+
+    terms = math.gcd(head_dim, TERMS)
+    keys = key_LBMGA.reshape(num_layers, batch, memory, kv_heads, terms, -1)
+    queries = query_BGQA.reshape(batch, 1, *query_BGQA.shape[1:3], terms, -1)
+    sums = 0.0
+    for term in range(terms):
+        part = lax.dynamic_slice_in_dim(lax.dynamic_index_in_dim(keys, layer, keepdims=False), term, 1, 3)
+        sums = sums + queries[:, :, :, :, term] * part.astype(jnp.float32)
+    score_BMGQ = lax.optimization_barrier(sums).sum(axis=-1) * head_dim**-0.5
+    share_BMGQ = jax.nn.softmax(jnp.where(seen_BM[:, :, None, None], score_BMGQ, -1e30), axis=1)
+
+    terms = math.gcd(memory, TERMS)
+    values = value_LBMGA.reshape(num_layers, batch, -1, terms, kv_heads, 1, head_dim)
+    shares = share_BMGQ.reshape(batch, -1, terms, *share_BMGQ.shape[2:], 1)
+    sums = 0.0
+    for term in range(terms):
+        part = lax.dynamic_slice_in_dim(lax.dynamic_index_in_dim(values, layer, keepdims=False), term, 1, 2)
+        sums = sums + shares[:, :, term] * part[:, :, 0].astype(jnp.float32)
+    mixed = lax.optimization_barrier(sums).sum(axis=1)
+    return mixed.reshape(query_BTHA.shape).astype(query_BTHA.dtype)
 
 
 def causal(heads: Heads, segments_BT: jax.Array) -> jax.Array:

@@ -9,10 +9,11 @@ from flax import nnx
 from jax import lax
 
 from moe_jax.config.schema import Architecture
+from moe_jax.kernels.grouped_matmul.few_rows import MOST_ROWS
 from moe_jax.model import attention as attention_part
 from moe_jax.model import rope
 from moe_jax.model.attention import Attention, Heads, attend
-from moe_jax.model.layers import FeedForward, draw, feed_forward, ones, rms_norm
+from moe_jax.model.layers import FeedForward, Stacked, draw, feed_forward, ones, rms_norm
 from moe_jax.model.moe import Experts, Router, Traffic, moe_layer
 from moe_jax.routing.policies.base import Context, Settings
 
@@ -88,14 +89,24 @@ def split(decoder: Decoder) -> Params:
     return nnx.to_pure_dict(nnx.state(decoder))
 
 
-def _one_layer(weights: Params, layer: jax.Array | int) -> Params:
-    """Takes one layer out of every stack, dropping the L of its name."""
-    return {
-        name.replace("_L", "_"): _one_layer(value, layer)
-        if isinstance(value, dict)
-        else lax.dynamic_index_in_dim(value, layer, 0, keepdims=False)
-        for name, value in weights.items()
-    }
+def _one_layer(weights: Params, layer: jax.Array | int, in_place: str = "") -> Params:
+    """Takes one layer out of every stack, dropping the L of its name.
+
+    Args:
+        weights: stacks.
+        layer: which.
+        in_place: an implementation of grouped_matmul, which is then to read the matrices of the attention within their
+            stacks.
+    """
+
+    def of_layer(name, value):
+        if isinstance(value, dict):
+            return _one_layer(value, layer, in_place if name == "attention" else "")
+        if in_place and value.ndim == 4:
+            return Stacked(value, layer, in_place)
+        return lax.dynamic_index_in_dim(value, layer, 0, keepdims=False)
+
+    return {name.replace("_L", "_"): of_layer(name, value) for name, value in weights.items()}
 
 
 def _layer(x_BTD, weights, turn, core, ffn, architecture):
@@ -214,7 +225,7 @@ def extend(
     batch, length = tokens_BT.shape
     positions_BT = start_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
     turn = _turn(positions_BT, architecture)
-    seen_BTM = jnp.arange(cache.key_LBMGA.shape[2])[None, None, :] <= positions_BT[:, :, None]
+    seen_BM = jnp.arange(cache.key_LBMGA.shape[2])[None, :] <= start_B[:, None]
     x_BTD = params["embedding_VD"][tokens_BT]
 
     def core(layer, cache):
@@ -231,14 +242,14 @@ def extend(
                 cache.key_LBMGA.at[layer, rows, start_B].set(heads.key_BTGA[:, 0]),
                 cache.value_LBMGA.at[layer, rows, start_B].set(heads.value_BTGA[:, 0]),
             )
-            key_BMGA, value_BMGA = (lax.dynamic_index_in_dim(part, layer, 0, keepdims=False) for part in written)
-            return attention_part.mix(heads.query_BTHA, key_BMGA, value_BMGA, seen_BTM), written
+            return attention_part.step(heads.query_BTHA, *written, layer, seen_BM), written
 
         return run
 
+    in_place = execution.grouped_matmul if batch * length <= MOST_ROWS else ""
     num_dense, num_moe = architecture.decoder.num_dense_layers, architecture.decoder.num_moe_layers
     for layer in range(num_dense):
-        weights = _one_layer(params["dense"], layer)
+        weights = _one_layer(params["dense"], layer, in_place)
         x_BTD, cache, _ = _layer(x_BTD, weights, turn, core(layer, cache), _dense_ffn(weights), architecture)
 
     stack = dict(params["moe"])
@@ -246,7 +257,7 @@ def extend(
 
     def moe_step(column, carried):
         x_BTD, cache, traffic = carried
-        weights = _one_layer(stack, column)
+        weights = _one_layer(stack, column, in_place)
         ffn = _moe_ffn(weights, experts, column, live, _context(column, valid_BT), execution)
         x_BTD, cache, new = _layer(x_BTD, weights, turn, core(num_dense + column, cache), ffn, architecture)
         return x_BTD, cache, jax.tree.map(lambda all_L, one: all_L.at[column].set(one), traffic, new)

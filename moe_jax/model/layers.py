@@ -1,8 +1,33 @@
 """The small parts of a layer: norms, gated feed-forwards, and how weights are drawn."""
 
+import math
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+
+from moe_jax.kernels.grouped_matmul.api import grouped_matmul
+
+
+class Stacked(NamedTuple):
+    """A weight of one layer that is still within the stack of all, from which a product reads it."""
+
+    stack: jax.Array  # L first
+    layer: jax.Array | int
+    implementation: str  # of grouped_matmul
+
+
+def project(x: jax.Array, weight: jax.Array | Stacked, contracted: int = 1) -> jax.Array:
+    """Sums the last `contracted` axes of x over the first ones of a weight."""
+    if not isinstance(weight, Stacked):
+        return jnp.tensordot(x, weight, contracted)
+    num_layers, *shape = weight.stack.shape
+    rows = x.reshape(-1, math.prod(shape[:contracted]))
+    matrices = weight.stack.reshape(num_layers, 1, rows.shape[1], -1)
+    all_rows = jnp.array([rows.shape[0]], jnp.int32)  # one expert, which serves everybody
+    out = grouped_matmul(rows, matrices, all_rows, weight.layer, weight.implementation)
+    return out.reshape(*x.shape[: x.ndim - contracted], *shape[contracted:])
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -1,14 +1,15 @@
 """Grouped matmul in plain XLA, for CPUs: loops whose trip counts are data.
 
 The outer loop goes over the experts that have rows and takes the matrix of each out of the whole stack, once; the inner
-one over blocks of its rows. Experts without rows and rows that no group holds cost nothing.
+one over blocks of its rows. Experts without rows and rows that no group holds cost nothing. Where the rows are few,
+that copy of a matrix is most of the work: `few_rows.py` takes over.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax.kernels.grouped_matmul import tiles
+from moe_jax.kernels.grouped_matmul import few_rows, tiles
 
 
 def _multiply(rows_SX, weights_LEDF, group_sizes_E, layer, *, transposed: bool):
@@ -38,6 +39,8 @@ def _multiply(rows_SX, weights_LEDF, group_sizes_E, layer, *, transposed: bool):
 
 def forward(rows_SD, weights_LEDF, group_sizes_E, layer):
     """As `api.grouped_matmul`."""
+    if few_rows.worthwhile(tiles.block_size(rows_SD.shape[0], weights_LEDF.shape[1]), weights_LEDF):
+        return few_rows.forward(rows_SD, weights_LEDF, group_sizes_E, layer)
     return _multiply(rows_SD, weights_LEDF, group_sizes_E, layer, transposed=False)
 
 
