@@ -17,7 +17,10 @@ FLOORS = (
     ("study", "report"),
     ("api", "command", "__init__"),
 )
-SIDEWAYS = {("training", "evaluation")}  # training evaluates as it goes
+SIDEWAYS = {
+    ("training", "evaluation"),  # training evaluates as it goes
+    ("cost", "config"),  # costs are formulas on the shapes that are configured
+}
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 TOP = len(FLOORS) - 1
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -1,6 +1,5 @@
 """launch/infer.py: in processes of its own where the process matters, else its `main` called here."""
 
-import importlib.util
 import io
 import json
 import os
@@ -14,7 +13,7 @@ from absl.testing import flagsaver
 
 from moe_jax import command
 from moe_jax.config import gin
-from tests import tiny_model
+from tests import launcher_module, tiny_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 FIGURES = {
@@ -34,10 +33,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def infer():
     """The launcher as a module."""
-    spec = importlib.util.spec_from_file_location("infer", ROOT / "launch" / "infer.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return launcher_module.load("infer")
 
 
 @pytest.fixture

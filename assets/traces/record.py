@@ -1,0 +1,77 @@
+"""Records the demo's routing on held-out text: `python assets/traces/record.py` writes assets/traces/demo.npz.
+
+Each of `DOCUMENTS` held-out files, in a seeded order, is read from its beginning; the experts of its tokens
+`FIRST` to `LAST` are kept, where the model has long had context.
+"""
+
+import pathlib
+import random
+import unittest.mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import moe_jax
+from moe_jax.engine.request import execution_of
+from moe_jax.model import decoder
+from moe_jax.routing import trace
+from moe_jax.routing.policies import base
+from moe_jax.routing.policies.schedule import ModelOwn
+from moe_jax.text import corpus
+
+ROOT = pathlib.Path(__file__).parents[2]
+SEED = 0
+DOCUMENTS = 64
+FIRST, LAST = 256, 384  # tokens of each document
+ROWS = 16  # documents read at once
+
+
+def documents_of(model: moe_jax.Model) -> np.ndarray:
+    """tokens_JT: the beginnings of documents that are long enough."""
+    documents = list(corpus.load_held_out(ROOT / "assets" / "text"))
+    random.Random(SEED).shuffle(documents)
+    ids = [model.tokenizer.encode(document.text).ids for document in documents]
+    return np.array([one[:LAST] for one in ids if len(one) >= LAST][:DOCUMENTS], np.int32)
+
+
+def record(model: moe_jax.Model, tokens_BT: np.ndarray) -> np.ndarray:
+    """expert_LBTK of every token, as the policy's `select` chose them."""
+    execution = execution_of(model.architecture)
+    layers, moe = model.architecture.decoder.num_moe_layers, model.architecture.moe
+    expert_LNK = np.full((layers, tokens_BT.size, moe.k), -1, np.int32)
+    select = base.select
+
+    def keep(layer, expert_NK):
+        expert_LNK[int(layer)] = expert_NK
+
+    def recording(routing, live, context, *rest):
+        selection = select(routing, live, context, *rest)
+        jax.debug.callback(keep, context.layer, selection.expert_NK)
+        return selection
+
+    live = base.settings([ModelOwn()] * len(tokens_BT), layers, moe.k, moe.k)
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+    with unittest.mock.patch.object(base, "select", recording):
+        hidden = jax.jit(lambda params: decoder.hidden(params, tokens_BT, positions_BT, ones_BT, live, execution)[1])
+        ones_BT = jnp.ones_like(positions_BT)
+        traffic = jax.block_until_ready(hidden(model.params))
+    jax.effects_barrier()
+    loads_LE = np.stack([np.bincount(experts.ravel(), minlength=moe.num_experts) for experts in expert_LNK])
+    np.testing.assert_array_equal(loads_LE, traffic.load_E)
+    return expert_LNK.reshape(layers, *tokens_BT.shape, moe.k)
+
+
+def main() -> None:
+    """Records and writes."""
+    model = moe_jax.load(ROOT / "assets" / "demo", dtype="float32")
+    tokens_JT = documents_of(model)
+    parts = [record(model, tokens_JT[first : first + ROWS]) for first in range(0, DOCUMENTS, ROWS)]
+    expert_LJTK = np.concatenate(parts, axis=1)[:, :, FIRST:LAST].astype(np.uint8)
+    path = pathlib.Path(__file__).parent / "demo.npz"
+    trace.save(path, trace.Trace(expert_LJTK, model.architecture.moe.num_experts))
+    print(f"{path.name}: {'x'.join(map(str, expert_LJTK.shape))}, {path.stat().st_size} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""Times decode steps and prefills of a model, and sets them beside the least that this machine needs for them.
+
+    python launch/benchmark.py --config configs/benchmark_demo.gin --out out/benchmark --trace
+
+The model is that of model.path or, where that is "", one of the configured shape with random weights, whose routing is
+replayed from a trained model (benchmark.trace). The machine's own bandwidth and rate are measured first, and again in
+every round. With --trace, a profile of every case goes to OUT/trace, for Perfetto or XProf.
+"""
+
+import os
+import pathlib
+
+from absl import flags
+
+from moe_jax import command
+
+ROOT = pathlib.Path(__file__).parents[1]
+SPARE_STEPS = 2  # of each decode case: one to warm up, one for the profile
+
+TRACE = flags.DEFINE_bool("trace", False, "Write a profile of every case to OUT/trace.")
+
+
+def main(run: command.Command) -> None:
+    """Measures the machine, readies every case, and times them in turn."""
+    import jax.numpy as jnp
+    import tqdm
+
+    from moe_jax.cost import hardware
+    from moe_jax.study import speed
+
+    config = run.config
+    subject, tokens_of, routing = prepare(run)
+    architecture = subject.execution.architecture
+    permitted, left_out = cases_of(config.benchmark, architecture.decoder.max_context)
+    dtype = jnp.dtype(subject.engine.params["embedding_VD"].dtype)
+    with run.timed("machine"):
+        probe = hardware.Probe(dtype)
+        machines = [probe.measure()]
+    with run.timed("compile"):
+        cases = []
+        for phase, rows, length in permitted:
+            tokens_BT = tokens_of(rows, length)
+            cases.append(
+                speed.Prefill(subject, tokens_BT[0])
+                if phase == "prefill"
+                else speed.Decode(subject, tokens_BT, config.benchmark.prompt_length)
+            )
+            cases[-1].step()
+    with run.timed("run"):
+        samples = {case.name: [] for case in cases}
+        for _ in tqdm.trange(config.benchmark.rounds, unit="round", disable=None):
+            speed.take_turns(cases, config.benchmark.decode_steps, samples)
+            machines.append(probe.measure())
+    machine = hardware.typical(machines)
+    timings = [speed.timing_of(case, samples[case.name], subject.execution, machine, dtype.itemsize) for case in cases]
+    if TRACE.value:
+        speed.profile(cases, run.out / "trace")
+    figures = figures_of(timings, machines)
+    run.finish(figures, text=table(timings, figures, dtype.name, routing, left_out))
+
+
+def prepare(run: command.Command):
+    """Loads or makes the model, after all that can be refused at once.
+
+    Returns:
+        The subject of the measurement; (rows, length) -> tokens_BT that rows read; and where the routing comes from.
+    """
+    import moe_jax
+    from moe_jax.checkpoint.huggingface import read_architecture
+    from moe_jax.engine.generate import Engine
+    from moe_jax.engine.request import execution_of, make_requests
+    from moe_jax.routing import trace as traces
+    from moe_jax.study.random_model import random_params
+    from moe_jax.study.speed import Subject
+
+    config = run.config
+    path = command.in_repository(config.model.path) if config.model.path else None
+    architecture = config.architecture if path is None else read_architecture(path)
+    if path is not None:
+        command.refuse_other_shape(config, architecture)
+    execution = execution_of(architecture, config.policy.k_max, config.kernels.grouped_matmul)
+    run.implementations["grouped_matmul"] = execution.grouped_matmul
+    make_requests([[0]], None, execution, sampling=config.sampling, policy=config.policy.spec)  # refuses what is wrong
+    cases_of(config.benchmark, architecture.decoder.max_context)
+    trace = None
+    if path is None and config.benchmark.trace:
+        trace = traces.load(command.in_repository(config.benchmark.trace, "benchmark.trace"))
+        trace.require(architecture.moe.num_experts, execution.k_max)
+    with run.timed("load"):
+        if path is None:
+            dtype = "float32" if config.model.dtype == "auto" else config.model.dtype
+            engine = Engine(random_params(architecture, dtype, config.run.seed), None, ())
+            tokens_of = random_tokens(architecture.decoder.vocab_size, config.run.seed)
+        else:
+            model = moe_jax.load(path, dtype=config.model.dtype)
+            engine, tokens_of = model.engine, held_out_tokens(config.text.held_out, model.tokenizer)
+    routing = "of random routers" if trace is None else f"replayed from {config.benchmark.trace}"
+    routing = routing if path is None else "the model's own, on held-out text"
+    return Subject(engine, execution, config.policy.spec, config.sampling, trace), tokens_of, routing
+
+
+def cases_of(benchmark, max_context: int) -> tuple[list[tuple[str, int, int]], list[str]]:
+    """(phase, rows, tokens of each row) of every case that the context permits, and the names of the other ones."""
+    length = benchmark.prompt_length + benchmark.rounds * benchmark.decode_steps + SPARE_STEPS
+    if benchmark.decode_batches and length > max_context:
+        raise ValueError(
+            f"benchmark.prompt_length, and {benchmark.rounds} benchmark.rounds of {benchmark.decode_steps} "
+            f"benchmark.decode_steps, take {length} tokens of a row: wanted at most the model's context, {max_context}"
+        )
+    permitted = [("decode", rows, length) for rows in benchmark.decode_batches]
+    permitted += [("prefill", 1, length) for length in benchmark.prefill_lengths if length < max_context]
+    left_out = [f"prefill_{length}" for length in benchmark.prefill_lengths if length >= max_context]
+    if not permitted:
+        raise ValueError(f"benchmark.prefill_lengths: wanted some below the model's context, {max_context}")
+    return permitted, left_out
+
+
+def random_tokens(vocab_size: int, seed: int):
+    """(rows, length) -> tokens_BT, any of the vocabulary."""
+    import numpy as np
+
+    return lambda rows, length: np.random.default_rng(seed).integers(0, vocab_size, (rows, length), np.int32)
+
+
+def held_out_tokens(held_out: str, tokenizer):
+    """(rows, length) -> tokens_BT, each row of other documents than the next, as far as there are enough."""
+    import numpy as np
+
+    from moe_jax.text import corpus
+
+    if tokenizer is None:
+        raise ValueError("the model's folder has no tokenizer.json: wanted one, to read the held-out text")
+    documents = corpus.load_held_out(command.in_repository(held_out, "text.held_out"))
+    ring = np.concatenate([tokenizer.encode(document.text).ids for document in documents])
+
+    def tokens_of(rows, length):
+        return ring[(np.arange(rows)[:, None] * len(ring) // rows + np.arange(length)[None, :]) % len(ring)]
+
+    return tokens_of
+
+
+def figures_of(timings, machines) -> dict:
+    """The figures of result.json."""
+    import numpy as np
+
+    figures = {}
+    for name, unit, field in (("bandwidth", "GB/s", "bytes_per_s"), ("matmul_rate", "GFLOP/s", "flops_per_s")):
+        measured = [getattr(machine, field) / 1e9 for machine in machines]
+        first, median, third = np.percentile(measured, (25, 50, 75)).tolist()
+        figures[name] = {"value": median, "unit": unit, "quartiles": [first, third], "best": max(measured)}
+    for timing in timings:
+        first_ms, median_ms, third_ms = timing.quartiles_ms
+        of_case = {
+            "ms": {"value": median_ms, "unit": "ms", "quartiles": [first_ms, third_ms]},
+            "tokens_per_s": {"value": timing.tokens_per_s, "unit": "tokens/s"},
+            "bytes": {"value": timing.bytes, "unit": "bytes"},
+            "flops": {"value": timing.flops, "unit": "flops"},
+            "floor_ms": {"value": timing.floor_ms, "unit": "ms"},
+            "over_floor": {"value": timing.over_floor, "unit": "1"},
+            "distinct_experts_per_layer_step": {"value": timing.distinct_experts, "unit": "experts"},
+            "independent_experts_per_layer_step": {"value": timing.independent_experts, "unit": "experts"},
+        }
+        figures |= {f"{timing.case}_{name}": figure for name, figure in of_case.items()}
+    return figures
+
+
+def table(timings, figures: dict, dtype: str, routing: str, left_out: list[str]) -> str:
+    """The figures for people."""
+    bandwidth, rate = figures["bandwidth"], figures["matmul_rate"]
+    lines = [
+        f"{bandwidth['value']:.1f} GB/s (at best {bandwidth['best']:.1f}), {rate['value']:.0f} GFLOP/s in {dtype} "
+        f"(at best {rate['best']:.0f}); routing {routing}",
+        f"{'':14}{'ms':>9} {'quartiles':>19} {'tokens/s':>9} {'MB':>8} {'GFLOP':>8} {'floor ms':>9} {'over':>6}"
+        f" {'distinct':>9} {'if even':>8}",
+    ]
+    for timing in timings:
+        first_ms, median_ms, third_ms = timing.quartiles_ms
+        lines.append(
+            f"{timing.case:14}{median_ms:9.2f} {first_ms:9.2f}-{third_ms:<9.2f} {timing.tokens_per_s:9.1f}"
+            f" {timing.bytes / 1e6:8.1f} {timing.flops / 1e9:8.2f} {timing.floor_ms:9.3f} {timing.over_floor:6.2f}"
+            f" {timing.distinct_experts:9.2f} {timing.independent_experts:8.2f}"
+        )
+    if left_out:
+        lines.append(f"left out: {', '.join(left_out)}: the model's context leaves no room for the next token")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    command.run(
+        main,
+        default_config=os.path.relpath(ROOT / "configs" / "benchmark_demo.gin"),
+        default_out="out/benchmark",
+        huge_pages=True,
+    )

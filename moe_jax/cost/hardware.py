@@ -1,0 +1,66 @@
+"""What the machine at hand reaches, measured: bytes streamed and operations of a large product per second.
+
+A machine that is shared has slow moments, in which it reaches half of what it does in others. So it is measured again
+in every round of a benchmark, and what its programs take is set beside the median of that.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.cost.roofline import Machine
+
+STREAMED_BYTES = 2**30  # far beyond every cache
+WIDTH = 2048  # of the square product
+ATTEMPTS = 3  # of each, the best counts
+
+
+class Probe:
+    """Measures this machine, as often as asked. Holds 1 GB of memory.
+
+    Args:
+        dtype: of the factors of the product, which is accumulated in float32.
+    """
+
+    def __init__(self, dtype: jnp.dtype):
+        self._rows_ND = jnp.ones((STREAMED_BYTES // (4 * WIDTH), WIDTH), jnp.float32)
+        self._vector_D = jnp.ones(WIDTH, jnp.float32)
+        self._square = jnp.ones((WIDTH, WIDTH), dtype)
+        self._sum = jax.jit(jnp.sum)
+        self._sum_rows = jax.jit(lambda rows_ND: rows_ND.sum(axis=1))
+        self._product = jax.jit(lambda a, b: jnp.dot(a, b, preferred_element_type=jnp.float32))
+        self.measure()  # compiles
+
+    def measure(self) -> Machine:
+        """The best of a few attempts, one after another.
+
+        Bandwidth is that of reading a float32 array: by its sum, by the sums of its rows or by its product with a
+        vector, whichever is fastest. The rate is that of a square product.
+        """
+        streaming_s = min(
+            _best_s(self._sum, self._rows_ND),
+            _best_s(self._sum_rows, self._rows_ND),
+            _best_s(self._product, self._rows_ND, self._vector_D),
+        )
+        product_s = _best_s(self._product, self._square, self._square)
+        return Machine(self._rows_ND.nbytes / streaming_s, 2 * WIDTH**3 / product_s)
+
+
+def typical(machines: Sequence[Machine]) -> Machine:
+    """The median of several measurements, of bandwidth and of rate."""
+    return Machine(
+        statistics.median(machine.bytes_per_s for machine in machines),
+        statistics.median(machine.flops_per_s for machine in machines),
+    )
+
+
+def _best_s(call: Callable, *arguments: jax.Array) -> float:
+    seconds = []
+    for _ in range(ATTEMPTS):
+        began = time.perf_counter()
+        jax.block_until_ready(call(*arguments))
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)

@@ -1,0 +1,109 @@
+"""The formulas against the arrays of real decoders, against XLA's own count, and against a count by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_jax.config.schema import Architecture, AttentionConfig, DecoderConfig, MoEConfig
+from moe_jax.cost import roofline
+from moe_jax.engine import cache as caches
+from moe_jax.model import decoder
+from moe_jax.routing.policies.base import Settings
+from tests import tiny_model
+
+UNTIED = tiny_model.changed(
+    decoder={"tie_embeddings": False, "num_dense_layers": 0},
+    attention={"qk_norm": False, "bias": True},
+    moe={"num_shared_experts": 0, "selection_bias": False, "score": "softmax"},
+)
+SEVERAL_SHARED = tiny_model.changed(moe={"num_shared_experts": 3}, attention={"num_kv_heads": 4})
+
+
+def shapes_of(architecture):
+    return jax.eval_shape(lambda: decoder.split(decoder.Decoder(architecture, nnx.Rngs(0))))
+
+
+def count(tree):
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize("architecture", [tiny_model.ARCHITECTURE, UNTIED, SEVERAL_SHARED])
+def test_parameters_are_those_of_the_arrays(architecture):
+    shapes = shapes_of(architecture)
+    assert roofline.parameters(architecture) == count(shapes)
+    assert roofline.expert_parameters(architecture) == count(shapes["moe"]["experts"]) // (
+        architecture.decoder.num_moe_layers * architecture.moe.num_experts
+    )
+
+
+@pytest.mark.parametrize("architecture", [tiny_model.ARCHITECTURE, UNTIED, SEVERAL_SHARED])
+def test_a_step_that_wakes_every_expert_reads_every_array_once_and_the_cache(architecture):
+    trunk, moe = architecture.decoder, architecture.moe
+    step = roofline.Step([5, 9], [1, 1], 2 * trunk.num_moe_layers * moe.k, trunk.num_moe_layers * moe.num_experts)
+    weights = count(shapes_of(architecture))
+    if not trunk.tie_embeddings:
+        weights -= (trunk.vocab_size - 2) * trunk.d_model  # of the embedding, two rows
+    # 7 + 7 positions before the step, and one written for each row: as many as two rows of 8 positions hold
+    cache = count(jax.eval_shape(lambda: caches.allocate(architecture, 2, 8, jnp.float32)))
+    assert roofline.work(architecture, step, 4).bytes == 4 * (weights + cache)
+    assert roofline.work(architecture, step, 2).bytes == 2 * (weights + cache)
+
+
+def test_by_hand():
+    """A model whose parts have sizes that no other part has; bytes of float16, and operations."""
+    architecture = Architecture(
+        DecoderConfig(vocab_size=100, d_model=8, num_layers=2, num_dense_layers=1, dense_hidden=12, max_context=64),
+        AttentionConfig(num_heads=6, num_kv_heads=2, head_dim=4, qk_norm=True),
+        MoEConfig(num_experts=10, k=3, expert_hidden=5, num_shared_experts=2, selection_bias=True),
+    )
+    attention = 8 * 24 + 8 * 8 + 8 * 8 + 24 * 8  # query, key, value, output
+    norms = 8 + 8 + 4 + 4
+    dense, shared, expert = 3 * 8 * 12, 3 * 8 * 10, 3 * 8 * 5
+    step = roofline.Step([0, 0], [3, 2], 14, 7)  # one of 15 slots dropped; 7 of the 10 experts
+    weights = 2 * (attention + norms) + dense + (80 + 10) + shared + 7 * expert + 8 + 100 * 8
+    cache = 2 * 2 * (3 + 2) * 8  # keys and values, layers, tokens, two heads of four
+    assert roofline.work(architecture, step, 2).bytes == 2 * (weights + cache)
+    seen = (1 + 2 + 3) + (1 + 2)
+    products = 2 * 5 * attention + 2 * 2 * seen * 24 + 5 * dense + 5 * 80 + 5 * shared + 14 * expert + 2 * 8 * 100
+    assert roofline.work(architecture, step, 2).flops == 2 * products
+
+
+@pytest.mark.parametrize(("start", "length"), [(31, 1), (0, 16)])
+def test_operations_are_those_that_xla_counts(start, length):
+    """With one expert nothing is routed, and XLA's count of a step exceeds the formula by its small parts alone."""
+    architecture = Architecture(
+        DecoderConfig(vocab_size=1024, d_model=256, num_layers=4, num_dense_layers=3, dense_hidden=640, max_context=32),
+        AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=32),
+        MoEConfig(num_experts=1, k=1, expert_hidden=384, num_shared_experts=1),
+    )
+    execution = decoder.Execution(architecture, 1, "ragged_dot")
+    rows = 4
+
+    def step(params, cache, tokens_BT, start_B, valid_BT, live):
+        x_BTD, cache, _ = decoder.extend(params, cache, tokens_BT, start_B, valid_BT, live, execution)
+        return decoder.logits(params, x_BTD[:, -1]), cache
+
+    def shape(*dimensions, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(dimensions, dtype)
+
+    cache = jax.eval_shape(lambda: caches.allocate(architecture, rows, 32, jnp.float32))
+    tokens, valid = shape(rows, length), shape(rows, length, dtype=bool)
+    lowered = jax.jit(step).lower(shapes_of(architecture), cache, tokens, shape(rows), valid, Settings(shape(rows, 1)))
+    work = roofline.work(architecture, roofline.Step([start] * rows, [length] * rows, rows * length, 1), 4)
+    assert 1 <= lowered.cost_analysis()["flops"] / work.flops < 1.05
+
+
+def test_the_floor_is_the_slower_of_moving_and_computing():
+    machine = roofline.Machine(bytes_per_s=10.0, flops_per_s=100.0)
+    assert roofline.floor_s(roofline.Work(bytes=20, flops=100), machine) == 2
+    assert roofline.floor_s(roofline.Work(bytes=20, flops=300), machine) == 3
+
+
+def test_distinct_experts_of_independent_tokens():
+    assert roofline.expected_distinct(64, 8, 1) == 8
+    assert roofline.expected_distinct(64, 8, 2) == 15  # the second finds an eighth of its experts taken
+    random = np.random.default_rng(0)
+    drawn = [len(set(np.concatenate([random.permutation(16)[:3] for _ in range(6)]).tolist())) for _ in range(4000)]
+    assert np.mean(drawn) == pytest.approx(roofline.expected_distinct(16, 3, 6), abs=0.1)

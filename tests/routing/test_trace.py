@@ -1,0 +1,129 @@
+"""A recorded trace in a model of the same number of experts, of more, and in the policy that replays it."""
+
+import pathlib
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.config.schema import MoEConfig
+from moe_jax.routing import trace as traces
+from moe_jax.routing.policies.base import Context, Settings, select
+from moe_jax.routing.selection import Routing
+
+SHIPPED = pathlib.Path(__file__).parents[2] / "assets" / "traces" / "demo.npz"
+
+
+def random_trace(layers=3, documents=4, tokens=10, k=4, experts=16, seed=0):
+    random = np.random.default_rng(seed)
+    chosen = random.permuted(np.broadcast_to(np.arange(experts), (layers, documents, tokens, experts)), axis=3)
+    return traces.Trace(chosen[..., :k].astype(np.uint8), experts)
+
+
+def test_as_many_experts_replay_what_was_recorded():
+    trace = random_trace()
+    expert_LBTK = trace.replay(num_layers=4, num_experts=16, k_max=4, rows=4, length=10)
+    np.testing.assert_array_equal(expert_LBTK[:3], trace.expert_LJTK)  # a document for each row
+    np.testing.assert_array_equal(expert_LBTK[3], trace.expert_LJTK[0])  # layers repeat
+
+
+def test_fewer_slots_are_the_first():
+    trace = random_trace()
+    few, all_ = (trace.replay(3, 16, k, 2, 15) for k in (2, 4))
+    np.testing.assert_array_equal(few, all_[..., :2])
+
+
+def test_a_row_goes_on_into_the_next_document_and_rows_never_meet():
+    trace = random_trace()
+    expert_LBTK = trace.replay(3, 16, 4, rows=8, length=60)
+    stream = trace.expert_LJTK.reshape(3, 40, 4)
+    for row in range(8):
+        np.testing.assert_array_equal(expert_LBTK[:, row], stream[:, (5 * row + np.arange(60)) % 40])
+
+
+def test_more_experts_take_a_layer_for_each_range():
+    trace = random_trace()
+    expert_LBTK = trace.replay(num_layers=2, num_experts=32, k_max=5, rows=4, length=10)
+    recorded = trace.expert_LJTK.astype(int)
+    np.testing.assert_array_equal(expert_LBTK[0, ..., [0, 2, 4]], np.moveaxis(recorded[0, ..., :3], -1, 0))
+    np.testing.assert_array_equal(expert_LBTK[0, ..., [1, 3]], np.moveaxis(recorded[1, ..., :2], -1, 0) + 16)
+    np.testing.assert_array_equal(expert_LBTK[1, ..., 0], recorded[2, ..., 0])
+    assert all(len(set(slots)) == 5 for slots in expert_LBTK.reshape(-1, 5).tolist())
+
+
+@pytest.mark.parametrize(
+    ("experts", "k", "message"),
+    [
+        (24, 4, "moe.num_experts = 24: wanted a multiple of the 16 experts of the recorded trace, at most 48; or"),
+        (8, 4, "moe.num_experts = 8: wanted a multiple"),
+        (64, 4, "at most 48"),
+        (16, 5, "5 slots per token: wanted at most the 4 of the recorded trace"),
+        (32, 9, "9 slots per token: wanted at most the 8"),
+    ],
+)
+def test_what_cannot_be_replayed_is_refused(experts, k, message):
+    with pytest.raises(ValueError, match=message):
+        random_trace().replay(3, experts, k, 1, 1)
+
+
+def test_saved_and_loaded(tmp_path):
+    trace = random_trace()
+    traces.save(tmp_path / "a.npz", trace)
+    loaded = traces.load(tmp_path / "a.npz")
+    assert loaded.num_experts == 16
+    np.testing.assert_array_equal(loaded.expert_LJTK, trace.expert_LJTK)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: None,
+        lambda path: path.write_bytes(b"no archive"),
+        lambda path: np.savez(path, other=np.zeros(3)),
+        lambda path: np.savez(path, expert_LJTK=np.zeros((2, 3), np.uint8), num_experts=4),
+        lambda path: np.savez(path, expert_LJTK=np.full((1, 1, 1, 1), 4, np.uint8), num_experts=4),
+    ],
+)
+def test_what_is_no_trace_is_refused(tmp_path, write):
+    write(tmp_path / "a.npz")
+    with pytest.raises(ValueError, match=r"benchmark.trace = '.*a.npz': .*wanted") as caught:
+        traces.load(tmp_path / "a.npz")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_the_shipped_trace_is_small_and_whole():
+    trace = traces.load(SHIPPED)
+    assert SHIPPED.stat().st_size < 300_000
+    assert (trace.num_experts, trace.expert_LJTK.shape) == (64, (5, 64, 128, 8))
+    ascending = np.sort(trace.expert_LJTK, axis=3)
+    assert (np.diff(ascending.astype(int), axis=3) > 0).all()  # no token takes an expert twice
+    load_LE = np.stack([np.bincount(one.ravel(), minlength=64) for one in trace.expert_LJTK])
+    assert (load_LE > 0).all() and (load_LE.max(axis=1) / load_LE.mean(axis=1)).min() > 1.1
+
+
+MOE = MoEConfig(num_experts=6, k=3, expert_hidden=4)
+MIX_NE = np.linspace(0.1, 0.9, 24).reshape(4, 6).astype(np.float32)
+
+
+def select_replayed(replay_LNK, moe=MOE):
+    routing = Routing(jnp.asarray(MIX_NE), jnp.asarray(MIX_NE))
+    context = Context(jnp.int32(1), jnp.array([0, 0, 1, 1]), jnp.array([True, True, True, False]))
+    return select(routing, Settings(jnp.array([[3, 3], [3, 2]]), replay_LNK), context, moe, 3)
+
+
+def test_the_policy_takes_the_given_experts_at_the_routers_weights():
+    given_NK = np.array([[0, 1, 2], [4, 0, 3], [2, 5, 1], [0, 1, 2]])
+    selection = select_replayed(jnp.asarray(np.stack([np.zeros_like(given_NK), given_NK])))
+    np.testing.assert_array_equal(selection.expert_NK, given_NK)
+    keep_NK = np.array([[1, 1, 1], [1, 1, 1], [1, 1, 0], [0, 0, 0]], bool)  # the last is padding
+    np.testing.assert_array_equal(selection.keep_NK, keep_NK)
+    mix_NK = np.where(keep_NK, np.take_along_axis(MIX_NE, given_NK, axis=1), 0)
+    wanted_NK = mix_NK / np.maximum(mix_NK.sum(axis=1, keepdims=True), 1e-20)
+    np.testing.assert_allclose(selection.weight_NK, wanted_NK, rtol=1e-6)
+
+
+def test_a_token_without_a_recording_is_routed_as_ever():
+    ever, nothing = select_replayed(None), select_replayed(jnp.full((2, 4, 3), -1))
+    for one, other in zip(ever, nothing):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(ever.expert_NK, np.tile([5, 4, 3], (4, 1)))

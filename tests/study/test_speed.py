@@ -1,0 +1,152 @@
+"""Timed steps do what the engine does, and a replayed step wakes exactly the experts of the trace."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from moe_jax.config.schema import SamplingConfig
+from moe_jax.cost import roofline
+from moe_jax.engine import cache as caches
+from moe_jax.engine.generate import Drawn, Engine
+from moe_jax.engine.request import execution_of, make_requests
+from moe_jax.model import decoder
+from moe_jax.routing.trace import Trace
+from moe_jax.study import random_model, speed
+from tests import tiny_model
+
+ARCHITECTURE = tiny_model.ARCHITECTURE
+EXECUTION = execution_of(ARCHITECTURE)
+LAYERS = ARCHITECTURE.decoder.num_moe_layers
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return Engine(jax.device_put(tiny_model.random_params()), tiny_model.tokenizer(), ())
+
+
+@pytest.fixture(scope="module")
+def trace():
+    """Of a model with 16 experts that likes the first ones."""
+    random = np.random.default_rng(0)
+    preference = random.gumbel(size=(LAYERS, 6, 12, 16)) - np.arange(16) / 4
+    return Trace(np.argsort(-preference, axis=3)[..., :8].astype(np.uint8), 16)
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The loads of every step taken."""
+    loads = []
+    step_of = speed._step_of
+    monkeypatch.setattr(speed, "_step_of", lambda *arguments: [loads.append(arguments[2]), step_of(*arguments)][1])
+    return loads
+
+
+def tokens(rows, length, seed=1):
+    return np.random.default_rng(seed).integers(0, ARCHITECTURE.decoder.vocab_size, (rows, length))
+
+
+def load_of(expert_BTK, k):
+    return np.bincount(expert_BTK[..., :k].ravel(), minlength=16)
+
+
+@pytest.mark.parametrize(("policy", "k"), [("model", 8), ("topk:3", 3)])
+@pytest.mark.parametrize("rows", [1, 3, 4])
+def test_each_decode_step_wakes_the_experts_of_the_next_recorded_token(engine, trace, seen, policy, k, rows):
+    subject = speed.Subject(engine, EXECUTION, policy, SamplingConfig(), trace)
+    case = speed.Decode(subject, tokens(rows, 9), prompt_length=5)
+    samples = [case.step() for _ in range(4)]
+    expert_LBTK = trace.replay(LAYERS, 16, 8, rows, 9)
+    for number, (sample, load_LE) in enumerate(zip(samples, seen, strict=True)):
+        wanted_LE = np.stack([load_of(of_layer[:, 5 + number], k) for of_layer in expert_LBTK])
+        np.testing.assert_array_equal(load_LE, wanted_LE)
+        distinct = int(np.count_nonzero(wanted_LE))
+        assert sample.step == roofline.Step([5 + number] * rows, [1] * rows, rows * k * LAYERS, distinct)
+        assert sample.seconds > 0
+
+
+@pytest.mark.parametrize(("policy", "k"), [("model", 8), ("topk:3", 3)])
+@pytest.mark.parametrize("length", [16, 21])
+def test_a_prefill_wakes_the_experts_of_its_tokens(engine, trace, seen, policy, k, length):
+    subject = speed.Subject(engine, EXECUTION, policy, SamplingConfig(), trace)
+    sample = speed.Prefill(subject, tokens(1, length)[0]).step()
+    expert_LBTK = trace.replay(LAYERS, 16, 8, 1, length)
+    wanted_LE = np.stack([load_of(of_layer, k) for of_layer in expert_LBTK])
+    np.testing.assert_array_equal(seen[0], wanted_LE)
+    assert sample.step == roofline.Step([0], [length], length * k * LAYERS, np.count_nonzero(wanted_LE))
+
+
+def test_decode_steps_are_those_of_the_engine(engine, seen):
+    """Fed with what the engine drew, they route as it did; and replaying that very routing changes no token."""
+    prompts = [[5, 6, 7, 8, 9], [300, 4, 88, 17, 2]]
+    sampling = SamplingConfig(max_new_tokens=8)
+    ran = engine.run(make_requests(prompts, None, EXECUTION, sampling=sampling), EXECUTION)
+    tokens_BT = np.array([prompt + list(one.ids) for prompt, one in zip(prompts, ran.completions)])
+    case = speed.Decode(speed.Subject(engine, EXECUTION, None, SamplingConfig()), tokens_BT, prompt_length=5)
+    drawn = []
+    program = case._program
+    case._program = lambda *arguments: [result := program(*arguments), drawn.append(result[0])][0]
+    steps = [case.step().step for _ in range(7)]
+    assert sum(step.distinct_experts for step in steps) / LAYERS == pytest.approx(ran.measured.distinct_experts)
+    assert all(isinstance(one, Drawn) for one in drawn)
+    np.testing.assert_array_equal(np.stack([one.token_B for one in drawn], axis=1), tokens_BT[:, 6:])
+
+
+def test_cases_take_turns(engine):
+    subject = speed.Subject(engine, EXECUTION, None, SamplingConfig())
+    cases = [speed.Prefill(subject, tokens(1, 16)[0]), speed.Decode(subject, tokens(2, 12), prompt_length=4)]
+    samples = {case.name: [] for case in cases}
+    for number in (1, 2, 3):
+        speed.take_turns(cases, 2, samples)
+        assert {name: len(of) for name, of in samples.items()} == {"prefill_16": number, "decode_2": 2 * number}
+
+
+def test_a_timing_sets_medians_beside_floors(engine):
+    subject = speed.Subject(engine, EXECUTION, "topk:4", SamplingConfig())
+    case = speed.Decode(subject, tokens(2, 12), prompt_length=4)
+    steps = [roofline.Step([n, n], [1, 1], 2 * 4 * LAYERS, 6 * LAYERS) for n in (4, 5, 6)]
+    samples = [speed.Sample(seconds, step) for seconds, step in zip((0.002, 0.004, 0.010), steps)]
+    machine = roofline.Machine(1e9, 1e30)
+    timing = speed.timing_of(case, samples, EXECUTION, machine, 4)
+    work = roofline.work(ARCHITECTURE, steps[1], 4)
+    assert timing.quartiles_ms == pytest.approx((3, 4, 7))
+    assert (timing.bytes, timing.flops) == (work.bytes, work.flops)
+    assert timing.floor_ms == pytest.approx(work.bytes / 1e6)
+    assert timing.over_floor == pytest.approx(4 / timing.floor_ms)
+    assert timing.tokens_per_s == pytest.approx(500)
+    assert timing.distinct_experts == 6
+    assert timing.independent_experts == pytest.approx(16 * (1 - (1 - 4 / 16) ** 2))
+
+
+def test_a_program_beyond_the_memory_is_refused(engine, monkeypatch):
+    subject = speed.Subject(engine, EXECUTION, None, SamplingConfig())
+    monkeypatch.setattr(caches, "require_memory", lambda *arguments: None)
+    monkeypatch.setattr(caches, "available_bytes", lambda: 1)
+    with pytest.raises(ValueError, match=r"prefill_16 needs 0.0 GB, 0.0 GB available: wanted fewer or shorter"):
+        speed.Prefill(subject, tokens(1, 16)[0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_random_weights_have_the_shapes_of_the_model(dtype):
+    params = random_model.random_params(ARCHITECTURE, dtype, seed=3)
+    wanted = decoder.split(decoder.Decoder(ARCHITECTURE, nnx.Rngs(0)))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, wanted)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+    assert (params["norm_D"] == 1).all() and (params["moe"]["router"]["bias_LE"] == 0).all()
+    drawn = [
+        np.asarray(leaf, np.float32).ravel() for leaf in (params["embedding_VD"], *params["moe"]["experts"].values())
+    ]
+    for one in drawn:
+        assert (one.mean(), one.std()) == (pytest.approx(0, abs=2e-3), pytest.approx(64**-0.5, rel=0.02))
+        assert abs(np.corrcoef(one[:-64], one[64:])[0, 1]) < 0.02  # of a row with the next
+    assert abs(np.corrcoef(drawn[0][:30000], drawn[1][:30000])[0, 1]) < 0.02
+
+
+def test_random_weights_beyond_the_memory_are_refused(monkeypatch):
+    wanted = 4 * roofline.parameters(ARCHITECTURE)
+    monkeypatch.setattr(caches, "available_bytes", lambda: wanted)
+    random_model.random_params(ARCHITECTURE, jnp.float32, 0)
+    monkeypatch.setattr(caches, "available_bytes", lambda: wanted - 1)
+    with pytest.raises(ValueError, match=r"the model needs 0.0 GB, 0.0 GB available: wanted fewer decoder.num_layers"):
+        random_model.random_params(ARCHITECTURE, jnp.float32, 0)
