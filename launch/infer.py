@@ -26,6 +26,7 @@ def normalize(x, axis=None):
     \"\"\"Scales an array to unit length.\"\"\"
     x = np.asarray(x)
     if"""
+MOST_BYTES = 10_000_000  # of one prompt: more than any context takes
 WAIT_S = 5.0  # for the first byte of a pipe: some callers leave one open and never write to it
 
 PROMPT = flags.DEFINE_multi_string(
@@ -88,13 +89,21 @@ def read_prompts() -> list[str]:
     prompts = list(PROMPT.value)
     for name in PROMPT_FILE.value:
         try:
-            prompts.append(as_text(pathlib.Path(name).read_bytes(), f"--prompt_file = {name!r}"))
+            prompts.append(as_text(read_file(pathlib.Path(name)), f"--prompt_file = {name!r}"))
         except OSError as error:
             raise ValueError(f"--prompt_file = {name!r}: {error.strerror}") from error
     if not prompts:
         piped = read_piped()
         prompts = [as_text(piped, "standard input") if piped.strip() else DEFAULT_PROMPT]
     return prompts
+
+
+def read_file(path: pathlib.Path) -> bytes:
+    """A file's bytes, `MOST_BYTES` and one at most; ValueError for a pipe or a device, which may never end."""
+    if "\0" in str(path) or (path.exists() and not path.is_file() and not path.is_dir()):
+        raise ValueError(f"--prompt_file = {str(path)!r} is not a regular file; what is piped goes to standard input")
+    with open(path, "rb") as file:
+        return file.read(MOST_BYTES + 1)
 
 
 def read_piped() -> bytes:
@@ -104,11 +113,13 @@ def read_piped() -> bytes:
     if os.name == "posix" and not select.select([sys.stdin], [], [], WAIT_S)[0]:
         print(f"nothing on standard input within {WAIT_S:.0f} s: going on with the default prompt", file=sys.stderr)
         return b""
-    return sys.stdin.buffer.read()
+    return sys.stdin.buffer.read(MOST_BYTES + 1)
 
 
 def as_text(data: bytes, name: str) -> str:
     """Decodes UTF-8; ValueError, naming the source, for anything else."""
+    if len(data) > MOST_BYTES:
+        raise ValueError(f"{name} has more than {MOST_BYTES} bytes: wanted a prompt")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:

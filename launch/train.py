@@ -24,6 +24,7 @@ def main(run: command.Command) -> None:
     execution = execution_of(config.architecture, config.policy.k_max, config.kernels.grouped_matmul)
     run.implementations["grouped_matmul"] = execution.grouped_matmul
     trained.require_policies(config, execution)
+    loop.require_memory(config)
     with run.timed("text"):
         held_out = str(command.in_repository(config.text.held_out, "text.held_out"))
         found = dataclasses.replace(config, text=dataclasses.replace(config.text, held_out=held_out))

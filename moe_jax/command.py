@@ -315,7 +315,8 @@ def _configure_jax() -> None:
     """Imports JAX and keeps what it compiles between runs, where there is a folder for it."""
     import jax
 
-    standard_logging.getLogger("jax").setLevel(standard_logging.WARNING)
+    for library in ("jax", "matplotlib"):
+        standard_logging.getLogger(library).setLevel(standard_logging.WARNING)
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.join(caches, "moe_jax", "xla")
     folder = os.path.expanduser(folder)

@@ -41,7 +41,7 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
     Missing parent folders are made. The file's mode follows the umask.
 
     Raises:
-      OSError: The file could not be written; what was at `path` is untouched.
+      OSError: The file could not be written; what was at `path` is untouched. It names `path`.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,8 +52,10 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename, error.filename2 = str(path), None  # a full disk names nothing, and the partial file is gone
         raise
     _sync(path.parent)
 
@@ -81,6 +83,10 @@ def replaced_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         _sync_tree(partial)
         _put_in_place(partial, path)
         _sync(path.parent)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -59,7 +59,7 @@ _NEUTRAL: dict[str, tuple] = {
 def _refuse_others(fields: dict[str, Any], neutral: dict[str, tuple]) -> None:
     for field, accepted in neutral.items():
         value = fields.get(field, accepted[0])
-        if field == "layer_types" and isinstance(value, list) and set(value) <= {"full_attention"}:
+        if field == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value):
             continue
         if value not in accepted:
             wanted = " or ".join(map(json.dumps, accepted))
@@ -96,12 +96,15 @@ def _rope(fields: dict[str, Any], default_fraction: float) -> tuple[float, float
     return _field(both, "rope_theta", float, 10000.0), _field(both, "partial_rotary_factor", float, default_fraction)
 
 
+_MOST_PREDICTION_LAYERS = 100  # published models have one
 _GLM4_MOE_NEUTRAL = {**_NEUTRAL, "scoring_func": (None, "sigmoid"), "topk_method": (None, "noaux_tc")}
 
 
 def _glm4_moe_architecture(fields: dict[str, Any]) -> Architecture:
     """Defaults are those of `Glm4MoeConfig` in transformers 5."""
     _refuse_others(fields, _GLM4_MOE_NEUTRAL)
+    if not 0 <= (count := _field(fields, "num_nextn_predict_layers", int, 1)) <= _MOST_PREDICTION_LAYERS:
+        raise ValueError(f"num_nextn_predict_layers = {count}: wanted 0 to {_MOST_PREDICTION_LAYERS}")
     d_model, num_heads = _field(fields, "hidden_size", int), _field(fields, "num_attention_heads", int)
     theta, fraction = _rope(fields, default_fraction=0.5)
     return Architecture(

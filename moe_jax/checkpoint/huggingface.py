@@ -48,12 +48,20 @@ def read_architecture(folder: str | os.PathLike) -> Architecture:
 
 
 def read_token_ids(folder: str | os.PathLike) -> dict[str, int | list[int]]:
-    """Reads `bos_token_id`, `eos_token_id` and `pad_token_id`, where given: those of `generation_config.json` win."""
+    """Reads `bos_token_id`, `eos_token_id` and `pad_token_id`, where given: those of `generation_config.json` win.
+
+    Raises:
+        ValueError: a file is damaged, or what it gives is neither an integer nor a list of them.
+    """
     folder = pathlib.Path(folder)
     fields = _read_json(folder / "config.json")
     if (folder / "generation_config.json").exists():
         fields |= {name: x for name, x in _read_json(folder / "generation_config.json").items() if x is not None}
-    return {name: fields[name] for name in _TOKEN_IDS if fields.get(name) is not None}
+    token_ids = {name: fields[name] for name in _TOKEN_IDS if fields.get(name) is not None}
+    for name, ids in token_ids.items():
+        if not all(type(one) is int for one in (ids if isinstance(ids, list) else [ids])):
+            raise ValueError(f"{folder}: {name} = {json.dumps(ids)[:100]}: wanted an integer, or a list of them")
+    return token_ids
 
 
 def read_checkpoint(folder: str | os.PathLike, dtype: str = "auto") -> tuple[Architecture, dict[str, Any]]:
@@ -76,6 +84,7 @@ def read_checkpoint(folder: str | os.PathLike, dtype: str = "auto") -> tuple[Arc
     family, architecture, fields = _describe(folder)
     stored = _read_tables(folder)
     rules = family.rules(architecture)
+    _require_enough(folder, rules, architecture, len(stored))
     _require_same_names(folder, _wanted_names(rules, architecture), _without_skipped(folder, stored, family, fields))
     sources = [(stored[name], name, rule, index) for rule in rules for name, index in rule.placements(architecture)]
     for source, name, rule, _ in sources:
@@ -165,7 +174,9 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
         raise ValueError(f"model.path = {str(folder)!r} has no {path.name}: wanted {_LAYOUT}")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{path} holds a JSON {type(fields).__name__}: wanted an object")
@@ -180,9 +191,11 @@ def _describe(folder: pathlib.Path) -> tuple[Family, Architecture, dict[str, Any
     fields = _read_json(folder / "config.json")
     try:
         family = family_of(fields)
-        return family, family.architecture(fields), fields
+        architecture = family.architecture(fields)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    read_token_ids(folder)  # what is damaged there is told here, before anything large is read
+    return family, architecture, fields
 
 
 def _read_tables(folder: pathlib.Path) -> dict[str, StoredTensor]:
@@ -202,11 +215,21 @@ def _read_tables(folder: pathlib.Path) -> dict[str, StoredTensor]:
         if twice := sorted(tables.keys() & table.keys()):
             raise ValueError(f"{folder / shard}: {twice[0]} is also in {tables[twice[0]].path.name}")
         tables |= table
+    for name, shard in weight_map.items():
+        if name not in tables or tables[name].path.name != shard:
+            raise ValueError(f"{folder / _INDEX} says that {name} is in {shard}: it is not")
     return tables
 
 
 def _wanted_names(rules: tuple[Rule, ...], architecture: Architecture) -> set[str]:
     return {placement.tensor for rule in rules for placement in rule.placements(architecture)}
+
+
+def _require_enough(folder: pathlib.Path, rules: tuple[Rule, ...], architecture: Architecture, given: int) -> None:
+    """Refuses an architecture of many more tensors than there are, before their names are spelled out."""
+    wanted = sum(rule.num_tensors(architecture) for rule in rules)
+    if wanted > 10 * given + 1000:
+        raise ValueError(f"{folder} holds {given} tensors: config.json asks for {wanted}")
 
 
 def _without_skipped(folder: pathlib.Path, stored: Mapping, family: Family, fields: dict[str, Any]) -> set[str]:

@@ -71,9 +71,17 @@ class Rule:
         sizes = self._sizes(architecture)
         return tuple(math.prod(sizes[letter] for letter in together) for together in self.stored.split())
 
+    def _named(self) -> list[str]:
+        return [letter for letter in self.letters if f"{{{letter}}}" in self.tensor]
+
+    def num_tensors(self, architecture: Architecture) -> int:
+        """How many tensors of a checkpoint hold this parameter."""
+        sizes = self._sizes(architecture)
+        return math.prod(sizes[letter] for letter in self._named())
+
     def placements(self, architecture: Architecture) -> Iterator[Placement]:
         """Yields every tensor of this parameter, with the slice that it fills."""
-        named = [letter for letter in self.letters if f"{{{letter}}}" in self.tensor]
+        named = self._named()
         sizes = self._sizes(architecture)
         first_layer = 0 if self.parameter.startswith("dense/") else architecture.decoder.num_dense_layers
         for position in np.ndindex(*(sizes[letter] for letter in named)):

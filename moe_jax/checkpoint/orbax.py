@@ -1,19 +1,55 @@
-"""Training state to and from disk, written in the background, with Orbax."""
+"""Training state to and from disk, written in the background, with Orbax.
 
+Orbax keeps no checksum of what arrays hold: a bit that flips on the disk would be trained on. So a digest of the state
+is saved with it, and compared when it is read back.
+"""
+
+import hashlib
 import logging
 import pathlib
+import sys
+import threading
+import traceback
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
-_STATE, _PLACE = "state", "place"
+_STATE, _PLACE, _DIGEST = "state", "place", "state_sha256"
 
 
 def _is_worth_saying(record: logging.LogRecord) -> bool:
-    """Orbax tells of every step of every save, dozens of lines, at the level of our own."""
-    return record.levelno >= logging.WARNING or "orbax" not in pathlib.Path(record.pathname).parts
+    """Orbax tells of every step of every save, dozens of lines, at the level of our own; its failures we raise."""
+    return "orbax" not in pathlib.Path(record.pathname).parts or record.levelno == logging.WARNING
+
+
+def _say_once() -> None:
+    """Keeps what fails in the background from printing tracebacks: it is raised as well, where somebody waits.
+
+    Orbax ends its event loop with the first failure; what TensorStore then calls in it fails within asyncio alone.
+    """
+
+    def without_orbax(hook):
+        def filtered(arguments):
+            files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(arguments.exc_traceback)]
+            parts = [pathlib.Path(file).parts for file in files]
+            if not any("orbax" in part for part in parts) and not (parts and all("asyncio" in part for part in parts)):
+                hook(arguments)
+
+        return filtered
+
+    threading.excepthook, sys.unraisablehook = without_orbax(threading.excepthook), without_orbax(sys.unraisablehook)
+
+
+def _digest(state: Any) -> str:
+    digest = hashlib.sha256()
+    for path, array in jax.tree_util.tree_leaves_with_path(state):
+        array = np.asarray(array)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return digest.hexdigest()
 
 
 class Checkpoints:
@@ -23,7 +59,10 @@ class Checkpoints:
     """
 
     def __init__(self, folder: pathlib.Path, kept: int):
-        absl_logging.get_absl_handler().addFilter(_is_worth_saying)
+        handler = absl_logging.get_absl_handler()
+        if _is_worth_saying not in handler.filters:
+            handler.addFilter(_is_worth_saying)
+            _say_once()
         options = ocp.CheckpointManagerOptions(max_to_keep=kept, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -39,9 +78,16 @@ class Checkpoints:
             step: its name.
             state: a pytree of arrays.
             place: what JSON can hold, such as the place in the stream of batches.
+
+        Raises:
+            OSError: this or the checkpoint before could not be written; those before that are as they were.
         """
+        place = {**place, _DIGEST: _digest(state)}
         items = ocp.args.Composite(**{_STATE: ocp.args.StandardSave(state), _PLACE: ocp.args.JsonSave(place)})
-        self._manager.save(step, args=items)
+        try:
+            self._manager.save(step, args=items)
+        except Exception as error:
+            raise self._not_written(error) from error
 
     def restore(self, step: int, like: Any) -> tuple[Any, dict[str, Any]]:
         """Reads one checkpoint.
@@ -60,12 +106,37 @@ class Checkpoints:
         items = ocp.args.Composite(**{_STATE: ocp.args.StandardRestore(abstract), _PLACE: ocp.args.JsonRestore()})
         try:
             restored = self._manager.restore(step, args=items)
+            state, place = restored[_STATE], dict(restored[_PLACE])
+            if place.pop(_DIGEST) != _digest(state):
+                raise ValueError("its arrays are not those that were saved")
         except Exception as error:  # Orbax and TensorStore raise whatever they meet
-            where = self._manager.directory / str(step)
-            raise ValueError(f"{where} cannot be read back: {error}; remove it to go on from an earlier one") from error
-        return restored[_STATE], restored[_PLACE]
+            raise ValueError(self._damaged(step, error)) from error
+        return state, place
+
+    def _damaged(self, step: int, error: Exception) -> str:
+        earlier = max((other for other in self._manager.all_steps() if other < step), default=None)
+        instead = "begin again" if earlier is None else f"go on from step {earlier}"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        return f"{self._manager.directory / str(step)} is damaged: remove it to {instead} ({reason})"
+
+    def _not_written(self, error: Exception) -> OSError:
+        reason = " ".join(str(error).split())
+        for known in ("No space left on device", "Disk quota exceeded", "File too large", "Read-only file system"):
+            if known in reason:
+                reason = known
+        last = self._manager.latest_step()
+        kept = "there is none before it" if last is None else f"the last good one is that of step {last}"
+        return OSError(f"{self._manager.directory}: a checkpoint could not be written: {reason[:300]}; {kept}")
 
     def close(self) -> None:
-        """Waits until all is written."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until all is written.
+
+        Raises:
+            OSError: something could not be; the checkpoints before are as they were.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._not_written(error) from error
+        finally:
+            self._manager.close()

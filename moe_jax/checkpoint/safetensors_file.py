@@ -35,33 +35,57 @@ def read_table(path: Path) -> dict[str, StoredTensor]:
     """Reads the table of a file and checks it against the file's length.
 
     Raises:
-        ValueError: the file is truncated, its table is damaged, or a tensor has a dtype other than F32, F16 and BF16.
+        ValueError: the file cannot be read or is truncated, its table is damaged (a name twice, gaps or overlaps), or
+            a tensor has a dtype other than F32, F16 and BF16. Changed values cannot be told: there are no checksums.
     """
-    file_bytes = path.stat().st_size
-    with open(path, "rb") as file:
-        table_bytes = int.from_bytes(file.read(8), "little")
-        if file_bytes < 8 or table_bytes > min(file_bytes - 8, _MAX_TABLE_BYTES):
-            raise ValueError(f"{path} is truncated, or not a safetensors file: {file_bytes} bytes")
-        text = file.read(table_bytes)
     try:
-        entries = json.loads(text)
+        file_bytes, table_bytes, text = _read_head(path)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    try:
+        entries = json.loads(text, object_pairs_hook=_without_doubles)
         entries.pop("__metadata__", None)
         spans = {name: _parsed(entry) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} has a damaged table of tensors: {error!r}") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} has a damaged table of tensors: {_briefly(error)}") from error
     end = max((last for _, last, _, _ in spans.values()), default=0)
     if 8 + table_bytes + end != file_bytes:
         raise ValueError(
             f"{path} is truncated or damaged: its table needs {8 + table_bytes + end} bytes, it has {file_bytes}"
         )
-    table = {}
-    for name, (first, last, code, shape) in spans.items():
+    table, before = {}, 0
+    for name, (first, last, code, shape) in sorted(spans.items(), key=lambda item: item[1][:2]):
         if code not in _DTYPES:
             raise ValueError(f"{path}: tensor {name} is stored as {code}: wanted one of {', '.join(_DTYPES)}")
         if min((first, *shape)) < 0 or last - first != math.prod(shape) * _DTYPES[code].itemsize:
             raise ValueError(f"{path} has a damaged table: {name} takes {last - first} bytes for {list(shape)} {code}")
+        if first != before:
+            raise ValueError(f"{path} has a damaged table: {name} begins at {first}: wanted {before}, where one ends")
+        before = last
         table[name] = StoredTensor(path, _DTYPES[code], shape, 8 + table_bytes + first)
     return table
+
+
+def _read_head(path: Path) -> tuple[int, int, bytes]:
+    """Returns the sizes of file and table, and the table's text."""
+    file_bytes = path.stat().st_size
+    with open(path, "rb") as file:
+        table_bytes = int.from_bytes(file.read(8), "little")
+        if file_bytes < 8 or table_bytes > min(file_bytes - 8, _MAX_TABLE_BYTES):
+            raise ValueError(f"{path} is truncated, or not a safetensors file: {file_bytes} bytes")
+        return file_bytes, table_bytes, file.read(table_bytes)
+
+
+def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError(f"{next(name for name, value in pairs if fields[name] is not value)} is there twice")
+    return fields
+
+
+def _briefly(error: Exception) -> str:
+    text = repr(error)
+    return text if len(text) <= 200 else f"{text[:197]}..."
 
 
 def _parsed(entry: dict) -> tuple[int, int, str, tuple[int, ...]]:

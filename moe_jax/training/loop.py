@@ -11,12 +11,15 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
+import psutil
 import tokenizers
 from absl import logging
 from tqdm import tqdm
 
 from moe_jax import files
+from moe_jax.checkpoint.families import FAMILIES
 from moe_jax.checkpoint.orbax import Checkpoints
 from moe_jax.config import gin
 from moe_jax.config.schema import Config
@@ -32,6 +35,33 @@ from moe_jax.training.step import make_step, start
 
 # May differ between the starts of one run: they change what is written, never what is learned.
 _FREE_SETTINGS = ("checkpoint_every", "checkpoints_kept", "evaluate_every", "evaluate_bytes", "log_every")
+
+
+def require_memory(config: Config) -> None:
+    """Raises ValueError where training cannot fit in memory, before anything is read or made.
+
+    Counted are weights, gradients and two moments in float32, and the input of every layer for every token of a batch;
+    there is more, so what passes may still be too large.
+    """
+    decoder, training = config.decoder, config.training
+    rules = FAMILIES["glm4_moe"].rules(config.architecture)
+    parameters = sum(
+        math.prod(rule.stored_shape(config.architecture)) * rule.num_tensors(config.architecture) for rule in rules
+    )
+    weights_bytes = 16 * parameters
+    batch_bytes = 4 * training.batch_size * training.sequence_length * decoder.d_model * decoder.num_layers
+    available_bytes = sum(_memory_bytes(device) for device in jax.local_devices())
+    if weights_bytes + batch_bytes > available_bytes:
+        raise ValueError(
+            f"{parameters / 1e6:,.1f} M parameters need {weights_bytes / 1e9:,.1f} GB to train, and a batch of "
+            f"training.batch_size = {training.batch_size} at least {batch_bytes / 1e9:,.1f} GB: wanted at most the "
+            f"{available_bytes / 1e9:,.1f} GB available"
+        )
+
+
+def _memory_bytes(device: jax.Device) -> int:
+    """What a device has, or what the machine has left where the device does not tell (a CPU)."""
+    return (device.memory_stats() or {}).get("bytes_limit") or psutil.virtual_memory().available
 
 
 class Text(NamedTuple):
@@ -101,8 +131,11 @@ class _Log:
     def __init__(self, path: pathlib.Path, step: int):
         kept = []
         if path.exists():
-            lines = path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            try:
+                lines = path.read_text().splitlines(keepends=True)
+                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            except (ValueError, TypeError, KeyError) as error:
+                raise ValueError(f"{path} is damaged ({error}): mend or remove it, and its steps are lost") from error
         files.write_atomically(path, "".join(kept))
         self._file = open(path, "a")  # noqa: SIM115  closed by `close`
 

@@ -1,14 +1,12 @@
 """Training as a user runs it: killed and started again, refused, diverging, and the model that comes out."""
 
 import json
-import lzma
 import os
 import pathlib
 import random
 import signal
 import subprocess
 import sys
-import sysconfig
 import time
 
 import numpy as np
@@ -18,60 +16,20 @@ from moe_jax.checkpoint.huggingface import read_checkpoint
 from moe_jax.checkpoint.orbax import Checkpoints
 from moe_jax.config.gin import read_config
 from moe_jax.engine.request import execution_of
-from moe_jax.text.corpus import ARCHIVE, MANIFEST
 from moe_jax.training import loop
 from moe_jax.training.step import start
+from tests import tiny_training
 
 ROOT = pathlib.Path(__file__).parents[2]
-MODULES = ("argparse.py", "ast.py", "base64.py", "bdb.py", "calendar.py", "cmd.py", "csv.py", "enum.py", "heapq.py")
-SMALL = {
-    "decoder.vocab_size": 384,
-    "decoder.d_model": 32,
-    "decoder.num_layers": 3,
-    "decoder.dense_hidden": 48,
-    "decoder.max_context": 64,
-    "attention.num_heads": 2,
-    "attention.num_kv_heads": 1,
-    "attention.head_dim": 16,
-    "moe.num_experts": 8,
-    "moe.k": 3,
-    "moe.expert_hidden": 16,
-    "text.vocab_size": 384,
-    "training.steps": 40,
-    "training.batch_size": 4,
-    "training.sequence_length": 64,
-    "training.warmup_steps": 4,
-    "training.checkpoint_every": 5,
-    "training.evaluate_every": 20,
-    "training.evaluate_bytes": 2000,
-    "training.log_every": 1,
-    "evaluation.policies": ("model", "topk:1"),
-}
 
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
-    """A folder with a few modules of the standard library as training text, and six files of the held-out text."""
-    folder = tmp_path_factory.mktemp("sources")
-    (folder / "train").mkdir()
-    for name in MODULES:
-        (folder / "train" / name).write_bytes((pathlib.Path(sysconfig.get_path("stdlib")) / name).read_bytes())
-    whole = ROOT / "assets" / "text"
-    (folder / "held_out").mkdir()
-    with lzma.open(whole / ARCHIVE, "rt") as lines, lzma.open(folder / "held_out" / ARCHIVE, "wt") as few:
-        few.writelines(next(lines) for _ in range(6))
-    manifest = json.loads((whole / MANIFEST).read_text())
-    (folder / "held_out" / MANIFEST).write_text(json.dumps(manifest | {"files": manifest["files"][:6]}))
-    return folder
-
-
-def overrides(sources, **more):
-    folders = {"text.sources": (str(sources / "train"),), "text.held_out": str(sources / "held_out")}
-    return [f"{name}={value!r}" for name, value in (SMALL | folders | more).items()]
+    return tiny_training.write_sources(tmp_path_factory.mktemp("sources"))
 
 
 def command(sources, out, **more):
-    flags = [f"--set={override}" for override in overrides(sources, **more)]
+    flags = [f"--set={override}" for override in tiny_training.overrides(sources, **more)]
     return [sys.executable, str(ROOT / "launch" / "train.py"), f"--out={out}", *flags]
 
 
@@ -110,7 +68,7 @@ def test_killed_and_started_again_it_goes_on_bit_identically(sources, tmp_path):
 
 @pytest.fixture(scope="module")
 def prepared(sources, tmp_path_factory):
-    config = read_config(None, overrides(sources, **{"training.steps": 8}))
+    config = read_config(None, tiny_training.overrides(sources, **{"training.steps": 8}))
     return config, loop.prepare_text(config, tmp_path_factory.mktemp("prepared"))
 
 
@@ -118,7 +76,9 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(prepared, sources, 
     _, text = prepared
     config = read_config(
         None,
-        overrides(sources, **{"training.steps": 8, "training.learning_rate": 1e25, "training.checkpoint_every": 1}),
+        tiny_training.overrides(
+            sources, **{"training.steps": 8, "training.learning_rate": 1e25, "training.checkpoint_every": 1}
+        ),
     )
     execution = execution_of(config.architecture)
     with pytest.raises(ValueError, match=r"step \d+ is not finite .* the last good checkpoint is that of step \d"):
@@ -135,7 +95,7 @@ def test_another_configuration_or_text_is_refused(prepared, sources, tmp_path):
     config, text = prepared
     execution = execution_of(config.architecture)
     loop.train(config, tmp_path, text, execution)
-    other = read_config(None, overrides(sources, **{"training.steps": 8, "training.learning_rate": 1e-4}))
+    other = read_config(None, tiny_training.overrides(sources, **{"training.steps": 8, "training.learning_rate": 1e-4}))
     with pytest.raises(ValueError, match=r"training.learning_rate = 0.0001: .* was started with 0.003"):
         loop.train(other, tmp_path, text, execution)
     changed = text._replace(corpus=text.corpus.__class__(text.corpus.documents, text.corpus.statistics, "0" * 64))

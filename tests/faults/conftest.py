@@ -1,0 +1,39 @@
+import pytest
+
+from tests import tiny_model, tiny_training
+from tests.faults import launched
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory):
+    """The folder in which launchers keep compiled programs: each is compiled once."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    """A model without an end-of-text token: it makes as many tokens as asked for."""
+    architecture = tiny_model.changed(decoder={"max_context": 128})
+    return tiny_model.write_model(tmp_path_factory.mktemp("models") / "tiny", architecture, token_ids={})
+
+
+@pytest.fixture(scope="session")
+def sources(tmp_path_factory):
+    return tiny_training.write_sources(tmp_path_factory.mktemp("sources"))
+
+
+@pytest.fixture(scope="session")
+def training_flags(sources):
+    """Nine steps, a checkpoint at every third."""
+    few = {"training.steps": 9, "training.checkpoint_every": 3, "training.evaluate_every": 9}
+    overrides = tiny_training.overrides(sources, **few, **{"evaluation.policies": ("model",)})
+    return [f"--set={override}" for override in overrides]
+
+
+@pytest.fixture(scope="session")
+def trained(training_flags, cache, tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    ended = launched.run("train", *training_flags, "--out=out", folder=folder, cache=cache)
+    assert ended.status == 0, ended.stderr
+    return folder / "out"

@@ -1,0 +1,86 @@
+"""Kills a launcher again and again, at random moments, and starts it again, until it ends by itself."""
+
+import dataclasses
+import json
+import pathlib
+import random
+import signal
+import subprocess
+import time
+from typing import Any
+
+from tests.faults import launched
+
+
+@dataclasses.dataclass
+class Storm:
+    """What a launcher went through.
+
+    Attributes:
+        kills: those that hit a live process.
+        starts: of the launcher, the last of which ended by itself.
+        partial: `.partial` entries that killed processes have left in the folder.
+    """
+
+    kills: int = 0
+    starts: int = 0
+    partial: int = 0
+
+
+def storm(
+    launcher: str,
+    flags: list[str],
+    out: pathlib.Path,
+    *,
+    kills: int,
+    within_s: float,
+    seed: int,
+    cache: pathlib.Path,
+) -> Storm:
+    """Runs a launcher to its end through so many kills.
+
+    Args:
+        launcher: the name of its file.
+        flags: without --out.
+        out: its output folder.
+        kills: how many.
+        within_s: what an undisturbed run takes; moments are drawn evenly from all of it, starting and exporting
+            included. Where a run ends before its moment, another one follows: a launcher started again on a finished
+            folder has nothing to lose either.
+        seed: of the moments.
+        cache: for compiled programs.
+    """
+    moments = random.Random(seed)
+    been = Storm()
+    while been.kills < kills:
+        been.starts += 1
+        with subprocess.Popen(
+            launched.command_line(launcher, *flags, f"--out={out}"),
+            env=launched.environment(cache=cache),
+            cwd=out.parent,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        ) as process:
+            time.sleep(moments.uniform(0, within_s))
+            process.kill()
+            stderr = process.stderr.read().decode(errors="replace")
+        if process.returncode == -signal.SIGKILL:
+            been.kills += 1
+        assert process.returncode in (0, -signal.SIGKILL), f"start {been.starts}: {process.returncode}, {stderr}"
+        if (out / "result.json").exists():
+            json.loads((out / "result.json").read_text())
+    been.starts += 1
+    ended = launched.run(launcher, *flags, f"--out={out}", folder=out.parent, cache=cache)
+    assert ended.status == 0, f"after {been.kills} kills: {ended.stderr}"
+    been.partial = sum(name.endswith(".partial") for name in launched.entries(out))
+    return been
+
+
+def figures(out: pathlib.Path) -> list[dict[str, Any]]:
+    """The figures of result.json, of every row, less what a clock says."""
+    result = json.loads((out / "result.json").read_text())
+    return [
+        {name: figure for name, figure in of.items() if figure["unit"] != "s" and not figure["unit"].endswith("/s")}
+        for of in (result["figures"], *(row["figures"] for row in result["rows"]))
+    ]

@@ -1,0 +1,80 @@
+"""A storm of kills: what comes out in the end is what an undisturbed run gives, to the last bit."""
+
+import json
+import time
+
+import pytest
+
+from tests.faults import kills, launched
+
+# Launcher -> what must come out byte for byte, and the kills of the slow test.
+LAUNCHERS = {
+    "train": (["model/model.safetensors", "model/training_curve.png"], 10),
+    "evaluate": (["documents.csv", "expert_load.csv"], 10),
+    "infer": (["completions.jsonl"], 5),
+}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(training_flags, model, sources, cache, tmp_path_factory):
+    """Launcher -> its flags, the folder of a run that nothing disturbed, and the seconds that it took."""
+    done = {}
+
+    def of(launcher):
+        if launcher not in done:
+            loading = [f"--set=model.path={model}", "--set=model.dtype=float32"]
+            flags = {
+                "train": training_flags,
+                "infer": [
+                    *loading,
+                    "--prompt=The quick",
+                    "--set=sampling.max_new_tokens=30",
+                    "--set=policy.spec=topk:3",
+                ],
+                "evaluate": [
+                    *loading,
+                    f"--set=text.held_out={sources / 'held_out'}",
+                    '--set=evaluation.policies=("topk:8", "topk:2")',
+                    *("--set=evaluation.choice_questions=8", "--set=evaluation.completion_headers=6"),
+                    "--set=evaluation.completion_tokens=8",
+                ],
+            }[launcher]
+            folder = tmp_path_factory.mktemp(launcher)
+            for _ in range(2):  # the second finds its programs compiled
+                seconds = -time.monotonic()
+                ended = launched.run(launcher, *flags, "--out=out", folder=folder, cache=cache)
+                seconds += time.monotonic()
+                assert ended.status == 0, ended.stderr
+            done[launcher] = flags, folder / "out", seconds
+        return done[launcher]
+
+    return of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_storm_of_kills_changes_nothing(undisturbed, cache, tmp_path, record_property, launcher):
+    flags, wanted, seconds = undisturbed(launcher)
+    files, count = LAUNCHERS[launcher]
+    been = kills.storm(launcher, flags, tmp_path / "out", kills=count, within_s=seconds, seed=1, cache=cache)
+    record_property("storm", repr(been))
+    print(launcher, been, f"{seconds:.1f} s undisturbed")
+    assert kills.figures(tmp_path / "out") == kills.figures(wanted)
+    for file in files:
+        assert (tmp_path / "out" / file).read_bytes() == (wanted / file).read_bytes(), file
+
+
+def steps(out):
+    """What metrics.jsonl says, less what the clock says."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_s"} for line in lines]
+
+
+def test_training_killed_once_goes_on_bit_identically(training_flags, trained, cache, tmp_path):
+    """Somewhere between its first checkpoint and its export."""
+    out = tmp_path / "out"
+    been = kills.storm("train", training_flags, out, kills=1, within_s=5.0, seed=4, cache=cache)
+    assert been.kills == 1
+    assert steps(out) == steps(trained)
+    assert kills.figures(out) == kills.figures(trained)
+    assert (out / "model" / "model.safetensors").read_bytes() == (trained / "model" / "model.safetensors").read_bytes()

@@ -1,0 +1,87 @@
+"""Damaged checkpoints of a training run: never trained on, and never passed over in silence."""
+
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.checkpoint.orbax import Checkpoints
+from tests.faults import launched
+
+STATE = {"weights": jnp.arange(100_000.0), "bias": {"E": jnp.ones((3, 4)), "step": jnp.zeros((), jnp.int32)}}
+PLACE = {"stream": {"epoch": 3, "batch": 7}}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Checkpoints of steps 2 and 3."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoints"
+    checkpoints = Checkpoints(folder, 2)
+    for step in (1, 2, 3):
+        checkpoints.save(step, jax.tree.map(lambda x, step=step: x + step, STATE), PLACE)
+    checkpoints.close()
+    return folder
+
+
+HARMS = {
+    "cut": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "emptied": lambda path: os.truncate(path, 0),
+    "removed": os.remove,
+    "a bit flipped": lambda path: path.write_bytes(
+        (data := path.read_bytes())[: len(data) // 2] + bytes([data[len(data) // 2] ^ 16]) + data[len(data) // 2 + 1 :]
+    ),
+}
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_what_is_read_back_is_what_was_saved_or_refused(saved, tmp_path, capfd, harm):
+    """Every file of the checkpoint in turn; some only repeat what others hold."""
+    files = sorted(path.relative_to(saved) for path in (saved / "3").rglob("*") if path.is_file())
+    refused = 0
+    for file in files:
+        folder = tmp_path / "checkpoints"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(saved, folder)
+        if not (folder / file).stat().st_size:
+            continue
+        HARMS[harm](folder / file)
+        checkpoints = Checkpoints(folder, 2)
+        assert checkpoints.latest_step == 3
+        try:
+            state, place = checkpoints.restore(3, STATE)
+        except ValueError as error:
+            refused += 1
+            assert str(error).startswith(f"{folder / '3'} is damaged: remove it to go on from step 2 (")
+            assert len(str(error).splitlines()) == 1
+        else:
+            assert place == PLACE
+            jax.tree.map(lambda one, other: np.testing.assert_array_equal(one, other + 3), state, STATE)
+        checkpoints.close()
+    assert refused >= 4
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_without_the_damaged_one_the_earlier_one_is_read(saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "checkpoints")
+    shutil.rmtree(tmp_path / "checkpoints" / "3")
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
+    state, _ = checkpoints.restore(checkpoints.latest_step, STATE)
+    checkpoints.close()
+    np.testing.assert_array_equal(state["weights"], STATE["weights"] + 2)
+
+
+def test_a_launcher_refuses_a_damaged_checkpoint_in_one_line(training_flags, trained, cache, tmp_path):
+    """Its largest file is cut; what the launcher logs before stands above the line."""
+    shutil.copytree(trained, tmp_path / "out")
+    largest = max((tmp_path / "out" / "checkpoints" / "9").rglob("*"), key=lambda path: path.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    ended = launched.run("train", *training_flags, "--out=out", folder=tmp_path, cache=cache)
+    assert (ended.status, ended.stdout, "Traceback" in ended.stderr) == (2, "", False), ended.stderr
+    *others, last = ended.stderr.splitlines()
+    assert last.startswith("error: ") and "checkpoints/9 is damaged: remove it to go on from step 6" in last
+    assert not any("error" in line for line in others), ended.stderr
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
