@@ -32,9 +32,9 @@ def main(run: command.Command) -> None:
     chosen = resolve(run.config.kernels.grouped_matmul, jax.default_backend())
     run.implementations["grouped_matmul"] = chosen
     key = jax.random.key(run.config.run.seed)
-    weights_LEDF = jax.random.normal(key, (1, moe.num_experts, d_model, moe.expert_hidden))
+    weights_LEFD = jax.random.normal(key, (1, moe.num_experts, moe.expert_hidden, d_model))
     rng = np.random.default_rng(run.config.run.seed)
-    matrix_bytes = d_model * moe.expert_hidden * weights_LEDF.dtype.itemsize
+    matrix_bytes = d_model * moe.expert_hidden * weights_LEFD.dtype.itemsize
 
     def sizes(tokens, k):
         """Rows of each expert, another draw each time: small cases must not find their weights in a cache."""
@@ -44,14 +44,14 @@ def main(run: command.Command) -> None:
     def grouped(tokens, k, implementation):
         rows_SD = jax.random.normal(key, (tokens * moe.k, d_model))
         call = jax.jit(functools.partial(grouped_matmul, implementation=implementation))
-        return lambda: (call, (rows_SD, weights_LEDF, sizes(tokens, k), jnp.int32(0)))
+        return lambda: (call, (rows_SD, weights_LEFD, sizes(tokens, k), jnp.int32(0)))
 
     def dense(tokens):
         rows_SD = jax.random.normal(key, (tokens * moe.k, d_model))
-        call = jax.jit(jnp.dot)
-        return lambda: (call, (rows_SD, weights_LEDF[0, 0]))
+        call = jax.jit(lambda rows_SD, weight_FD: rows_SD @ weight_FD.T)
+        return lambda: (call, (rows_SD, weights_LEFD[0, 0]))
 
-    cases = {"stream all weights": lambda: (jax.jit(jnp.sum), (weights_LEDF,))}
+    cases = {"stream all weights": lambda: (jax.jit(jnp.sum), (weights_LEFD,))}
     for tokens in TOKENS:
         cases[f"{tokens} tokens, k={moe.k}"] = grouped(tokens, moe.k, chosen)
         cases[f"{tokens} tokens, k={moe.k // 4}"] = grouped(tokens, moe.k // 4, chosen)
@@ -75,7 +75,7 @@ def main(run: command.Command) -> None:
                 seconds[name].append(time_once(case))
     ms = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
 
-    stream_gb_per_s = weights_LEDF.nbytes / ms["stream all weights"] / 1e6
+    stream_gb_per_s = weights_LEFD.nbytes / ms["stream all weights"] / 1e6
     full = f"{TOKENS[-1]} tokens"
     dense_gflop_per_s = 2 * TOKENS[-1] * moe.k * d_model * moe.expert_hidden / ms[f"{full}, dense"] / 1e6
     one_floor_ms = moe.k * matrix_bytes / stream_gb_per_s / 1e6

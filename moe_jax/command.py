@@ -33,6 +33,7 @@ from moe_jax.config import gin, schema
 
 REFUSED = 2  # exit status of a mistake in what was asked for
 _ROOT = pathlib.Path(__file__).parents[1]  # of the repository
+_INSISTING_S = (0.05, 0.05)  # before an interruption that got lost is raised again
 _READER_GONE = 128 + signal.SIGPIPE  # as the shell reports a process that SIGPIPE ended
 
 flags.disclaim_key_flags()  # the flags below count as the launcher's own, which `--help` lists
@@ -190,6 +191,9 @@ def _raise_on_signals() -> list[int]:
 
     What follows within a second is taken for an echo: `timeout` signals the process and then its group, and people
     press Ctrl-C twice.
+
+    Python drops an exception that rises where nobody can catch it, such as in a callback of the garbage collector. So a
+    timer raises it again until somebody handles it.
     """
     received: list[int] = []
     first_s = 0.0
@@ -199,35 +203,58 @@ def _raise_on_signals() -> list[int]:
         if not received:
             received.append(number)
             first_s = time.monotonic()
+            if hasattr(signal, "setitimer"):
+                signal.signal(signal.SIGALRM, again)
+                signal.setitimer(signal.ITIMER_REAL, *_INSISTING_S)
             raise KeyboardInterrupt
         if time.monotonic() - first_s > 1.0:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
+    def again(number, frame):
+        handled = sys.exception()
+        while handled is not None and not isinstance(handled, KeyboardInterrupt):
+            handled = handled.__context__
+        if handled is None:
+            raise KeyboardInterrupt
+
+    def say(unraisable):
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            say_others(unraisable)
+
+    sys.unraisablehook, say_others = say, sys.unraisablehook
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, interrupt)
     return received
 
 
+def _ignore_signals() -> None:
+    """For the rest of the process: the interpreter drops handlers as it exits, and a signal would kill it there."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _status_of(main: Callable[[Command], int | None], received: list[int]) -> int:
     try:
         status = _run_main(main)
-        if not received:
-            return status
-    except BrokenPipeError:
+        _ignore_signals()
+        return _interrupted(received) if received else status
+    except BaseException as error:
+        _ignore_signals()
         _discard_output()
-        return _READER_GONE
-    except (ValueError, OSError) as error:
-        _discard_output()
-        return _refuse(error)
-    except KeyboardInterrupt:
-        _discard_output()
-    return _interrupted(received)
+        if received or isinstance(error, KeyboardInterrupt):  # what it meets on its way may turn it into another error
+            return _interrupted(received)
+        if isinstance(error, BrokenPipeError):
+            return _READER_GONE
+        if isinstance(error, (ValueError, OSError)):
+            return _refuse(error)
+        raise
 
 
 def _interrupted(received: list[int]) -> int:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # the interpreter drops handlers as it exits: an echo would kill it there
+    _ignore_signals()
     print("interrupted", file=sys.stderr, flush=True)
     return 128 + (received[0] if received else signal.SIGINT)
 
@@ -317,9 +344,7 @@ def _configure_jax() -> None:
 
     for library in ("jax", "matplotlib"):
         standard_logging.getLogger(library).setLevel(standard_logging.WARNING)
-    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
-    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or os.path.join(caches, "moe_jax", "xla")
-    folder = os.path.expanduser(folder)
+    folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(files.cache_folder() / "xla")
     if "://" not in folder:
         try:
             _open_folder(folder)

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all.
+"""Files and folders that appear whole or not at all, and where those lie that can be made again.
 
 Everything is written beside its destination under a hidden name that ends in `.partial`, flushed to the disk, and
 renamed. A process killed half-way leaves the destination as it was, and at worst a `.partial` entry beside it.
@@ -14,6 +14,12 @@ from collections.abc import Iterator
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
+
+
+def cache_folder() -> pathlib.Path:
+    """Where what can be made again is kept between runs; it need not exist."""
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
+    return pathlib.Path(os.path.expanduser(caches)) / "moe_jax"
 
 
 def _partial_sibling(path: pathlib.Path) -> pathlib.Path:

@@ -129,7 +129,7 @@ def test_a_saved_model_loads_with_the_same_weights_tokenizer_and_end(model, fold
         model.save(tmp_path / "copy")
     model.save(tmp_path / "half", dtype="bfloat16")
     half = moe_jax.load(tmp_path / "half")
-    assert half.params["moe"]["experts"]["down_LEFD"].dtype == "bfloat16"
+    assert half.params["moe"]["experts"]["down_LEDF"].dtype == "bfloat16"
     assert moe_jax.load(tmp_path / "half", dtype="float32").params["embedding_VD"].dtype == "float32"
     assert len(half.generate(["The"], max_new_tokens=1)[0].ids) == 1
 

@@ -40,7 +40,7 @@ def random_params(architecture=ARCHITECTURE, seed=0):
             return x / 10
         inputs = architecture.decoder.d_model
         if name.startswith(("down", "output")):
-            inputs = np.prod(shape[2 if "_LE" in name else 1 : -1])
+            inputs = np.prod(shape[3 if "_LE" in name else 2 :])
         return x * np.float32(inputs**-0.5)
 
     return jax.tree_util.tree_map_with_path(fill, shapes)

@@ -190,7 +190,7 @@ def _glm4_moe_rules(architecture: Architecture) -> tuple[Rule, ...]:
     if architecture.decoder.num_dense_layers:
         rules += attention_rules("dense", architecture.attention) + gated_rules("dense/ffn", mlp)
     rules += attention_rules("moe", architecture.attention)
-    rules.append(Rule("moe/router/weight_LDE", f"{mlp}.gate.weight", "E D"))
+    rules.append(Rule("moe/router/weight_LED", f"{mlp}.gate.weight", "E D"))
     rules.append(Rule("moe/router/bias_LE", f"{mlp}.gate.e_score_correction_bias", "E", float32=True))
     rules += gated_rules("moe/experts", f"{mlp}.experts.{{E}}")
     if architecture.moe.num_shared_experts:

@@ -25,7 +25,7 @@ class Rule:
     """Where one stacked parameter is kept in a checkpoint.
 
     Attributes:
-        parameter: its path in our tree, such as `moe/experts/down_LEFD`.
+        parameter: its path in our tree, such as `moe/experts/down_LEDF`.
         tensor: the name of its tensors, with the letters that the name spells out: `model.layers.{L}...{E}...weight`.
         stored: the remaining letters in stored order; those stored as one dimension stand together: `HA D`.
         float32: kept in float32 whatever the dtype of the checkpoint.
@@ -112,7 +112,7 @@ def trunk_rules(decoder: DecoderConfig) -> list[Rule]:
     """Embedding, final norm and, where it is not the embedding again, the head."""
     rules = [Rule("embedding_VD", "model.embed_tokens.weight", "V D"), Rule("norm_D", "model.norm.weight", "D")]
     if not decoder.tie_embeddings:
-        rules.append(Rule("head_DV", "lm_head.weight", "V D"))
+        rules.append(Rule("head_VD", "lm_head.weight", "V D"))
     return rules
 
 
@@ -122,10 +122,10 @@ def attention_rules(stack: str, attention: AttentionConfig) -> list[Rule]:
     rules = [
         Rule(f"{stack}/attention_norm_LD", f"{layer}.input_layernorm.weight", "D"),
         Rule(f"{stack}/ffn_norm_LD", f"{layer}.post_attention_layernorm.weight", "D"),
-        Rule(f"{stack}/attention/query_LDHA", f"{layer}.self_attn.q_proj.weight", "HA D"),
-        Rule(f"{stack}/attention/key_LDGA", f"{layer}.self_attn.k_proj.weight", "GA D"),
-        Rule(f"{stack}/attention/value_LDGA", f"{layer}.self_attn.v_proj.weight", "GA D"),
-        Rule(f"{stack}/attention/output_LHAD", f"{layer}.self_attn.o_proj.weight", "D HA"),
+        Rule(f"{stack}/attention/query_LHAD", f"{layer}.self_attn.q_proj.weight", "HA D"),
+        Rule(f"{stack}/attention/key_LGAD", f"{layer}.self_attn.k_proj.weight", "GA D"),
+        Rule(f"{stack}/attention/value_LGAD", f"{layer}.self_attn.v_proj.weight", "GA D"),
+        Rule(f"{stack}/attention/output_LDHA", f"{layer}.self_attn.o_proj.weight", "D HA"),
     ]
     if attention.qk_norm:
         rules += [
@@ -145,6 +145,6 @@ def gated_rules(parameter: str, tensor: str) -> list[Rule]:
     """A gated feed-forward: gate and up projections side by side, and the way down."""
     per_expert = "E" if "{E}" in tensor else ""
     return [
-        Rule(f"{parameter}/gate_up_L{per_expert}DIF", f"{tensor}.{{I}}.weight", "F D"),
-        Rule(f"{parameter}/down_L{per_expert}FD", f"{tensor}.down_proj.weight", "D F"),
+        Rule(f"{parameter}/gate_up_L{per_expert}IFD", f"{tensor}.{{I}}.weight", "F D"),
+        Rule(f"{parameter}/down_L{per_expert}DF", f"{tensor}.down_proj.weight", "D F"),
     ]

@@ -112,7 +112,7 @@ def _prefill(params, tokens_BT, length_B, valid_BT, live: Live, *, execution, me
     with jax.named_scope("prefill"):
         x_BTD, cache, traffic = decoder.extend(params, cache, tokens_BT, start_B, valid_BT, live.policy, execution)
         last_BD = x_BTD[jnp.arange(batch), length_B - 1]
-    return _draw(params, last_BD, length_B, traffic, live), cache
+    return _draw(params, last_BD, length_B, traffic, live, execution), cache
 
 
 @functools.partial(jax.jit, static_argnames="execution", donate_argnames="cache")
@@ -122,12 +122,13 @@ def _decode(params, cache, token_B, position_B, alive_B, live: Live, *, executio
         x_BTD, cache, traffic = decoder.extend(
             params, cache, token_B[:, None], position_B, alive_B[:, None], live.policy, execution
         )
-    return _draw(params, x_BTD[:, 0], position_B + 1, traffic, live), cache
+    return _draw(params, x_BTD[:, 0], position_B + 1, traffic, live, execution), cache
 
 
-def _draw(params, x_BD, position_B, traffic, live):
+def _draw(params, x_BD, position_B, traffic, live, execution):
     with jax.named_scope("sample"):
-        token_B, log_probability_B = draw(decoder.logits(params, x_BD), live.sampling, position_B)
+        logits_BV = decoder.logits(params, x_BD, execution.in_place(len(x_BD)))
+        token_B, log_probability_B = draw(logits_BV, live.sampling, position_B)
     return Drawn(token_B, log_probability_B, traffic.load_E)
 
 

@@ -23,10 +23,10 @@ class Attention(nnx.Module):
     def __init__(self, architecture: Architecture, num_layers: int, residual_gain: float, rngs: nnx.Rngs):
         attention, d_model = architecture.attention, architecture.decoder.d_model
         heads, kv_heads, head_dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
-        self.query_LDHA = draw(rngs, (num_layers, d_model, heads, head_dim), d_model)
-        self.key_LDGA = draw(rngs, (num_layers, d_model, kv_heads, head_dim), d_model)
-        self.value_LDGA = draw(rngs, (num_layers, d_model, kv_heads, head_dim), d_model)
-        self.output_LHAD = draw(rngs, (num_layers, heads, head_dim, d_model), heads * head_dim, residual_gain)
+        self.query_LHAD = draw(rngs, (num_layers, heads, head_dim, d_model), d_model)
+        self.key_LGAD = draw(rngs, (num_layers, kv_heads, head_dim, d_model), d_model)
+        self.value_LGAD = draw(rngs, (num_layers, kv_heads, head_dim, d_model), d_model)
+        self.output_LDHA = draw(rngs, (num_layers, d_model, heads, head_dim), heads * head_dim, residual_gain)
         if attention.bias:
             self.query_bias_LHA = nnx.Param(jnp.zeros((num_layers, heads, head_dim), jnp.float32))
             self.key_bias_LGA = nnx.Param(jnp.zeros((num_layers, kv_heads, head_dim), jnp.float32))
@@ -65,9 +65,9 @@ def attend(
     Returns:
         out_BTD, and what `core` handed back.
     """
-    query_BTHA = project(x_BTD, weights["query_DHA"])
-    key_BTGA = project(x_BTD, weights["key_DGA"])
-    value_BTGA = project(x_BTD, weights["value_DGA"])
+    query_BTHA = project(x_BTD, weights["query_HAD"])
+    key_BTGA = project(x_BTD, weights["key_GAD"])
+    value_BTGA = project(x_BTD, weights["value_GAD"])
     if attention.bias:
         query_BTHA = query_BTHA + weights["query_bias_HA"][None, None]
         key_BTGA = key_BTGA + weights["key_bias_GA"][None, None]
@@ -76,7 +76,7 @@ def attend(
         query_BTHA = rms_norm(query_BTHA, weights["query_norm_A"], norm_eps)
         key_BTGA = rms_norm(key_BTGA, weights["key_norm_A"], norm_eps)
     mixed_BTHA, handed_back = core(Heads(rope.rotate(query_BTHA, turn), rope.rotate(key_BTGA, turn), value_BTGA))
-    return project(mixed_BTHA, weights["output_HAD"], 2), handed_back
+    return project(mixed_BTHA, weights["output_DHA"], 2), handed_back
 
 
 def mix(query_BTHA: jax.Array, key_BMGA: jax.Array, value_BMGA: jax.Array, mask_BTM: jax.Array) -> jax.Array:

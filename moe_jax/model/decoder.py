@@ -9,14 +9,14 @@ from flax import nnx
 from jax import lax
 
 from moe_jax.config.schema import Architecture
-from moe_jax.kernels.grouped_matmul.few_rows import MOST_ROWS
 from moe_jax.model import attention as attention_part
 from moe_jax.model import rope
 from moe_jax.model.attention import Attention, Heads, attend
-from moe_jax.model.layers import FeedForward, Stacked, draw, feed_forward, ones, rms_norm
+from moe_jax.model.layers import FeedForward, Stacked, draw, feed_forward, ones, project, rms_norm
 from moe_jax.model.moe import Experts, Router, Traffic, moe_layer
 from moe_jax.routing.policies.base import Context, Settings
 
+FEW_ROWS = 64  # up to so many, weights are read where they lie
 Params = dict[str, Any]  # nested dicts of arrays, as `split` gives them
 
 
@@ -65,7 +65,7 @@ class Decoder(nnx.Module):
         self.moe = MoELayers(architecture, residual_gain, rngs)
         self.norm_D = ones(decoder.d_model)
         if not decoder.tie_embeddings:
-            self.head_DV = draw(rngs, (decoder.d_model, decoder.vocab_size), decoder.d_model)
+            self.head_VD = draw(rngs, (decoder.vocab_size, decoder.d_model), decoder.d_model)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,10 @@ class Execution:
     architecture: Architecture
     k_max: int  # slots per token
     grouped_matmul: str  # a name from the operation's IMPLEMENTATIONS
+
+    def in_place(self, rows: int) -> bool:
+        """Whether products of so many rows read weights within the stacks of all layers, see `layers.Stacked`."""
+        return self.grouped_matmul == "native" and rows <= FEW_ROWS
 
 
 class Cache(NamedTuple):
@@ -89,21 +93,20 @@ def split(decoder: Decoder) -> Params:
     return nnx.to_pure_dict(nnx.state(decoder))
 
 
-def _one_layer(weights: Params, layer: jax.Array | int, in_place: str = "") -> Params:
+def _one_layer(weights: Params, layer: jax.Array | int, in_place: bool = False) -> Params:
     """Takes one layer out of every stack, dropping the L of its name.
 
     Args:
         weights: stacks.
         layer: which.
-        in_place: an implementation of grouped_matmul, which is then to read the matrices of the attention within their
-            stacks.
+        in_place: leaves matrices within their stacks, from which a product reads them.
     """
 
     def of_layer(name, value):
         if isinstance(value, dict):
-            return _one_layer(value, layer, in_place if name == "attention" else "")
-        if in_place and value.ndim == 4:
-            return Stacked(value, layer, in_place)
+            return _one_layer(value, layer, in_place and name != "router")
+        if in_place and value.ndim > 2 and "bias" not in name:
+            return Stacked(value, layer)
         return lax.dynamic_index_in_dim(value, layer, 0, keepdims=False)
 
     return {name.replace("_L", "_"): of_layer(name, value) for name, value in weights.items()}
@@ -123,7 +126,7 @@ def _layer(x_BTD, weights, turn, core, ffn, architecture):
 
 
 def _dense_ffn(weights):
-    return lambda x_ND: (feed_forward(x_ND, weights["ffn"]["gate_up_DIF"], weights["ffn"]["down_FD"]), None)
+    return lambda x_ND: (feed_forward(x_ND, weights["ffn"]), None)
 
 
 def _moe_ffn(weights, experts, layer, live, context, execution):
@@ -187,13 +190,14 @@ def hidden(
 
 
 def head(params: Params) -> jax.Array:
-    """The output projection [D, V]: the embedding transposed where the two are tied."""
-    return params["head_DV"] if "head_DV" in params else params["embedding_VD"].T
+    """The output projection [V, D]: the embedding where the two are tied."""
+    return params.get("head_VD", params["embedding_VD"])
 
 
-def logits(params: Params, x_BTD: jax.Array) -> jax.Array:
-    """float32 logits_BTV of what `hidden` or `extend` returned."""
-    return jnp.dot(x_BTD, head(params), preferred_element_type=jnp.float32)
+def logits(params: Params, x_BTD: jax.Array, in_place: bool = False) -> jax.Array:
+    """float32 logits_BTV of what `hidden` or `extend` returned; `in_place` as `Execution.in_place` says."""
+    head_VD = head(params)
+    return project(x_BTD, Stacked(head_VD[None], 0) if in_place else head_VD, dtype=jnp.float32)
 
 
 def extend(
@@ -246,7 +250,7 @@ def extend(
 
         return run
 
-    in_place = execution.grouped_matmul if batch * length <= MOST_ROWS else ""
+    in_place = execution.in_place(batch * length)
     num_dense, num_moe = architecture.decoder.num_dense_layers, architecture.decoder.num_moe_layers
     for layer in range(num_dense):
         weights = _one_layer(params["dense"], layer, in_place)

@@ -1,4 +1,7 @@
-"""The small parts of a layer: norms, gated feed-forwards, and how weights are drawn."""
+"""The small parts of a layer: norms, products with weights, gated feed-forwards, and how weights are drawn.
+
+Weights lie as checkpoints store them, outputs first: a product sums over the last axes of both factors.
+"""
 
 import math
 from typing import NamedTuple
@@ -7,27 +10,31 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.kernels.grouped_matmul.api import grouped_matmul
+from moe_jax.kernels.grouped_matmul import native
 
 
 class Stacked(NamedTuple):
-    """A weight of one layer that is still within the stack of all, from which a product reads it."""
+    """A weight of one layer that is still within the stack of all, from which a product reads it.
+
+    A dot reads a buffer of its own, so XLA copies a layer out of the stack before it: once more through memory, which
+    is most of the time where there are few rows.
+    """
 
     stack: jax.Array  # L first
     layer: jax.Array | int
-    implementation: str  # of grouped_matmul
 
 
-def project(x: jax.Array, weight: jax.Array | Stacked, contracted: int = 1) -> jax.Array:
-    """Sums the last `contracted` axes of x over the first ones of a weight."""
+def project(x: jax.Array, weight: jax.Array | Stacked, contracted: int = 1, dtype=None) -> jax.Array:
+    """Sums over the last `contracted` axes of x and of a weight; the result is of the dtype of x, or of another."""
     if not isinstance(weight, Stacked):
-        return jnp.tensordot(x, weight, contracted)
+        return jnp.tensordot(x, weight, (tuple(range(-contracted, 0)),) * 2, preferred_element_type=dtype)
     num_layers, *shape = weight.stack.shape
-    rows = x.reshape(-1, math.prod(shape[:contracted]))
-    matrices = weight.stack.reshape(num_layers, 1, rows.shape[1], -1)
+    kept = shape[: len(shape) - contracted]
+    rows = x.reshape(-1, math.prod(shape[len(kept) :]))
+    matrices = weight.stack.reshape(num_layers, 1, -1, rows.shape[1])
     all_rows = jnp.array([rows.shape[0]], jnp.int32)  # one expert, which serves everybody
-    out = grouped_matmul(rows, matrices, all_rows, weight.layer, weight.implementation)
-    return out.reshape(*x.shape[: x.ndim - contracted], *shape[contracted:])
+    out = native.forward(rows, matrices, all_rows, weight.layer, dtype)
+    return out.reshape(*x.shape[: x.ndim - contracted], *kept)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -43,9 +50,10 @@ def swiglu(gate_up_NI: jax.Array) -> jax.Array:
     return jax.nn.silu(gate) * up
 
 
-def feed_forward(x_ND: jax.Array, gate_up_DIF: jax.Array, down_FD: jax.Array) -> jax.Array:
+def feed_forward(x_ND: jax.Array, weights: dict[str, jax.Array | Stacked]) -> jax.Array:
     """A dense gated feed-forward: of the dense prefix, and of the shared experts."""
-    return swiglu(x_ND @ gate_up_DIF.reshape(gate_up_DIF.shape[0], -1)) @ down_FD
+    gate_up_NIF = project(x_ND, weights["gate_up_IFD"])
+    return project(swiglu(gate_up_NIF.reshape(len(x_ND), -1)), weights["down_DF"])
 
 
 def draw(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, gain: float = 1.0) -> nnx.Param:
@@ -62,5 +70,5 @@ class FeedForward(nnx.Module):
     """Weights of one dense gated feed-forward per layer."""
 
     def __init__(self, num_layers: int, d_model: int, hidden: int, residual_gain: float, rngs: nnx.Rngs):
-        self.gate_up_LDIF = draw(rngs, (num_layers, d_model, 2, hidden), d_model)
-        self.down_LFD = draw(rngs, (num_layers, hidden, d_model), hidden, residual_gain)
+        self.gate_up_LIFD = draw(rngs, (num_layers, 2, hidden, d_model), d_model)
+        self.down_LDF = draw(rngs, (num_layers, d_model, hidden), hidden, residual_gain)

@@ -23,7 +23,7 @@ class Router(nnx.Module):
     """Weights of the router of every MoE layer."""
 
     def __init__(self, num_layers: int, d_model: int, moe: MoEConfig, rngs: nnx.Rngs):
-        self.weight_LDE = draw(rngs, (num_layers, d_model, moe.num_experts), d_model)
+        self.weight_LED = draw(rngs, (num_layers, moe.num_experts, d_model), d_model)
         if moe.selection_bias:
             self.bias_LE = SelectionBias(jnp.zeros((num_layers, moe.num_experts), jnp.float32))
 
@@ -33,8 +33,8 @@ class Experts(nnx.Module):
 
     def __init__(self, num_layers: int, d_model: int, moe: MoEConfig, residual_gain: float, rngs: nnx.Rngs):
         stack = (num_layers, moe.num_experts)
-        self.gate_up_LEDIF = draw(rngs, (*stack, d_model, 2, moe.expert_hidden), d_model)
-        self.down_LEFD = draw(rngs, (*stack, moe.expert_hidden, d_model), moe.expert_hidden, residual_gain)
+        self.gate_up_LEIFD = draw(rngs, (*stack, 2, moe.expert_hidden, d_model), d_model)
+        self.down_LEDF = draw(rngs, (*stack, d_model, moe.expert_hidden), moe.expert_hidden, residual_gain)
 
 
 class Traffic(NamedTuple):
@@ -48,9 +48,10 @@ def run_experts(
     rows_SD: jax.Array, group_sizes_E: jax.Array, layer: jax.Array, weights: dict[str, jax.Array], implementation: str
 ) -> jax.Array:
     """The routed experts on rows sorted by expert: out_SD, unweighted; rows that nobody holds give zero."""
-    gate_up_LEDI = weights["gate_up_LEDIF"].reshape(*weights["gate_up_LEDIF"].shape[:3], -1)
-    gate_up_SI = grouped_matmul(rows_SD, gate_up_LEDI, group_sizes_E, layer, implementation)
-    return grouped_matmul(swiglu(gate_up_SI), weights["down_LEFD"], group_sizes_E, layer, implementation)
+    gate_up_LEIFD = weights["gate_up_LEIFD"]
+    gate_up_LEID = gate_up_LEIFD.reshape(*gate_up_LEIFD.shape[:2], -1, gate_up_LEIFD.shape[-1])
+    gate_up_SI = grouped_matmul(rows_SD, gate_up_LEID, group_sizes_E, layer, implementation)
+    return grouped_matmul(swiglu(gate_up_SI), weights["down_LEDF"], group_sizes_E, layer, implementation)
 
 
 def moe_layer(
@@ -81,7 +82,7 @@ def moe_layer(
         y_ND, and what the layer did.
     """
     with jax.named_scope("route"):
-        routing = route(x_ND, weights["router"]["weight_DE"], weights["router"].get("bias_E"), moe)
+        routing = route(x_ND, weights["router"]["weight_ED"], weights["router"].get("bias_E"), moe)
     with jax.named_scope("select"):
         selection = policies.select(routing, live, context, moe, k_max)
     y_ND, load_E = local.dispatch(
@@ -92,5 +93,5 @@ def moe_layer(
     )
     if moe.num_shared_experts:
         with jax.named_scope("shared_experts"):
-            y_ND = y_ND + feed_forward(x_ND, weights["shared"]["gate_up_DIF"], weights["shared"]["down_FD"])
+            y_ND = y_ND + feed_forward(x_ND, weights["shared"])
     return y_ND, Traffic(load_E, balance.load_loss(routing, load_E.astype(jnp.float32), context.valid_N))

@@ -115,7 +115,7 @@ def count_parameters(params: Params, k: int) -> tuple[int, int]:
         return sum(map(size, part.values())) if isinstance(part, Mapping) else part.size
 
     routed = size(params["moe"]["experts"])
-    num_experts = params["moe"]["experts"]["down_LEFD"].shape[1]
+    num_experts = params["moe"]["experts"]["down_LEDF"].shape[1]
     return size(params), size(params) - routed + routed * k // num_experts
 
 

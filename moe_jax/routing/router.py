@@ -8,14 +8,15 @@ from moe_jax.config.schema import MoEConfig
 from moe_jax.routing.selection import Routing
 
 
-def route(x_ND: jax.Array, weight_DE: jax.Array, bias_E: jax.Array | None, moe: MoEConfig) -> Routing:
+def route(x_ND: jax.Array, weight_ED: jax.Array, bias_E: jax.Array | None, moe: MoEConfig) -> Routing:
     """Scores every expert for every token, in float32 whatever the model's dtype.
 
     The selection bias moves the choice and never the mixing weight (auxiliary-loss-free balancing, DeepSeek-V3,
     arXiv 2412.19437, section 2.1.2). With groups, a group scores the sum of its two best experts, and experts outside
     the best `num_groups_kept` groups score -inf.
     """
-    logits_NE = jnp.dot(x_ND.astype(jnp.float32), weight_DE.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    x_ND, weight_ED = x_ND.astype(jnp.float32), weight_ED.astype(jnp.float32)
+    logits_NE = jnp.einsum("nd,ed->ne", x_ND, weight_ED, precision=lax.Precision.HIGHEST)
     mix_NE = jax.nn.softmax(logits_NE, axis=1) if moe.score == "softmax" else jax.nn.sigmoid(logits_NE)
     score_NE = mix_NE if bias_E is None else mix_NE + bias_E[None, :]
     if moe.num_groups > 1:

@@ -21,9 +21,9 @@ class Measured(NamedTuple):
     load_LE: jax.Array  # slots that each expert received
 
 
-def _chunk(x_ND: jax.Array, head_DV: jax.Array, labels_N: jax.Array, weight_N: jax.Array):
+def _chunk(x_ND: jax.Array, head_VD: jax.Array, labels_N: jax.Array, weight_N: jax.Array):
     """Weighted cross-entropy of one chunk, and its gradient for the logits."""
-    logits_NV = jnp.dot(x_ND, head_DV, preferred_element_type=jnp.float32)
+    logits_NV = jnp.dot(x_ND, head_VD.T, preferred_element_type=jnp.float32)
     top_N1 = logits_NV.max(axis=1, keepdims=True)
     exp_NV = jnp.exp(logits_NV - top_N1)
     sum_N1 = exp_NV.sum(axis=1, keepdims=True)
@@ -34,44 +34,44 @@ def _chunk(x_ND: jax.Array, head_DV: jax.Array, labels_N: jax.Array, weight_N: j
 
 
 @jax.custom_vjp
-def cross_entropy(x_ND: jax.Array, head_DV: jax.Array, labels_N: jax.Array, weight_N: jax.Array) -> jax.Array:
+def cross_entropy(x_ND: jax.Array, head_VD: jax.Array, labels_N: jax.Array, weight_N: jax.Array) -> jax.Array:
     """Sum over tokens of weight times cross-entropy, in nats.
 
     Computes the gradients along with the loss, chunk by chunk, so that the logits are made once and never kept.
 
     Args:
         x_ND: what the output head reads.
-        head_DV: the output projection.
+        head_VD: the output projection.
         labels_N: int32 ids.
         weight_N: float32; 0 where a token is not scored.
 
     Returns:
         float32 scalar.
     """
-    return _cross_entropy_forward(x_ND, head_DV, labels_N, weight_N)[0]
+    return _cross_entropy_forward(x_ND, head_VD, labels_N, weight_N)[0]
 
 
-def _cross_entropy_forward(x_ND, head_DV, labels_N, weight_N):
+def _cross_entropy_forward(x_ND, head_VD, labels_N, weight_N):
     num_tokens = x_ND.shape[0]
     most = max(1, num_tokens // CHUNK_TOKENS)
     chunks = next(count for count in range(most, 0, -1) if num_tokens % count == 0)
     split = functools.partial(jax.tree.map, lambda a: a.reshape(chunks, -1, *a.shape[1:]))
 
     def step(carried, chunk):
-        loss, head_grad_DV = carried
+        loss, head_grad_VD = carried
         x, labels, weight = chunk
-        chunk_loss, logits_grad = _chunk(x, head_DV, labels, weight)
-        head_grad_DV = head_grad_DV + jnp.dot(x.T, logits_grad, preferred_element_type=jnp.float32)
-        return (loss + chunk_loss, head_grad_DV), jnp.dot(logits_grad, head_DV.T).astype(x.dtype)
+        chunk_loss, logits_grad = _chunk(x, head_VD, labels, weight)
+        head_grad_VD = head_grad_VD + jnp.dot(logits_grad.T, x, preferred_element_type=jnp.float32)
+        return (loss + chunk_loss, head_grad_VD), jnp.dot(logits_grad, head_VD).astype(x.dtype)
 
-    start = jnp.float32(0), jnp.zeros(head_DV.shape, jnp.float32)
-    (loss, head_grad_DV), x_grad = lax.scan(step, start, split((x_ND, labels_N, weight_N)))
-    return loss, (x_grad.reshape(x_ND.shape), head_grad_DV.astype(head_DV.dtype))
+    start = jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32)
+    (loss, head_grad_VD), x_grad = lax.scan(step, start, split((x_ND, labels_N, weight_N)))
+    return loss, (x_grad.reshape(x_ND.shape), head_grad_VD.astype(head_VD.dtype))
 
 
 def _cross_entropy_backward(gradients, scale):
-    x_grad_ND, head_grad_DV = gradients
-    return x_grad_ND * scale, head_grad_DV * scale, None, None
+    x_grad_ND, head_grad_VD = gradients
+    return x_grad_ND * scale, head_grad_VD * scale, None, None
 
 
 cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)

@@ -167,7 +167,7 @@ def test_auto_writes_what_it_is_given_and_dtypes_convert(tmp_path):
     assert json.loads((tmp_path / "model/config.json").read_text())["dtype"] == "bfloat16"
     read = flattened(huggingface.read_checkpoint(tmp_path / "model", dtype="float32")[1])
     assert {array.dtype.name for array in read.values()} == {"float32"}
-    np.testing.assert_array_equal(read["moe/experts/down_LEFD"], params["moe/experts/down_LEFD"].astype(np.float32))
+    np.testing.assert_array_equal(read["moe/experts/down_LEDF"], params["moe/experts/down_LEDF"].astype(np.float32))
     read = flattened(huggingface.read_checkpoint(tmp_path / "model", dtype="float16")[1])
     assert {name for name, array in read.items() if array.dtype != np.float16} == {"moe/router/bias_LE"}
 
@@ -176,11 +176,11 @@ def test_every_tensor_lies_where_the_published_name_says(folder):
     """Against the format's own library, tensor by tensor, with the layouts written out by hand."""
     params = random_params(TINY, np.float32)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
-    gate_up, down = params["moe/experts/gate_up_LEDIF"], params["moe/experts/down_LEFD"]
+    gate_up, down = params["moe/experts/gate_up_LEIFD"], params["moe/experts/down_LEDF"]
     wanted = {
         "model.embed_tokens.weight": params["embedding_VD"],
         "model.norm.weight": params["norm_D"],
-        "lm_head.weight": params["head_DV"].T,
+        "lm_head.weight": params["head_VD"],
     }
     for layer in range(4):
         stack, at = ("dense", layer) if layer < 2 else ("moe", layer - 2)
@@ -189,10 +189,10 @@ def test_every_tensor_lies_where_the_published_name_says(folder):
         wanted |= {
             f"{names}.input_layernorm.weight": attention["attention_norm_LD"],
             f"{names}.post_attention_layernorm.weight": params[f"{stack}/ffn_norm_LD"][at],
-            f"{names}.self_attn.q_proj.weight": attention["query_LDHA"].reshape(16, 48).T,
-            f"{names}.self_attn.k_proj.weight": attention["key_LDGA"].reshape(16, 16).T,
-            f"{names}.self_attn.v_proj.weight": attention["value_LDGA"].reshape(16, 16).T,
-            f"{names}.self_attn.o_proj.weight": attention["output_LHAD"].reshape(48, 16).T,
+            f"{names}.self_attn.q_proj.weight": attention["query_LHAD"].reshape(48, 16),
+            f"{names}.self_attn.k_proj.weight": attention["key_LGAD"].reshape(16, 16),
+            f"{names}.self_attn.v_proj.weight": attention["value_LGAD"].reshape(16, 16),
+            f"{names}.self_attn.o_proj.weight": attention["output_LDHA"].reshape(16, 48),
             f"{names}.self_attn.q_proj.bias": attention["query_bias_LHA"].reshape(48),
             f"{names}.self_attn.k_proj.bias": attention["key_bias_LGA"].reshape(16),
             f"{names}.self_attn.v_proj.bias": attention["value_bias_LGA"].reshape(16),
@@ -200,17 +200,17 @@ def test_every_tensor_lies_where_the_published_name_says(folder):
             f"{names}.self_attn.k_norm.weight": attention["key_norm_LA"],
         }
         if stack == "dense":
-            feed_forwards = {"mlp": (params["dense/ffn/gate_up_LDIF"][at], params["dense/ffn/down_LFD"][at])}
+            feed_forwards = {"mlp": (params["dense/ffn/gate_up_LIFD"][at], params["dense/ffn/down_LDF"][at])}
         else:
             feed_forwards = {f"mlp.experts.{e}": (gate_up[at, e], down[at, e]) for e in range(8)}
-            shared = params["moe/shared/gate_up_LDIF"][at], params["moe/shared/down_LFD"][at]
+            shared = params["moe/shared/gate_up_LIFD"][at], params["moe/shared/down_LDF"][at]
             feed_forwards["mlp.shared_experts"] = shared
-            wanted[f"{names}.mlp.gate.weight"] = params["moe/router/weight_LDE"][at].T
+            wanted[f"{names}.mlp.gate.weight"] = params["moe/router/weight_LED"][at]
             wanted[f"{names}.mlp.gate.e_score_correction_bias"] = params["moe/router/bias_LE"][at]
-        for name, (gate_up_DIF, down_FD) in feed_forwards.items():
-            wanted[f"{names}.{name}.gate_proj.weight"] = gate_up_DIF[:, 0].T
-            wanted[f"{names}.{name}.up_proj.weight"] = gate_up_DIF[:, 1].T
-            wanted[f"{names}.{name}.down_proj.weight"] = down_FD.T
+        for name, (gate_up_IFD, down_DF) in feed_forwards.items():
+            wanted[f"{names}.{name}.gate_proj.weight"] = gate_up_IFD[0]
+            wanted[f"{names}.{name}.up_proj.weight"] = gate_up_IFD[1]
+            wanted[f"{names}.{name}.down_proj.weight"] = down_DF
     assert tensors.keys() == wanted.keys()
     for name, array in wanted.items():
         np.testing.assert_array_equal(tensors[name], array, err_msg=name)
@@ -244,7 +244,7 @@ def test_mixed_dtypes_of_one_parameter_become_float32(folder):
     name = "model.layers.1.self_attn.q_proj.weight"
     edit_tensors(folder, lambda tensors: tensors.update({name: tensors[name].astype(ml_dtypes.bfloat16)}))
     read = flattened(huggingface.read_checkpoint(folder)[1])
-    assert read["dense/attention/query_LDHA"].dtype == np.float32
+    assert read["dense/attention/query_LHAD"].dtype == np.float32
 
 
 def test_bfloat16_bias_is_read_as_float32(folder):
@@ -498,7 +498,7 @@ def test_nothing_is_overwritten_unless_asked(folder):
 def test_a_write_that_fails_leaves_nothing(tmp_path, folder, monkeypatch):
     before = sorted(tmp_path.rglob("*"))
     params = random_params(TINY, np.float32)
-    broken = params | {"moe/experts/down_LEFD": np.full_like(params["moe/experts/down_LEFD"], np.nan)}
+    broken = params | {"moe/experts/down_LEDF": np.full_like(params["moe/experts/down_LEDF"], np.nan)}
     with pytest.raises(ValueError, match=r"experts\.0\.down_proj\.weight holds NaN"):
         huggingface.write_checkpoint(tmp_path / "new", TINY, nested(broken))
     monkeypatch.setattr(safetensors_file.json, "dumps", None)
@@ -518,8 +518,8 @@ def test_params_that_do_not_fit_the_architecture_are_not_written(tmp_path):
     ):
         with pytest.raises(ValueError, match=words):
             huggingface.write_checkpoint(tmp_path / "model", TINY, nested(params | change), dtype="auto")
-    del params["dense/ffn/down_LFD"]
-    with pytest.raises(ValueError, match="1 missing: dense/ffn/down_LFD"):
+    del params["dense/ffn/down_LDF"]
+    with pytest.raises(ValueError, match="1 missing: dense/ffn/down_LDF"):
         huggingface.write_checkpoint(tmp_path / "model", TINY, nested(params))
     assert not pathlib.Path(tmp_path / "model").exists()
 

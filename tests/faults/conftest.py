@@ -13,7 +13,7 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """A model without an end-of-text token: it makes as many tokens as asked for."""
-    architecture = tiny_model.changed(decoder={"max_context": 128})
+    architecture = tiny_model.changed(decoder={"max_context": 256})
     return tiny_model.write_model(tmp_path_factory.mktemp("models") / "tiny", architecture, token_ids={})
 
 

@@ -91,7 +91,7 @@ def test_a_prompt_file_that_is_none_is_refused(read_prompts, tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("stdin", "says"),
-    [(b"a\0b", "byte 1 is 0"), (b"\x89PNG\r\n", "byte 0 is not UTF-8"), (b"fox " * 500_000, "wanted at most 127")],
+    [(b"a\0b", "byte 1 is 0"), (b"\x89PNG\r\n", "byte 0 is not UTF-8"), (b"fox " * 500_000, "wanted at most 255")],
 )
 def test_what_is_piped_in_is_text_that_fits_or_refused(model, cache, tmp_path, stdin, says):
     ended = launched.run("infer", f"--set=model.path={model}", folder=tmp_path, cache=cache, stdin=stdin)

@@ -57,13 +57,13 @@ def reference_moe(x_ND, weights, moe, k_N):
     def silu(x):
         return x / (1 + np.exp(-x))
 
-    def feed_forward(x_D, gate_up_DIF, down_FD):
-        return (silu(x_D @ gate_up_DIF[:, 0]) * (x_D @ gate_up_DIF[:, 1])) @ down_FD
+    def feed_forward(x_D, gate_up_IFD, down_DF):
+        return down_DF @ (silu(gate_up_IFD[0] @ x_D) * (gate_up_IFD[1] @ x_D))
 
     weights = jax.tree.map(lambda weight: np.asarray(weight, np.float64), weights)
     y_ND, chosen = [], []
     for x_D, k in zip(np.asarray(x_ND, np.float64), k_N):
-        logits_E = x_D @ weights["router"]["weight_DE"]
+        logits_E = weights["router"]["weight_ED"] @ x_D
         if moe.score == "softmax":
             mix_E = np.exp(logits_E - logits_E.max())
             mix_E = mix_E / mix_E.sum()
@@ -82,10 +82,10 @@ def reference_moe(x_ND, weights, moe, k_N):
             weight_E = weight_E / weight_E.sum()
         y_D = np.zeros_like(x_D)
         for expert in range(moe.num_experts):
-            y_expert_D = feed_forward(x_D, weights["gate_up_EDIF"][expert], weights["down_EFD"][expert])
+            y_expert_D = feed_forward(x_D, weights["gate_up_EIFD"][expert], weights["down_EDF"][expert])
             y_D = y_D + moe.routed_scaling * weight_E[expert] * y_expert_D
         if moe.num_shared_experts:
-            y_D = y_D + feed_forward(x_D, weights["shared"]["gate_up_DIF"], weights["shared"]["down_FD"])
+            y_D = y_D + feed_forward(x_D, weights["shared"]["gate_up_IFD"], weights["shared"]["down_DF"])
         y_ND.append(y_D)
         chosen.extend(kept)
     return np.stack(y_ND), np.bincount(chosen, minlength=moe.num_experts)
@@ -133,7 +133,7 @@ def test_a_moe_layer_equals_a_loop_over_all_experts(variant):
         return moe_layer(x_ND, weights, experts, jnp.int32(layer), settings, context, moe, 8, "blocked")
 
     y_ND, traffic = run(x_ND, weights, experts, settings)
-    weights |= {"gate_up_EDIF": experts["gate_up_LEDIF"][layer], "down_EFD": experts["down_LEFD"][layer]}
+    weights |= {"gate_up_EIFD": experts["gate_up_LEIFD"][layer], "down_EDF": experts["down_LEDF"][layer]}
     wanted_ND, load_E = reference_moe(x_ND, weights, moe, np.where(valid_N, k_B[row_N], 0))
     assert_close(y_ND, wanted_ND)
     np.testing.assert_array_equal(traffic.load_E, load_E)

@@ -28,7 +28,7 @@ def plain_selection(x, weight, bias, moe, k):
     """One token after the other, as the models' papers write it."""
     experts, weights = [], []
     for row in np.asarray(x, np.float64):
-        logits = row @ np.asarray(weight, np.float64)
+        logits = np.asarray(weight, np.float64) @ row
         mix = np.exp(logits) / np.exp(logits).sum() if moe.score == "softmax" else 1 / (1 + np.exp(-logits))
         score = mix + (bias if moe.selection_bias else 0)
         if moe.num_groups > 1:
@@ -50,7 +50,7 @@ def plain_selection(x, weight, bias, moe, k):
 def test_selection_equals_a_plain_loop(variant, k):
     moe = VARIANTS[variant]
     rng = np.random.default_rng(3)
-    x, weight = rng.standard_normal((N, D)), rng.standard_normal((D, moe.num_experts))
+    x, weight = rng.standard_normal((N, D)), rng.standard_normal((moe.num_experts, D))
     bias = rng.standard_normal(moe.num_experts) * 0.1
     x32, weight32, bias32 = (np.asarray(part, np.float32) for part in (x, weight, bias))
     routing = route(x32, weight32, bias32 if moe.selection_bias else None, moe)
@@ -66,7 +66,7 @@ def test_selection_equals_a_plain_loop(variant, k):
 
 def test_settings_are_per_request_and_layer_and_padding_keeps_nothing():
     rng = np.random.default_rng(0)
-    routing = route(rng.standard_normal((6, D), np.float32), rng.standard_normal((D, 16), np.float32), None, BASE)
+    routing = route(rng.standard_normal((6, D), np.float32), rng.standard_normal((16, D), np.float32), None, BASE)
     live = base.settings([TopK(2), Layers((1, 4))], 2, 4, 4)
     rows, valid = jnp.array([0, 0, 0, 1, 1, 1]), jnp.array([True, True, False, True, False, True])
     kept = [
@@ -78,7 +78,7 @@ def test_settings_are_per_request_and_layer_and_padding_keeps_nothing():
 
 def test_full_k_keeps_the_models_own_choice_bit_for_bit():
     rng = np.random.default_rng(5)
-    routing = route(rng.standard_normal((N, D), np.float32), rng.standard_normal((D, 16), np.float32), None, BASE)
+    routing = route(rng.standard_normal((N, D), np.float32), rng.standard_normal((16, D), np.float32), None, BASE)
     context = base.Context(jnp.int32(0), jnp.zeros(N, jnp.int32), jnp.ones(N, bool))
     narrow = base.select(routing, base.settings([TopK(4)], 1, 4, 4), context, BASE, 4)
     wide = base.select(routing, base.settings([TopK(4)], 1, 4, 7), context, BASE, 7)

@@ -3,15 +3,17 @@
 import functools
 
 import jax
+from absl import logging
 
-from moe_jax.kernels.grouped_matmul import blocked, ragged_dot
+from moe_jax.kernels import compiled
+from moe_jax.kernels.grouped_matmul import blocked, native, ragged_dot
 
-IMPLEMENTATIONS = {"blocked": blocked, "ragged_dot": ragged_dot}
-BY_PLATFORM = {"cpu": "blocked", "tpu": "ragged_dot"}
+IMPLEMENTATIONS = {"native": native, "blocked": blocked, "ragged_dot": ragged_dot}
+BY_PLATFORM = {"cpu": "native", "tpu": "ragged_dot"}
 
 
 def resolve(name: str, platform: str) -> str:
-    """Turns "auto" into the implementation for a platform ("cpu", "tpu", "gpu").
+    """Turns "auto" into the implementation for a platform ("cpu", "tpu", "gpu"); on a CPU that takes a C++ compiler.
 
     Raises:
         ValueError: the name is unknown, or nothing is written for the platform.
@@ -22,6 +24,11 @@ def resolve(name: str, platform: str) -> str:
                 f"kernels.grouped_matmul = 'auto': nothing is written for {platform!r}; name one of "
                 f"{', '.join(IMPLEMENTATIONS)}"
             )
+        if platform == "cpu" and compiled.compiler() is None:
+            logging.log_first_n(
+                logging.WARNING, "no C++ compiler (c++) on PATH: grouped_matmul is 'blocked', slower", 1
+            )
+            return "blocked"
         return BY_PLATFORM[platform]
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"kernels.grouped_matmul = {name!r}: wanted auto or one of {', '.join(IMPLEMENTATIONS)}")
@@ -30,7 +37,7 @@ def resolve(name: str, platform: str) -> str:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def grouped_matmul(
-    rows_SD: jax.Array, weights_LEDF: jax.Array, group_sizes_E: jax.Array, layer: jax.Array, implementation: str
+    rows_SD: jax.Array, weights_LEFD: jax.Array, group_sizes_E: jax.Array, layer: jax.Array, implementation: str
 ) -> jax.Array:
     """Multiplies each group of rows by the matrix of its expert.
 
@@ -39,7 +46,8 @@ def grouped_matmul(
 
     Args:
         rows_SD: rows sorted by expert; those behind the last group belong to nobody and cost nothing.
-        weights_LEDF: one matrix per layer and expert. Matrices of experts without rows are not read.
+        weights_LEFD: one matrix per layer and expert, outputs first, as checkpoints store them. Those of experts
+            without rows are not read.
         group_sizes_E: int32, rows of each expert in order; the sum is at most S, which is not checked.
         layer: int32 scalar, which layer of the stack.
         implementation: a name from `IMPLEMENTATIONS`, static.
@@ -47,12 +55,12 @@ def grouped_matmul(
     Returns:
         out_SF in the dtype of the rows. Rows that belong to nobody are zero.
     """
-    return IMPLEMENTATIONS[implementation].forward(rows_SD, weights_LEDF, group_sizes_E, layer)
+    return IMPLEMENTATIONS[implementation].forward(rows_SD, weights_LEFD, group_sizes_E, layer)
 
 
-def _forward(rows_SD, weights_LEDF, group_sizes_E, layer, implementation):
-    out_SF = grouped_matmul(rows_SD, weights_LEDF, group_sizes_E, layer, implementation)
-    return out_SF, (rows_SD, weights_LEDF, group_sizes_E, layer)
+def _forward(rows_SD, weights_LEFD, group_sizes_E, layer, implementation):
+    out_SF = grouped_matmul(rows_SD, weights_LEFD, group_sizes_E, layer, implementation)
+    return out_SF, (rows_SD, weights_LEFD, group_sizes_E, layer)
 
 
 def _backward(implementation, residuals, out_grad_SF):

@@ -1,28 +1,28 @@
-"""Grouped matmul in plain XLA, for CPUs: loops whose trip counts are data.
+"""Grouped matmul in plain XLA, for CPUs without a C++ compiler and for gradients: loops whose trip counts are data.
 
 The outer loop goes over the experts that have rows and takes the matrix of each out of the whole stack, once; the inner
-one over blocks of its rows. Experts without rows and rows that no group holds cost nothing. Where the rows are few,
-that copy of a matrix is most of the work: `few_rows.py` takes over.
+one over blocks of its rows. Experts without rows and rows that no group holds cost nothing. That copy of a matrix is
+most of the work where the rows are few; a dot reads a buffer of its own, and XLA cannot be told to let it be.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax.kernels.grouped_matmul import few_rows, tiles
+from moe_jax.kernels.grouped_matmul import tiles
 
 
-def _multiply(rows_SX, weights_LEDF, group_sizes_E, layer, *, transposed: bool):
-    """Rows by matrices [D, F], or by their transposes: out is [S, F] or [S, D]."""
+def _multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, transposed: bool):
+    """Rows by matrices [F, D] along D, or by their transposes along F: out is [S, F] or [S, D]."""
     num_rows = rows_SX.shape[0]
-    num_experts, *matrix = weights_LEDF.shape[1:]
+    num_experts, *matrix = weights_LEFD.shape[1:]
     size = tiles.block_size(num_rows, num_experts)
     groups = tiles.busy_groups(group_sizes_E)
-    contract = ((1,), (1 if transposed else 0,)), ((), ())
+    contract = ((1,), (0 if transposed else 1,)), ((), ())
 
     def of_expert(i, out):
         first, last = groups.first_E[i], groups.last_E[i]
-        weight = lax.dynamic_slice(weights_LEDF, (layer, groups.expert_E[i], 0, 0), (1, 1, *matrix))[0, 0]
+        weight = lax.dynamic_slice(weights_LEFD, (layer, groups.expert_E[i], 0, 0), (1, 1, *matrix))[0, 0]
 
         def of_block(number, out):
             start, own = tiles.block(first, last, number, size, num_rows)
@@ -33,46 +33,44 @@ def _multiply(rows_SX, weights_LEDF, group_sizes_E, layer, *, transposed: bool):
 
         return lax.fori_loop(0, tiles.num_blocks(first, last, size), of_block, out)
 
-    out = jnp.zeros((num_rows, matrix[0] if transposed else matrix[1]), rows_SX.dtype)
+    out = jnp.zeros((num_rows, matrix[1 if transposed else 0]), rows_SX.dtype)
     return lax.fori_loop(0, groups.count, of_expert, out)
 
 
-def forward(rows_SD, weights_LEDF, group_sizes_E, layer):
+def forward(rows_SD, weights_LEFD, group_sizes_E, layer):
     """As `api.grouped_matmul`."""
-    if few_rows.worthwhile(tiles.block_size(rows_SD.shape[0], weights_LEDF.shape[1]), weights_LEDF):
-        return few_rows.forward(rows_SD, weights_LEDF, group_sizes_E, layer)
-    return _multiply(rows_SD, weights_LEDF, group_sizes_E, layer, transposed=False)
+    return _multiply(rows_SD, weights_LEFD, group_sizes_E, layer, transposed=False)
 
 
 def _weights_gradient(rows_SD, group_sizes_E, out_grad_SF) -> jax.Array:
-    """float32 [E, D, F]: of each expert, its rows transposed times the gradient of their outputs."""
+    """float32 [E, F, D]: of each expert, the gradient of its outputs transposed times its rows."""
     num_rows, num_experts = rows_SD.shape[0], group_sizes_E.shape[0]
     size = tiles.block_size(num_rows, num_experts)
     groups = tiles.busy_groups(group_sizes_E)
-    matrix = (rows_SD.shape[1], out_grad_SF.shape[1])
+    matrix = (out_grad_SF.shape[1], rows_SD.shape[1])
     contract = ((0,), (0,)), ((), ())
 
-    def of_expert(i, grad_EDF):
+    def of_expert(i, grad_EFD):
         first, last = groups.first_E[i], groups.last_E[i]
 
-        def of_block(number, grad_DF):
+        def of_block(number, grad_FD):
             start, own = tiles.block(first, last, number, size, num_rows)
             rows = jnp.where(own, lax.dynamic_slice_in_dim(rows_SD, start, size), 0)
             out_grad = jnp.where(own, lax.dynamic_slice_in_dim(out_grad_SF, start, size), 0)
-            return grad_DF + lax.dot_general(rows, out_grad, contract, preferred_element_type=jnp.float32)
+            return grad_FD + lax.dot_general(out_grad, rows, contract, preferred_element_type=jnp.float32)
 
         blocks = tiles.num_blocks(first, last, size)
-        grad_DF = lax.fori_loop(0, blocks, of_block, jnp.zeros(matrix, jnp.float32))
-        return lax.dynamic_update_slice(grad_EDF, grad_DF[None], (groups.expert_E[i], 0, 0))
+        grad_FD = lax.fori_loop(0, blocks, of_block, jnp.zeros(matrix, jnp.float32))
+        return lax.dynamic_update_slice(grad_EFD, grad_FD[None], (groups.expert_E[i], 0, 0))
 
     return lax.fori_loop(0, groups.count, of_expert, jnp.zeros((num_experts, *matrix), jnp.float32))
 
 
-def backward(rows_SD, weights_LEDF, group_sizes_E, layer, out_grad_SF):
+def backward(rows_SD, weights_LEFD, group_sizes_E, layer, out_grad_SF):
     """As `reference.backward`."""
-    rows_grad_SD = _multiply(out_grad_SF, weights_LEDF, group_sizes_E, layer, transposed=True)
-    grad_EDF = _weights_gradient(rows_SD, group_sizes_E, out_grad_SF).astype(weights_LEDF.dtype)
-    if weights_LEDF.shape[0] == 1:
-        return rows_grad_SD, grad_EDF[None]
-    zeros = jnp.zeros_like(weights_LEDF)
-    return rows_grad_SD, lax.dynamic_update_slice(zeros, grad_EDF[None], (layer, 0, 0, 0))
+    rows_grad_SD = _multiply(out_grad_SF, weights_LEFD, group_sizes_E, layer, transposed=True)
+    grad_EFD = _weights_gradient(rows_SD, group_sizes_E, out_grad_SF).astype(weights_LEFD.dtype)
+    if weights_LEFD.shape[0] == 1:
+        return rows_grad_SD, grad_EFD[None]
+    zeros = jnp.zeros_like(weights_LEFD)
+    return rows_grad_SD, lax.dynamic_update_slice(zeros, grad_EFD[None], (layer, 0, 0, 0))

@@ -5,15 +5,15 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def forward(rows_SD, weights_LEDF, group_sizes_E, layer):
+def forward(rows_SD, weights_LEFD, group_sizes_E, layer):
     """As `api.grouped_matmul`."""
-    weights_EDF = lax.dynamic_index_in_dim(weights_LEDF, layer, 0, keepdims=False)
-    out_SF = lax.ragged_dot(rows_SD, weights_EDF, group_sizes_E, preferred_element_type=jnp.float32)
+    weights_EFD = lax.dynamic_index_in_dim(weights_LEFD, layer, 0, keepdims=False)
+    out_SF = lax.ragged_dot(rows_SD, weights_EFD.mT, group_sizes_E, preferred_element_type=jnp.float32)
     held = jnp.arange(rows_SD.shape[0]) < group_sizes_E.sum()
     return jnp.where(held[:, None], out_SF, 0).astype(rows_SD.dtype)
 
 
-def backward(rows_SD, weights_LEDF, group_sizes_E, layer, out_grad_SF):
+def backward(rows_SD, weights_LEFD, group_sizes_E, layer, out_grad_SF):
     """As `reference.backward`."""
-    _, pull = jax.vjp(lambda rows, weights: forward(rows, weights, group_sizes_E, layer), rows_SD, weights_LEDF)
+    _, pull = jax.vjp(lambda rows, weights: forward(rows, weights, group_sizes_E, layer), rows_SD, weights_LEFD)
     return pull(out_grad_SF)

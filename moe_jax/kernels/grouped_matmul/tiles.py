@@ -23,18 +23,16 @@ def block_size(num_rows: int, num_experts: int) -> int:
     return min(LARGEST_BLOCK, 1 << max(half_share.bit_length() - 1, 0))
 
 
-def busy_groups(group_sizes_E: jax.Array, wanted_E: jax.Array | None = None) -> Groups:
+def busy_groups(group_sizes_E: jax.Array) -> Groups:
     """Lists the experts that have rows, in order.
 
     Args:
         group_sizes_E: int32, rows of each expert; rows lie in the order of the experts.
-        wanted_E: bool: lists these experts instead.
     """
-    wanted_E = group_sizes_E > 0 if wanted_E is None else wanted_E
-    order_E = jnp.argsort(~wanted_E, stable=True).astype(jnp.int32)
+    order_E = jnp.argsort(group_sizes_E == 0, stable=True).astype(jnp.int32)
     last_E = jnp.cumsum(group_sizes_E, dtype=jnp.int32)
     first_E = last_E - group_sizes_E
-    return Groups(wanted_E.sum(dtype=jnp.int32), order_E, first_E[order_E], last_E[order_E])
+    return Groups((group_sizes_E > 0).sum(dtype=jnp.int32), order_E, first_E[order_E], last_E[order_E])
 
 
 def num_blocks(first: jax.Array, last: jax.Array, size: int) -> jax.Array:

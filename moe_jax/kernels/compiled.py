@@ -1,0 +1,78 @@
+"""C++ kernels for the CPU: compiled by the system's compiler when first used, for the machine at hand, and kept.
+
+A kernel is one source file that exports a handler of XLA's foreign function interface, whose headers jaxlib brings.
+"""
+
+import ctypes
+import functools
+import hashlib
+import os
+import pathlib
+import platform
+import shutil
+import subprocess
+import tempfile
+
+import jax
+import jaxlib.version
+
+from moe_jax import files
+
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
+
+
+@functools.cache
+def compiler() -> str | None:
+    """The C++ compiler that the environment (CXX) or PATH names; None where there is none."""
+    return next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")))), None)
+
+
+@functools.cache
+def register(source: pathlib.Path, symbol: str) -> str:
+    """Makes a handler callable by `jax.ffi.ffi_call`; returns its name there.
+
+    Raises:
+        ValueError: there is no compiler, or it refuses the source.
+    """
+    handler = getattr(ctypes.CDLL(str(_library(source))), symbol)
+    jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(handler), platform="cpu")
+    return symbol
+
+
+def _library(source: pathlib.Path) -> pathlib.Path:
+    """The compiled source: from the cache, where it is known by all that it depends on."""
+    cxx = compiler()
+    if cxx is None:
+        raise ValueError(f"{source.name} needs a C++ compiler: wanted one as c++ on PATH, or its name in CXX")
+    command = [cxx, *_FLAGS, f"-I{jax.ffi.include_dir()}"]
+    version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
+    depends_on = (source.read_text(), " ".join(command), version, jaxlib.version.__version__, _processor())
+    key = hashlib.sha256("\0".join(depends_on).encode()).hexdigest()[:16]
+    library = files.cache_folder() / "kernels" / f"{source.stem}-{key}.so"
+    if library.exists():
+        return library
+    try:
+        library.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.mkdtemp(dir=library.parent)
+    except OSError:  # the cache cannot be written: the library lives as long as the machine keeps temporary files
+        folder = tempfile.mkdtemp()
+        library = pathlib.Path(folder) / library.name
+    partial = pathlib.Path(folder) / "partial.so"
+    done = subprocess.run([*command, str(source), "-o", str(partial)], capture_output=True, text=True)
+    if done.returncode != 0:
+        shutil.rmtree(folder)
+        reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr)
+        raise ValueError(f"{cxx} cannot compile {source.name}: {reason[:500]}")
+    os.replace(partial, library)
+    if library.parent != pathlib.Path(folder):
+        os.rmdir(folder)
+    return library
+
+
+def _processor() -> str:
+    """What the processor is called and can do: code for one stops with an illegal instruction on another."""
+    try:
+        lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+        return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"

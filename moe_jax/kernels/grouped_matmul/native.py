@@ -1,0 +1,33 @@
+"""Grouped matmul in C++ (`native.cc`), for CPUs: reads every weight where it lies, once.
+
+Its gradient is that of `blocked`, which is bound by arithmetic rather than by memory.
+"""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.kernels import compiled
+from moe_jax.kernels.grouped_matmul import blocked
+
+_SOURCE = pathlib.Path(__file__).with_suffix(".cc")
+
+
+def forward(rows_SD, weights_LEFD, group_sizes_E, layer, out_dtype=None):
+    """As `api.grouped_matmul`; in another dtype, float32, where that is asked for.
+
+    Raises:
+        ValueError: rows and weights are not of one dtype out of float32, bfloat16 and float16, or nothing can compile
+            the source.
+    """
+    dtype = jnp.dtype(rows_SD.dtype)
+    out_dtype = jnp.dtype(out_dtype or dtype)
+    if weights_LEFD.dtype != dtype or dtype not in map(jnp.dtype, ("float32", "bfloat16", "float16")):
+        raise ValueError(f"grouped_matmul: rows are {dtype}, weights {weights_LEFD.dtype}: wanted one of three floats")
+    out = jax.ShapeDtypeStruct((rows_SD.shape[0], weights_LEFD.shape[2]), out_dtype)
+    call = jax.ffi.ffi_call(compiled.register(_SOURCE, "moe_jax_grouped_matmul"), out)
+    return call(rows_SD, weights_LEFD, group_sizes_E.astype(jnp.int32), jnp.asarray(layer, jnp.int32))
+
+
+backward = blocked.backward
