@@ -13,7 +13,7 @@
 #include <thread>
 #include <vector>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -79,7 +79,10 @@ struct BFloat16 {
   }
 };
 
-float Sum(Floats x) {
+inline float Sum(Floats x) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)x);
+#endif
   float sums[kLanes];
   std::memcpy(sums, &x, sizeof(sums));
   for (int width = kLanes / 2; width > 0; width /= 2)
@@ -112,12 +115,16 @@ void Block(const typename T::Number* rows, const typename T::Number* columns, in
     }
   }
   if (d < depth) {
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
       const typename T::Pack row = LoadTail<T>(rows + r * depth + d, depth - d);
+#pragma GCC unroll 8
       for (int c = 0; c < kColumns; c++) T::Add(sums[r][c], row, LoadTail<T>(columns + c * depth + d, depth - d));
     }
   }
+#pragma GCC unroll 8
   for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 8
     for (int c = 0; c < kColumns; c++) Out::Store(out + r * out_stride + c, Sum(sums[r][c]));
 }
 
