@@ -11,6 +11,7 @@ from flax import nnx
 from moe_jax.config.schema import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 from moe_jax.evaluation import likelihood, scoring
 from moe_jax.evaluation.journal import Journal
+from moe_jax.kernels.grouped_matmul.api import resolve
 from moe_jax.model import decoder
 from moe_jax.routing.policies import base
 from moe_jax.routing.policies.parse import parse
@@ -21,7 +22,7 @@ ARCHITECTURE = Architecture(
     AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8),
     MoEConfig(num_experts=8, k=3, expert_hidden=12),
 )
-EXECUTION = decoder.Execution(ARCHITECTURE, 3, "blocked")
+EXECUTION = decoder.Execution(ARCHITECTURE, 3, resolve("auto", "cpu"))
 
 
 @pytest.fixture(scope="module")

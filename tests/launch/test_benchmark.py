@@ -17,6 +17,7 @@ from absl.testing import flagsaver
 from moe_jax import command
 from moe_jax.config import gin
 from moe_jax.cost import hardware, roofline
+from moe_jax.kernels.grouped_matmul.api import resolve
 from tests import launcher_module, tiny_model
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -73,7 +74,7 @@ def test_as_a_user_runs_it_with_a_profile(tmp_path):
         first_ms, third_ms = result["figures"][f"{case}_ms"]["quartiles"]
         assert first_ms <= result["figures"][f"{case}_ms"]["value"] <= third_ms
     assert set(result["seconds"]) == {"load", "machine", "compile", "run"}
-    assert result["implementations"] == {"grouped_matmul": "blocked"}
+    assert result["implementations"] == {"grouped_matmul": resolve("auto", "cpu")}
     check_profile(tmp_path / "out" / "trace")
 
 
