@@ -269,7 +269,7 @@ def _run_main(main: Callable[[Command], int | None]) -> int:
         except ValueError as error:
             raise ValueError(f"--out = {error}") from error
     try:
-        _configure_jax()
+        configure_jax()
         as_json = values["json"].value
         redirected = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
         name = pathlib.Path(sys.argv[0]).stem
@@ -338,7 +338,7 @@ def _remove_empty(folders: Sequence[pathlib.Path]) -> None:
             folder.rmdir()
 
 
-def _configure_jax() -> None:
+def configure_jax() -> None:
     """Imports JAX and keeps what it compiles between runs, where there is a folder for it."""
     import jax
 

@@ -22,7 +22,8 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path(os.path.expanduser(caches)) / "moe_jax"
 
 
-def _partial_sibling(path: pathlib.Path) -> pathlib.Path:
+def partial_sibling(path: pathlib.Path) -> pathlib.Path:
+    """A new hidden name beside a path, for what is renamed to it once it is whole."""
     return path.parent / f".{uuid.uuid4().hex}.partial"
 
 
@@ -51,7 +52,7 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial_sibling(path)
+    partial = partial_sibling(path)
     try:
         with open(partial, "xb") as file:
             file.write(data.encode() if isinstance(data, str) else data)
@@ -82,7 +83,7 @@ def replaced_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(20, "is a file where a folder is to be written", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _partial_sibling(path)
+    partial = partial_sibling(path)
     partial.mkdir()
     try:
         yield partial
@@ -104,7 +105,7 @@ def _put_in_place(partial: pathlib.Path, path: pathlib.Path) -> None:
         return
     if _exchange(partial, path):
         return
-    old = _partial_sibling(path)
+    old = partial_sibling(path)
     os.rename(path, old)
     try:
         os.rename(partial, path)

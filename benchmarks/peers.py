@@ -1,0 +1,198 @@
+"""Times moe_jax, transformers and llama.cpp on one checkpoint of random weights, in one run, in turn.
+
+    pip install -r requirements-benchmark.txt
+    python benchmarks/peers.py --config configs/benchmark_peers.gin --out out/peers
+
+The model is of the configured shape, in bfloat16 (4 GB in OUT, kept for the next run). Each system has a process of its
+own and as many threads as there are cores; all read the same tokens. transformers runs with each of its
+implementations of experts, and once in float32. Steps go from tokens on the host to logits, or a token, on the host.
+"""
+
+import multiprocessing
+import os
+import pathlib
+import statistics
+import traceback
+
+from moe_jax import command
+
+ROOT = pathlib.Path(__file__).parents[1]
+PROMPT = 128  # tokens that lie in the cache when decoding is first timed
+CASES = {"decode_1": 1, "decode_8": 8}  # rows
+PREFILL = 512  # tokens
+SLOW_STEPS = 2  # of systems that take seconds for some
+TRANSFORMERS = (("bfloat16", "eager"), ("bfloat16", "grouped_mm"), ("bfloat16", "batched_mm"), ("float32", "eager"))
+
+
+class Process:
+    """A system in a process of its own; its methods are called by name."""
+
+    def __init__(self, module: str, *arguments, **options):
+        context = multiprocessing.get_context("spawn")
+        self._calls, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(there, module, arguments, options), daemon=True)
+        self._process.start()
+        there.close()
+        self._answer()
+
+    def _answer(self):
+        try:
+            failed, answer = self._calls.recv()
+        except EOFError:
+            raise ValueError(f"a system ended with status {self._process.exitcode}") from None
+        if failed:
+            raise ValueError(answer)
+        return answer
+
+    def call(self, method: str, *arguments):
+        """Calls a method there and waits for what it returns."""
+        self._calls.send((method, arguments))
+        return self._answer()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._calls.close()
+        self._process.join()
+
+
+def _serve(calls, module: str, arguments, options) -> None:
+    import importlib
+
+    def answer(function):
+        try:
+            calls.send((False, function()))
+        except Exception as error:
+            traceback.print_exc()
+            calls.send((True, f"{module}: {error}"))
+
+    system = None
+
+    def make():
+        nonlocal system
+        system = importlib.import_module(f"systems.{module}").System(*arguments, **options)
+
+    answer(make)
+    while True:
+        try:
+            method, given = calls.recv()
+        except EOFError:
+            return
+        answer(lambda method=method, given=given: getattr(system, method)(*given))
+
+
+def main(run: command.Command) -> None:
+    """Writes the checkpoint, starts every system, and gives each case its turn in every round."""
+    import numpy as np
+    import tqdm
+
+    rounds, steps, threads = run.config.benchmark.rounds, run.config.benchmark.decode_steps, os.cpu_count()
+    with run.timed("write"):
+        folder, gguf = write_checkpoint(run)
+    vocab_size = run.config.decoder.vocab_size
+    length = PROMPT + (rounds + 2) * steps + rounds
+    random = np.random.default_rng(run.config.run.seed)
+    tokens_BT = {rows: random.integers(0, vocab_size, (rows, length)) for rows in CASES.values()}
+    prompt_T = random.integers(0, vocab_size, PREFILL)
+    starts = {
+        "moe_jax": lambda: Process("ours", str(folder), threads),
+        "llama.cpp": lambda: Process("llama_cpp", str(gguf), threads, tokens=max(length, PREFILL)),
+    }
+    for dtype, experts in TRANSFORMERS:
+        starts[f"transformers {experts} {dtype}"] = lambda dtype=dtype, experts=experts: Process(
+            "huggingface", str(folder), threads, dtype=dtype, experts=experts
+        )
+    seconds: dict[str, dict[str, list[float]]] = {}
+    floors: dict[str, list[float]] = {case: [] for case in CASES}
+    logits = {}
+
+    def turn(name, system, count):
+        of = seconds.setdefault(name, {})
+        of.setdefault(f"prefill_{PREFILL}", []).append(system.call("prefill", prompt_T))
+        for case, rows in CASES.items():
+            of.setdefault(case, []).extend(system.call("decode", tokens_BT[rows], PROMPT, count))
+            if name == "moe_jax":
+                floors[case].append(system.call("floor_ms", tokens_BT[rows], PROMPT))
+
+    with run.timed("run"):
+        always = {}
+        for name in ("moe_jax", "llama.cpp"):
+            always[name] = starts.pop(name)()
+            logits[name] = always[name].call("logits", prompt_T)
+            turn(name, always[name], steps)  # warm
+        seconds.clear()
+        for of in floors.values():
+            of.clear()
+        # transformers' processes come one by one: their weights would not all fit
+        shares = np.array_split(np.arange(rounds), len(starts))
+        with tqdm.tqdm(total=rounds, unit="round", disable=None) as bar:
+            for (name, start), share in zip(starts.items(), shares):
+                system = start()
+                logits[name] = system.call("logits", prompt_T)
+                for _ in share:
+                    for other, one in always.items():
+                        turn(other, one, steps)
+                    turn(name, system, SLOW_STEPS)
+                    bar.update()
+                system.close()
+        for system in always.values():
+            system.close()
+    run.finish(*_result(seconds, floors, logits))
+
+
+def write_checkpoint(run: command.Command) -> tuple[pathlib.Path, pathlib.Path]:
+    """The folder and the GGUF file, written unless they are there."""
+    from systems import gguf_file
+
+    from moe_jax import files
+    from moe_jax.checkpoint import huggingface
+    from moe_jax.study.random_model import random_params
+
+    config = run.config
+    folder, gguf = run.out / "checkpoint", run.out / "model.gguf"
+    if not folder.exists():
+        params = random_params(config.architecture, "bfloat16", config.run.seed)
+        huggingface.write_checkpoint(folder, config.architecture, params, model_type="olmoe")
+        gguf.unlink(missing_ok=True)
+    if huggingface.read_architecture(folder) != config.architecture:
+        raise ValueError(f"{folder} holds another model: remove it, or give another --out")
+    if not gguf.exists():
+        partial = files.partial_sibling(gguf)
+        gguf_file.write(folder, partial)
+        os.replace(partial, gguf)
+    return folder, gguf
+
+
+def _result(seconds, floors, logits) -> tuple[dict, str]:
+    """The figures, and the table."""
+    import numpy as np
+
+    ms = {name: {case: 1e3 * statistics.median(of) for case, of in cases.items()} for name, cases in seconds.items()}
+    figures, lines = {}, [f"{'median ms':32}" + "".join(f"{case:>14}" for case in ms["moe_jax"])]
+    for name, cases in ms.items():
+        lines.append(f"{name:32}" + "".join(f"{value:14.2f}" for value in cases.values()))
+        for case, value in cases.items():
+            figures[f"{name} {case}"] = {"value": value, "unit": "ms"}
+    for case, of in floors.items():
+        figures[f"floor {case}"] = {"value": statistics.median(of), "unit": "ms"}
+    streamed = "".join(f"{statistics.median(of):14.2f}" for of in floors.values())
+    lines.append(f"{'weights and cache streamed once':32}{'':14}{streamed}")
+    best = {case: min(of[case] for name, of in ms.items() if name.startswith("transformers")) for case in ms["moe_jax"]}
+    for name, other in (("llama.cpp", ms["llama.cpp"]), ("transformers' best", best)):
+        ratios = {case: other[case] / value for case, value in ms["moe_jax"].items()}
+        figures |= {f"speed over {name} {case}": {"value": value, "unit": "1"} for case, value in ratios.items()}
+        lines.append(f"{'speed over ' + name:32}" + "".join(f"{value:14.2f}" for value in ratios.values()))
+    for name, other in logits.items():
+        if name != "moe_jax":
+            difference = np.linalg.norm(other - logits["moe_jax"]) / np.linalg.norm(logits["moe_jax"])
+            figures[f"logits of {name}"] = {"value": float(difference), "unit": "relative difference"}
+            lines.append(f"{'logits of ' + name:32}{difference:14.4f} off")
+    return figures, "\n".join(lines)
+
+
+if __name__ == "__main__":
+    command.run(
+        main,
+        default_config=os.path.relpath(ROOT / "configs" / "benchmark_peers.gin"),
+        default_out="out/peers",
+        huge_pages=True,
+    )

@@ -1,0 +1,42 @@
+"""transformers on torch, with each of its implementations of experts."""
+
+import time
+
+import numpy as np
+
+
+class System:
+    """As `systems` says."""
+
+    def __init__(self, folder: str, threads: int, dtype: str, experts: str):
+        import torch
+        import transformers
+
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(False)
+        self._torch = torch
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=getattr(torch, dtype), experts_implementation=experts
+        ).eval()
+        self._going_on = {}
+
+    def _call(self, tokens_BT: np.ndarray, **options) -> tuple:
+        tokens = self._torch.tensor(np.asarray(tokens_BT, np.int64))
+        began = time.perf_counter()
+        out = self._model(input_ids=tokens, use_cache=True, logits_to_keep=1, **options)
+        out.logits[:, -1].argmax(dim=1).numpy()
+        return time.perf_counter() - began, out
+
+    def logits(self, tokens_T: np.ndarray) -> np.ndarray:
+        return self._call(tokens_T[None])[1].logits[0, -1].float().numpy()
+
+    def prefill(self, tokens_T: np.ndarray) -> float:
+        return self._call(tokens_T[None])[0]
+
+    def decode(self, tokens_BT: np.ndarray, prompt: int, steps: int) -> list[float]:
+        rows = len(tokens_BT)
+        if rows not in self._going_on:
+            self._going_on[rows] = self._call(tokens_BT[:, :prompt])[1].past_key_values, prompt
+        cache, place = self._going_on[rows]
+        self._going_on[rows] = cache, place + steps
+        return [self._call(tokens_BT[:, at, None], past_key_values=cache)[0] for at in range(place, place + steps)]

@@ -1,0 +1,53 @@
+"""moe_jax, through the programs that its engine runs."""
+
+import os
+
+import numpy as np
+
+
+class System:
+    """As `systems` says."""
+
+    def __init__(self, folder: str, threads: int):
+        assert threads == os.cpu_count(), "XLA takes every core"
+        import moe_jax
+        from moe_jax import command
+        from moe_jax.config.schema import SamplingConfig
+        from moe_jax.cost import hardware
+        from moe_jax.engine.request import execution_of
+        from moe_jax.study import speed
+
+        command.configure_jax()
+        self._speed = speed
+        self._model = moe_jax.load(folder)
+        self._execution = execution_of(self._model.architecture)
+        self._subject = speed.Subject(self._model.engine, self._execution, "model", SamplingConfig())
+        self._cases = {}
+        self._probe = hardware.Probe(self._model.params["embedding_VD"].dtype)
+
+    def logits(self, tokens_T: np.ndarray) -> np.ndarray:
+        return self._model.logits(tokens_T[None])[0, -1]
+
+    def prefill(self, tokens_T: np.ndarray) -> float:
+        if len(tokens_T) not in self._cases:
+            self._cases[len(tokens_T)] = self._speed.Prefill(self._subject, tokens_T)
+            self._cases[len(tokens_T)].step()
+        return self._cases[len(tokens_T)].step().seconds
+
+    def decode(self, tokens_BT: np.ndarray, prompt: int, steps: int) -> list[float]:
+        return [sample.seconds for sample in self._steps(tokens_BT, prompt, steps)]
+
+    def _steps(self, tokens_BT, prompt, steps):
+        key = "decode", len(tokens_BT)
+        if key not in self._cases:
+            self._cases[key] = self._speed.Decode(self._subject, tokens_BT, prompt)
+        return [self._cases[key].step() for _ in range(steps)]
+
+    def floor_ms(self, tokens_BT: np.ndarray, prompt: int) -> float:
+        """What this machine needs at the least for a decode step of these rows, measured now."""
+        from moe_jax.cost import roofline
+
+        [sample] = self._steps(tokens_BT, prompt, 1)
+        itemsize = self._model.params["embedding_VD"].dtype.itemsize
+        work = roofline.work(self._execution.architecture, sample.step, itemsize)
+        return 1e3 * roofline.floor_s(work, self._probe.measure())
