@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.kernels.grouped_matmul import api, reference, tiles
+from moe_jax.kernels.grouped_matmul import api, native, reference, tiles
 from moe_jax.kernels.grouped_matmul.api import IMPLEMENTATIONS, grouped_matmul
 
 # largest difference over the largest value of the reference
-TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3}
+TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}
 # rows, group sizes
 CASES = {
     "even": (64, [16, 16, 16, 16]),
@@ -23,6 +23,7 @@ CASES = {
     "nothing_kept": (16, [0, 0, 0, 0]),
     "single_row": (1, [0, 1, 0, 0]),
     "one_row_each": (4, [1, 1, 1, 1]),
+    "more_than_a_panel": (6000, [5900, 37, 0, 60]),
 }
 LAYERS, D, F = 3, 24, 40
 
@@ -52,6 +53,16 @@ def test_forward(implementation, case, dtype):
         got = jax.jit(grouped_matmul, static_argnums=4)(rows, weights, sizes, layer, implementation)
         assert got.dtype == rows.dtype
         assert_close(got, reference.forward(rows, weights, sizes, layer), dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_native_hands_out_its_float32_sums(dtype):
+    rows, weights, _ = draw(33, 4, jnp.dtype(dtype))
+    sizes = np.array([3, 0, 20, 9], np.int32)
+    got = native.forward(rows, weights, sizes, 1, jnp.float32)
+    assert got.dtype == jnp.float32
+    exact = reference.forward(rows.astype(np.float32), weights.astype(np.float32), sizes, 1)
+    assert_close(got, exact, "float32")
 
 
 @pytest.mark.parametrize("case", CASES)

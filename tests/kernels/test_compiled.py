@@ -1,0 +1,73 @@
+"""C++ kernels: compiled once, found again, and refused in one line where they cannot be."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.kernels import compiled
+from moe_jax.kernels.grouped_matmul import api, native
+
+SOURCE = native._SOURCE
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "moe_jax" / "kernels"
+
+
+def test_a_source_is_compiled_once(cache):
+    first = compiled._library(SOURCE)
+    written = first.stat().st_mtime_ns
+    assert compiled._library(SOURCE) == first and first.stat().st_mtime_ns == written
+    assert list(cache.iterdir()) == [first]
+
+
+def test_another_source_or_processor_is_another_library(cache, tmp_path, monkeypatch):
+    first = compiled._library(SOURCE)
+    changed = tmp_path / SOURCE.name
+    changed.write_text(SOURCE.read_text() + "// changed\n")
+    monkeypatch.setattr(compiled, "_processor", lambda: "another")
+    assert len({first, compiled._library(SOURCE), compiled._library(changed)}) == 3
+
+
+def test_a_cache_that_cannot_be_written_costs_the_compilation_alone(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert compiled._library(SOURCE).exists()
+
+
+def test_a_source_that_does_not_compile_is_refused_in_one_line(cache, tmp_path):
+    wrong = tmp_path / "wrong.cc"
+    wrong.write_text("int f( { return 1; }\n")
+    with pytest.raises(ValueError, match=r"cannot compile wrong\.cc: .*error: ") as refusal:
+        compiled._library(wrong)
+    assert len(str(refusal.value).splitlines()) == 1
+    assert list(cache.iterdir()) == []
+
+
+def test_without_a_compiler_auto_says_blocked_and_native_is_refused(monkeypatch):
+    monkeypatch.setattr(compiled, "compiler", lambda: None)
+    assert api.resolve("auto", "cpu") == "blocked"
+    with pytest.raises(ValueError, match="needs a C"):
+        compiled._library(SOURCE)
+
+
+def test_what_the_kernel_has_no_code_for_is_refused():
+    rows, weights = jnp.ones((2, 4), jnp.float32), jnp.ones((1, 1, 3, 4), jnp.bfloat16)
+    with pytest.raises(ValueError, match="rows are float32, weights bfloat16"):
+        native.forward(rows, weights, np.array([2]), 0)
+
+
+def test_steps_that_run_at_once_do_not_wait_for_each_other():
+    """Two calls without an order between them, each longer than the pool has threads."""
+    rows = jnp.ones((512, 256))
+    weights = jnp.ones((1, 8, 512, 256))
+    sizes = jnp.full(8, 64, jnp.int32)
+
+    @jax.jit
+    def both(rows, weights):
+        return [native.forward(rows + shift, weights, sizes, 0) for shift in range(8)]
+
+    for shift, out in enumerate(both(rows, weights)):
+        np.testing.assert_array_equal(out, 256.0 * (1 + shift))
