@@ -1,5 +1,6 @@
 """Scores labels behind positions of token rows: the one compiled step of all that asks a model how likely a text is."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -69,7 +70,7 @@ def score(
     execution: decoder.Execution,
     reference: int | None = None,
 ) -> list[Scores]:
-    """Scores one batch under several policies.
+    """Scores one batch under several policies, each with as many static slots as it keeps.
 
     Args:
         params: as `decoder.split` gives them.
@@ -82,7 +83,8 @@ def score(
     labels = (batch.source_Y, batch.label_Y, batch.num_labels)
 
     def hidden(live):
-        return _hidden(params, *rows, live, execution=execution)
+        kept = dataclasses.replace(execution, k_max=int(np.max(live.k_BL)))
+        return _hidden(params, *rows, live, execution=kept)
 
     from_reference = None if reference is None else hidden(settings[reference])
     scores = []

@@ -13,7 +13,7 @@ from moe_jax.config.schema import Architecture, AttentionConfig
 from moe_jax.model import rope
 from moe_jax.model.layers import Stacked, draw, ones, project, rms_norm
 
-QUERY_BLOCK = 256  # queries that attend at once: keys beyond the block are never multiplied
+QUERY_BLOCK = 128  # queries that attend at once: keys beyond the block are never multiplied
 TERMS = 8  # products that a step against the cache adds up at once
 
 
