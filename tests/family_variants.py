@@ -56,14 +56,17 @@ def _variant(model_type, attention, moe, trunk=(), of_attention=(), of_moe=()):
     )
 
 
+_NO_DENSE = {"dense_hidden": DecoderConfig().dense_hidden}  # of families that cannot say it
 _OLMOE = {"head_dim": 8, "qk_norm": True, "qk_norm_span": "all"}
 _QWEN2 = {"num_shared_experts": 1, "shared_gate": True}
 _V2 = {"num_shared_experts": 2, "group_score": "best"}
 _SCALED = {"routed_scaling": 2.5, "num_shared_experts": 2}
 _DENSE = {"num_dense_layers": 1}
 VARIANTS = {
-    "olmoe": _variant("olmoe", GROUPED, SOFTMAX, {}, {**_OLMOE, "num_kv_heads": 4}),
-    "olmoe_few_kv_heads": _variant("olmoe", GROUPED, SOFTMAX, {"tie_embeddings": True}, _OLMOE, {"normalize": True}),
+    "olmoe": _variant("olmoe", GROUPED, SOFTMAX, _NO_DENSE, {**_OLMOE, "num_kv_heads": 4}),
+    "olmoe_few_kv_heads": _variant(
+        "olmoe", GROUPED, SOFTMAX, {**_NO_DENSE, "tie_embeddings": True}, _OLMOE, {"normalize": True}
+    ),
     "qwen2_moe": _variant("qwen2_moe", GROUPED, SOFTMAX, {}, {"bias": True}, {**_QWEN2, "shared_hidden": 20}),
     "qwen2_moe_dense": _variant("qwen2_moe", GROUPED, SOFTMAX, _DENSE, {}, {**_QWEN2, "normalize": True}),
     "qwen3_moe": _variant("qwen3_moe", GROUPED, SOFTMAX, {}, {"qk_norm": True}, {"normalize": True}),
@@ -71,7 +74,7 @@ VARIANTS = {
         "qwen3_moe", GROUPED, SOFTMAX, {**_DENSE, "tie_embeddings": True, "norm_eps": 1e-3}, {**YARN, "qk_norm": True}
     ),
     "mixtral": _variant(
-        "mixtral", GROUPED, SOFTMAX, {}, {"rope_theta": 1e6}, {"num_experts": 8, "k": 2, "normalize": True}
+        "mixtral", GROUPED, SOFTMAX, _NO_DENSE, {"rope_theta": 1e6}, {"num_experts": 8, "k": 2, "normalize": True}
     ),
     "deepseek_v2": _variant(
         "deepseek_v2",
