@@ -20,6 +20,20 @@ class Placement(NamedTuple):
     index: tuple[int | slice, ...]
 
 
+def _attention_sizes(attention: AttentionConfig) -> dict[str, int]:
+    """Sizes of the letters that only attention uses."""
+    if attention.kind == "grouped":
+        return {"A": attention.head_dim}
+    return {
+        "A": attention.nope_head_dim + attention.rope_head_dim,
+        "X": attention.value_head_dim,
+        "O": attention.nope_head_dim + attention.value_head_dim,
+        "U": attention.query_rank,
+        "Z": attention.latent_rank,
+        "W": attention.latent_rank + attention.rope_head_dim,
+    }
+
+
 @dataclasses.dataclass(frozen=True)
 class Rule:
     """Where one stacked parameter is kept in a checkpoint.
@@ -27,14 +41,17 @@ class Rule:
     Attributes:
         parameter: its path in our tree, such as `moe/experts/down_LEDF`.
         tensor: the name of its tensors, with the letters that the name spells out: `model.layers.{L}...{E}...weight`.
-        stored: the remaining letters in stored order; those stored as one dimension stand together: `HA D`.
+        stored: the remaining letters in stored order; those stored as one dimension stand together: `HA D`. A 1 is a
+            dimension of one that the parameter lacks.
         float32: kept in float32 whatever the dtype of the checkpoint.
+        halves: how the name spells the two of letter I.
     """
 
     parameter: str
     tensor: str
     stored: str
     float32: bool = False
+    halves: tuple[str, str] = ("gate_proj", "up_proj")
 
     @property
     def letters(self) -> str:
@@ -47,7 +64,7 @@ class Rule:
         hidden = {
             "ffn": decoder.dense_hidden,
             "experts": moe.expert_hidden,
-            "shared": moe.expert_hidden * moe.num_shared_experts,
+            "shared": moe.shared_width,
         }
         return {
             "V": decoder.vocab_size,
@@ -58,7 +75,8 @@ class Rule:
             "F": hidden.get(parents[-1], 0) if parents else 0,
             "H": attention.num_heads,
             "G": attention.num_kv_heads,
-            "A": attention.head_dim,
+            "1": 1,
+            **_attention_sizes(attention),
         }
 
     def shape(self, architecture: Architecture) -> tuple[int, ...]:
@@ -86,13 +104,13 @@ class Rule:
         first_layer = 0 if self.parameter.startswith("dense/") else architecture.decoder.num_dense_layers
         for position in np.ndindex(*(sizes[letter] for letter in named)):
             at = dict(zip(named, position, strict=True))
-            spelled = {**at, "L": first_layer + at.get("L", 0), "I": ("gate_proj", "up_proj")[at.get("I", 0)]}
+            spelled = {**at, "L": first_layer + at.get("L", 0), "I": self.halves[at.get("I", 0)]}
             yield Placement(
                 self.tensor.format(**spelled), tuple(at.get(letter, slice(None)) for letter in self.letters)
             )
 
     def _orders(self) -> tuple[str, str]:
-        stored = self.stored.replace(" ", "")
+        stored = self.stored.replace(" ", "").replace("1", "")
         return stored, "".join(letter for letter in self.letters if letter in stored)
 
     def from_stored(self, tensor: np.ndarray, architecture: Architecture) -> np.ndarray:
@@ -117,34 +135,70 @@ def trunk_rules(decoder: DecoderConfig) -> list[Rule]:
 
 
 def attention_rules(stack: str, attention: AttentionConfig) -> list[Rule]:
-    """Grouped-query attention and the two norms of a layer, under the names that most families share."""
+    """Attention and the two norms of a layer, under the names that most families share."""
     layer = "model.layers.{L}"
-    rules = [
+    norms = [
         Rule(f"{stack}/attention_norm_LD", f"{layer}.input_layernorm.weight", "D"),
         Rule(f"{stack}/ffn_norm_LD", f"{layer}.post_attention_layernorm.weight", "D"),
-        Rule(f"{stack}/attention/query_LHAD", f"{layer}.self_attn.q_proj.weight", "HA D"),
-        Rule(f"{stack}/attention/key_LGAD", f"{layer}.self_attn.k_proj.weight", "GA D"),
-        Rule(f"{stack}/attention/value_LGAD", f"{layer}.self_attn.v_proj.weight", "GA D"),
-        Rule(f"{stack}/attention/output_LDHA", f"{layer}.self_attn.o_proj.weight", "D HA"),
+    ]
+    rules_of = {"grouped": _grouped_rules, "latent": _latent_rules}[attention.kind]
+    return norms + rules_of(f"{stack}/attention", f"{layer}.self_attn", attention)
+
+
+def _grouped_rules(ours: str, theirs: str, attention: AttentionConfig) -> list[Rule]:
+    rules = [
+        Rule(f"{ours}/query_LHAD", f"{theirs}.q_proj.weight", "HA D"),
+        Rule(f"{ours}/key_LGAD", f"{theirs}.k_proj.weight", "GA D"),
+        Rule(f"{ours}/value_LGAD", f"{theirs}.v_proj.weight", "GA D"),
+        Rule(f"{ours}/output_LDHA", f"{theirs}.o_proj.weight", "D HA"),
     ]
     if attention.qk_norm:
+        query, key = ("HA", "GA") if attention.qk_norm_span == "all" else ("A", "A")
         rules += [
-            Rule(f"{stack}/attention/query_norm_LA", f"{layer}.self_attn.q_norm.weight", "A"),
-            Rule(f"{stack}/attention/key_norm_LA", f"{layer}.self_attn.k_norm.weight", "A"),
+            Rule(f"{ours}/query_norm_L{query}", f"{theirs}.q_norm.weight", query),
+            Rule(f"{ours}/key_norm_L{key}", f"{theirs}.k_norm.weight", key),
         ]
     if attention.bias:
         rules += [
-            Rule(f"{stack}/attention/query_bias_LHA", f"{layer}.self_attn.q_proj.bias", "HA"),
-            Rule(f"{stack}/attention/key_bias_LGA", f"{layer}.self_attn.k_proj.bias", "GA"),
-            Rule(f"{stack}/attention/value_bias_LGA", f"{layer}.self_attn.v_proj.bias", "GA"),
+            Rule(f"{ours}/query_bias_LHA", f"{theirs}.q_proj.bias", "HA"),
+            Rule(f"{ours}/key_bias_LGA", f"{theirs}.k_proj.bias", "GA"),
+            Rule(f"{ours}/value_bias_LGA", f"{theirs}.v_proj.bias", "GA"),
         ]
     return rules
 
 
-def gated_rules(parameter: str, tensor: str) -> list[Rule]:
+def _latent_rules(ours: str, theirs: str, attention: AttentionConfig) -> list[Rule]:
+    if attention.query_rank:
+        queries = [
+            Rule(f"{ours}/query_down_LUD", f"{theirs}.q_a_proj.weight", "U D"),
+            Rule(f"{ours}/query_latent_norm_LU", f"{theirs}.q_a_layernorm.weight", "U"),
+            Rule(f"{ours}/query_up_LHAU", f"{theirs}.q_b_proj.weight", "HA U"),
+        ]
+    else:
+        queries = [Rule(f"{ours}/query_LHAD", f"{theirs}.q_proj.weight", "HA D")]
+    return queries + [
+        Rule(f"{ours}/latent_LWD", f"{theirs}.kv_a_proj_with_mqa.weight", "W D"),
+        Rule(f"{ours}/latent_norm_LZ", f"{theirs}.kv_a_layernorm.weight", "Z"),
+        Rule(f"{ours}/key_value_up_LHOZ", f"{theirs}.kv_b_proj.weight", "HO Z"),
+        Rule(f"{ours}/output_LDHX", f"{theirs}.o_proj.weight", "D HX"),
+    ]
+
+
+def gated_rules(
+    parameter: str, tensor: str, halves: tuple[str, str] = ("gate_proj", "up_proj"), down: str = "down_proj"
+) -> list[Rule]:
     """A gated feed-forward: gate and up projections side by side, and the way down."""
     per_expert = "E" if "{E}" in tensor else ""
     return [
-        Rule(f"{parameter}/gate_up_L{per_expert}IFD", f"{tensor}.{{I}}.weight", "F D"),
-        Rule(f"{parameter}/down_L{per_expert}DF", f"{tensor}.down_proj.weight", "D F"),
+        Rule(f"{parameter}/gate_up_L{per_expert}IFD", f"{tensor}.{{I}}.weight", "F D", halves=halves),
+        Rule(f"{parameter}/down_L{per_expert}DF", f"{tensor}.{down}.weight", "D F"),
     ]
+
+
+def decoder_rules(architecture: Architecture, experts: list[Rule]) -> tuple[Rule, ...]:
+    """All rules but those of what stands where the dense layers have their feed-forward, which are given."""
+    rules = trunk_rules(architecture.decoder)
+    if architecture.decoder.num_dense_layers:
+        rules += attention_rules("dense", architecture.attention)
+        rules += gated_rules("dense/ffn", "model.layers.{L}.mlp")
+    return tuple(rules + attention_rules("moe", architecture.attention) + experts)

@@ -1,5 +1,6 @@
-"""The cache of keys and values: the shapes that requests round up to, its bytes, and its allocation."""
+"""The cache of attention: the shapes that requests round up to, its bytes, and its allocation."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,8 @@ import numpy as np
 import psutil
 
 from moe_jax.config.schema import Architecture
-from moe_jax.model.decoder import Cache
+from moe_jax.model.attention import Cache
+from moe_jax.model.decoder import ATTENTION
 
 SHORTEST = 16  # positions of the smallest bucket
 
@@ -47,8 +49,7 @@ def shape_of(prompts: Sequence[int], continuations: Sequence[int], max_context: 
 
 def allocate(architecture: Architecture, batch: int, memory: int, dtype: jnp.dtype) -> Cache:
     """An empty cache of `batch` rows and `memory` positions."""
-    key_LBMGA, value_LBMGA = (jnp.zeros(_array_shape(architecture, batch, memory), dtype) for _ in range(2))
-    return Cache(key_LBMGA, value_LBMGA)
+    return Cache(*(jnp.zeros(shape, dtype) if shape else None for shape in _array_shapes(architecture, batch, memory)))
 
 
 def require_memory(architecture: Architecture, shape: Shape, dtype: np.dtype) -> None:
@@ -57,7 +58,8 @@ def require_memory(architecture: Architecture, shape: Shape, dtype: np.dtype) ->
     Raises:
         ValueError: saying what it needs and what is available.
     """
-    needed_bytes = 2 * int(np.prod(_array_shape(architecture, shape.batch, shape.memory))) * np.dtype(dtype).itemsize
+    shapes = filter(None, _array_shapes(architecture, shape.batch, shape.memory))
+    needed_bytes = sum(math.prod(one) for one in shapes) * np.dtype(dtype).itemsize
     free_bytes = available_bytes()
     if needed_bytes > free_bytes:
         raise ValueError(
@@ -66,9 +68,12 @@ def require_memory(architecture: Architecture, shape: Shape, dtype: np.dtype) ->
         )
 
 
-def _array_shape(architecture: Architecture, batch: int, memory: int) -> tuple[int, ...]:
+def _array_shapes(architecture: Architecture, batch: int, memory: int) -> list[tuple[int, ...] | None]:
+    """Of keys and of values; None where the keys hold the values."""
     attention = architecture.attention
-    return (architecture.decoder.num_layers, batch, memory, attention.num_kv_heads, attention.head_dim)
+    kv_heads, *widths = ATTENTION[attention.kind].cached_widths(attention)
+    leading = (architecture.decoder.num_layers, batch, memory, kv_heads)
+    return [(*leading, width) if width else None for width in widths]
 
 
 def available_bytes() -> int:

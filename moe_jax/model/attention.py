@@ -1,8 +1,13 @@
-"""Grouped-query attention: whole sequences, and one step against a cache."""
+"""Grouped-query attention: whole sequences, and one step against a cache.
 
+Every kind of attention is a module with an `Attention` (its weights) and a function `heads` (projections, norms and
+rotation), whose result mixes positions: `causal` over whole sequences, `step` against a cache of what `kept` gives.
+"""
+
+import dataclasses
+import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +18,7 @@ from moe_jax.config.schema import Architecture, AttentionConfig
 from moe_jax.model import rope
 from moe_jax.model.layers import Stacked, draw, ones, project, rms_norm
 
+OUTPUT = "output_DHA"  # the weight that projects mixed heads back
 QUERY_BLOCK = 128  # queries that attend at once: keys beyond the block are never multiplied
 TERMS = 8  # products that a step against the cache adds up at once
 
@@ -31,39 +37,71 @@ class Attention(nnx.Module):
             self.query_bias_LHA = nnx.Param(jnp.zeros((num_layers, heads, head_dim), jnp.float32))
             self.key_bias_LGA = nnx.Param(jnp.zeros((num_layers, kv_heads, head_dim), jnp.float32))
             self.value_bias_LGA = nnx.Param(jnp.zeros((num_layers, kv_heads, head_dim), jnp.float32))
-        if attention.qk_norm:
+        if attention.qk_norm and attention.qk_norm_span == "all":
+            self.query_norm_LHA = ones(num_layers, heads, head_dim)
+            self.key_norm_LGA = ones(num_layers, kv_heads, head_dim)
+        elif attention.qk_norm:
             self.query_norm_LA = ones(num_layers, head_dim)
             self.key_norm_LA = ones(num_layers, head_dim)
 
 
-class Heads(NamedTuple):
+class Cache(NamedTuple):
+    """What attention keeps of the positions seen so far, all layers: the dense prefix first."""
+
+    key_LBMGA: jax.Array
+    value_LBMGX: jax.Array | None  # None where the keys hold the values
+
+
+class Kept(NamedTuple):
+    """What one layer adds to the cache."""
+
+    key_BTGA: jax.Array
+    value_BTGX: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
     """Queries, keys and values, normed and rotated."""
 
     query_BTHA: jax.Array
     key_BTGA: jax.Array
-    value_BTGA: jax.Array
+    value_BTGX: jax.Array
+    scale: float  # of the scores
+
+    @property
+    def kept(self) -> Kept:
+        """What later positions will read."""
+        return Kept(self.key_BTGA, self.value_BTGX)
+
+    def causal(self, segments_BT: jax.Array) -> jax.Array:
+        """Mixes positions of whole sequences: mixed_BTHX, see `causal`."""
+        return causal(self.query_BTHA, self.key_BTGA, self.value_BTGX, segments_BT, self.scale)
+
+    def step(self, cache: Cache, layer: jax.Array | int, seen_BM: jax.Array) -> jax.Array:
+        """Mixes what the one query of a row sees of the cache: mixed_BTHX, see `step`."""
+        return step(self.query_BTHA, cache.key_LBMGA, cache.value_LBMGX, layer, seen_BM, self.scale)
 
 
-def attend(
+def cached_widths(attention: AttentionConfig) -> tuple[int, int, int]:
+    """Heads that a cache holds of every position, and the channels of each one's key and value."""
+    return attention.num_kv_heads, attention.head_dim, attention.head_dim
+
+
+def heads(
     x_BTD: jax.Array,
     weights: dict[str, jax.Array | Stacked],
     turn: tuple[jax.Array, jax.Array],
     attention: AttentionConfig,
     norm_eps: float,
-    core: Callable[[Heads], tuple[jax.Array, Any]],
-) -> tuple[jax.Array, Any]:
-    """Projects to heads, lets `core` mix positions, and projects back.
+) -> Heads:
+    """Projects to heads.
 
     Args:
         x_BTD: normed activations.
         weights: one layer of `Attention`, its names without the leading L.
         turn: cosines and sines of the positions.
         attention: the section of the configuration.
-        norm_eps: of the head norms.
-        core: heads -> (mixed_BTHA, anything to hand back, such as an updated cache).
-
-    Returns:
-        out_BTD, and what `core` handed back.
+        norm_eps: of the query and key norms.
     """
     query_BTHA = project(x_BTD, weights["query_HAD"])
     key_BTGA = project(x_BTD, weights["key_GAD"])
@@ -72,29 +110,44 @@ def attend(
         query_BTHA = query_BTHA + weights["query_bias_HA"][None, None]
         key_BTGA = key_BTGA + weights["key_bias_GA"][None, None]
         value_BTGA = value_BTGA + weights["value_bias_GA"][None, None]
-    if attention.qk_norm:
+    if attention.qk_norm and attention.qk_norm_span == "all":
+        query_BTHA = _norm_of_all(query_BTHA, weights["query_norm_HA"], norm_eps)
+        key_BTGA = _norm_of_all(key_BTGA, weights["key_norm_GA"], norm_eps)
+    elif attention.qk_norm:
         query_BTHA = rms_norm(query_BTHA, weights["query_norm_A"], norm_eps)
         key_BTGA = rms_norm(key_BTGA, weights["key_norm_A"], norm_eps)
-    mixed_BTHA, handed_back = core(Heads(rope.rotate(query_BTHA, turn), rope.rotate(key_BTGA, turn), value_BTGA))
-    return project(mixed_BTHA, weights["output_DHA"], 2), handed_back
+    query_BTHA, key_BTGA = (rope.rotate(x, turn, attention.rope_interleaved) for x in (query_BTHA, key_BTGA))
+    return Heads(query_BTHA, key_BTGA, value_BTGA, rope.score_scale(attention, attention.head_dim))
 
 
-def mix(query_BTHA: jax.Array, key_BMGA: jax.Array, value_BMGA: jax.Array, mask_BTM: jax.Array) -> jax.Array:
+def _norm_of_all(x_BTHA: jax.Array, scale_HA: jax.Array, eps: float) -> jax.Array:
+    together = rms_norm(x_BTHA.reshape(*x_BTHA.shape[:2], -1), scale_HA.reshape(-1), eps)
+    return together.reshape(x_BTHA.shape)
+
+
+def mix(
+    query_BTHA: jax.Array, key_BMGA: jax.Array, value_BMGX: jax.Array, mask_BTM: jax.Array, scale: float
+) -> jax.Array:
     """Softmax attention in float32. Every query must see a key.
 
     Returns:
-        mixed_BTHA in the dtype of the queries.
+        mixed_BTHX in the dtype of the values.
     """
     batch, num_queries, heads, head_dim = query_BTHA.shape
     query_BTGQA = query_BTHA.reshape(batch, num_queries, key_BMGA.shape[2], -1, head_dim)
     score_BGQTM = jnp.einsum("btgqa,bmga->bgqtm", query_BTGQA, key_BMGA, preferred_element_type=jnp.float32)
-    score_BGQTM = jnp.where(mask_BTM[:, None, None], score_BGQTM * head_dim**-0.5, -1e30)
-    share_BGQTM = jax.nn.softmax(score_BGQTM, axis=-1).astype(value_BMGA.dtype)
-    return jnp.einsum("bgqtm,bmga->btgqa", share_BGQTM, value_BMGA).reshape(batch, num_queries, heads, head_dim)
+    score_BGQTM = jnp.where(mask_BTM[:, None, None], score_BGQTM * scale, -1e30)
+    share_BGQTM = jax.nn.softmax(score_BGQTM, axis=-1).astype(value_BMGX.dtype)
+    return jnp.einsum("bgqtm,bmgx->btgqx", share_BGQTM, value_BMGX).reshape(batch, num_queries, heads, -1)
 
 
 def step(
-    query_BTHA: jax.Array, key_LBMGA: jax.Array, value_LBMGA: jax.Array, layer: jax.Array | int, seen_BM: jax.Array
+    query_BTHA: jax.Array,
+    key_LBMGA: jax.Array,
+    value_LBMGA: jax.Array,
+    layer: jax.Array | int,
+    seen_BM: jax.Array,
+    scale: float,
 ) -> jax.Array:
     """What `mix` does, for one query per row and keys and values within the stack of all layers.
 
@@ -107,6 +160,7 @@ def step(
         value_LBMGA: of all layers.
         layer: which of them.
         seen_BM: bool, the positions that the row sees: at least one.
+        scale: of the scores.
 
     Returns:
         mixed_BTHA in the dtype of the queries.
@@ -121,7 +175,7 @@ def step(
     for term in range(terms):
         part = lax.dynamic_slice_in_dim(lax.dynamic_index_in_dim(keys, layer, keepdims=False), term, 1, 3)
         sums = sums + queries[:, :, :, :, term] * part.astype(jnp.float32)
-    score_BMGQ = lax.optimization_barrier(sums).sum(axis=-1) * head_dim**-0.5
+    score_BMGQ = lax.optimization_barrier(sums).sum(axis=-1) * scale
     share_BMGQ = jax.nn.softmax(jnp.where(seen_BM[:, :, None, None], score_BMGQ, -1e30), axis=1)
 
     terms = math.gcd(memory, TERMS)
@@ -135,7 +189,9 @@ def step(
     return mixed.reshape(query_BTHA.shape).astype(query_BTHA.dtype)
 
 
-def causal(heads: Heads, segments_BT: jax.Array) -> jax.Array:
+def causal(
+    query_BTHA: jax.Array, key_BTGA: jax.Array, value_BTGX: jax.Array, segments_BT: jax.Array, scale: float
+) -> jax.Array:
     """Attention over whole sequences: a position sees itself, and earlier positions of its segment or of a prefix.
 
     The number of a prefix segment is negative: every later segment of its row goes on from it.
@@ -143,16 +199,13 @@ def causal(heads: Heads, segments_BT: jax.Array) -> jax.Array:
     Goes by blocks of queries, so that the keys behind a block are not multiplied, and recomputes the scores in the
     gradient rather than keep them.
     """
-    length = heads.query_BTHA.shape[1]
+    length = query_BTHA.shape[1]
+    mix_block = jax.checkpoint(functools.partial(mix, scale=scale))
     blocks = []
     for first in range(0, length, QUERY_BLOCK):
         last = min(first + QUERY_BLOCK, length)
         order_TM = jnp.arange(first, last)[:, None] >= jnp.arange(last)[None, :]
         key_segments_B1M = segments_BT[:, None, :last]
         mask_BTM = ((segments_BT[:, first:last, None] == key_segments_B1M) | (key_segments_B1M < 0)) & order_TM[None]
-        blocks.append(
-            jax.checkpoint(mix)(
-                heads.query_BTHA[:, first:last], heads.key_BTGA[:, :last], heads.value_BTGA[:, :last], mask_BTM
-            )
-        )
+        blocks.append(mix_block(query_BTHA[:, first:last], key_BTGA[:, :last], value_BTGX[:, :last], mask_BTM))
     return jnp.concatenate(blocks, axis=1)

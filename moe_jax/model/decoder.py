@@ -1,7 +1,7 @@
 """The decoder: a dense prefix, then MoE layers; whole sequences for training, and prefill and decode with a cache."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,13 @@ from flax import nnx
 from jax import lax
 
 from moe_jax.config.schema import Architecture
-from moe_jax.model import attention as attention_part
-from moe_jax.model import rope
-from moe_jax.model.attention import Attention, Heads, attend
-from moe_jax.model.layers import FeedForward, Stacked, draw, feed_forward, ones, project, rms_norm
+from moe_jax.model import attention, latent_attention, rope
+from moe_jax.model.attention import Cache
+from moe_jax.model.layers import FeedForward, Stacked, draw, feed_forward, one_layer, ones, project, rms_norm
 from moe_jax.model.moe import Experts, Router, Traffic, moe_layer
 from moe_jax.routing.policies.base import Context, Settings
 
+ATTENTION = {"grouped": attention, "latent": latent_attention}  # by `attention.kind`
 FEW_ROWS = 64  # up to so many, weights are read where they lie
 Params = dict[str, Any]  # nested dicts of arrays, as `split` gives them
 
@@ -26,7 +26,8 @@ class Layers(nnx.Module):
     def __init__(self, architecture: Architecture, num_layers: int, residual_gain: float, rngs: nnx.Rngs):
         d_model = architecture.decoder.d_model
         self.attention_norm_LD = ones(num_layers, d_model)
-        self.attention = Attention(architecture, num_layers, residual_gain, rngs)
+        kind = ATTENTION[architecture.attention.kind]
+        self.attention = kind.Attention(architecture, num_layers, residual_gain, rngs)
         self.ffn_norm_LD = ones(num_layers, d_model)
 
 
@@ -49,8 +50,9 @@ class MoELayers(Layers):
         self.router = Router(decoder.num_moe_layers, decoder.d_model, moe, rngs)
         self.experts = Experts(decoder.num_moe_layers, decoder.d_model, moe, residual_gain, rngs)
         if moe.num_shared_experts:
-            shared_hidden = moe.expert_hidden * moe.num_shared_experts
-            self.shared = FeedForward(decoder.num_moe_layers, decoder.d_model, shared_hidden, residual_gain, rngs)
+            self.shared = FeedForward(decoder.num_moe_layers, decoder.d_model, moe.shared_width, residual_gain, rngs)
+        if moe.shared_gate:
+            self.shared_gate_LD = draw(rngs, (decoder.num_moe_layers, decoder.d_model), decoder.d_model)
 
 
 class Decoder(nnx.Module):
@@ -81,13 +83,6 @@ class Execution:
         return self.grouped_matmul == "native" and rows <= FEW_ROWS
 
 
-class Cache(NamedTuple):
-    """Keys and values of the positions seen so far, all layers: the dense prefix first."""
-
-    key_LBMGA: jax.Array
-    value_LBMGA: jax.Array
-
-
 def split(decoder: Decoder) -> Params:
     """The parameters as nested dicts of arrays."""
     return nnx.to_pure_dict(nnx.state(decoder))
@@ -105,9 +100,9 @@ def _one_layer(weights: Params, layer: jax.Array | int, in_place: bool = False) 
     def of_layer(name, value):
         if isinstance(value, dict):
             return _one_layer(value, layer, in_place and name != "router")
-        if in_place and value.ndim > 2 and "bias" not in name:
+        if in_place and value.ndim > 2 and "bias" not in name and "norm" not in name:
             return Stacked(value, layer)
-        return lax.dynamic_index_in_dim(value, layer, 0, keepdims=False)
+        return one_layer(value, layer)
 
     return {name.replace("_L", "_"): of_layer(name, value) for name, value in weights.items()}
 
@@ -117,8 +112,9 @@ def _layer(x_BTD, weights, turn, core, ffn, architecture):
     eps = architecture.decoder.norm_eps
     with jax.named_scope("attention"):
         normed = rms_norm(x_BTD, weights["attention_norm_D"], eps)
-        out_BTD, from_core = attend(normed, weights["attention"], turn, architecture.attention, eps, core)
-        x_BTD = x_BTD + out_BTD
+        kind, of_kind = ATTENTION[architecture.attention.kind], weights["attention"]
+        mixed_BTHX, from_core = core(kind.heads(normed, of_kind, turn, architecture.attention, eps))
+        x_BTD = x_BTD + project(mixed_BTHX, of_kind[kind.OUTPUT], 2)
     with jax.named_scope("ffn"):
         normed = rms_norm(x_BTD, weights["ffn_norm_D"], eps)
         y_ND, from_ffn = ffn(normed.reshape(-1, normed.shape[-1]))
@@ -140,7 +136,7 @@ def _context(column: jax.Array, valid_BT: jax.Array) -> Context:
 
 
 def _turn(positions_BT: jax.Array, architecture: Architecture):
-    return rope.angles(positions_BT, architecture.attention.rope_dim, architecture.attention.rope_theta)
+    return rope.angles(positions_BT, architecture.attention)
 
 
 def hidden(
@@ -169,8 +165,8 @@ def hidden(
     turn = _turn(positions_BT, architecture)
     x_BTD = params["embedding_VD"][tokens_BT]
 
-    def core(heads: Heads):
-        return attention_part.causal(heads, segments_BT), None
+    def core(heads):
+        return heads.causal(segments_BT), None
 
     for layer in range(architecture.decoder.num_dense_layers):
         weights = _one_layer(params["dense"], layer)
@@ -215,7 +211,7 @@ def extend(
 
     Args:
         params: as `split` gives them.
-        cache: keys and values of the earlier positions.
+        cache: what attention kept of the earlier positions.
         tokens_BT: int32 ids; rows may be padded at their end. T > 1 is a prefill: every start must be 0.
         start_B: int32, the position of each row's first token.
         valid_BT: bool, False for padding and for finished rows.
@@ -233,20 +229,20 @@ def extend(
     x_BTD = params["embedding_VD"][tokens_BT]
 
     def core(layer, cache):
-        def run(heads: Heads):
+        def run(heads):
             if length > 1:  # a prefill sees nothing but itself, and what its padding writes is overwritten in time
-                at = (layer, 0, 0, 0, 0)
-                written = Cache(
-                    lax.dynamic_update_slice(cache.key_LBMGA, heads.key_BTGA[None], at),
-                    lax.dynamic_update_slice(cache.value_LBMGA, heads.value_BTGA[None], at),
-                )
-                return attention_part.causal(heads, jnp.ones_like(tokens_BT)), written
-            rows = jnp.arange(batch)
-            written = Cache(
-                cache.key_LBMGA.at[layer, rows, start_B].set(heads.key_BTGA[:, 0]),
-                cache.value_LBMGA.at[layer, rows, start_B].set(heads.value_BTGA[:, 0]),
-            )
-            return attention_part.step(heads.query_BTHA, *written, layer, seen_BM), written
+
+                def write(all_layers, new):
+                    return lax.dynamic_update_slice(all_layers, new[None], (layer, 0, 0, 0, 0))
+
+                mixed_BTHX = heads.causal(jnp.ones_like(tokens_BT))
+                return mixed_BTHX, Cache(*jax.tree.map(write, tuple(cache), tuple(heads.kept)))
+
+            def append(all_layers, new):
+                return all_layers.at[layer, jnp.arange(batch), start_B].set(new[:, 0])
+
+            written = Cache(*jax.tree.map(append, tuple(cache), tuple(heads.kept)))
+            return heads.step(written, layer, seen_BM), written
 
         return run
 

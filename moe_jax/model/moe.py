@@ -69,7 +69,8 @@ def moe_layer(
 
     Args:
         x_ND: normed activations.
-        weights: this layer's, names without the leading L; `router` and, where there are any, `shared` are read.
+        weights: this layer's, names without the leading L; `router` and, where there are any, `shared` and
+            `shared_gate_D` are read.
         experts: the stack that holds the routed experts.
         layer: int32 scalar, where in that stack this layer stands.
         live: settings of the policy.
@@ -93,5 +94,9 @@ def moe_layer(
     )
     if moe.num_shared_experts:
         with jax.named_scope("shared_experts"):
-            y_ND = y_ND + feed_forward(x_ND, weights["shared"])
+            shared_ND = feed_forward(x_ND, weights["shared"])
+            if moe.shared_gate:
+                gate_N = jnp.einsum("nd,d->n", x_ND, weights["shared_gate_D"], preferred_element_type=jnp.float32)
+                shared_ND = (jax.nn.sigmoid(gate_N)[:, None] * shared_ND).astype(x_ND.dtype)
+            y_ND = y_ND + shared_ND
     return y_ND, Traffic(load_E, balance.load_loss(routing, load_E.astype(jnp.float32), context.valid_N))

@@ -12,8 +12,8 @@ def route(x_ND: jax.Array, weight_ED: jax.Array, bias_E: jax.Array | None, moe: 
     """Scores every expert for every token, in float32 whatever the model's dtype.
 
     The selection bias moves the choice and never the mixing weight (auxiliary-loss-free balancing, DeepSeek-V3,
-    arXiv 2412.19437, section 2.1.2). With groups, a group scores the sum of its two best experts, and experts outside
-    the best `num_groups_kept` groups score -inf.
+    arXiv 2412.19437, section 2.1.2). With groups, a group scores the sum of its two best experts (DeepSeek-V3) or its
+    best expert (DeepSeek-V2), and experts outside the best `num_groups_kept` groups score -inf.
     """
     x_ND, weight_ED = x_ND.astype(jnp.float32), weight_ED.astype(jnp.float32)
     logits_NE = jnp.einsum("nd,ed->ne", x_ND, weight_ED, precision=lax.Precision.HIGHEST)
@@ -27,7 +27,8 @@ def route(x_ND: jax.Array, weight_ED: jax.Array, bias_E: jax.Array | None, moe: 
 def _limit_groups(score_NE: jax.Array, moe: MoEConfig) -> jax.Array:
     num_tokens, num_experts = score_NE.shape
     score_NRE = score_NE.reshape(num_tokens, moe.num_groups, num_experts // moe.num_groups)
-    best_two = lax.top_k(score_NRE, min(2, score_NRE.shape[2]))[0].sum(axis=2)
-    _, kept = lax.top_k(best_two, moe.num_groups_kept)
+    counted = 2 if moe.group_score == "best_two" else 1
+    group_score_NR = lax.top_k(score_NRE, min(counted, score_NRE.shape[2]))[0].sum(axis=2)
+    _, kept = lax.top_k(group_score_NR, moe.num_groups_kept)
     kept_NR = (kept[:, :, None] == jnp.arange(moe.num_groups)[None, None, :]).any(axis=1)
     return jnp.where(kept_NR[:, :, None], score_NRE, -jnp.inf).reshape(num_tokens, num_experts)

@@ -12,6 +12,7 @@ from moe_jax.engine import cache as caches
 from moe_jax.model import decoder
 from moe_jax.routing.policies.base import Settings
 from tests import tiny_model
+from tests.family_variants import VARIANTS
 
 UNTIED = tiny_model.changed(
     decoder={"tie_embeddings": False, "num_dense_layers": 0},
@@ -19,6 +20,13 @@ UNTIED = tiny_model.changed(
     moe={"num_shared_experts": 0, "selection_bias": False, "score": "softmax"},
 )
 SEVERAL_SHARED = tiny_model.changed(moe={"num_shared_experts": 3}, attention={"num_kv_heads": 4})
+
+ARCHITECTURES = {
+    "tiny": tiny_model.ARCHITECTURE,
+    "untied": UNTIED,
+    "several_shared": SEVERAL_SHARED,
+    **{name: variant.architecture for name, variant in VARIANTS.items()},
+}
 
 
 def shapes_of(architecture):
@@ -29,7 +37,7 @@ def count(tree):
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize("architecture", [tiny_model.ARCHITECTURE, UNTIED, SEVERAL_SHARED])
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_parameters_are_those_of_the_arrays(architecture):
     shapes = shapes_of(architecture)
     assert roofline.parameters(architecture) == count(shapes)
@@ -38,7 +46,16 @@ def test_parameters_are_those_of_the_arrays(architecture):
     )
 
 
-@pytest.mark.parametrize("architecture", [tiny_model.ARCHITECTURE, UNTIED, SEVERAL_SHARED])
+def test_active_parameters_leave_out_the_experts_that_are_not_chosen():
+    one, all_of_them = (
+        roofline.active_parameters(tiny_model.changed(decoder={"num_dense_layers": 0}, moe={"k": k})) for k in (1, 16)
+    )
+    architecture = tiny_model.changed(decoder={"num_dense_layers": 0})
+    assert all_of_them == roofline.parameters(architecture)
+    assert all_of_them - one == 3 * 15 * (3 * 64 * 24)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_a_step_that_wakes_every_expert_reads_every_array_once_and_the_cache(architecture):
     trunk, moe = architecture.decoder, architecture.moe
     step = roofline.Step([5, 9], [1, 1], 2 * trunk.num_moe_layers * moe.k, trunk.num_moe_layers * moe.num_experts)
@@ -70,12 +87,29 @@ def test_by_hand():
     assert roofline.work(architecture, step, 2).flops == 2 * products
 
 
+@pytest.mark.parametrize(
+    "attention",
+    [
+        AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=32),
+        AttentionConfig(
+            kind="latent",
+            num_heads=8,
+            qk_norm=False,
+            query_rank=96,
+            latent_rank=128,
+            nope_head_dim=48,
+            rope_head_dim=16,
+            value_head_dim=80,
+        ),
+    ],
+    ids=["grouped", "latent"],
+)
 @pytest.mark.parametrize(("start", "length"), [(31, 1), (0, 16)])
-def test_operations_are_those_that_xla_counts(start, length):
+def test_operations_are_those_that_xla_counts(start, length, attention):
     """With one expert nothing is routed, and XLA's count of a step exceeds the formula by its small parts alone."""
     architecture = Architecture(
         DecoderConfig(vocab_size=1024, d_model=256, num_layers=4, num_dense_layers=3, dense_hidden=640, max_context=32),
-        AttentionConfig(num_heads=8, num_kv_heads=4, head_dim=32),
+        attention,
         MoEConfig(num_experts=1, k=1, expert_hidden=384, num_shared_experts=1),
     )
     execution = decoder.Execution(architecture, 1, "ragged_dot")

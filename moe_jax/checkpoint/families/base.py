@@ -1,0 +1,238 @@
+"""What every model family shares: reading fields of `config.json`, refusing others, and the parts that are alike."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+from moe_jax.checkpoint.names import Rule
+from moe_jax.config.schema import Architecture, AttentionConfig, DecoderConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One published model family.
+
+    Attributes:
+        model_type: what `config.json` calls it.
+        architecture: the shape that a `config.json` describes; ValueError names a field that asks for what we lack.
+        config_json: the inverse, without token ids and dtype; ValueError names a setting that the family lacks.
+        rules: the parameters of an architecture and their tensors.
+        skipped: (prefix of tensor names, what they are) that such a checkpoint may hold and that we do not run.
+    """
+
+    model_type: str
+    architecture: Callable[[dict[str, Any]], Architecture]
+    config_json: Callable[[Architecture], dict[str, Any]]
+    rules: Callable[[Architecture], tuple[Rule, ...]]
+    skipped: Callable[[dict[str, Any]], tuple[tuple[str, str], ...]]
+
+
+# Fields that change the computation, with the values that leave it as the decoder runs it. The first is that of a field
+# which is absent.
+NEUTRAL: dict[str, tuple] = {
+    "hidden_act": ("silu",),
+    "sliding_window": (None,),
+    "use_sliding_window": (None, False),
+    "layer_types": (None,),
+    "per_layer_config": (None,),
+    "quantization_config": (None,),
+    "mlp_bias": (None, False),
+    "clip_qkv": (None,),
+    "attn_logit_softcapping": (None,),
+    "final_logit_softcapping": (None,),
+    "attention_sinks": (None, False),
+    "rope_interleave": (None, False),
+    "moe_layer_freq": (None, 1),
+}
+
+
+def refuse_others(fields: dict[str, Any], neutral: dict[str, tuple]) -> None:
+    """Raises ValueError where a field has a value that its row does not list."""
+    for name, accepted in neutral.items():
+        value = fields.get(name, accepted[0])
+        if name == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value):
+            continue
+        if value not in accepted or type(value) not in map(type, accepted):
+            wanted = " or ".join(map(json.dumps, accepted))
+            raise ValueError(f"{name} = {json.dumps(value)}: wanted {wanted}; nothing else is implemented")
+
+
+def require_settings(model_type: str, architecture: Architecture, only: dict[str, Any]) -> None:
+    """Raises ValueError where a setting (`section.field`) differs from the one value that a family has."""
+    for setting, wanted in only.items():
+        section, name = setting.split(".")
+        given = getattr(getattr(architecture, section), name)
+        if given != wanted:
+            raise ValueError(f"{setting} = {given!r}: the Hugging Face family {model_type} only has {wanted!r}")
+
+
+# What families have that know neither latents nor a selection bias, groups, scaling or shared experts.
+PLAIN_SETTINGS = {
+    "attention.kind": "grouped",
+    "attention.rope_interleaved": False,
+    "attention.rope_fraction": 1.0,
+    "moe.score": "softmax",
+    "moe.selection_bias": False,
+    "moe.num_groups": 1,
+    "moe.num_groups_kept": 1,
+    "moe.routed_scaling": 1.0,
+}
+NO_SHARED_EXPERTS = {"moe.num_shared_experts": 0}
+
+_REQUIRED = object()
+
+
+def field(fields: dict[str, Any], name: str, kind: type, default: Any = _REQUIRED) -> Any:
+    """Reads one field; null counts as absent, and an integer as a float."""
+    value = fields.get(name)
+    if value is None:
+        if default is _REQUIRED:
+            raise ValueError(f"{name} is missing: wanted {kind.__name__}")
+        return default
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        raise ValueError(f"{name} = {json.dumps(value)}: wanted {kind.__name__}")
+    return value
+
+
+def trunk(fields: dict[str, Any], *, norm_eps: float, max_context: int, **dense: int) -> DecoderConfig:
+    """The trunk.
+
+    Args:
+        fields: of `config.json`.
+        norm_eps: where no field says it.
+        max_context: where no field says it.
+        **dense: `num_dense_layers` and `dense_hidden`.
+    """
+    return DecoderConfig(
+        vocab_size=field(fields, "vocab_size", int),
+        d_model=field(fields, "hidden_size", int),
+        num_layers=field(fields, "num_hidden_layers", int),
+        norm_eps=field(fields, "rms_norm_eps", float, norm_eps),
+        tie_embeddings=field(fields, "tie_word_embeddings", bool, False),
+        max_context=field(fields, "max_position_embeddings", int, max_context),
+        **dense,
+    )
+
+
+def trunk_json(decoder: DecoderConfig) -> dict[str, Any]:
+    """The inverse of `trunk`, the dense prefix left out."""
+    return {
+        "vocab_size": decoder.vocab_size,
+        "hidden_size": decoder.d_model,
+        "num_hidden_layers": decoder.num_layers,
+        "hidden_act": "silu",
+        "rms_norm_eps": decoder.norm_eps,
+        "tie_word_embeddings": decoder.tie_embeddings,
+        "max_position_embeddings": decoder.max_context,
+    }
+
+
+def grouped_heads(fields: dict[str, Any], kv_heads: int | None = None) -> dict[str, int]:
+    """`num_heads`, `num_kv_heads` and `head_dim`.
+
+    Args:
+        fields: of `config.json`.
+        kv_heads: where no field says it; None: as many as heads.
+    """
+    num_heads = field(fields, "num_attention_heads", int)
+    return {
+        "num_heads": num_heads,
+        "num_kv_heads": field(fields, "num_key_value_heads", int, num_heads if kv_heads is None else kv_heads),
+        "head_dim": field(fields, "head_dim", int, field(fields, "hidden_size", int) // max(num_heads, 1)),
+    }
+
+
+def grouped_heads_json(attention: AttentionConfig) -> dict[str, int]:
+    """The inverse of `grouped_heads`."""
+    return {
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_kv_heads,
+        "head_dim": attention.head_dim,
+    }
+
+
+# Fields of YaRN, our settings, and the values of those that may be absent.
+_YARN = (
+    ("factor", "yarn_factor", float, _REQUIRED),
+    ("original_max_position_embeddings", "yarn_original_context", int, _REQUIRED),
+    ("beta_fast", "yarn_beta_fast", float, 32.0),
+    ("beta_slow", "yarn_beta_slow", float, 1.0),
+    ("mscale", "yarn_mscale", float, 0.0),
+    ("mscale_all_dim", "yarn_mscale_all_dim", float, 0.0),
+)
+
+
+def rope_settings(
+    fields: dict[str, Any], theta: float = 10000.0, fraction: float | None = None
+) -> dict[str, float | int]:
+    """`rope_theta` and what YaRN adds; `rope_fraction` too where the family has a default fraction.
+
+    `rope_parameters`, once `rope_scaling`, wins over top-level fields.
+
+    Args:
+        fields: of `config.json`.
+        theta: where no field says it.
+        fraction: where no field says it; None: the family rotates all.
+    """
+    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
+    inner = {key: value for key, value in field(fields, name, dict, {}).items() if value is not None}
+    kind = inner.pop("rope_type", None) or inner.get("type", "default")
+    inner.pop("type", None)
+    if kind not in ("default", "yarn"):
+        raise ValueError(
+            f'{name}.rope_type = {json.dumps(kind)}: wanted "default" or "yarn"; nothing else is implemented'
+        )
+    taken = {"rope_theta", "partial_rotary_factor"} | ({key for key, *_ in _YARN} if kind == "yarn" else set())
+    if inner.get("truncate") is True and kind == "yarn":
+        del inner["truncate"]
+    if others := sorted(set(inner) - taken):
+        raise ValueError(f"{name}.{others[0]} = {json.dumps(inner[others[0]])}: not implemented")
+    both = {**fields, **inner}
+    settings = {"rope_theta": field(both, "rope_theta", float, theta)}
+    if fraction is not None:
+        settings["rope_fraction"] = field(both, "partial_rotary_factor", float, fraction)
+    elif (given := field(both, "partial_rotary_factor", float, 1.0)) != 1:
+        raise ValueError(f"partial_rotary_factor = {given}: wanted 1.0; nothing else is implemented for this family")
+    if kind == "yarn":
+        for key, setting, of_kind, default in _YARN:
+            try:
+                settings[setting] = field(inner, key, of_kind, default)
+            except ValueError as error:
+                raise ValueError(f"{name}.{error}") from error
+    return settings
+
+
+def rope_json(attention: AttentionConfig, with_fraction: bool = False) -> dict[str, Any]:
+    """The inverse of `rope_settings`: twice, since transformers 5 reads `rope_parameters`, older readers the others."""
+    theta = {"rope_theta": attention.rope_theta}
+    if with_fraction:
+        theta["partial_rotary_factor"] = attention.rope_fraction
+    if attention.yarn_factor == 1:
+        return {"rope_parameters": {"rope_type": "default", **theta}, **theta}
+    scaling = {key: getattr(attention, setting) for key, setting, *_ in _YARN}
+    scaling = {key: value for key, value in scaling.items() if value or not key.startswith("mscale")}
+    return {
+        "rope_parameters": {"rope_type": "yarn", **theta, **scaling},
+        "rope_scaling": {"rope_type": "yarn", "type": "yarn", **scaling},
+        **theta,
+    }
+
+
+_MOST_PREDICTION_LAYERS = 100  # published models have one
+
+
+def prediction_layers(fields: dict[str, Any], default: int) -> tuple[tuple[str, str], ...]:
+    """Multi-token prediction layers, which published checkpoints hold behind the decoder's own: as `Family.skipped`."""
+    count = field(fields, "num_nextn_predict_layers", int, default)
+    if not 0 <= count <= _MOST_PREDICTION_LAYERS:
+        raise ValueError(f"num_nextn_predict_layers = {count}: wanted 0 to {_MOST_PREDICTION_LAYERS}")
+    first = field(fields, "num_hidden_layers", int)
+    return tuple((f"model.layers.{layer}.", "a multi-token prediction layer") for layer in range(first, first + count))
+
+
+def nothing_skipped(fields: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Of families whose checkpoints hold nothing that we do not run."""
+    return ()

@@ -1,0 +1,195 @@
+"""DeepSeek-V2 (arXiv 2405.04434), and DeepSeek-V3 (arXiv 2412.19437) with those of its shape: Moonlight, Kimi K2."""
+
+from typing import Any
+
+from moe_jax.checkpoint.families import base
+from moe_jax.checkpoint.families.base import Family, field
+from moe_jax.checkpoint.names import Rule, decoder_rules, gated_rules
+from moe_jax.config.schema import Architecture, AttentionConfig, MoEConfig
+
+_NEUTRAL = {**base.NEUTRAL, "attention_bias": (None, False)}
+_V2_NEUTRAL = {
+    **_NEUTRAL,
+    "rope_interleave": (None, True),
+    "scoring_func": (None, "softmax"),
+    "topk_method": ("greedy", "group_limited_greedy"),
+    "norm_topk_prob": (None, False),
+}
+_V3_NEUTRAL = {
+    **_NEUTRAL,
+    "rope_interleave": (None, True, False),
+    "scoring_func": (None, "sigmoid"),
+    "topk_method": (None, "noaux_tc"),
+}
+_ONLY = {
+    "attention.kind": "latent",
+    "attention.latent_norm_eps": 1e-6,
+    "moe.shared_hidden": 0,
+    "moe.shared_gate": False,
+}
+_V2_ONLY = {
+    **_ONLY,
+    "attention.rope_interleaved": True,
+    "moe.score": "softmax",
+    "moe.selection_bias": False,
+    "moe.normalize": False,
+}
+_V3_ONLY = {**_ONLY, "moe.score": "sigmoid", "moe.selection_bias": True, "moe.group_score": "best_two"}
+
+
+def _dense(fields: dict[str, Any], default: int) -> dict[str, int]:
+    count = field(fields, "first_k_dense_replace", int, default)
+    return {"num_dense_layers": count, "dense_hidden": field(fields, "intermediate_size", int, 0)}
+
+
+def _attention(fields: dict[str, Any], interleaved: bool) -> AttentionConfig:
+    """The norms of latents have an epsilon that no field says."""
+    num_heads = field(fields, "num_attention_heads", int)
+    if (kv_heads := field(fields, "num_key_value_heads", int, num_heads)) != num_heads:
+        raise ValueError(f"num_key_value_heads = {kv_heads}: wanted num_attention_heads = {num_heads}")
+    query_rank = fields.get("q_lora_rank", 1536)  # null is not the same as absent
+    return AttentionConfig(
+        kind="latent",
+        num_heads=num_heads,
+        qk_norm=False,
+        query_rank=0 if query_rank is None else field({"q_lora_rank": query_rank}, "q_lora_rank", int),
+        latent_rank=field(fields, "kv_lora_rank", int, 512),
+        nope_head_dim=field(fields, "qk_nope_head_dim", int, 128),
+        rope_head_dim=field(fields, "qk_rope_head_dim", int, 64),
+        value_head_dim=field(fields, "v_head_dim", int, 128),
+        rope_interleaved=interleaved,
+        **base.rope_settings(fields),
+    )
+
+
+def _common_json(architecture: Architecture) -> dict[str, Any]:
+    decoder, attention, moe = architecture.decoder, architecture.attention, architecture.moe
+    return {
+        **base.trunk_json(decoder),
+        "first_k_dense_replace": decoder.num_dense_layers,
+        "intermediate_size": decoder.dense_hidden,
+        "moe_layer_freq": 1,
+        "num_attention_heads": attention.num_heads,
+        "num_key_value_heads": attention.num_heads,
+        "attention_bias": False,
+        "q_lora_rank": attention.query_rank or None,
+        "kv_lora_rank": attention.latent_rank,
+        "qk_nope_head_dim": attention.nope_head_dim,
+        "qk_rope_head_dim": attention.rope_head_dim,
+        "v_head_dim": attention.value_head_dim,
+        **base.rope_json(attention),
+        "n_routed_experts": moe.num_experts,
+        "num_experts_per_tok": moe.k,
+        "moe_intermediate_size": moe.expert_hidden,
+        "n_shared_experts": moe.num_shared_experts,
+        "scoring_func": moe.score,
+        "n_group": moe.num_groups,
+        "topk_group": moe.num_groups_kept,
+        "norm_topk_prob": moe.normalize,
+        "routed_scaling_factor": moe.routed_scaling,
+    }
+
+
+def _rules(architecture: Architecture) -> tuple[Rule, ...]:
+    mlp = "model.layers.{L}.mlp"
+    rules = [Rule("moe/router/weight_LED", f"{mlp}.gate.weight", "E D")]
+    if architecture.moe.selection_bias:
+        rules.append(Rule("moe/router/bias_LE", f"{mlp}.gate.e_score_correction_bias", "E", float32=True))
+    rules += gated_rules("moe/experts", f"{mlp}.experts.{{E}}")
+    if architecture.moe.num_shared_experts:
+        rules += gated_rules("moe/shared", f"{mlp}.shared_experts")
+    return decoder_rules(architecture, rules)
+
+
+def _computed(fields: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    """Buffers that some checkpoints hold (Moonlight): as `Family.skipped`."""
+    layers = range(field(fields, "num_hidden_layers", int))
+    return tuple((f"model.layers.{layer}.self_attn.rotary_emb.", "frequencies, which are computed") for layer in layers)
+
+
+def _v2_architecture(fields: dict[str, Any]) -> Architecture:
+    """Defaults are those of `DeepseekV2Config` in transformers 5; weights are never normalised (as there)."""
+    base.refuse_others(fields, _V2_NEUTRAL)
+    grouped = fields.get("topk_method") == "group_limited_greedy"
+    return Architecture(
+        base.trunk(fields, norm_eps=1e-6, max_context=2048, **_dense(fields, 0)),
+        _attention(fields, interleaved=True),
+        MoEConfig(
+            num_experts=field(fields, "n_routed_experts", int),
+            k=field(fields, "num_experts_per_tok", int),
+            expert_hidden=field(fields, "moe_intermediate_size", int),
+            num_shared_experts=field(fields, "n_shared_experts", int, 0),
+            score="softmax",
+            selection_bias=False,
+            num_groups=field(fields, "n_group", int) if grouped else 1,
+            num_groups_kept=field(fields, "topk_group", int) if grouped else 1,
+            group_score="best",
+            normalize=False,
+            routed_scaling=field(fields, "routed_scaling_factor", float, 1.0),
+        ),
+    )
+
+
+def _v2_config_json(architecture: Architecture) -> dict[str, Any]:
+    grouped = architecture.moe.num_groups > 1
+    base.require_settings("deepseek_v2", architecture, {**_V2_ONLY, **({"moe.group_score": "best"} if grouped else {})})
+    return {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        **_common_json(architecture),
+        "topk_method": "group_limited_greedy" if grouped else "greedy",
+    }
+
+
+def _v3_architecture(fields: dict[str, Any]) -> Architecture:
+    """Defaults are those of `DeepseekV3Config` in transformers 5."""
+    base.refuse_others(fields, _V3_NEUTRAL)
+    base.prediction_layers(fields, default=1)
+    return Architecture(
+        base.trunk(fields, norm_eps=1e-6, max_context=4096, **_dense(fields, 3)),
+        _attention(fields, interleaved=field(fields, "rope_interleave", bool, True)),
+        MoEConfig(
+            num_experts=field(fields, "n_routed_experts", int),
+            k=field(fields, "num_experts_per_tok", int),
+            expert_hidden=field(fields, "moe_intermediate_size", int),
+            num_shared_experts=field(fields, "n_shared_experts", int, 1),
+            score="sigmoid",
+            selection_bias=True,
+            num_groups=field(fields, "n_group", int, 8),
+            num_groups_kept=field(fields, "topk_group", int, 4),
+            normalize=field(fields, "norm_topk_prob", bool, True),
+            routed_scaling=field(fields, "routed_scaling_factor", float, 2.5),
+        ),
+    )
+
+
+def _v3_family(model_type: str) -> Family:
+    def config_json(architecture: Architecture) -> dict[str, Any]:
+        base.require_settings(model_type, architecture, _V3_ONLY)
+        return {
+            "architectures": ["DeepseekV3ForCausalLM"],
+            "model_type": model_type,
+            **_common_json(architecture),
+            "topk_method": "noaux_tc",
+            "rope_interleave": architecture.attention.rope_interleaved,
+            "num_nextn_predict_layers": 0,
+        }
+
+    return Family(
+        model_type=model_type,
+        architecture=_v3_architecture,
+        config_json=config_json,
+        rules=_rules,
+        skipped=lambda fields: base.prediction_layers(fields, default=1) + _computed(fields),
+    )
+
+
+DEEPSEEK_V2 = Family(
+    model_type="deepseek_v2",
+    architecture=_v2_architecture,
+    config_json=_v2_config_json,
+    rules=_rules,
+    skipped=_computed,
+)
+DEEPSEEK_V3 = _v3_family("deepseek_v3")
+KIMI_K2 = _v3_family("kimi_k2")

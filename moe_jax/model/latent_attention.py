@@ -1,0 +1,122 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values are made of a narrow latent.
+
+Whole sequences expand the latent to a key and a value for every head. A step against the cache does not: it moves the
+projection of the keys to the query and that of the values behind the mixing, and so reads nothing but latents and
+rotary keys, as multi-query attention whose one key is both and whose one value is the latent.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.config.schema import Architecture, AttentionConfig
+from moe_jax.model import rope
+from moe_jax.model.attention import Cache, Kept, causal, mix
+from moe_jax.model.layers import Stacked, draw, one_layer, ones, project, rms_norm
+
+OUTPUT = "output_DHX"  # the weight that projects mixed heads back
+
+
+class Attention(nnx.Module):
+    """Weights of the attention of every layer of a stack."""
+
+    def __init__(self, architecture: Architecture, num_layers: int, residual_gain: float, rngs: nnx.Rngs):
+        attention, d_model = architecture.attention, architecture.decoder.d_model
+        heads, latent, query_latent = attention.num_heads, attention.latent_rank, attention.query_rank
+        key_dim = attention.nope_head_dim + attention.rope_head_dim
+        if query_latent:
+            self.query_down_LUD = draw(rngs, (num_layers, query_latent, d_model), d_model)
+            self.query_latent_norm_LU = ones(num_layers, query_latent)
+            self.query_up_LHAU = draw(rngs, (num_layers, heads, key_dim, query_latent), query_latent)
+        else:
+            self.query_LHAD = draw(rngs, (num_layers, heads, key_dim, d_model), d_model)
+        self.latent_LWD = draw(rngs, (num_layers, latent + attention.rope_head_dim, d_model), d_model)
+        self.latent_norm_LZ = ones(num_layers, latent)
+        expanded = attention.nope_head_dim + attention.value_head_dim
+        self.key_value_up_LHOZ = draw(rngs, (num_layers, heads, expanded, latent), latent)
+        fan_in = heads * attention.value_head_dim
+        self.output_LDHX = draw(rngs, (num_layers, d_model, heads, attention.value_head_dim), fan_in, residual_gain)
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """Queries, and what keys and values are made of: normed and rotated."""
+
+    query_BTHA: jax.Array  # position-free channels, then rotated ones
+    key_BTGA: jax.Array  # of one head: the latent, then the rotary key
+    up_HOZ: jax.Array  # the latent to each head's position-free key, then to its value
+    attention: AttentionConfig
+
+    @property
+    def kept(self) -> Kept:
+        """What later positions will read."""
+        return Kept(self.key_BTGA, None)
+
+    @property
+    def _scale(self) -> float:
+        return rope.score_scale(self.attention, self.query_BTHA.shape[-1])
+
+    def causal(self, segments_BT: jax.Array) -> jax.Array:
+        """Mixes positions of whole sequences: mixed_BTHX, see `attention.causal`."""
+        latent_BTGZ, rotary_BTGA = jnp.split(self.key_BTGA, [self.attention.latent_rank], axis=-1)
+        expanded_BTHO = jnp.einsum("btz,hoz->btho", latent_BTGZ[:, :, 0], self.up_HOZ)
+        key_BTHA, value_BTHX = jnp.split(expanded_BTHO, [self.attention.nope_head_dim], axis=-1)
+        rotary_BTHA = jnp.broadcast_to(rotary_BTGA, (*key_BTHA.shape[:3], rotary_BTGA.shape[-1]))
+        key_BTHA = jnp.concatenate([key_BTHA, rotary_BTHA], axis=-1)
+        return causal(self.query_BTHA, key_BTHA, value_BTHX, segments_BT, self._scale)
+
+    def step(self, cache: Cache, layer: jax.Array | int, seen_BM: jax.Array) -> jax.Array:
+        """Mixes what the one query of a row sees of the cache: mixed_BTHX."""
+        key_up_HAZ, value_up_HXZ = jnp.split(self.up_HOZ, [self.attention.nope_head_dim], axis=1)
+        query_BTHA, rotary_BTHA = jnp.split(self.query_BTHA, [self.attention.nope_head_dim], axis=-1)
+        query_BTHZ = jnp.einsum("btha,haz->bthz", query_BTHA, key_up_HAZ)
+        query_BTHA = jnp.concatenate([query_BTHZ, rotary_BTHA], axis=-1)
+        key_BMGA = one_layer(cache.key_LBMGA, layer)
+        latent_BMGZ = key_BMGA[..., : self.attention.latent_rank]
+        mixed_BTHZ = mix(query_BTHA, key_BMGA, latent_BMGZ, seen_BM[:, None, :], self._scale)
+        return jnp.einsum("bthz,hxz->bthx", mixed_BTHZ, value_up_HXZ)
+
+
+def cached_widths(attention: AttentionConfig) -> tuple[int, int, int]:
+    """As in `attention`: one head, whose key holds its value too."""
+    return 1, attention.latent_rank + attention.rope_head_dim, 0
+
+
+def heads(
+    x_BTD: jax.Array,
+    weights: dict[str, jax.Array | Stacked],
+    turn: tuple[jax.Array, jax.Array],
+    attention: AttentionConfig,
+    norm_eps: float,
+) -> Heads:
+    """Projects to queries, latents and rotary keys.
+
+    Args:
+        x_BTD: normed activations.
+        weights: one layer of `Attention`, its names without the leading L.
+        turn: cosines and sines of the positions.
+        attention: the section of the configuration, which has an epsilon of its own for the norms of latents.
+        norm_eps: not used.
+    """
+    eps = attention.latent_norm_eps
+    if attention.query_rank:
+        query_latent_BTU = rms_norm(project(x_BTD, weights["query_down_UD"]), weights["query_latent_norm_U"], eps)
+        query_BTHA = project(query_latent_BTU, weights["query_up_HAU"])
+    else:
+        query_BTHA = project(x_BTD, weights["query_HAD"])
+    query_BTHA, rotary_BTHA = jnp.split(query_BTHA, [attention.nope_head_dim], axis=-1)
+    rotary_BTHA = rope.rotate(rotary_BTHA, turn, attention.rope_interleaved)
+
+    latent_BTZ, rotary_BTA = jnp.split(project(x_BTD, weights["latent_WD"]), [attention.latent_rank], axis=-1)
+    latent_BTGZ = rms_norm(latent_BTZ, weights["latent_norm_Z"], eps)[:, :, None]
+    rotary_BTGA = rope.rotate(rotary_BTA[:, :, None], turn, attention.rope_interleaved)
+
+    up_HOZ = weights["key_value_up_HOZ"]
+    return Heads(
+        jnp.concatenate([query_BTHA, rotary_BTHA], axis=-1),
+        jnp.concatenate([latent_BTGZ, rotary_BTGA], axis=-1),
+        one_layer(*up_HOZ) if isinstance(up_HOZ, Stacked) else up_HOZ,
+        attention,
+    )

@@ -1,0 +1,70 @@
+"""The same checkpoint in transformers: loaded whole, its logits, and where the choices of its routers were clear."""
+
+import numpy as np
+
+GAP = 1e-4  # a choice between scores nearer than this may rightly fall either way
+
+
+def load(transformers, path, **options):
+    """Loads with the peer, and accepts no missing, unexpected or mismatched tensor."""
+    import torch
+
+    model, info = transformers.AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **options
+    )
+    assert not any(info.values()), info
+    return model.eval()
+
+
+def gap_at(score_NE, kept):
+    """Between the last score that is kept and the first that is not; None where all are kept."""
+    ordered_NE = -np.sort(-score_NE, axis=1)
+    return ordered_NE[:, kept - 1] - ordered_NE[:, kept] if kept < score_NE.shape[1] else None
+
+
+def gaps(router_logits_NE, bias_E, moe, k):
+    """The least gap of each token's choices: of groups, and of k experts within them."""
+    logits_NE = router_logits_NE.astype(np.float64)
+    if moe.score == "softmax":
+        score_NE = np.exp(logits_NE - logits_NE.max(axis=1, keepdims=True))
+        score_NE = score_NE / score_NE.sum(axis=1, keepdims=True)
+    else:
+        score_NE = 1 / (1 + np.exp(-logits_NE))
+    score_NE = score_NE + bias_E
+    found = []
+    if moe.num_groups > 1:
+        ordered_NRE = np.sort(score_NE.reshape(len(score_NE), moe.num_groups, -1), axis=2)
+        group_score_NR = ordered_NRE[:, :, -1 if moe.group_score == "best" else -2 :].sum(axis=2)
+        found.append(gap_at(group_score_NR, moe.num_groups_kept))
+        worst_N1 = -np.sort(-group_score_NR, axis=1)[:, moe.num_groups_kept - 1 : moe.num_groups_kept]
+        kept_NE = np.repeat(group_score_NR >= worst_N1, moe.num_experts // moe.num_groups, axis=1)
+        score_NE = np.where(kept_NE, score_NE, -np.inf)
+    found.append(gap_at(score_NE, k))
+    return np.min([gap for gap in found if gap is not None], axis=0)
+
+
+def observe(model, moe, k, shape):
+    """Watches the routers: an array that says of each token whether every choice was clear, and the hooks to remove."""
+    clear_BT = np.ones(shape, bool)
+
+    def look(gate, inputs, output):
+        bias_E = gate.e_score_correction_bias.detach().numpy() if hasattr(gate, "e_score_correction_bias") else 0.0
+        found_N = gaps(output[0].detach().numpy(), bias_E, moe, k)
+        np.logical_and(clear_BT, (found_N > GAP).reshape(shape), out=clear_BT)
+
+    gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
+    assert gates
+    return clear_BT, [gate.register_forward_hook(look) for gate in gates]
+
+
+def logits(model, tokens_BT, valid_BT, moe, k=None):
+    """Returns the peer's logits, and where no choice of an expert or a group, here or earlier in the row, was close."""
+    import torch
+
+    clear_BT, hooks = observe(model, moe, k or moe.k, tokens_BT.shape)
+    with torch.no_grad():
+        mask = torch.tensor(valid_BT.astype(np.int64))
+        logits_BTV = model(input_ids=torch.tensor(tokens_BT.astype(np.int64)), attention_mask=mask).logits
+    for hook in hooks:
+        hook.remove()
+    return logits_BTV.numpy(), np.logical_and.accumulate(clear_BT, axis=1)

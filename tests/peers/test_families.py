@@ -1,0 +1,165 @@
+"""Every family against transformers: logits, fewer and more experts, gradients, both writers.
+
+pip install -r requirements-peers.txt && python -m pytest -m peers tests/peers
+"""
+
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import moe_jax
+from moe_jax.checkpoint import huggingface
+from moe_jax.checkpoint.families import FAMILIES
+from moe_jax.engine.request import execution_of
+from moe_jax.model import decoder
+from moe_jax.routing.policies import base as policies
+from moe_jax.routing.policies.schedule import TopK
+from tests.family_variants import VARIANTS, write
+from tests.peers import peer
+
+pytestmark = pytest.mark.peers
+TOLERANCE = 1e-5  # float32 on both sides
+GRADIENT_TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def transformers():
+    """The peer: imported late, so that collecting this file needs neither it nor torch."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    return transformers
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def tiny(request, tmp_path_factory):
+    """A random checkpoint that we wrote."""
+    variant = VARIANTS[request.param]
+    return write(tmp_path_factory.mktemp("tiny") / "model", variant), variant
+
+
+def load_peer(transformers, path, **options):
+    """The peer has no class for kimi_k2: that of deepseek_v3 serves."""
+    fields = json.loads((path / "config.json").read_text())
+    if fields["model_type"] == "kimi_k2":
+        (path / "config.json").write_text(json.dumps(fields | {"model_type": "deepseek_v3"}))
+    try:
+        return peer.load(transformers, path, **options)
+    finally:
+        (path / "config.json").write_text(json.dumps(fields))
+
+
+def assert_same_logits(ours, model, architecture, k=None):
+    """Compares rows of several lengths, padded at the end, at every position where both have to agree."""
+    random = np.random.default_rng(1)
+    length = 48
+    tokens_BT = random.integers(0, architecture.decoder.vocab_size, (8, length), dtype=np.int32)
+    valid_BT = np.arange(length) < np.array([48, 7, 1, 40] * 2)[:, None]
+    tokens_BT[~valid_BT] = 0
+    wanted_BTV, clear_BT = peer.logits(model, tokens_BT, valid_BT, architecture.moe, k)
+    policy = None if k is None else moe_jax.policies.parse(f"topk:{k}")
+    got_BTV = np.asarray(ours.logits(tokens_BT, policy=policy, k_max=k or 0))
+    assert got_BTV.dtype == np.float32 and got_BTV.shape == wanted_BTV.shape
+    compared_BT = clear_BT & valid_BT
+    assert compared_BT.sum() > valid_BT.sum() / 3
+    got, wanted = got_BTV[compared_BT], wanted_BTV[compared_BT]
+    assert np.linalg.norm(got - wanted) <= TOLERANCE * np.linalg.norm(wanted)
+
+
+def test_logits_of_what_we_write(transformers, tiny):
+    path, variant = tiny
+    assert_same_logits(moe_jax.load(path, dtype="float32"), load_peer(transformers, path), variant.architecture)
+
+
+@pytest.mark.parametrize("more", [-1, 2])
+def test_logits_with_another_number_of_experts(transformers, tiny, more):
+    path, (_, architecture) = tiny
+    k = architecture.moe.k + more
+    ours, model = moe_jax.load(path, dtype="float32"), load_peer(transformers, path, num_experts_per_tok=k)
+    assert_same_logits(ours, model, architecture, k)
+    with pytest.raises(AssertionError):
+        assert_same_logits(ours, model, architecture)
+
+
+def test_logits_of_what_transformers_writes(transformers, tiny, tmp_path):
+    path, (model_type, architecture) = tiny
+    model = load_peer(transformers, path)
+    model.save_pretrained(tmp_path / "model")
+    fields = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(fields | {"model_type": model_type}))
+    assert huggingface.read_architecture(tmp_path / "model") == architecture
+    ours = moe_jax.load(tmp_path / "model", dtype="float32")
+    assert_same_logits(ours, model, architecture)
+    ours.save(tmp_path / "again")
+    assert huggingface.read_architecture(tmp_path / "again") == architecture
+
+
+def clear_tokens(model, architecture):
+    """Tokens whose every choice is clear: else one choice that falls the other way is another gradient.
+
+    Token 1 is left out: the peer takes it for OLMoE's padding, whose embedding it gives no gradient.
+    """
+    for seed in range(200):
+        tokens_BT = np.random.default_rng(seed).integers(2, architecture.decoder.vocab_size, (3, 10), dtype=np.int32)
+        _, clear_BT = peer.logits(model, tokens_BT, np.ones_like(tokens_BT, bool), architecture.moe)
+        if clear_BT.all():
+            return tokens_BT
+    raise AssertionError("no tokens are clear")
+
+
+def gradients_of_the_peer(model, tokens_BT):
+    """By the names of a checkpoint: the peer keeps the experts of a layer in one tensor, gates above ups."""
+    import torch
+
+    ids = torch.tensor(tokens_BT.astype(np.int64))
+    logits_BTV = model(input_ids=ids).logits
+    torch.nn.functional.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+    fused = {name: tensor.grad.numpy() for name, tensor in model.named_parameters()}
+
+    def gradient(name):
+        name = name.replace("block_sparse_moe", "mlp")
+        found = re.fullmatch(r"(.*\.experts)\.(\d+)\.(\w+)\.weight", name)
+        if found is None:
+            return fused[name]
+        experts, number, part = found[1], int(found[2]), found[3]
+        if part in ("down_proj", "w2"):
+            return fused[f"{experts}.down_proj"][number]
+        gate, up = np.split(fused[f"{experts}.gate_up_proj"][number], 2)
+        return gate if part in ("gate_proj", "w1") else up
+
+    return gradient
+
+
+def test_gradients(transformers, tiny):
+    path, (model_type, architecture) = tiny
+    model = load_peer(transformers, path)
+    tokens_BT = clear_tokens(model, architecture)
+    wanted_of = gradients_of_the_peer(model, tokens_BT)
+    execution = execution_of(architecture)
+    live = policies.settings(
+        [TopK(architecture.moe.k)] * 3, architecture.decoder.num_moe_layers, architecture.moe.k, execution.k_max
+    )
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        positions_BT = jnp.tile(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), (3, 1))
+        x_BTD, _ = decoder.hidden(params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT), live, execution)
+        share_BTV = jax.nn.log_softmax(decoder.logits(params, x_BTD)[:, :-1])
+        return -jnp.take_along_axis(share_BTV, tokens_BT[:, 1:, None], axis=2).mean()
+
+    got = dict(huggingface._flattened(gradient(moe_jax.load(path, dtype="float32").params)))
+    for rule in FAMILIES[model_type].rules(architecture):
+        ours = np.asarray(got[rule.parameter])
+        if rule.parameter == "moe/router/bias_LE":
+            assert not ours.any()
+            continue
+        wanted = np.zeros_like(ours)
+        for name, index in rule.placements(architecture):
+            wanted[index] = rule.from_stored(wanted_of(name), architecture)
+        assert np.linalg.norm(wanted) > 0, rule.parameter
+        assert np.linalg.norm(ours - wanted) <= GRADIENT_TOLERANCE * np.linalg.norm(wanted), rule.parameter
