@@ -6,6 +6,7 @@
 The model is of the configured shape, in bfloat16 (4 GB in OUT, kept for the next run). Each system has a process of its
 own and as many threads as there are cores; all read the same tokens. transformers runs with each of its
 implementations of experts, and once in float32. Steps go from tokens on the host to logits, or a token, on the host.
+--notransformers leaves them out, where a Python has no torch.
 """
 
 import multiprocessing
@@ -14,6 +15,8 @@ import pathlib
 import statistics
 import traceback
 
+from absl import flags
+
 from moe_jax import command
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -21,6 +24,7 @@ PROMPT = 128  # tokens that lie in the cache when decoding is first timed
 CASES = {"decode_1": 1, "decode_8": 8}  # rows
 PREFILL = 512  # tokens
 SLOW_STEPS = 2  # of systems that take seconds for some
+WITH_TRANSFORMERS = flags.DEFINE_bool("transformers", True, "Run transformers too.")
 TRANSFORMERS = (("bfloat16", "eager"), ("bfloat16", "grouped_mm"), ("bfloat16", "batched_mm"), ("float32", "eager"))
 
 
@@ -97,7 +101,7 @@ def main(run: command.Command) -> None:
         "moe_jax": lambda: Process("ours", str(folder), threads),
         "llama.cpp": lambda: Process("llama_cpp", str(gguf), threads, tokens=max(length, PREFILL)),
     }
-    for dtype, experts in TRANSFORMERS:
+    for dtype, experts in TRANSFORMERS if WITH_TRANSFORMERS.value else ():
         starts[f"transformers {experts} {dtype}"] = lambda dtype=dtype, experts=experts: Process(
             "huggingface", str(folder), threads, dtype=dtype, experts=experts
         )
@@ -123,17 +127,20 @@ def main(run: command.Command) -> None:
         for of in floors.values():
             of.clear()
         # transformers' processes come one by one: their weights would not all fit
-        shares = np.array_split(np.arange(rounds), len(starts))
+        shares = np.array_split(np.arange(rounds), max(1, len(starts)))
         with tqdm.tqdm(total=rounds, unit="round", disable=None) as bar:
-            for (name, start), share in zip(starts.items(), shares):
-                system = start()
-                logits[name] = system.call("logits", prompt_T)
+            for (name, start), share in zip(starts.items() or [("", None)], shares):
+                system = start and start()
+                if system:
+                    logits[name] = system.call("logits", prompt_T)
                 for _ in share:
                     for other, one in always.items():
                         turn(other, one, steps)
-                    turn(name, system, SLOW_STEPS)
+                    if system:
+                        turn(name, system, SLOW_STEPS)
                     bar.update()
-                system.close()
+                if system:
+                    system.close()
         for system in always.values():
             system.close()
     run.finish(*_result(seconds, floors, logits))
@@ -176,8 +183,10 @@ def _result(seconds, floors, logits) -> tuple[dict, str]:
         figures[f"floor {case}"] = {"value": statistics.median(of), "unit": "ms"}
     streamed = "".join(f"{statistics.median(of):14.2f}" for of in floors.values())
     lines.append(f"{'weights and cache streamed once':32}{'':14}{streamed}")
-    best = {case: min(of[case] for name, of in ms.items() if name.startswith("transformers")) for case in ms["moe_jax"]}
-    for name, other in (("llama.cpp", ms["llama.cpp"]), ("transformers' best", best)):
+    others = {"llama.cpp": ms["llama.cpp"]}
+    if of_transformers := [of for name, of in ms.items() if name.startswith("transformers")]:
+        others["transformers' best"] = {case: min(of[case] for of in of_transformers) for case in ms["moe_jax"]}
+    for name, other in others.items():
         ratios = {case: other[case] / value for case, value in ms["moe_jax"].items()}
         figures |= {f"speed over {name} {case}": {"value": value, "unit": "1"} for case, value in ratios.items()}
         lines.append(f"{'speed over ' + name:32}" + "".join(f"{value:14.2f}" for value in ratios.values()))
