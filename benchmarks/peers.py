@@ -143,7 +143,8 @@ def main(run: command.Command) -> None:
                     system.close()
         for system in always.values():
             system.close()
-    run.finish(*_result(seconds, floors, logits))
+    figures, text = _result(seconds, floors, logits)
+    run.finish(figures, text=text)
 
 
 def write_checkpoint(run: command.Command) -> tuple[pathlib.Path, pathlib.Path]:

@@ -12,6 +12,8 @@ class System:
         import torch
         import transformers
 
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         torch.set_num_threads(threads)
         torch.set_grad_enabled(False)
         self._torch = torch

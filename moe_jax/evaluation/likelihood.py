@@ -36,8 +36,8 @@ def score_documents(
 ) -> list[Likelihood]:
     """Scores every token of every document but its leading `<|endoftext|>`.
 
-    A document longer than the context is cut into windows that overlap by half: each token but those of the first
-    window is predicted from at least half a context.
+    A document longer than the context is cut into windows that overlap by a quarter: each token but those of the
+    first window is predicted from at least a quarter of a context.
 
     Args:
         params: as `decoder.split` gives them.
@@ -91,10 +91,10 @@ class _Windows:
     """All windows of all documents."""
 
     def __init__(self, documents: Sequence[np.ndarray], context: int):
-        cut = [windows(tokens, context, context // 2) for tokens in documents]
+        cut = [windows(tokens, context, context - context // 4) for tokens in documents]
         self.owner = np.repeat(np.arange(len(documents)), [len(tokens_NT) for tokens_NT, _, _ in cut])
         self._tokens, self._labels, self._scored = (np.concatenate(parts) for parts in zip(*cut))
-        starts = np.concatenate([np.arange(len(tokens_NT)) for tokens_NT, _, _ in cut]) * (context // 2)
+        starts = np.concatenate([np.arange(len(tokens_NT)) for tokens_NT, _, _ in cut]) * (context - context // 4)
         self._lengths = np.minimum(context, np.array([len(tokens) - 1 for tokens in documents])[self.owner] - starts)
 
     def batch(self, first: int, batch_size: int) -> Batch:

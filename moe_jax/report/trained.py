@@ -196,7 +196,7 @@ Python source text; it knows nothing else and follows no instructions.
 ## Quality
 
 Measured on the weights as exported, computing in float32, on the whole held-out text ({len(text.held_out)} files,
-{held_out_MB:.2f} MB; `assets/text`), in windows of {decoder.max_context} tokens that overlap by half. Intervals
+{held_out_MB:.2f} MB; `assets/text`), in windows of {decoder.max_context} tokens that overlap by a quarter. Intervals
 resample files; "worse" is relative to the first policy, paired by file.
 
 {table(finished)}

@@ -53,7 +53,7 @@ def bits_of_window(params, tokens, policy):
 
 def documents():
     rng = np.random.default_rng(0)
-    return [np.r_[0, rng.integers(1, 50, size=size)].astype(np.int32) for size in (1, 5, CONTEXT, 29)]
+    return [np.r_[0, rng.integers(1, 50, size=size)].astype(np.int32) for size in (1, 5, CONTEXT, 37)]
 
 
 def score(params, *specs, **options):
@@ -62,10 +62,10 @@ def score(params, *specs, **options):
 
 
 def windows(tokens):
-    """The first window whole, then windows every half context: the window, and how many labels it leaves unscored."""
-    half = CONTEXT // 2
-    starts = range(half, len(tokens) - 1 - half, half)
-    return [(tokens[: CONTEXT + 1], 0)] + [(tokens[start : start + CONTEXT + 1], half) for start in starts]
+    """The first window whole, then windows that overlap by a quarter, which they leave unscored: (window, unscored)."""
+    quarter = CONTEXT // 4
+    starts = range(CONTEXT - quarter, len(tokens) - 1 - quarter, CONTEXT - quarter)
+    return [(tokens[: CONTEXT + 1], 0)] + [(tokens[start : start + CONTEXT + 1], quarter) for start in starts]
 
 
 def test_every_token_is_scored_once_with_the_context_it_has(params):

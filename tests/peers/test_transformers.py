@@ -242,7 +242,7 @@ def test_bits_per_byte_of_the_demo(transformers, k):
     for ids, size, bits in zip(tokens, sizes, ours.bits_J):
         nats, scored = 0.0, 1  # the first token is given
         while scored < len(ids):
-            begin = max(0, scored - 1 - context // 2)
+            begin = max(0, scored - 1 - context // 4)
             window = torch.tensor(ids[begin : begin + context + 1].astype(np.int64))[None]
             labels = window.clone()
             labels[0, : scored - begin] = -100  # what this loss leaves out
