@@ -98,19 +98,6 @@ def test_logits_of_what_transformers_writes(transformers, tiny, tmp_path):
     assert huggingface.read_architecture(tmp_path / "again") == architecture
 
 
-def clear_tokens(model, architecture):
-    """Tokens whose every choice is clear: else one choice that falls the other way is another gradient.
-
-    Token 1 is left out: the peer takes it for OLMoE's padding, whose embedding it gives no gradient.
-    """
-    for seed in range(200):
-        tokens_BT = np.random.default_rng(seed).integers(2, architecture.decoder.vocab_size, (3, 10), dtype=np.int32)
-        _, clear_BT = peer.logits(model, tokens_BT, np.ones_like(tokens_BT, bool), architecture.moe)
-        if clear_BT.all():
-            return tokens_BT
-    raise AssertionError("no tokens are clear")
-
-
 def gradients_of_the_peer(model, tokens_BT):
     """By the names of a checkpoint: the peer keeps the experts of a layer in one tensor, gates above ups."""
     import torch
@@ -137,7 +124,7 @@ def gradients_of_the_peer(model, tokens_BT):
 def test_gradients(transformers, tiny):
     path, (model_type, architecture) = tiny
     model = load_peer(transformers, path)
-    tokens_BT = clear_tokens(model, architecture)
+    tokens_BT = peer.clear_tokens(model, architecture, (3, 10))
     wanted_of = gradients_of_the_peer(model, tokens_BT)
     execution = execution_of(architecture)
     live = policies.settings(

@@ -1,0 +1,47 @@
+"""Makes the golden files: random checkpoints of every family, tokens, and the logits that transformers gives for them.
+
+    pip install -r requirements-peers.txt && PYTHONPATH=. python tests/golden/make.py
+
+A file is a safetensors file with the tensors of a checkpoint as transformers writes them, `golden.tokens`,
+`golden.logits` and, in its metadata, the text of config.json.
+"""
+
+import json
+import pathlib
+import tempfile
+
+import numpy as np
+import safetensors.numpy
+import torch
+import transformers
+
+from tests.family_variants import GOLDEN, VARIANTS, write
+from tests.peers import peer
+
+FOLDER = pathlib.Path(__file__).parent
+SHAPE = 2, 24  # rows and positions
+
+
+def make(name: str) -> None:
+    """Chooses tokens for which every choice of an expert is clear."""
+    model_type, architecture = VARIANTS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder)
+        write(path / "ours", VARIANTS[name], seed=1)
+        fields = json.loads((path / "ours" / "config.json").read_text())
+        if model_type == "kimi_k2":  # which has no class; that of deepseek_v3 serves
+            (path / "ours" / "config.json").write_text(json.dumps(fields | {"model_type": "deepseek_v3"}))
+        model = peer.load(transformers, path / "ours")
+        tokens_BT = peer.clear_tokens(model, architecture, SHAPE)
+        logits_BTV, _ = peer.logits(model, tokens_BT, np.ones(SHAPE, bool), architecture.moe)
+        model.to(torch.bfloat16).save_pretrained(path / "theirs")  # the weights are numbers of bfloat16
+        tensors = safetensors.numpy.load_file(path / "theirs" / "model.safetensors")
+        config = json.loads((path / "theirs" / "config.json").read_text()) | {"model_type": model_type}
+    tensors |= {"golden.tokens": tokens_BT, "golden.logits": logits_BTV}
+    safetensors.numpy.save_file(tensors, FOLDER / f"{name}.safetensors", {"config": json.dumps(config)})
+
+
+if __name__ == "__main__":
+    transformers.logging.set_verbosity_error()
+    for name in GOLDEN:
+        make(name)
