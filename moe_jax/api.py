@@ -191,11 +191,17 @@ def load(path: str | os.PathLike, *, dtype: str = "auto") -> Model:
 
 
 def _moved_to_device(params: dict[str, Any]) -> decoder.Params:
-    """Moves arrays one at a time, emptying the tree that held them: nothing but the largest is held twice."""
+    """Moves arrays one at a time, emptying the tree that held them: nothing but the largest is held twice.
+
+    On a CPU nothing is: JAX takes over the memory in which `read_checkpoint` laid them.
+    """
     moved = {}
     while params:
         name, value = params.popitem()
-        moved[name] = _moved_to_device(value) if isinstance(value, dict) else jax.device_put(value).block_until_ready()
+        if isinstance(value, dict):
+            moved[name] = _moved_to_device(value)
+        else:
+            moved[name] = jax.device_put(value, may_alias=True).block_until_ready()
     return moved
 
 

@@ -152,3 +152,23 @@ def test_a_model_without_a_tokenizer_gives_logits_alone(model, folder, tmp_path)
         loaded.generate(["The"], max_new_tokens=1)
     with pytest.raises(ValueError, match="does not exist"):
         moe_jax.load(tmp_path / "nowhere")
+
+
+def test_jax_takes_the_memory_over_in_which_weights_are_read(folder, monkeypatch):
+    read = {}
+
+    def reading(*arguments):
+        architecture, params = read_checkpoint(*arguments)
+        for path, array in jax.tree_util.tree_leaves_with_path(params):
+            read[jax.tree_util.keystr(path)] = array.ctypes.data
+        return architecture, params
+
+    read_checkpoint = api.huggingface.read_checkpoint
+    monkeypatch.setattr(api.huggingface, "read_checkpoint", reading)
+    for dtype in ("bfloat16", "float32"):
+        params = moe_jax.load(folder, dtype=dtype).params
+        taken = {
+            jax.tree_util.keystr(path): array.unsafe_buffer_pointer()
+            for path, array in jax.tree_util.tree_leaves_with_path(params)
+        }
+        assert taken == read

@@ -1,9 +1,10 @@
 """Reads and writes a model in the folder layout of Hugging Face: `config.json` beside `model.safetensors`.
 
-Parameters are a nested dict of stacked arrays (`names.Rule` spells them). Tensors go straight into those arrays and
-straight out of them, one at a time, so a model is never held twice.
+Parameters are a nested dict of stacked arrays (`names.Rule` spells them), which lie in memory as their tensors are
+stored. Tensors go straight into those arrays and straight out of them, so a model is never held twice.
 """
 
+import itertools
 import json
 import math
 import os
@@ -15,11 +16,11 @@ import ml_dtypes
 import numpy as np
 import psutil
 from absl import logging
-from tqdm import tqdm
 
-from moe_jax.checkpoint import safetensors_file
+from moe_jax.checkpoint import filling, safetensors_file
 from moe_jax.checkpoint.families import Family, family_of
 from moe_jax.checkpoint.names import Rule
+from moe_jax.checkpoint.quantization import FLOAT8, Blocks, blocks_of, take_scales
 from moe_jax.checkpoint.safetensors_file import StoredTensor
 from moe_jax.config.schema import DTYPES, Architecture
 from moe_jax.files import replaced_folder
@@ -28,13 +29,10 @@ _LAYOUT = (
     "a checkpoint folder in Hugging Face layout: config.json beside model.safetensors or its shards and their index"
 )
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+SHARD_BYTES = 5_000_000_000  # of one file, as transformers writes them
+TypeAndShape = tuple[np.dtype, tuple[int, ...]]
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# dtype -> the integers that hold its bits, and the bits of its exponent: all set in NaN and infinity
-_EXPONENTS = {
-    np.dtype(np.float32): (np.uint32, 0x7F800000),
-    np.dtype(np.float16): (np.uint16, 0x7C00),
-    np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7F80),
-}
 
 
 def read_architecture(folder: str | os.PathLike) -> Architecture:
@@ -70,7 +68,7 @@ def read_checkpoint(folder: str | os.PathLike, dtype: str = "auto") -> tuple[Arc
     Args:
         folder: the checkpoint; what `model.path` names.
         dtype: of every parameter but those that their family keeps in float32 (the router's selection bias). "auto": as
-            stored; float32 where the tensors of one stacked parameter differ.
+            stored, bfloat16 for tensors of eight bits; float32 where the tensors of one stacked parameter differ.
 
     Returns:
         The architecture, and the parameters: a nested dict of NumPy arrays (bfloat16 is that of `ml_dtypes`).
@@ -81,24 +79,29 @@ def read_checkpoint(folder: str | os.PathLike, dtype: str = "auto") -> tuple[Arc
     """
     folder = pathlib.Path(folder)
     _require_dtype(dtype)
-    family, architecture, fields = _describe(folder)
+    family, architecture, fields, blocks = _describe(folder)
     stored = _read_tables(folder)
+    scales = take_scales(stored, blocks)
     rules = family.rules(architecture)
     _require_enough(folder, rules, architecture, len(stored))
     _require_same_names(folder, _wanted_names(rules, architecture), _without_skipped(folder, stored, family, fields))
-    sources = [(stored[name], name, rule, index) for rule in rules for name, index in rule.placements(architecture)]
-    for source, name, rule, _ in sources:
-        if source.shape != (wanted := rule.stored_shape(architecture)):
-            raise ValueError(f"{source.path}: {name} has shape {source.shape}: config.json asks for {wanted}")
+    for rule in rules:
+        wanted = rule.stored_shape(architecture)
+        for name, _ in rule.placements(architecture):
+            if stored[name].shape != wanted:
+                raise ValueError(
+                    f"{stored[name].path}: {name} has shape {stored[name].shape}: config.json asks for {wanted}"
+                )
     dtypes = {rule: _dtype_of(rule, dtype, stored, architecture) for rule in rules}
     _require_memory(folder, sum(math.prod(rule.shape(architecture)) * dtypes[rule].itemsize for rule in rules))
-    flat = {rule.parameter: np.empty(rule.shape(architecture), dtypes[rule]) for rule in rules}
-    sources.sort(key=lambda source: (source[0].path, source[0].start))
-    for source, name, rule, index in tqdm(sources, desc="load", unit=" tensors", disable=None, leave=False):
-        destination = flat[rule.parameter]
-        tensor = _finite(_cast(safetensors_file.read_tensor(source), destination.dtype), name)
-        bits = _EXPONENTS[destination.dtype][0]  # NumPy moves integers faster than it moves bfloat16
-        destination.view(bits)[index] = rule.from_stored(tensor.view(bits), architecture)
+    flat = {rule.parameter: filling.allocate(rule.shape(architecture), dtypes[rule]) for rule in rules}
+    filling.fill(
+        [
+            filling.Source(name, stored[name], flat[rule.parameter][index], scales.get(name), blocks)
+            for rule in rules
+            for name, index in rule.placements(architecture)
+        ]
+    )
     return architecture, _nested(flat)
 
 
@@ -112,6 +115,7 @@ def write_checkpoint(
     token_ids: Mapping[str, int | list[int]] | None = None,
     extra_files: Mapping[str, bytes | str] | None = None,
     replace: bool = False,
+    shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a folder that transformers and other servers load; it appears whole, or not at all.
 
@@ -124,6 +128,8 @@ def write_checkpoint(
         token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`, for `config.json` and `generation_config.json`.
         extra_files: more files by name, such as `tokenizer.json`.
         replace: whether a folder that is already there is replaced, with everything in it.
+        shard_bytes: the most that the tensors of one file take; a larger one has a file of its own. Where one file is
+            enough it is `model.safetensors`, else there are several and an index.
 
     Raises:
         ValueError: `folder` is taken, the family cannot express the architecture, or `params` lacks a parameter, has
@@ -152,17 +158,26 @@ def write_checkpoint(
     def tensors() -> Iterator[np.ndarray]:
         for rule in rules:
             for name, index in rule.placements(architecture):
-                tensor = rule.to_stored(arrays[rule.parameter][index], architecture)
-                yield _finite(_cast(tensor, dtypes[rule]), name)
+                tensor = np.empty(rule.stored_shape(architecture), dtypes[rule])
+                filling.cast_into(tensor, arrays[rule.parameter][index].reshape(tensor.shape))
+                filling.require_finite(tensor, name)
+                yield tensor
 
     fields |= {"dtype": dtypes[rules[0]].name, **(token_ids or {})}
     texts = {"config.json": _json_text(fields), "generation_config.json": _json_text(dict(token_ids or {}))}
-    if taken := sorted(set(extra_files or {}) & {*texts, _WEIGHTS}):
+    shards = _shards(shapes, shard_bytes)
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in shards.items() for name in names}
+        texts[_INDEX] = _json_text({"metadata": {"total_size": _bytes_of(shapes)}, "weight_map": weight_map})
+    if taken := sorted(set(extra_files or {}) & {*texts, *shards, _WEIGHTS, _INDEX}):
         raise ValueError(f"extra_files has {taken[0]}, which is written from the architecture and the parameters")
     with replaced_folder(folder) as partial:
         for name, data in {**texts, **(extra_files or {})}.items():
             (partial / name).write_bytes(data.encode() if isinstance(data, str) else data)
-        safetensors_file.write_file(partial / _WEIGHTS, shapes, tensors())
+        made = tensors()
+        for file, names in shards.items():
+            part = {name: shapes[name] for name in names}
+            safetensors_file.write_file(partial / file, part, itertools.islice(made, len(part)))
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -183,19 +198,40 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return fields
 
 
+def _bytes_of(shapes: Mapping[str, TypeAndShape]) -> int:
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in shapes.values())
+
+
+def _shards(shapes: Mapping[str, TypeAndShape], most_bytes: int) -> dict[str, list[str]]:
+    """Deals tensors out to files, in order: the names in each."""
+    parts: list[dict[str, TypeAndShape]] = [{}]
+    filled_bytes = 0
+    for name, one in shapes.items():
+        size_bytes = _bytes_of({name: one})
+        if parts[-1] and filled_bytes + size_bytes > most_bytes:
+            parts.append({})
+            filled_bytes = 0
+        parts[-1][name] = one
+        filled_bytes += size_bytes
+    if len(parts) == 1:
+        return {_WEIGHTS: list(parts[0])}
+    return {f"model-{n:05d}-of-{len(parts):05d}.safetensors": list(part) for n, part in enumerate(parts, start=1)}
+
+
 def _json_text(fields: dict[str, Any]) -> str:
     return json.dumps(fields, indent=2) + "\n"
 
 
-def _describe(folder: pathlib.Path) -> tuple[Family, Architecture, dict[str, Any]]:
+def _describe(folder: pathlib.Path) -> tuple[Family, Architecture, dict[str, Any], Blocks | None]:
     fields = _read_json(folder / "config.json")
     try:
         family = family_of(fields)
-        architecture = family.architecture(fields)
+        blocks = blocks_of(fields)
+        architecture = family.architecture({**fields, "quantization_config": None})
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     read_token_ids(folder)  # what is damaged there is told here, before anything large is read
-    return family, architecture, fields
+    return family, architecture, fields, blocks
 
 
 def _read_tables(folder: pathlib.Path) -> dict[str, StoredTensor]:
@@ -270,26 +306,15 @@ def _dtype_of(rule: Rule, dtype: str, stored: Mapping[str, StoredTensor], archit
     if dtype != "auto":
         return np.dtype(dtype)
     dtypes = {stored[placement.tensor].dtype for placement in rule.placements(architecture)}
+    dtypes = {_BFLOAT16 if dtype == FLOAT8 else dtype for dtype in dtypes}
     return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
 
 
 def _written_dtype(rule: Rule, dtype: str, given: np.dtype) -> np.dtype:
     wanted = np.dtype(np.float32) if rule.float32 else given if dtype == "auto" else np.dtype(dtype)
-    if wanted not in _EXPONENTS:
+    if wanted not in filling.EXPONENTS:
         raise ValueError(f"parameter {rule.parameter} is {given.name}: wanted one of {', '.join(DTYPES[1:])}")
     return wanted
-
-
-def _cast(tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    with np.errstate(over="ignore", invalid="ignore"):  # _finite reports it, and names the tensor
-        return tensor.astype(dtype, copy=False)
-
-
-def _finite(tensor: np.ndarray, name: str) -> np.ndarray:
-    bits, exponent = _EXPONENTS[tensor.dtype]
-    if tensor.size and ((tensor.view(bits) & bits(exponent)) == exponent).any():
-        raise ValueError(f"tensor {name} holds NaN or infinity as {tensor.dtype.name}")
-    return tensor
 
 
 def _flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

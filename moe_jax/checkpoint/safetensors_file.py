@@ -1,6 +1,7 @@
-"""The safetensors format, one tensor at a time: a JSON table of names, dtypes, shapes and offsets, then the bytes.
+"""The safetensors format: a JSON table of names, dtypes, shapes and offsets, then the bytes.
 
-The format's own library reads into, and writes from, a second copy of the model; here one tensor is in flight.
+The format's own library reads into, and writes from, a second copy of the model. Here tables are read, whose tensors
+`filling` brings to their places, and files are written tensor by tensor.
 """
 
 import json
@@ -17,6 +18,7 @@ _DTYPES = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 _CODES = {dtype: code for code, dtype in _DTYPES.items()}
 _MAX_TABLE_BYTES = 100_000_000  # the library's own limit
@@ -30,13 +32,19 @@ class StoredTensor(NamedTuple):
     shape: tuple[int, ...]
     start: int
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 def read_table(path: Path) -> dict[str, StoredTensor]:
     """Reads the table of a file and checks it against the file's length.
 
     Raises:
         ValueError: the file cannot be read or is truncated, its table is damaged (a name twice, gaps or overlaps), or
-            a tensor has a dtype other than F32, F16 and BF16. Changed values cannot be told: there are no checksums.
+            a tensor has a dtype other than F32, F16, BF16 and F8_E4M3. Changed values cannot be told: there are no
+            checksums.
     """
     try:
         file_bytes, table_bytes, text = _read_head(path)
@@ -91,12 +99,6 @@ def _briefly(error: Exception) -> str:
 def _parsed(entry: dict) -> tuple[int, int, str, tuple[int, ...]]:
     first, last = map(operator.index, entry["data_offsets"])
     return first, last, str(entry["dtype"]), tuple(map(operator.index, entry["shape"]))
-
-
-def read_tensor(stored: StoredTensor) -> np.ndarray:
-    """Reads one tensor into memory of its own."""
-    values = np.fromfile(stored.path, np.uint8, math.prod(stored.shape) * stored.dtype.itemsize, offset=stored.start)
-    return values.view(stored.dtype).reshape(stored.shape)
 
 
 def write_file(path: Path, shapes: dict[str, tuple[np.dtype, tuple[int, ...]]], tensors: Iterable[np.ndarray]) -> None:

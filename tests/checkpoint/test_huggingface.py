@@ -535,3 +535,26 @@ def test_jax_arrays_are_written_as_numpy_ones_are(tmp_path):
     huggingface.write_checkpoint(tmp_path / "numpy", PLAIN, nested(params))
     read = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("jax", "numpy")]
     assert read[0] == read[1]
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 3000, 10_000])
+def test_large_models_are_written_in_shards(tmp_path, folder, shard_bytes):
+    params = nested(random_params(TINY, np.float32))
+    huggingface.write_checkpoint(tmp_path / "parts", TINY, params, dtype="float32", shard_bytes=shard_bytes)
+    index = json.loads((tmp_path / "parts" / "model.safetensors.index.json").read_text())
+    paths = sorted((tmp_path / "parts").glob("model-*-of-*.safetensors"))
+    assert [path.name for path in paths] == [
+        f"model-{n + 1:05d}-of-{len(paths):05d}.safetensors" for n in range(len(paths))
+    ]
+    whole = safetensors.numpy.load_file(folder / "model.safetensors")
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in whole.values())
+    parts = {}
+    for path in paths:
+        part = safetensors.numpy.load_file(path)
+        assert len(part) == 1 or sum(tensor.nbytes for tensor in part.values()) <= shard_bytes
+        assert {index["weight_map"][name] for name in part} == {path.name}
+        parts |= part
+    assert not (tmp_path / "parts" / "model.safetensors").exists() and parts.keys() == whole.keys()
+    assert all((parts[name] == whole[name]).all() for name in whole)
+    read = flattened(huggingface.read_checkpoint(tmp_path / "parts")[1])
+    assert all((read[name] == array).all() for name, array in flattened(params).items())

@@ -1,0 +1,106 @@
+"""Weights stored in eight bits with a scale for each block, as DeepSeek-V3 publishes them (arXiv 2412.19437, 3.3.2).
+
+A tensor `name` of F8_E4M3 stands beside `name_scale_inv`, one number for each block of rows and columns, the last ones
+of which may be cut off; a weight is its stored value times the number of its block.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from moe_jax.checkpoint.safetensors_file import StoredTensor
+
+FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
+SCALE_SUFFIX = "_scale_inv"
+# Fields that say how activations were quantised and which tensors were not: their dtypes tell.
+_SILENT = ("activation_scheme", "modules_to_not_convert", "ignored_layers", "scale_fmt")
+
+
+class Blocks(NamedTuple):
+    """The rows and columns that share a scale."""
+
+    rows: int
+    columns: int
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scales of a matrix."""
+        return -(-shape[0] // self.rows), -(-shape[1] // self.columns)
+
+
+def blocks_of(fields: Mapping[str, Any]) -> Blocks | None:
+    """Reads `quantization_config` of a `config.json`; None where there is none.
+
+    Raises:
+        ValueError: it describes anything but FP8 with a scale for each block.
+    """
+    given = fields.get("quantization_config")
+    if given is None:
+        return None
+    wanted = 'wanted {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}, or none'
+    method = given.get("quant_method") if isinstance(given, dict) else given
+    if method != "fp8":
+        raise ValueError(f"quantization_config.quant_method = {_text(method)}: {wanted}")
+    if given.get("fmt", "e4m3") != "e4m3":
+        raise ValueError(f"quantization_config.fmt = {_text(given['fmt'])}: {wanted}")
+    size = given.get("weight_block_size")
+    if not isinstance(size, list) or len(size) != 2 or not all(type(one) is int and one > 0 for one in size):
+        raise ValueError(f"quantization_config.weight_block_size = {_text(size)}: {wanted}")
+    if others := sorted(set(given) - {"quant_method", "fmt", "weight_block_size", *_SILENT}):
+        raise ValueError(f"quantization_config.{others[0]} = {_text(given[others[0]])}: not implemented; {wanted}")
+    return Blocks(*size)
+
+
+def take_scales(stored: dict[str, StoredTensor], blocks: Blocks | None) -> dict[str, StoredTensor]:
+    """Takes the scales out of a table of tensors, and returns them by the name of the tensor that they belong to.
+
+    Raises:
+        ValueError: a tensor lacks its scales, scales lack their tensor, or either has another shape or dtype.
+    """
+    scales = {}
+    for name, one in stored.items():
+        if one.dtype != FLOAT8:
+            continue
+        if blocks is None:
+            raise ValueError(f"{one.path}: {name} is stored as F8_E4M3: config.json has no quantization_config for it")
+        if len(one.shape) != 2:
+            raise ValueError(f"{one.path}: {name} is F8_E4M3 and has shape {one.shape}: wanted a matrix")
+        if name + SCALE_SUFFIX not in stored:
+            raise ValueError(f"{one.path}: {name} is F8_E4M3, and its scales {name + SCALE_SUFFIX} are missing")
+        scale = stored[name + SCALE_SUFFIX]
+        if scale.dtype == FLOAT8 or scale.shape != blocks.scale_shape(one.shape):
+            raise ValueError(
+                f"{scale.path}: {name + SCALE_SUFFIX} has shape {scale.shape} and dtype {scale.dtype.name}: wanted "
+                f"{blocks.scale_shape(one.shape)}, a float32 for each block of {name}"
+            )
+        scales[name] = scale
+    if blocks is not None:
+        for name, one in stored.items():
+            if name.endswith(SCALE_SUFFIX) and name.removesuffix(SCALE_SUFFIX) not in scales:
+                raise ValueError(f"{one.path}: {name} scales no tensor that is stored as F8_E4M3")
+    for name in scales:
+        del stored[name + SCALE_SUFFIX]
+    return scales
+
+
+def dequantize(values: np.ndarray, scale: np.ndarray, blocks: Blocks, first_row: int) -> np.ndarray:
+    """Some whole rows of a matrix as float32.
+
+    Args:
+        values: F8_E4M3 [rows, columns].
+        scale: float32, of all blocks of the matrix.
+        blocks: what shares a scale.
+        first_row: of these rows, within the matrix.
+    """
+    wide = values.astype(np.float32)
+    of_row = (first_row + np.arange(values.shape[0])) // blocks.rows
+    for block in range(scale.shape[1]):
+        columns = slice(block * blocks.columns, (block + 1) * blocks.columns)
+        wide[:, columns] *= scale[of_row, block, None]
+    return wide
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value)[:100]

@@ -1,0 +1,160 @@
+"""Block-scaled FP8: read as a plain loop says, in every dtype, and refused where scales and tensors do not fit."""
+
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from moe_jax.checkpoint import filling, huggingface
+from moe_jax.checkpoint.safetensors_file import read_table
+from tests.checkpoint import test_huggingface as whole
+
+ROWS, COLUMNS = 7, 5  # of a block: no size of the model is a multiple of either
+PUBLISHED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
+DOWN = "model.layers.3.mlp.experts.5.down_proj.weight"
+
+
+def plain_loop(tensor, scale, rows, columns):
+    """float32, number by number."""
+    wanted = np.empty(tensor.shape, np.float32)
+    for row in range(tensor.shape[0]):
+        for column in range(tensor.shape[1]):
+            wanted[row, column] = np.float32(tensor[row, column]) * scale[row // rows, column // columns]
+    return wanted
+
+
+def quantize(folder, rows=ROWS, columns=COLUMNS, scale_dtype=np.float32):
+    """Stores the projections as random FP8 with random scales; returns what each is to be read as, in float32."""
+    random = np.random.default_rng(0)
+    tensors, wanted = safetensors.numpy.load_file(folder / "model.safetensors"), {}
+    for name, tensor in list(tensors.items()):
+        if "_proj.weight" in name:
+            bits = random.integers(0, 256, tensor.shape, np.uint8)
+            bits[(bits & 0x7F) == 0x7F] = 0  # NaN
+            tensors[name] = bits.view(ml_dtypes.float8_e4m3fn)
+            shape = -(-tensor.shape[0] // rows), -(-tensor.shape[1] // columns)
+            scale = random.uniform(1e-4, 1e-2, shape).astype(scale_dtype)
+            tensors[f"{name}_scale_inv"] = scale
+            wanted[name] = plain_loop(tensors[name], scale.astype(np.float32), rows, columns)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    whole.edit_config(folder, quantization_config={**PUBLISHED, "weight_block_size": [rows, columns]})
+    return wanted
+
+
+def load_file(path):
+    """As the format's own library, which gives NumPy no floats of eight bits."""
+    data = path.read_bytes()
+    return {
+        name: np.frombuffer(data, one.dtype, one.nbytes // one.dtype.itemsize, one.start).reshape(one.shape).copy()
+        for name, one in read_table(path).items()
+    }
+
+
+@pytest.fixture
+def folder(tmp_path):
+    params = whole.nested(whole.random_params(whole.TINY, ml_dtypes.bfloat16))
+    huggingface.write_checkpoint(tmp_path / "model", whole.TINY, params)
+    return tmp_path / "model"
+
+
+def as_stored(params):
+    """Tensors by name, as `write_checkpoint` would spell them."""
+    flat = whole.flattened(params)
+    return {
+        name: flat[rule.parameter][index].reshape(rule.stored_shape(whole.TINY))
+        for rule in whole.FAMILIES["glm4_moe"].rules(whole.TINY)
+        for name, index in rule.placements(whole.TINY)
+    }
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32", "float16"])
+@pytest.mark.parametrize(("rows", "columns"), [(ROWS, COLUMNS), (8, 16), (128, 128)])
+def test_values_are_those_of_a_plain_loop(folder, monkeypatch, dtype, rows, columns):
+    monkeypatch.setattr(filling, "_CHECKED_BYTES", 200)  # so that pieces begin within blocks
+    wanted = quantize(folder, rows, columns)
+    read = as_stored(huggingface.read_checkpoint(folder, dtype)[1])
+    for name, values in wanted.items():
+        narrow = np.dtype("bfloat16" if dtype == "auto" else dtype)
+        assert read[name].dtype == narrow
+        np.testing.assert_array_equal(read[name], values.astype(narrow), err_msg=name)
+    assert read["model.norm.weight"].dtype == np.dtype("bfloat16" if dtype == "auto" else dtype)
+
+
+def test_scales_may_be_narrow_and_lie_in_another_shard(folder, monkeypatch):
+    wanted = quantize(folder, scale_dtype=ml_dtypes.bfloat16)
+    monkeypatch.setattr(safetensors.numpy, "load_file", load_file)
+    whole.shard(folder)
+    read = as_stored(huggingface.read_checkpoint(folder)[1])
+    for name, values in wanted.items():
+        np.testing.assert_array_equal(read[name], values.astype(ml_dtypes.bfloat16), err_msg=name)
+
+
+def without_scale(tensors):
+    del tensors[f"{DOWN}_scale_inv"]
+
+
+def with_transposed_scale(tensors):
+    tensors[f"{DOWN}_scale_inv"] = np.ascontiguousarray(tensors[f"{DOWN}_scale_inv"].T)
+
+
+def with_scale_of_nothing(tensors):
+    tensors["model.norm.weight_scale_inv"] = np.ones((1, 1), np.float32)
+
+
+def with_nan(tensors):
+    tensors[DOWN].view(np.uint8)[-1, -1] = 0x7F
+
+
+def with_infinite_scale(tensors):
+    tensors[f"{DOWN}_scale_inv"][-1, -1] = np.inf
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without_scale, f"{DOWN} is F8_E4M3, and its scales {DOWN}_scale_inv are missing"),
+        (with_transposed_scale, f"{DOWN}_scale_inv has shape (2, 3)"),
+        (with_scale_of_nothing, "model.norm.weight_scale_inv scales no tensor"),
+        (with_nan, f"{DOWN} holds NaN"),
+        (with_infinite_scale, f"{DOWN} holds NaN or infinity"),
+    ],
+)
+def test_scales_and_tensors_that_do_not_fit_are_refused(folder, monkeypatch, change, words):
+    quantize(folder)
+    monkeypatch.setattr(safetensors.numpy, "load_file", load_file)
+    whole.edit_tensors(folder, change)
+    assert words in whole.refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"quant_method": "gptq"}, 'quant_method = "gptq"'),
+        ({"quant_method": None}, "quant_method = null"),
+        ({"fmt": "e5m2"}, 'fmt = "e5m2"'),
+        ({"weight_block_size": None}, "weight_block_size = null"),
+        ({"weight_block_size": [128, 0]}, "weight_block_size = [128, 0]"),
+        ({"bits": 4}, "quantization_config.bits = 4: not implemented"),
+    ],
+)
+def test_other_quantisations_are_refused_by_name(folder, changed, words):
+    whole.edit_config(folder, quantization_config=PUBLISHED | changed)
+    message = whole.refusal(folder)
+    assert words in message and "config.json" in message and "e4m3" in message
+
+
+def test_eight_bits_need_a_quantization_config(folder):
+    quantize(folder)
+    fields = json.loads((folder / "config.json").read_text())
+    del fields["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(fields))
+    assert "config.json has no quantization_config for it" in whole.refusal(folder)
+
+
+def test_a_published_config_of_a_model_that_is_not_quantised_reads(folder):
+    before = huggingface.read_architecture(folder)
+    whole.edit_config(folder, quantization_config=PUBLISHED)
+    assert huggingface.read_architecture(folder) == before
+    huggingface.read_checkpoint(folder)
