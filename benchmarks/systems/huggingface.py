@@ -4,6 +4,8 @@ import time
 
 import numpy as np
 
+_FEW_ROWS = "batched_mm"  # copies the weights of every slot: a prompt would take tens of gigabytes
+
 
 class System:
     """As `systems` says."""
@@ -20,6 +22,7 @@ class System:
         self._model = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=getattr(torch, dtype), experts_implementation=experts
         ).eval()
+        self._experts = experts
         self._going_on = {}
 
     def _call(self, tokens_BT: np.ndarray, **options) -> tuple:
@@ -29,16 +32,23 @@ class System:
         out.logits[:, -1].argmax(dim=1).numpy()
         return time.perf_counter() - began, out
 
-    def logits(self, tokens_T: np.ndarray) -> np.ndarray:
-        return self._call(tokens_T[None])[1].logits[0, -1].float().numpy()
+    def _read(self, tokens_BT):
+        if self._experts == _FEW_ROWS:
+            self._model.set_experts_implementation("grouped_mm")
+        _, out = self._call(tokens_BT)
+        self._model.set_experts_implementation(self._experts)
+        return out
 
-    def prefill(self, tokens_T: np.ndarray) -> float:
-        return self._call(tokens_T[None])[0]
+    def logits(self, tokens_T: np.ndarray) -> np.ndarray:
+        return self._read(tokens_T[None]).logits[0, -1].float().numpy()
+
+    def prefill(self, tokens_T: np.ndarray) -> float | None:
+        return None if self._experts == _FEW_ROWS else self._call(tokens_T[None])[0]
 
     def decode(self, tokens_BT: np.ndarray, prompt: int, steps: int) -> list[float]:
         rows = len(tokens_BT)
         if rows not in self._going_on:
-            self._going_on[rows] = self._call(tokens_BT[:, :prompt])[1].past_key_values, prompt
+            self._going_on[rows] = self._read(tokens_BT[:, :prompt]).past_key_values, prompt
         cache, place = self._going_on[rows]
         self._going_on[rows] = cache, place + steps
         return [self._call(tokens_BT[:, at, None], past_key_values=cache)[0] for at in range(place, place + steps)]
