@@ -9,6 +9,7 @@ implementations of experts, and once in float32. Steps go from tokens on the hos
 --notransformers leaves them out, where a Python has no torch.
 """
 
+import math
 import multiprocessing
 import os
 import pathlib
@@ -111,7 +112,8 @@ def main(run: command.Command) -> None:
 
     def turn(name, system, count):
         of = seconds.setdefault(name, {})
-        of.setdefault(f"prefill_{PREFILL}", []).append(system.call("prefill", prompt_T))
+        prefill_s = system.call("prefill", prompt_T)
+        of.setdefault(f"prefill_{PREFILL}", []).append(math.nan if prefill_s is None else prefill_s)
         for case, rows in CASES.items():
             of.setdefault(case, []).extend(system.call("decode", tokens_BT[rows], PROMPT, count))
             if name == "moe_jax":
@@ -186,7 +188,9 @@ def _result(seconds, floors, logits) -> tuple[dict, str]:
     lines.append(f"{'weights and cache streamed once':32}{'':14}{streamed}")
     others = {"llama.cpp": ms["llama.cpp"]}
     if of_transformers := [of for name, of in ms.items() if name.startswith("transformers")]:
-        others["transformers' best"] = {case: min(of[case] for of in of_transformers) for case in ms["moe_jax"]}
+        others["transformers' best"] = {
+            case: min(of[case] for of in of_transformers if not math.isnan(of[case])) for case in ms["moe_jax"]
+        }
     for name, other in others.items():
         ratios = {case: other[case] / value for case, value in ms["moe_jax"].items()}
         figures |= {f"speed over {name} {case}": {"value": value, "unit": "1"} for case, value in ratios.items()}

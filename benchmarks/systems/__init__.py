@@ -1,9 +1,11 @@
 """The systems that `benchmarks/peers.py` compares: each a class in a process of its own, all with the same methods.
 
-System(folder, threads, **options)      loads the checkpoint
-logits(tokens_T) -> logits_V            behind the last token, to see that all run one model
-prefill(tokens_T) -> seconds            until the logits behind the last token are there
-decode(tokens_BT, prompt, steps) -> seconds
-of each step, which reads the next token of every row; the first call of a
-number of rows reads the prompts, later ones go on where it stood
+System(folder, threads, **options): loads the checkpoint.
+
+logits(tokens_T): logits_V behind the last token, to see that all run one model.
+
+prefill(tokens_T): seconds until the logits behind the last token are there; None where that cannot be done.
+
+decode(tokens_BT, prompt, steps): seconds of each step, which reads the next token of every row. The first call of a
+number of rows reads the prompts, later ones go on where it stood.
 """
