@@ -4,7 +4,7 @@
 
 Prompts come from --prompt, --prompt_file or, where neither is given, from what is piped to standard input. The
 continuations go to standard output as they are made; several prompts run as one batch. With --out, they are also
-written to OUT/completions.jsonl.
+written to OUT/completions.jsonl. With --chat, each prompt is a user's message, put into the model's chat template.
 """
 
 import dataclasses
@@ -33,6 +33,7 @@ PROMPT = flags.DEFINE_multi_string(
     "prompt", [], "A text to continue; repeat it for a batch. Default: a Python function."
 )
 PROMPT_FILE = flags.DEFINE_multi_string("prompt_file", [], "A file that holds one prompt, UTF-8; repeat it for more.")
+CHAT = flags.DEFINE_bool("chat", False, "Put each prompt into the model's chat template, as a user's message.")
 
 
 def main(run: command.Command) -> None:
@@ -51,7 +52,10 @@ def main(run: command.Command) -> None:
     execution = execution_of(architecture, config.policy.k_max, config.kernels.grouped_matmul)
     run.implementations["grouped_matmul"] = execution.grouped_matmul
     settings = {"sampling": config.sampling, "policy": config.policy.spec, "seed": config.run.seed}
-    requests = make_requests(prompts, load_tokenizer(path), execution, **settings)
+    tokenizer = load_tokenizer(path)
+    asked = chat_ids(path, tokenizer, prompts) if CHAT.value else prompts
+    requests = make_requests(asked, tokenizer, execution, **settings)
+    gap = "\n" if CHAT.value else ""  # between a message and its answer
 
     with run.timed("load"):
         model = moe_jax.load(path, dtype=config.model.dtype)
@@ -65,7 +69,7 @@ def main(run: command.Command) -> None:
         if index == 0:
             print(piece, end="", flush=True)
 
-    print(heading(0, prompts) + prompts[0], end="", flush=True)
+    print(heading(0, prompts) + prompts[0] + gap, end="", flush=True)
     try:
         with run.timed("run"):
             completions, measured = model.engine.run(requests, execution, show)
@@ -75,13 +79,22 @@ def main(run: command.Command) -> None:
         raise
     print()
     for index in range(1, len(prompts)):
-        print(heading(index, prompts) + prompts[index] + completions[index].text)
+        print(heading(index, prompts) + prompts[index] + gap + completions[index].text)
     print(flush=True)
 
     write_completions(run.out, prompts, [dataclasses.asdict(completion) for completion in completions])
     run.seconds |= {"prefill": measured.prefill_s, "decode": measured.decode_s}
     figures = measured.figures()
     run.finish(figures, text=summary(run, figures, completions))
+
+
+def chat_ids(path: pathlib.Path, tokenizer, messages: list[str]) -> list[list[int]]:
+    """Each message within the model's chat template, as tokens: the template writes its special tokens itself."""
+    from moe_jax.text import chat
+
+    template, special_tokens = chat.load_template(path)
+    texts = [chat.render(template, special_tokens, message) for message in messages]
+    return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
 
 
 def read_prompts() -> list[str]:

@@ -19,13 +19,7 @@ from moe_jax.engine.generate import Completion, Engine
 from moe_jax.engine.request import AnyPolicy, execution_of, make_requests, policy_of_each
 from moe_jax.model import decoder
 from moe_jax.routing.policies import base as policies
-from moe_jax.text.tokenizer import load_tokenizer
-
-# What travels with the weights from the folder that a model was loaded from to the one it is saved to.
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"),
-)
+from moe_jax.text.tokenizer import load_tokenizer, read_tokenizer_files
 
 
 class Model:
@@ -177,7 +171,7 @@ def load(path: str | os.PathLike, *, dtype: str = "auto") -> Model:
     """
     folder = pathlib.Path(path)
     huggingface.read_architecture(folder)  # what is quickly told is told first
-    files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
+    files = read_tokenizer_files(folder)
     tokenizer = load_tokenizer(folder) if "tokenizer.json" in files else None
     architecture, params = huggingface.read_checkpoint(folder, dtype)
     return Model(

@@ -14,7 +14,7 @@ FLOORS = (
     ("model",),
     ("checkpoint", "engine"),
     ("evaluation", "training"),
-    ("study", "report"),
+    ("study", "report", "conversion"),
     ("api", "command", "__init__"),
 )
 SIDEWAYS = {

@@ -36,7 +36,9 @@ def write(folder: pathlib.Path, path: pathlib.Path) -> None:
         stored |= safetensors_file.read_table(file)
 
     def read(name):
-        return np.asarray(safetensors_file.read_tensor(stored[name]))
+        tensor = stored[name]
+        data = np.fromfile(tensor.path, np.uint8, tensor.nbytes, offset=tensor.start)
+        return data.view(tensor.dtype).reshape(tensor.shape)
 
     writer = gguf.GGUFWriter(path, "olmoe")
     writer.add_block_count(config["num_hidden_layers"])

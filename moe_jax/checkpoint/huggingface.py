@@ -102,7 +102,7 @@ def read_checkpoint(folder: str | os.PathLike, dtype: str = "auto") -> tuple[Arc
             for name, index in rule.placements(architecture)
         ]
     )
-    return architecture, _nested(flat)
+    return architecture, nested(flat)
 
 
 def write_checkpoint(
@@ -144,7 +144,7 @@ def write_checkpoint(
     family = family_of({"model_type": model_type})
     fields = family.config_json(architecture)
     rules = family.rules(architecture)
-    arrays = {path: np.asarray(array) for path, array in _flattened(params)}
+    arrays = {path: np.asarray(array) for path, array in flattened(params)}
     _require_same_names(folder, {rule.parameter for rule in rules}, set(arrays))
     shapes, dtypes = {}, {}
     for rule in rules:
@@ -317,15 +317,17 @@ def _written_dtype(rule: Rule, dtype: str, given: np.dtype) -> np.dtype:
     return wanted
 
 
-def _flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the arrays of a nested dict by their paths, such as `moe/router/bias_LE`."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _flattened(value, f"{prefix}{name}/")
+            yield from flattened(value, f"{prefix}{name}/")
         else:
             yield f"{prefix}{name}", value
 
 
-def _nested(flat: Mapping[str, np.ndarray]) -> dict[str, Any]:
+def nested(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """The inverse of `flattened`."""
     tree: dict[str, Any] = {}
     for path, array in flat.items():
         *parents, name = path.split("/")

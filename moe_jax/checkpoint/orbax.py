@@ -58,7 +58,7 @@ class Checkpoints:
     An entry appears whole or not at all: Orbax writes it under another name and renames it.
     """
 
-    def __init__(self, folder: pathlib.Path, kept: int):
+    def __init__(self, folder: pathlib.Path, kept: int | None):
         handler = absl_logging.get_absl_handler()
         if _is_worth_saying not in handler.filters:
             handler.addFilter(_is_worth_saying)

@@ -115,4 +115,4 @@ def write_file(path: Path, shapes: dict[str, tuple[np.dtype, tuple[int, ...]]], 
         for (name, (dtype, shape)), tensor in zip(shapes.items(), tensors, strict=True):
             if (tensor.dtype, tensor.shape) != (dtype, shape):
                 raise ValueError(f"{name} is {tensor.dtype} {tensor.shape}: announced {dtype} {shape}")
-            file.write(tensor.view(np.uint8).data if tensor.size else b"")
+            file.write(tensor.reshape(-1).view(np.uint8).data if tensor.size else b"")

@@ -3,7 +3,6 @@
 import json
 import pathlib
 import statistics
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from moe_jax.report.evaluated import load_max_over_mean
 from moe_jax.report.plots import draw_training_curve
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.parse import parse
-from moe_jax.text.tokenizer import END_OF_TEXT_ID, save_tokenizer
+from moe_jax.text.tokenizer import END_OF_TEXT_ID, tokenizer_files
 from moe_jax.training.loop import Text
 
 
@@ -54,18 +53,16 @@ def require_policies(config: Config, execution: Execution) -> None:
 def finish(config: Config, folder: pathlib.Path, text: Text, execution: Execution, params: Params) -> Finished:
     """Exports the trained model to `folder/model`, with its tokenizer, curve and card, and measures it as exported."""
     metrics = folder / "metrics.jsonl"
-    with tempfile.TemporaryDirectory() as scratch:
-        save_tokenizer(text.tokenizer, scratch, config.decoder.max_context)
-        tokenizer_files = {path.name: path.read_bytes() for path in pathlib.Path(scratch).iterdir()}
-        token_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_TEXT_ID)
-        write_checkpoint(
-            folder / "model",
-            config.architecture,
-            params,
-            token_ids=token_ids,
-            extra_files=tokenizer_files | {"training_curve.png": draw_training_curve(metrics)},
-            replace=True,
-        )
+    token_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_TEXT_ID)
+    own_files = tokenizer_files(text.tokenizer, config.decoder.max_context)
+    write_checkpoint(
+        folder / "model",
+        config.architecture,
+        params,
+        token_ids=token_ids,
+        extra_files=own_files | {"training_curve.png": draw_training_curve(metrics)},
+        replace=True,
+    )
     _, exported = read_checkpoint(folder / "model", dtype="float32")
     measured = _measure(config, text, execution, exported)
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]

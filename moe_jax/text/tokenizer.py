@@ -7,6 +7,7 @@ begins with `<|endoftext|>`, which both opens a document and, as the label behin
 import json
 import os
 import pathlib
+import tempfile
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -21,6 +22,11 @@ END_OF_TEXT_ID = 0
 # Merges never cross these: a word with the one mark or space before it; up to three digits; marks with the space before
 # them and, at the end of a line, the next line's indentation; blank lines with that indentation; other space.
 PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?|\s*[\r\n]+[ \t]*|\s+(?!\S)|\s+"
+# What travels with the weights from one folder of a model to another.
+_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"),
+)
 _ENCODE_AT_ONCE = 512  # documents
 
 
@@ -105,6 +111,19 @@ def load_tokenizer(folder: str | os.PathLike) -> tokenizers.Tokenizer:
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = _splits_special_tokens(path.parent)
     return tokenizer
+
+
+def read_tokenizer_files(folder: str | os.PathLike) -> dict[str, bytes]:
+    """Reads the files that make up a tokenizer, those of them that a folder has, by name."""
+    folder = pathlib.Path(folder)
+    return {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
+
+
+def tokenizer_files(tokenizer: tokenizers.Tokenizer, max_context: int) -> dict[str, bytes]:
+    """The files that `save_tokenizer` writes, by name."""
+    with tempfile.TemporaryDirectory() as scratch:
+        save_tokenizer(tokenizer, scratch, max_context)
+        return read_tokenizer_files(scratch)
 
 
 def encode_documents(tokenizer: tokenizers.Tokenizer, documents: Sequence[Document]) -> list[np.ndarray]:

@@ -95,11 +95,11 @@ def random_params(architecture, dtype):
 
 
 def flattened(params):
-    return dict(huggingface._flattened(params))
+    return dict(huggingface.flattened(params))
 
 
 def nested(flat):
-    return huggingface._nested(flat)
+    return huggingface.nested(flat)
 
 
 def bits(array):

@@ -229,6 +229,12 @@ DAMAGES = [
     Damage("a width of another model", configured(hidden_size=128), r"has shape .*: config.json asks for"),
     Damage("a width below zero", configured(hidden_size=-64), "decoder.d_model = -64: wanted a positive number"),
     Damage("a width in words", configured(hidden_size="sixty-four"), 'hidden_size = "sixty-four": wanted int'),
+    Damage("another architecture", configured(model_type="mamba"), 'model_type = "mamba": supported: .*glm4_moe'),
+    Damage("more active experts than there are", configured(num_experts_per_tok=17), "moe.k = 17: wanted at most"),
+    Damage("groups that do not divide the experts", configured(n_group=3), "moe.num_groups = 3: wanted a divisor"),
+    Damage("fewer layers than tensors say", configured(num_hidden_layers=2), "unknown: model.layers.2"),
+    Damage("more layers than there are", configured(num_hidden_layers=4), "missing: model.layers.3"),
+    Damage("eight bits of another kind", configured(quantization_config={"quant_method": "awq"}), "awq"),
     Damage("a billion experts", configured(n_routed_experts=10**9), r"holds \d+ tensors: config.json asks for \d+"),
     Damage(
         "a billion further layers", configured(num_nextn_predict_layers=10**9), "num_nextn_predict_layers = 10000000"

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+import moe_jax
 from moe_jax import command
 from moe_jax.config import gin
 from moe_jax.kernels.grouped_matmul.api import resolve
@@ -106,6 +108,20 @@ def test_several_prompts_run_as_a_batch(main, capsys, tmp_path):
     assert "18 tokens made (length, length, length)" in text
 
 
+def test_a_chat_model_reads_messages_within_its_template(main, folder, tmp_path, capsys):
+    chatting = tmp_path / "chatting"
+    shutil.copytree(folder, chatting)
+    (chatting / "chat_template.jinja").write_text("{{ messages[0].content | upper }}:{{ add_generation_prompt }}")
+    main("--chat", "--prompt=fox", "--prompt=lazy", **{"model.path": str(chatting)})
+    asked = [json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()]
+    assert [line["prompt"] for line in asked] == ["fox", "lazy"]
+    wanted = [f"--- {n} of 2\n{line['prompt']}\n{line['text']}\n" for n, line in enumerate(asked, start=1)]
+    assert capsys.readouterr().out == "".join(wanted) + "\n"
+    loaded = moe_jax.load(chatting)
+    ids = loaded.tokenizer.encode("FOX:True", add_special_tokens=False).ids
+    assert asked[0]["text"] == loaded.generate([ids], max_new_tokens=6)[0].text
+
+
 def test_one_token_leaves_no_nan_in_json(main, tmp_path):
     main("--prompt=The", **{"sampling.max_new_tokens": 1})
     completion = json.loads((tmp_path / "out" / "completions.jsonl").read_text())
@@ -144,6 +160,7 @@ def test_an_interruption_saves_what_is_done(main, capsys, tmp_path, monkeypatch)
         (["--prompt_file=binary"], {}, "--prompt_file = 'binary': byte 1 is not UTF-8; wanted text"),
         (["--prompt_file=zeros"], {}, "'zeros': byte 2 is 0; wanted text"),
         (["--prompt_file=empty"], {}, "'empty' is empty"),
+        (["--chat", "--prompt=The"], {}, "tiny has no chat template: wanted chat_template.jinja"),
         ([], {"model.path": "nowhere"}, "model.path = 'nowhere' does not exist"),
         ([], {"model.path": ""}, "model.path = '': wanted a folder"),
         ([], {"policy.spec": "topk:9"}, "wanted 1 to 8 experts in every layer; more need a larger policy.k_max"),

@@ -80,7 +80,7 @@ def random_params(architecture):
         elif rule.parameter != "embedding_VD":
             x = x * rule.stored_shape(architecture)[-1] ** -0.5
         flat[rule.parameter] = x
-    return huggingface._nested(flat)
+    return huggingface.nested(flat)
 
 
 def load_peer(transformers, path, **options):

@@ -1,0 +1,93 @@
+"""The chat template of a checkpoint: what stands around a user's message, in Jinja, as `transformers` renders it.
+
+Templates come with models and are not trusted: they run in Jinja's sandbox.
+"""
+
+import datetime
+import json
+import os
+import pathlib
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.sandbox
+
+_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %}`, which marks what a model says for training, and is silent here."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+    """Unlike Jinja's own, leaves HTML's characters alone."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _strftime_now(text: str) -> str:
+    return datetime.datetime.now().strftime(text)
+
+
+def load_template(folder: str | os.PathLike) -> tuple[str, dict[str, str]]:
+    """Reads a model's chat template: `chat_template.jinja`, else `chat_template` of `tokenizer_config.json`.
+
+    Returns:
+        The template, and the special tokens that it may name, such as `bos_token`.
+
+    Raises:
+        ValueError: there is none, or a file is damaged.
+    """
+    folder = pathlib.Path(folder)
+    path = folder / "tokenizer_config.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds a JSON {type(fields).__name__}: wanted an object")
+    template = fields.get("chat_template")
+    if isinstance(template, list):  # several by name
+        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+        template = named.get("default")
+    if (folder / "chat_template.jinja").is_file():
+        template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if not isinstance(template, str):
+        raise ValueError(
+            f"{folder} has no chat template: wanted chat_template.jinja, or chat_template in tokenizer_config.json; a "
+            "model that was not tuned for chat takes plain prompts"
+        )
+    tokens = {name: fields.get(name) for name in _SPECIAL_TOKENS}
+    tokens = {name: one.get("content") if isinstance(one, dict) else one for name, one in tokens.items()}
+    return template, {name: one for name, one in tokens.items() if isinstance(one, str)}
+
+
+def render(template: str, special_tokens: dict[str, str], message: str) -> str:
+    """One user message, and what opens the model's answer.
+
+    The text holds all special tokens: it is encoded without adding any.
+
+    Raises:
+        ValueError: the template is not Jinja, does what the sandbox forbids, or refuses the message.
+    """
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    messages = [{"role": "user", "content": message}]
+    names = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+    try:
+        return environment.from_string(template).render(**names, **special_tokens)
+    except Exception as error:  # a template is a program: it raises whatever it meets
+        raise ValueError(f"the chat template cannot be applied: {type(error).__name__}: {error}") from error
