@@ -114,27 +114,17 @@ def main(run: command.Command) -> None:
 
 
 def write(folder: pathlib.Path, config) -> None:
-    """Writes random bits that are finite numbers below two, unless the folder already holds a model of that shape."""
-    import numpy as np
-
+    """Writes random weights in bfloat16, unless the folder already holds a model of that shape."""
     from moe_jax.checkpoint import huggingface
-    from moe_jax.checkpoint.families import FAMILIES
+    from moe_jax.study.random_model import random_params
 
-    if folder.exists():
-        if huggingface.read_architecture(folder) != config.architecture:
-            raise ValueError(f"{folder} holds a model of another shape: remove it, or give another --out")
-        return
-    rng = np.random.default_rng(config.run.seed)
-    params: dict = {}
-    for rule in FAMILIES["glm4_moe"].rules(config.architecture):
-        shape = rule.shape(config.architecture)
-        values = rng.integers(0, 2**16, shape, np.uint16) & np.uint16(0xBFFF)
-        *parents, name = rule.parameter.split("/")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[name] = values.view("bfloat16")
-    huggingface.write_checkpoint(folder, config.architecture, params, dtype="auto", shard_bytes=SHARD_BYTES)
+    if not folder.exists():
+        params = random_params(config.architecture, "bfloat16", config.run.seed)
+        huggingface.write_checkpoint(
+            folder, config.architecture, params, dtype="auto", model_type="olmoe", shard_bytes=SHARD_BYTES
+        )
+    if huggingface.read_architecture(folder) != config.architecture:
+        raise ValueError(f"{folder} holds a model of another shape: remove it, or give another --out")
 
 
 if __name__ == "__main__":
