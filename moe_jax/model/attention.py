@@ -16,7 +16,7 @@ from jax import lax
 
 from moe_jax.config.schema import Architecture, AttentionConfig
 from moe_jax.model import rope
-from moe_jax.model.layers import Stacked, draw, ones, project, rms_norm
+from moe_jax.model.layers import Stacked, draw, one_layer, ones, project, rms_norm
 
 OUTPUT = "output_DHA"  # the weight that projects mixed heads back
 QUERY_BLOCK = 128  # queries that attend at once: keys beyond the block are never multiplied
@@ -152,7 +152,8 @@ def step(
     """What `mix` does, for one query per row and keys and values within the stack of all layers.
 
     A product of matrices would copy the layer and turn it around first. The products are written out instead, a few
-    terms at a time, so that XLA reads the cache where it lies.
+    terms at a time, so that XLA reads the cache where it lies. Half precision is taken out of the stack first: XLA
+    would convert the caches of all layers to float32 before it takes one.
 
     Args:
         query_BTHA: T is 1.
@@ -165,25 +166,28 @@ def step(
     Returns:
         mixed_BTHA in the dtype of the queries.
     """
-    num_layers, batch, memory, kv_heads, head_dim = key_LBMGA.shape
+    _, batch, memory, kv_heads, head_dim = key_LBMGA.shape
+    key_BMGA, value_BMGA = one_layer(key_LBMGA, layer), one_layer(value_LBMGA, layer)
+    if key_BMGA.dtype != jnp.float32:
+        key_BMGA, value_BMGA = lax.optimization_barrier((key_BMGA, value_BMGA))
     query_BGQA = query_BTHA.reshape(batch, kv_heads, -1, head_dim).astype(jnp.float32)
 
     terms = math.gcd(head_dim, TERMS)
-    keys = key_LBMGA.reshape(num_layers, batch, memory, kv_heads, terms, -1)
+    keys = key_BMGA.reshape(batch, memory, kv_heads, terms, -1)
     queries = query_BGQA.reshape(batch, 1, *query_BGQA.shape[1:3], terms, -1)
     sums = 0.0
     for term in range(terms):
-        part = lax.dynamic_slice_in_dim(lax.dynamic_index_in_dim(keys, layer, keepdims=False), term, 1, 3)
+        part = lax.dynamic_slice_in_dim(keys, term, 1, 3)
         sums = sums + queries[:, :, :, :, term] * part.astype(jnp.float32)
     score_BMGQ = lax.optimization_barrier(sums).sum(axis=-1) * scale
     share_BMGQ = jax.nn.softmax(jnp.where(seen_BM[:, :, None, None], score_BMGQ, -1e30), axis=1)
 
     terms = math.gcd(memory, TERMS)
-    values = value_LBMGA.reshape(num_layers, batch, -1, terms, kv_heads, 1, head_dim)
+    values = value_BMGA.reshape(batch, -1, terms, kv_heads, 1, head_dim)
     shares = share_BMGQ.reshape(batch, -1, terms, *share_BMGQ.shape[2:], 1)
     sums = 0.0
     for term in range(terms):
-        part = lax.dynamic_slice_in_dim(lax.dynamic_index_in_dim(values, layer, keepdims=False), term, 1, 2)
+        part = lax.dynamic_slice_in_dim(values, term, 1, 2)
         sums = sums + shares[:, :, term] * part[:, :, 0].astype(jnp.float32)
     mixed = lax.optimization_barrier(sums).sum(axis=1)
     return mixed.reshape(query_BTHA.shape).astype(query_BTHA.dtype)

@@ -33,12 +33,11 @@ def project(x: jax.Array, weight: jax.Array | Stacked, contracted: int = 1, dtyp
     """Sums over the last `contracted` axes of x and of a weight; the result is of the dtype of x, or of another."""
     if not isinstance(weight, Stacked):
         return jnp.tensordot(x, weight, (tuple(range(-contracted, 0)),) * 2, preferred_element_type=dtype)
-    num_layers, *shape = weight.stack.shape
+    shape = weight.stack.shape[1:]
     kept = shape[: len(shape) - contracted]
     rows = x.reshape(-1, math.prod(shape[len(kept) :]))
-    matrices = weight.stack.reshape(num_layers, 1, -1, rows.shape[1])
     all_rows = jnp.array([rows.shape[0]], jnp.int32)  # one expert, which serves everybody
-    out = native.forward(rows, matrices, all_rows, weight.layer, dtype)
+    out = native.forward(rows, weight.stack, all_rows, weight.layer, dtype)
     return out.reshape(*x.shape[: x.ndim - contracted], *kept)
 
 

@@ -150,10 +150,12 @@ struct Work {
 
 template <typename T, typename Out>
 ffi::Error Multiply(ffi::ThreadPool& pool, const ffi::AnyBuffer& rows, const ffi::AnyBuffer& weights,
-                    const int32_t* group_sizes, int64_t layer, ffi::Result<ffi::AnyBuffer>& out) {
+                    const ffi::Buffer<ffi::S32>& sizes, int64_t layer, ffi::Result<ffi::AnyBuffer>& out) {
   using Number = typename T::Number;
+  const int64_t num_experts = sizes.element_count();
+  const int32_t* group_sizes = sizes.typed_data();
   const int64_t num_rows = rows.dimensions()[0], depth = rows.dimensions()[1];
-  const int64_t num_experts = weights.dimensions()[1], num_columns = weights.dimensions()[2];
+  const int64_t num_columns = out->dimensions()[1];
   const Number* rows_data = static_cast<const Number*>(rows.untyped_data());
   const Number* stack = static_cast<const Number*>(weights.untyped_data()) + layer * num_experts * num_columns * depth;
   typename Out::Number* out_data = static_cast<typename Out::Number*>(out->untyped_data());
@@ -196,18 +198,17 @@ ffi::Error Multiply(ffi::ThreadPool& pool, const ffi::AnyBuffer& rows, const ffi
 ffi::Error GroupedMatmul(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuffer weights,
                          ffi::Buffer<ffi::S32> group_sizes, ffi::Buffer<ffi::S32> layer,
                          ffi::Result<ffi::AnyBuffer> out) {
-  const int32_t* sizes = group_sizes.typed_data();
   const int64_t at = layer.typed_data()[0];
   const bool is_float32 = out->element_type() == ffi::F32;
   switch (rows.element_type()) {
     case ffi::F32:
-      return Multiply<Float32, Float32>(pool, rows, weights, sizes, at, out);
+      return Multiply<Float32, Float32>(pool, rows, weights, group_sizes, at, out);
     case ffi::F16:
-      return is_float32 ? Multiply<Float16, Float32>(pool, rows, weights, sizes, at, out)
-                        : Multiply<Float16, Float16>(pool, rows, weights, sizes, at, out);
+      return is_float32 ? Multiply<Float16, Float32>(pool, rows, weights, group_sizes, at, out)
+                        : Multiply<Float16, Float16>(pool, rows, weights, group_sizes, at, out);
     case ffi::BF16:
-      return is_float32 ? Multiply<BFloat16, Float32>(pool, rows, weights, sizes, at, out)
-                        : Multiply<BFloat16, BFloat16>(pool, rows, weights, sizes, at, out);
+      return is_float32 ? Multiply<BFloat16, Float32>(pool, rows, weights, group_sizes, at, out)
+                        : Multiply<BFloat16, BFloat16>(pool, rows, weights, group_sizes, at, out);
     default:
       return ffi::Error::InvalidArgument("grouped_matmul: wanted float32, float16 or bfloat16");
   }

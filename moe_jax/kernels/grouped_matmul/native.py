@@ -3,6 +3,7 @@
 Its gradient is that of `blocked`, which is bound by arithmetic rather than by memory.
 """
 
+import math
 import pathlib
 
 import jax
@@ -17,6 +18,9 @@ _SOURCE = pathlib.Path(__file__).with_suffix(".cc")
 def forward(rows_SD, weights_LEFD, group_sizes_E, layer, out_dtype=None):
     """As `api.grouped_matmul`; in another dtype, float32, where that is asked for.
 
+    The stack may have several axes of outputs, and of inputs: a reshape in front of this call makes some versions of
+    XLA copy the whole of it. Without an axis of experts there is one.
+
     Raises:
         ValueError: rows and weights are not of one dtype out of float32, bfloat16 and float16, or nothing can compile
             the source.
@@ -25,8 +29,11 @@ def forward(rows_SD, weights_LEFD, group_sizes_E, layer, out_dtype=None):
     out_dtype = jnp.dtype(out_dtype or dtype)
     if weights_LEFD.dtype != dtype or dtype not in map(jnp.dtype, ("float32", "bfloat16", "float16")):
         raise ValueError(f"grouped_matmul: rows are {dtype}, weights {weights_LEFD.dtype}: wanted one of three floats")
-    out = jax.ShapeDtypeStruct((rows_SD.shape[0], weights_LEFD.shape[2]), out_dtype)
-    call = jax.ffi.ffi_call(compiled.register(_SOURCE, "moe_jax_grouped_matmul"), out)
+    num_rows, depth = rows_SD.shape
+    num_columns = math.prod(weights_LEFD.shape) // (weights_LEFD.shape[0] * len(group_sizes_E) * depth)
+    call = jax.ffi.ffi_call(
+        compiled.register(_SOURCE, "moe_jax_grouped_matmul"), jax.ShapeDtypeStruct((num_rows, num_columns), out_dtype)
+    )
     return call(rows_SD, weights_LEFD, group_sizes_E.astype(jnp.int32), jnp.asarray(layer, jnp.int32))
 
 
