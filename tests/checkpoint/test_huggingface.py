@@ -554,6 +554,12 @@ def test_large_models_are_written_in_shards(tmp_path, folder, shard_bytes):
         assert len(part) == 1 or sum(tensor.nbytes for tensor in part.values()) <= shard_bytes
         assert {index["weight_map"][name] for name in part} == {path.name}
         parts |= part
+    sizes_bytes = dict.fromkeys(index["weight_map"].values(), 0)
+    before = paths[0].name
+    for name, file in index["weight_map"].items():  # in the order of writing
+        assert file == before or sizes_bytes[before] + whole[name].nbytes > shard_bytes, "a file is left half empty"
+        sizes_bytes[file] += whole[name].nbytes
+        before = file
     assert not (tmp_path / "parts" / "model.safetensors").exists() and parts.keys() == whole.keys()
     assert all((parts[name] == whole[name]).all() for name in whole)
     read = flattened(huggingface.read_checkpoint(tmp_path / "parts")[1])
