@@ -192,13 +192,17 @@ def test_no_shared_experts(transformers, tmp_path):
 
 
 def test_dtypes_of_the_peer(transformers, tiny):
-    """The peer keeps the selection bias in float32, as we write it, and reads the rest as bfloat16."""
+    """The peer keeps the selection bias in float32, as we write it, and reads the rest as bfloat16.
+
+    From 5.24 on it makes the router float32 too, whatever is stored.
+    """
     import torch
 
     peer = transformers.AutoModelForCausalLM.from_pretrained(tiny[0], dtype="auto")
     dtypes = {name: tensor.dtype for name, tensor in peer.state_dict().items()}
     wide = {name for name, dtype in dtypes.items() if dtype == torch.float32}
-    assert wide == {name for name in dtypes if name.endswith("e_score_correction_bias")} != set()
+    biases = {name for name in dtypes if name.endswith("e_score_correction_bias")}
+    assert set() < biases <= wide <= biases | {name for name in dtypes if name.endswith("mlp.gate.weight")}
     assert set(dtypes.values()) == {torch.float32, torch.bfloat16}
 
 
