@@ -109,22 +109,6 @@ class Rule:
                 self.tensor.format(**spelled), tuple(at.get(letter, slice(None)) for letter in self.letters)
             )
 
-    def _orders(self) -> tuple[str, str]:
-        stored = self.stored.replace(" ", "").replace("1", "")
-        return stored, "".join(letter for letter in self.letters if letter in stored)
-
-    def from_stored(self, tensor: np.ndarray, architecture: Architecture) -> np.ndarray:
-        """Views a stored tensor in the memory order of the slice that it fills."""
-        stored, ours = self._orders()
-        sizes = self._sizes(architecture)
-        return tensor.reshape([sizes[letter] for letter in stored]).transpose([stored.index(x) for x in ours])
-
-    def to_stored(self, part: np.ndarray, architecture: Architecture) -> np.ndarray:
-        """Lays a slice of the stacked parameter out as it is stored: contiguous, and a copy where it has to be."""
-        stored, ours = self._orders()
-        part = np.ascontiguousarray(part.transpose([ours.index(letter) for letter in stored]))
-        return part.reshape(self.stored_shape(architecture))
-
 
 def trunk_rules(decoder: DecoderConfig) -> list[Rule]:
     """Embedding, final norm and, where it is not the embedding again, the head."""

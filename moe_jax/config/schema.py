@@ -32,6 +32,11 @@ def _require_fraction(section: str, config, *fields: str) -> None:
         _require(0 <= value <= 1, f"{section}.{field}", value, "a number from 0 to 1")
 
 
+def _require_one_of(section: str, config, field: str, choices: tuple[str, ...]) -> None:
+    value = getattr(config, field)
+    _require(value in choices, f"{section}.{field}", value, f"one of {', '.join(choices)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Which weights to run. Ignored where the model is made from scratch."""
@@ -40,7 +45,7 @@ class ModelConfig:
     dtype: str = "auto"  # of weights and activations; "auto": as stored
 
     def __post_init__(self):
-        _require(self.dtype in DTYPES, "model.dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        _require_one_of("model", self, "dtype", DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,19 +109,14 @@ class AttentionConfig:
     yarn_mscale_all_dim: float = 0.0  # kind "latent" only
 
     def __post_init__(self):
-        _require(self.kind in ATTENTION_KINDS, "attention.kind", self.kind, f"one of {', '.join(ATTENTION_KINDS)}")
+        _require_one_of("attention", self, "kind", ATTENTION_KINDS)
+        _require_one_of("attention", self, "qk_norm_span", NORM_SPANS)
         _require_positive("attention", self, "num_heads", "num_kv_heads", "head_dim", "rope_theta", "yarn_factor")
         _require_positive("attention", self, "latent_rank", "nope_head_dim", "rope_head_dim", "value_head_dim")
-        _require_positive("attention", self, *("latent_norm_eps", "yarn_original_context"))
-        _require_positive("attention", self, *("yarn_beta_fast", "yarn_beta_slow"))
+        yarn = "yarn_original_context", "yarn_beta_fast", "yarn_beta_slow"
+        _require_positive("attention", self, "latent_norm_eps", *yarn)
         for field in ("query_rank", "yarn_mscale", "yarn_mscale_all_dim"):
             _require(getattr(self, field) >= 0, f"attention.{field}", getattr(self, field), "0 or more")
-        _require(
-            self.qk_norm_span in NORM_SPANS,
-            "attention.qk_norm_span",
-            self.qk_norm_span,
-            f"one of {', '.join(NORM_SPANS)}",
-        )
         _require_fraction("attention", self, "rope_fraction")
         _require(self.yarn_factor >= 1, "attention.yarn_factor", self.yarn_factor, "1 (no stretching) or more")
         if self.yarn_factor > 1:
@@ -191,10 +191,8 @@ class MoEConfig:
             self.shared_gate,
             "False where moe.num_shared_experts = 0",
         )
-        _require(
-            self.group_score in GROUP_SCORES, "moe.group_score", self.group_score, f"one of {', '.join(GROUP_SCORES)}"
-        )
-        _require(self.score in SCORES, "moe.score", self.score, f"one of {', '.join(SCORES)}")
+        _require_one_of("moe", self, "group_score", GROUP_SCORES)
+        _require_one_of("moe", self, "score", SCORES)
         _require(self.k <= self.num_experts, "moe.k", self.k, f"at most moe.num_experts = {self.num_experts}")
         _require(
             self.num_experts % self.num_groups == 0,
