@@ -121,12 +121,8 @@ class AttentionConfig:
         _require(self.yarn_factor >= 1, "attention.yarn_factor", self.yarn_factor, "1 (no stretching) or more")
         if self.yarn_factor > 1:
             _require(self.rope_theta > 1, "attention.rope_theta", self.rope_theta, "above 1 for YaRN")
-        _require(
-            self.yarn_beta_slow <= self.yarn_beta_fast,
-            "attention.yarn_beta_slow",
-            self.yarn_beta_slow,
-            f"at most attention.yarn_beta_fast = {self.yarn_beta_fast}",
-        )
+        slow, fast = self.yarn_beta_slow, self.yarn_beta_fast
+        _require(slow <= fast, "attention.yarn_beta_slow", slow, f"at most attention.yarn_beta_fast = {fast}")
         if self.kind == "latent":
             for field in ("qk_norm", "bias"):
                 _require(not getattr(self, field), f"attention.{field}", True, 'False where attention.kind = "latent"')
