@@ -140,7 +140,7 @@ def run(
     try:
         app.run(lambda _: _status_of(main, received), flags_parser=_parse_flags)
     except KeyboardInterrupt:
-        sys.exit(_interrupted(received))
+        _leave(received)
 
 
 def in_repository(path: str, setting: str = "model.path") -> pathlib.Path:
@@ -192,8 +192,9 @@ def _raise_on_signals() -> list[int]:
     What follows within a second is taken for an echo: `timeout` signals the process and then its group, and people
     press Ctrl-C twice.
 
-    Python drops an exception that rises where nobody can catch it, such as in a callback of the garbage collector. So a
-    timer raises it again until somebody handles it.
+    Python drops an exception that rises where nobody can catch it, such as in a callback of the garbage collector, and
+    one that rises within an import may crash the module that is being made. So a timer raises it again until somebody
+    handles it, and not within imports.
     """
     received: list[int] = []
     first_s = 0.0
@@ -206,12 +207,17 @@ def _raise_on_signals() -> list[int]:
             if hasattr(signal, "setitimer"):
                 signal.signal(signal.SIGALRM, again)
                 signal.setitimer(signal.ITIMER_REAL, *_INSISTING_S)
-            raise KeyboardInterrupt
+            again(number, frame)
+            return
         if time.monotonic() - first_s > 1.0:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
 
     def again(number, frame):
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                return
+            frame = frame.f_back
         handled = sys.exception()
         while handled is not None and not isinstance(handled, KeyboardInterrupt):
             handled = handled.__context__
@@ -240,12 +246,14 @@ def _status_of(main: Callable[[Command], int | None], received: list[int]) -> in
     try:
         status = _run_main(main)
         _ignore_signals()
-        return _interrupted(received) if received else status
+        if received:
+            _leave(received)
+        return status
     except BaseException as error:
         _ignore_signals()
-        _discard_output()
         if received or isinstance(error, KeyboardInterrupt):  # what it meets on its way may turn it into another error
-            return _interrupted(received)
+            _leave(received)
+        _discard_output()
         if isinstance(error, BrokenPipeError):
             return _READER_GONE
         if isinstance(error, (ValueError, OSError)):
@@ -253,10 +261,12 @@ def _status_of(main: Callable[[Command], int | None], received: list[int]) -> in
         raise
 
 
-def _interrupted(received: list[int]) -> int:
+def _leave(received: list[int]) -> NoReturn:
+    """Ends an interrupted process at once: the interpreter would take XLA away from steps that are still running."""
     _ignore_signals()
+    _discard_output()
     print("interrupted", file=sys.stderr, flush=True)
-    return 128 + (received[0] if received else signal.SIGINT)
+    os._exit(128 + (received[0] if received else signal.SIGINT))
 
 
 def _run_main(main: Callable[[Command], int | None]) -> int:
