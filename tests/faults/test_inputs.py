@@ -52,10 +52,12 @@ def test_a_cache_that_cannot_be_written_is_only_said(model, tmp_path):
 
 @pytest.fixture(scope="module")
 def read_prompts():
+    module = launcher_module.load("infer")
+
     def read(*arguments):
         with flagsaver.flagsaver():
             flags.FLAGS(["infer", *arguments])
-            return launcher_module.load("infer").read_prompts()
+            return module.read_prompts()
 
     return read
 
