@@ -144,7 +144,7 @@ def random_params(variant: Variant, seed: int = 0):
         if "query" in rule.parameter or "key" in rule.parameter:
             x = x * 1.5  # uneven attention: its scale and its positions show
         flat[rule.parameter] = x.astype(ml_dtypes.bfloat16).astype(np.float32)
-    return huggingface._nested(flat)
+    return huggingface.nested(flat)
 
 
 def write(folder, variant: Variant, seed: int = 0, dtype: str = "bfloat16"):

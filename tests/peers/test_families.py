@@ -139,7 +139,7 @@ def test_gradients(transformers, tiny):
         share_BTV = jax.nn.log_softmax(decoder.logits(params, x_BTD)[:, :-1])
         return -jnp.take_along_axis(share_BTV, tokens_BT[:, 1:, None], axis=2).mean()
 
-    got = dict(huggingface._flattened(gradient(moe_jax.load(path, dtype="float32").params)))
+    got = dict(huggingface.flattened(gradient(moe_jax.load(path, dtype="float32").params)))
     for rule in FAMILIES[model_type].rules(architecture):
         ours = np.asarray(got[rule.parameter])
         if rule.parameter == "moe/router/bias_LE":
