@@ -21,8 +21,12 @@ _STATE, _PLACE, _DIGEST = "state", "place", "state_sha256"
 
 
 def _is_worth_saying(record: logging.LogRecord) -> bool:
-    """Orbax tells of every step of every save, dozens of lines, at the level of our own; its failures we raise."""
-    return "orbax" not in pathlib.Path(record.pathname).parts or record.levelno == logging.WARNING
+    """Orbax tells of every step of every save, dozens of lines, at the level of our own; its failures we raise.
+
+    asyncio, which Orbax alone uses, tells of those once more, for each write that nobody waited for.
+    """
+    of_orbax = "orbax" in pathlib.Path(record.pathname).parts
+    return record.name != "asyncio" and (not of_orbax or record.levelno == logging.WARNING)
 
 
 def _say_once() -> None:
