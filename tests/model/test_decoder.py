@@ -73,7 +73,8 @@ def reference_moe(x_ND, weights, moe, k_N):
         score_E = mix_E + weights["router"].get("bias_E", 0)
         group_of_E = np.arange(moe.num_experts) // (moe.num_experts // moe.num_groups)
         if moe.num_groups > 1:
-            worth = [np.sort(score_E[group_of_E == group])[-2:].sum() for group in range(moe.num_groups)]
+            counted = 1 if moe.group_score == "best" else 2
+            worth = [np.sort(score_E[group_of_E == group])[-counted:].sum() for group in range(moe.num_groups)]
             best = np.argsort(worth)[-moe.num_groups_kept :]
             score_E = np.where(np.isin(group_of_E, best), score_E, -np.inf)
         kept = np.argsort(-score_E, kind="stable")[:k]
@@ -86,7 +87,9 @@ def reference_moe(x_ND, weights, moe, k_N):
             y_expert_D = feed_forward(x_D, weights["gate_up_EIFD"][expert], weights["down_EDF"][expert])
             y_D = y_D + moe.routed_scaling * weight_E[expert] * y_expert_D
         if moe.num_shared_experts:
-            y_D = y_D + feed_forward(x_D, weights["shared"]["gate_up_IFD"], weights["shared"]["down_DF"])
+            shared_D = feed_forward(x_D, weights["shared"]["gate_up_IFD"], weights["shared"]["down_DF"])
+            gate = 1 / (1 + np.exp(-weights["shared_gate_D"] @ x_D)) if moe.shared_gate else 1.0
+            y_D = y_D + gate * shared_D
         y_ND.append(y_D)
         chosen.extend(kept)
     return np.stack(y_ND), np.bincount(chosen, minlength=moe.num_experts)
@@ -107,6 +110,8 @@ VARIANTS = {
     "groups": {"num_groups": 4, "num_groups_kept": 2, "routed_scaling": 2.5},
     "groups_of_one": {"num_groups": 16, "num_groups_kept": 8},
     "no_shared": {"num_shared_experts": 0},
+    "groups_by_their_best": {"num_groups": 4, "num_groups_kept": 2, "group_score": "best"},
+    "gated_shared_of_another_width": {"shared_gate": True, "shared_hidden": 40},
 }
 
 
@@ -121,6 +126,8 @@ def test_a_moe_layer_equals_a_loop_over_all_experts(variant):
         part: {name.replace("_L", "_"): weight[layer] for name, weight in of_part.items()}
         for part, of_part in parts.items()
     }
+    if moe.shared_gate:
+        weights["shared_gate_D"] = stack["shared_gate_LD"][layer]
     x_ND = np.random.default_rng(1).standard_normal((12, 64)).astype(np.float32)
     row_N = np.repeat(np.arange(4), 3).astype(np.int32)
     valid_N = np.ones(12, bool)

@@ -14,12 +14,16 @@ from moe_jax.routing.policies.schedule import Layers, TopK
 from moe_jax.routing.router import route
 
 BASE = MoEConfig(num_experts=16, k=4)
+SOFTMAX = {"score": "softmax", "selection_bias": False, "normalize": False}
 VARIANTS = {
     "sigmoid": BASE,
     "softmax": dataclasses.replace(BASE, score="softmax", selection_bias=False),
     "not_normalized": dataclasses.replace(BASE, score="softmax", selection_bias=False, normalize=False),
     "scaled": dataclasses.replace(BASE, routed_scaling=2.5),
     "groups": dataclasses.replace(BASE, num_groups=4, num_groups_kept=2),
+    "groups_by_their_best": dataclasses.replace(
+        BASE, **SOFTMAX, num_groups=4, num_groups_kept=2, group_score="best", routed_scaling=16.0
+    ),
 }
 N, D = 21, 12
 
@@ -33,7 +37,8 @@ def plain_selection(x, weight, bias, moe, k):
         score = mix + (bias if moe.selection_bias else 0)
         if moe.num_groups > 1:
             groups = np.split(np.arange(moe.num_experts), moe.num_groups)
-            group_score = [np.sort(score[group])[-2:].sum() for group in groups]
+            counted = 1 if moe.group_score == "best" else 2
+            group_score = [sum(sorted(score[group], reverse=True)[:counted]) for group in groups]
             best = np.argsort(group_score)[::-1][: moe.num_groups_kept]
             reachable = np.concatenate([groups[g] for g in best])
         else:
@@ -43,6 +48,14 @@ def plain_selection(x, weight, bias, moe, k):
         experts.append(chosen)
         weights.append(weight_of * moe.routed_scaling)
     return np.array(experts), np.array(weights)
+
+
+def test_a_group_of_one_strong_expert_beats_two_middling_ones_only_by_its_best():
+    logits = np.array([[2.0, -4.0, 1.5, 1.5]], np.float32)  # two groups of two experts
+    moe = MoEConfig(num_experts=4, k=1, score="sigmoid", num_groups=2, num_groups_kept=1)
+    for group_score, wanted in (("best_two", [2, 3]), ("best", [0, 1])):
+        routing = route(logits, np.eye(4, dtype=np.float32), None, dataclasses.replace(moe, group_score=group_score))
+        assert np.flatnonzero(np.isfinite(routing.score_NE[0])).tolist() == wanted
 
 
 @pytest.mark.parametrize("k", [1, 3, 4, 6])

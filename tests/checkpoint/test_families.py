@@ -1,0 +1,179 @@
+"""Every family: config.json there and back, rules that name what the decoder owns, and what is refused by name."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from flax import nnx
+
+from moe_jax.checkpoint import huggingface
+from moe_jax.checkpoint.families import FAMILIES
+from moe_jax.config.schema import Architecture
+from moe_jax.model.decoder import Decoder
+from tests.family_variants import VARIANTS, random_params, write
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+FAMILY_VARIANT = {variant.model_type: name for name, variant in reversed(VARIANTS.items())}  # one of each family
+
+
+def fields_of(model_type, **changes):
+    variant = VARIANTS[FAMILY_VARIANT[model_type]]
+    return FAMILIES[model_type].config_json(variant.architecture) | changes
+
+
+def changed(architecture, section, **settings):
+    return dataclasses.replace(
+        architecture, **{section: dataclasses.replace(getattr(architecture, section), **settings)}
+    )
+
+
+def test_every_family_has_a_variant():
+    assert FAMILY_VARIANT.keys() == FAMILIES.keys()
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_config_json_round_trip(name):
+    model_type, architecture = VARIANTS[name]
+    family = FAMILIES[model_type]
+    fields = json.loads(json.dumps(family.config_json(architecture)))
+    assert fields["model_type"] == model_type
+    assert family.architecture(fields) == architecture
+    fewer = changed(architecture, "moe", k=1)
+    assert family.config_json(fewer) == fields | {"num_experts_per_tok": 1}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_older_readers_find_theta_and_scaling(name):
+    """Published files have `rope_theta` and `rope_scaling`; transformers 5 has `rope_parameters`."""
+    model_type, architecture = VARIANTS[name]
+    fields = FAMILIES[model_type].config_json(architecture)
+    for left_out in ("rope_parameters",), ("rope_theta", "rope_scaling"):
+        some = {key: value for key, value in fields.items() if key not in left_out}
+        assert FAMILIES[model_type].architecture(some) == architecture
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_rules_name_what_the_decoder_owns(name):
+    model_type, architecture = VARIANTS[name]
+    made = nnx.eval_shape(lambda: Decoder(architecture, nnx.Rngs(0)))
+    owned = {path: array.shape for path, array in huggingface.flattened(nnx.to_pure_dict(nnx.state(made)))}
+    rules = FAMILIES[model_type].rules(architecture)
+    assert {rule.parameter: rule.shape(architecture) for rule in rules} == owned
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_what_is_written_is_read(tmp_path, name):
+    write(tmp_path / "model", VARIANTS[name])
+    architecture, params = huggingface.read_checkpoint(tmp_path / "model", "float32")
+    assert architecture == VARIANTS[name].architecture
+    wanted = dict(huggingface.flattened(random_params(VARIANTS[name])))
+    for path, array in huggingface.flattened(params):
+        np.testing.assert_array_equal(array, wanted.pop(path), err_msg=path)
+    assert not wanted
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v3", "kimi_k2", "deepseek_v2"])
+def test_prediction_layers_and_computed_frequencies_are_skipped(tmp_path, caplog, model_type):
+    folder = write(tmp_path / "model", VARIANTS[FAMILY_VARIANT[model_type]])
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    skipped = ["layers.1.self_attn.rotary_emb"]
+    if model_type != "deepseek_v2":
+        tensors["model.layers.3.eh_proj.weight"] = np.ones((2, 2), np.float32)
+        skipped.append("layers.3.")
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors")
+    fields = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    (folder / "config.json").write_text(json.dumps(fields))
+    huggingface.read_checkpoint(folder)
+    assert all(name in caplog.text for name in skipped)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+        ({"clip_qkv": 8.0}, ["clip_qkv", "8.0"]),
+        ({"use_sliding_window": True}, ["use_sliding_window"]),
+        ({"layer_types": ["sliding_attention"]}, ["layer_types"]),
+        ({"attention_sinks": True}, ["attention_sinks"]),
+        ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq"]),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, ["rope_scaling.rope_type", "linear"]),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, ["rope_scaling.rope_type", "llama3"]),
+        ({"rope_scaling": {"rope_type": "longrope"}}, ["rope_scaling.rope_type", "longrope"]),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, ["rope_scaling.rope_type", "dynamic"]),
+        ({"rope_scaling": YARN | {"attention_factor": 1.5}}, ["rope_scaling.attention_factor", "1.5"]),
+        ({"rope_scaling": YARN | {"truncate": False}}, ["rope_scaling.truncate", "false"]),
+        ({"rope_scaling": YARN | {"factor": None}}, ["rope_scaling.factor", "missing"]),
+        ({"rope_scaling": YARN | {"factor": 0.5}}, ["attention.yarn_factor", "0.5"]),
+        ({"num_experts_per_tok": 99}, ["moe.k", "99"]),
+        ({"num_hidden_layers": 0}, ["decoder.num_layers"]),
+    ],
+)
+def test_what_asks_for_something_else_is_refused_by_name(model_type, fields, words):
+    with pytest.raises(ValueError) as refused:
+        FAMILIES[model_type].architecture(fields_of(model_type, **fields))
+    assert all(word in str(refused.value) for word in words) and "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "words"),
+    [
+        ("mixtral", {"sliding_window": 4096}, ["sliding_window", "4096"]),
+        ("olmoe", {"sliding_window": 4096}, ["sliding_window", "4096"]),
+        ("olmoe", {"attention_bias": True}, ["attention_bias"]),
+        ("olmoe", {"head_dim": 16}, ["head_dim", "16"]),
+        ("qwen3_moe", {"attention_bias": True}, ["attention_bias"]),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, ["mlp_only_layers", "[1]"]),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, ["decoder_sparse_step", "2"]),
+        ("qwen3_moe", {"rope_scaling": YARN | {"mscale_all_dim": 1.0}}, ["attention.yarn_mscale_all_dim"]),
+        ("qwen3_moe", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
+        ("qwen2_moe", {"shared_expert_intermediate_size": 0}, ["shared_expert_intermediate_size"]),
+        ("qwen2_moe", {"shared_expert_intermediate_size": None}, ["shared_expert_intermediate_size", "missing"]),
+        ("deepseek_v2", {"norm_topk_prob": True}, ["norm_topk_prob"]),
+        ("deepseek_v2", {"topk_method": "noaux_tc"}, ["topk_method", "noaux_tc"]),
+        ("deepseek_v2", {"scoring_func": "sigmoid"}, ["scoring_func", "sigmoid"]),
+        ("deepseek_v2", {"rope_interleave": False}, ["rope_interleave"]),
+        ("deepseek_v3", {"topk_method": "greedy"}, ["topk_method", "greedy"]),
+        ("deepseek_v3", {"num_key_value_heads": 2}, ["num_key_value_heads", "2"]),
+        ("deepseek_v3", {"attention_bias": True}, ["attention_bias"]),
+        ("deepseek_v3", {"n_group": 3}, ["moe.num_groups", "3"]),
+        ("deepseek_v3", {"moe_layer_freq": 2}, ["moe_layer_freq", "2"]),
+        ("kimi_k2", {"num_nextn_predict_layers": -1}, ["num_nextn_predict_layers", "-1"]),
+    ],
+)
+def test_what_one_family_refuses(model_type, fields, words):
+    with pytest.raises(ValueError) as refused:
+        FAMILIES[model_type].architecture(fields_of(model_type, **fields))
+    assert all(word in str(refused.value) for word in words) and "\n" not in str(refused.value)
+
+
+def test_what_leaves_the_computation_as_it_is_passes():
+    """Published Qwen files name a window that they do not use."""
+    family, architecture = FAMILIES["qwen3_moe"], VARIANTS["qwen3_moe"].architecture
+    fields = fields_of("qwen3_moe", sliding_window=4096, max_window_layers=28, use_sliding_window=False)
+    assert family.architecture(fields) == architecture
+    greedy = fields_of("deepseek_v2", topk_method="greedy", n_group=4, topk_group=2)
+    assert FAMILIES["deepseek_v2"].architecture(greedy).moe.num_groups == 1
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_an_architecture_of_another_family_is_not_written(model_type):
+    """Every other family's shape is either refused by name, or comes back as it was."""
+    family, refused = FAMILIES[model_type], 0
+    for architecture in [*(variant.architecture for variant in VARIANTS.values()), Architecture()]:
+        try:
+            fields = family.config_json(architecture)
+        except ValueError as error:
+            assert model_type in str(error) or "head_dim" in str(error)
+            refused += 1
+        else:
+            again = family.architecture(fields)
+            if not architecture.decoder.num_dense_layers:
+                again, architecture = (changed(one, "decoder", dense_hidden=1) for one in (again, architecture))
+            if architecture.moe.num_groups == 1:
+                again, architecture = (changed(one, "moe", group_score="best") for one in (again, architecture))
+            assert again == architecture
+    assert refused > len(VARIANTS) / 2
