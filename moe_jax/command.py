@@ -28,12 +28,11 @@ from typing import Any, NoReturn
 
 from absl import app, flags, logging
 
-from moe_jax import files
+from moe_jax import files, interruption
 from moe_jax.config import gin, schema
 
 REFUSED = 2  # exit status of a mistake in what was asked for
 _ROOT = pathlib.Path(__file__).parents[1]  # of the repository
-_INSISTING_S = (0.05, 0.05)  # before an interruption that got lost is raised again
 _READER_GONE = 128 + signal.SIGPIPE  # as the shell reports a process that SIGPIPE ended
 
 flags.disclaim_key_flags()  # the flags below count as the launcher's own, which `--help` lists
@@ -128,7 +127,7 @@ def run(
     """
     if huge_pages:
         _use_huge_pages()
-    received = _raise_on_signals()
+    received = interruption.raise_on_signals()
     default_config = None if default_config is None else os.fspath(default_config)
     default_out = None if default_out is None else os.fspath(default_out)
     flags.DEFINE_string("config", default_config, "The configuration: a gin file.")
@@ -186,71 +185,15 @@ def _parse_flags(arguments: Sequence[str]) -> list[str]:
     return rest
 
 
-def _raise_on_signals() -> list[int]:
-    """Makes the first SIGINT or SIGTERM a KeyboardInterrupt and a later one final; returns the list of the first.
-
-    What follows within a second is taken for an echo: `timeout` signals the process and then its group, and people
-    press Ctrl-C twice.
-
-    Python drops an exception that rises where nobody can catch it, such as in a callback of the garbage collector, and
-    one that rises within an import may crash the module that is being made. So a timer raises it again until somebody
-    handles it, and not within imports.
-    """
-    received: list[int] = []
-    first_s = 0.0
-
-    def interrupt(number, frame):
-        nonlocal first_s
-        if not received:
-            received.append(number)
-            first_s = time.monotonic()
-            if hasattr(signal, "setitimer"):
-                signal.signal(signal.SIGALRM, again)
-                signal.setitimer(signal.ITIMER_REAL, *_INSISTING_S)
-            again(number, frame)
-            return
-        if time.monotonic() - first_s > 1.0:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-
-    def again(number, frame):
-        while frame is not None:
-            if frame.f_code.co_filename.startswith("<frozen importlib"):
-                return
-            frame = frame.f_back
-        handled = sys.exception()
-        while handled is not None and not isinstance(handled, KeyboardInterrupt):
-            handled = handled.__context__
-        if handled is None:
-            raise KeyboardInterrupt
-
-    def say(unraisable):
-        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
-            say_others(unraisable)
-
-    sys.unraisablehook, say_others = say, sys.unraisablehook
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
-    return received
-
-
-def _ignore_signals() -> None:
-    """For the rest of the process: the interpreter drops handlers as it exits, and a signal would kill it there."""
-    if hasattr(signal, "setitimer"):
-        signal.setitimer(signal.ITIMER_REAL, 0)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def _status_of(main: Callable[[Command], int | None], received: list[int]) -> int:
     try:
         status = _run_main(main)
-        _ignore_signals()
+        interruption.ignore()
         if received:
             _leave(received)
         return status
     except BaseException as error:
-        _ignore_signals()
+        interruption.ignore()
         if received or isinstance(error, KeyboardInterrupt):  # what it meets on its way may turn it into another error
             _leave(received)
         _discard_output()
@@ -263,7 +206,7 @@ def _status_of(main: Callable[[Command], int | None], received: list[int]) -> in
 
 def _leave(received: list[int]) -> NoReturn:
     """Ends an interrupted process at once: the interpreter would take XLA away from steps that are still running."""
-    _ignore_signals()
+    interruption.ignore()
     _discard_output()
     print("interrupted", file=sys.stderr, flush=True)
     os._exit(128 + (received[0] if received else signal.SIGINT))

@@ -87,6 +87,32 @@ def test_by_hand():
     assert roofline.work(architecture, step, 2).flops == 2 * products
 
 
+def test_latent_attention_by_hand():
+    """A prefill expands latents to heads; a step of one token reads them as they are."""
+    architecture = Architecture(
+        DecoderConfig(vocab_size=100, d_model=8, num_layers=2, num_dense_layers=1, dense_hidden=12, max_context=64),
+        AttentionConfig(
+            kind="latent",
+            num_heads=6,
+            qk_norm=False,
+            query_rank=7,
+            latent_rank=5,
+            nope_head_dim=3,
+            rope_head_dim=2,
+            value_head_dim=4,
+        ),
+        MoEConfig(num_experts=10, k=3, expert_hidden=5, shared_hidden=11, shared_gate=True),
+    )
+    attention = 8 * 7 + 7 * 6 * 5 + 8 * (5 + 2) + 5 * 6 * (3 + 4) + 6 * 4 * 8
+    dense, shared, expert = 3 * 8 * 12, 3 * 8 * 11 + 8, 3 * 8 * 5
+    weights = 2 * (attention + 8 + 8 + 7 + 5) + dense + (80 + 10) + shared + 3 * expert + 8 + 100 * 8
+    for cached, new, seen, mixed in ((20, 1, 21, 6 * (5 + 2 + 5)), (0, 4, 1 + 2 + 3 + 4, 6 * (3 + 2 + 4))):
+        work = roofline.work(architecture, roofline.Step([cached], [new], 3 * new, 3), 2)
+        assert work.bytes == 2 * (weights + 2 * (5 + 2) * (cached + new))
+        products = new * (2 * attention + dense + 80 + shared) + 2 * seen * mixed + 3 * new * expert + 8 * 100
+        assert work.flops == 2 * products
+
+
 @pytest.mark.parametrize(
     "attention",
     [

@@ -17,11 +17,11 @@ from moe_jax.engine.request import execution_of
 from moe_jax.evaluation.likelihood import score_documents
 from moe_jax.text.corpus import load_held_out
 from moe_jax.text.tokenizer import encode_documents
+from tests.peers import peer
 
 pytestmark = pytest.mark.peers
 DEMO = pathlib.Path(__file__).parents[2] / "assets" / "demo"
 TOLERANCE = 1e-5  # float32 on both sides
-GAP = 1e-4  # a choice between scores nearer than this may rightly fall either way
 
 BASE = Architecture(
     DecoderConfig(
@@ -83,57 +83,14 @@ def random_params(architecture):
     return huggingface.nested(flat)
 
 
-def load_peer(transformers, path, **options):
-    """Loads with the peer, and accepts no missing, unexpected or mismatched tensor."""
-    import torch
-
-    model, info = transformers.AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, **options
-    )
-    assert not any(info.values()), info
-    return model.eval()
-
-
-def peer_logits(model, tokens_BT, valid_BT):
-    """Returns the peer's logits, and where no choice of an expert or a group, here or earlier in the row, was close."""
-    import torch
-
-    clear_BT = np.ones(tokens_BT.shape, bool)
-
-    def gap_at(score_NE, kept):
-        ordered_NE = score_NE.sort(dim=-1, descending=True).values
-        return ordered_NE[:, kept - 1] - ordered_NE[:, kept] if kept < score_NE.shape[1] else None
-
-    def observe(gate, inputs, output):
-        score_NE = output[0].sigmoid() + gate.e_score_correction_bias
-        group_score_NR = score_NE.unflatten(-1, (gate.num_group, -1)).topk(2, dim=-1).values.sum(-1)
-        kept_NR = torch.zeros_like(group_score_NR).scatter(1, group_score_NR.topk(gate.topk_group).indices, 1)
-        kept_NE = kept_NR.repeat_interleave(gate.num_experts // gate.num_group, dim=1).bool()
-        for gap_N in (
-            gap_at(group_score_NR, gate.topk_group),
-            gap_at(score_NE.masked_fill(~kept_NE, -torch.inf), gate.top_k),
-        ):
-            if gap_N is not None:
-                np.logical_and(clear_BT, (gap_N > GAP).numpy().reshape(clear_BT.shape), out=clear_BT)
-
-    gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
-    assert gates
-    hooks = [gate.register_forward_hook(observe) for gate in gates]
-    with torch.no_grad():
-        mask = torch.tensor(valid_BT.astype(np.int64))
-        logits_BTV = model(input_ids=torch.tensor(tokens_BT.astype(np.int64)), attention_mask=mask).logits
-    for hook in hooks:
-        hook.remove()
-    return logits_BTV.numpy(), np.logical_and.accumulate(clear_BT, axis=1)
-
-
-def assert_same_logits(ours, peer, vocab_size, policy=None):
+def assert_same_logits(ours, model, vocab_size, policy=None):
     """Compares rows of several lengths, padded at the end, at every position where both have to agree."""
     random = np.random.default_rng(1)
     tokens_BT = random.integers(0, vocab_size, (16, 12), dtype=np.int32)
     valid_BT = np.arange(12) < np.array([12, 7, 1, 10] * 4)[:, None]
     tokens_BT[~valid_BT] = 0
-    wanted_BTV, clear_BT = peer_logits(peer, tokens_BT, valid_BT)
+    k = model.config.num_experts_per_tok
+    wanted_BTV, clear_BT = peer.logits(model, tokens_BT, valid_BT, ours.architecture.moe, k)
     got_BTV = np.asarray(ours.logits(tokens_BT, policy=policy))
     assert got_BTV.dtype == np.float32 and got_BTV.shape == wanted_BTV.shape
     compared_BT = clear_BT & valid_BT
@@ -155,16 +112,16 @@ def tiny(request, tmp_path_factory):
 def test_logits_of_what_we_write(transformers, tiny):
     path, architecture = tiny
     ours = moe_jax.load(path, dtype="float32")
-    assert_same_logits(ours, load_peer(transformers, path), architecture.decoder.vocab_size)
+    assert_same_logits(ours, peer.load(transformers, path), architecture.decoder.vocab_size)
 
 
 def test_logits_with_fewer_experts(transformers, tiny):
     path, architecture = tiny
-    ours, peer = moe_jax.load(path, dtype="float32"), load_peer(transformers, path, num_experts_per_tok=4)
+    ours, model = moe_jax.load(path, dtype="float32"), peer.load(transformers, path, num_experts_per_tok=4)
     vocab_size = architecture.decoder.vocab_size
-    assert_same_logits(ours, peer, vocab_size, policy=moe_jax.policies.parse("topk:4"))
+    assert_same_logits(ours, model, vocab_size, policy=moe_jax.policies.parse("topk:4"))
     with pytest.raises(AssertionError):
-        assert_same_logits(ours, peer, vocab_size)
+        assert_same_logits(ours, model, vocab_size)
 
 
 def test_logits_of_what_transformers_writes(transformers, tmp_path):
@@ -175,7 +132,7 @@ def test_logits_of_what_transformers_writes(transformers, tmp_path):
     transformers.Glm4MoeForCausalLM(config).save_pretrained(tmp_path / "model")
     assert huggingface.read_architecture(tmp_path / "model") == VARIANTS["groups"]
     ours = moe_jax.load(tmp_path / "model", dtype="float32")
-    assert_same_logits(ours, load_peer(transformers, tmp_path / "model"), VARIANTS["groups"].decoder.vocab_size)
+    assert_same_logits(ours, peer.load(transformers, tmp_path / "model"), VARIANTS["groups"].decoder.vocab_size)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -185,10 +142,10 @@ def test_no_shared_experts(transformers, tmp_path):
     huggingface.write_checkpoint(tmp_path / "model", architecture, random_params(architecture))
     import torch
 
-    peer = transformers.AutoModelForCausalLM.from_pretrained(
+    model = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "model", dtype=torch.float32, attn_implementation="eager"
     )
-    assert_same_logits(moe_jax.load(tmp_path / "model", dtype="float32"), peer.eval(), architecture.decoder.vocab_size)
+    assert_same_logits(moe_jax.load(tmp_path / "model", dtype="float32"), model.eval(), architecture.decoder.vocab_size)
 
 
 def test_dtypes_of_the_peer(transformers, tiny):
@@ -198,8 +155,8 @@ def test_dtypes_of_the_peer(transformers, tiny):
     """
     import torch
 
-    peer = transformers.AutoModelForCausalLM.from_pretrained(tiny[0], dtype="auto")
-    dtypes = {name: tensor.dtype for name, tensor in peer.state_dict().items()}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny[0], dtype="auto")
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     wide = {name for name, dtype in dtypes.items() if dtype == torch.float32}
     biases = {name for name in dtypes if name.endswith("e_score_correction_bias")}
     assert set() < biases <= wide <= biases | {name for name in dtypes if name.endswith("mlp.gate.weight")}
@@ -210,9 +167,9 @@ def test_dtypes_of_the_peer(transformers, tiny):
 def test_logits_of_the_demo(transformers, k):
     architecture = huggingface.read_architecture(DEMO)
     assert architecture.moe.k == 8
-    ours, peer = moe_jax.load(DEMO, dtype="float32"), load_peer(transformers, DEMO, num_experts_per_tok=k)
+    ours, model = moe_jax.load(DEMO, dtype="float32"), peer.load(transformers, DEMO, num_experts_per_tok=k)
     policy = None if k == 8 else moe_jax.policies.parse(f"topk:{k}")
-    assert_same_logits(ours, peer, architecture.decoder.vocab_size, policy)
+    assert_same_logits(ours, model, architecture.decoder.vocab_size, policy)
 
 
 def test_token_ids_of_the_demo(transformers):
@@ -230,20 +187,20 @@ def test_bits_per_byte_of_the_demo(transformers, k):
     """Against the peer's own loss, window by window, over whole held-out files of one window and of several."""
     import torch
 
-    model = moe_jax.load(DEMO, dtype="float32")
-    peer = load_peer(transformers, DEMO, num_experts_per_tok=k)
+    ours = moe_jax.load(DEMO, dtype="float32")
+    model = peer.load(transformers, DEMO, num_experts_per_tok=k)
     documents = sorted(load_held_out(DEMO.parent / "text"), key=lambda one: len(one.text))[:250:50]
-    tokens, sizes = encode_documents(model.tokenizer, documents), [len(one.text.encode()) for one in documents]
-    context = model.architecture.decoder.max_context
+    tokens, sizes = encode_documents(ours.tokenizer, documents), [len(one.text.encode()) for one in documents]
+    context = ours.architecture.decoder.max_context
     assert min(map(len, tokens)) < context < max(map(len, tokens))
-    [ours] = score_documents(
-        model.params,
+    [scored_J] = score_documents(
+        ours.params,
         tokens,
         [moe_jax.policies.parse(f"topk:{k}")],
-        execution_of(model.architecture),
+        execution_of(ours.architecture),
         **{"context": context, "batch_size": 4},
     )
-    for ids, size, bits in zip(tokens, sizes, ours.bits_J):
+    for ids, size, bits in zip(tokens, sizes, scored_J.bits_J):
         nats, scored = 0.0, 1  # the first token is given
         while scored < len(ids):
             begin = max(0, scored - 1 - context // 4)
@@ -252,6 +209,6 @@ def test_bits_per_byte_of_the_demo(transformers, k):
             labels[0, : scored - begin] = -100  # what this loss leaves out
             count = int((labels != -100).sum())
             with torch.no_grad():
-                nats += float(peer(input_ids=window, labels=labels).loss) * count
+                nats += float(model(input_ids=window, labels=labels).loss) * count
             scored += count
         assert bits / size == pytest.approx(nats / np.log(2) / size, abs=1e-4)

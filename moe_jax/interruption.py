@@ -1,0 +1,69 @@
+"""SIGINT and SIGTERM as one KeyboardInterrupt that does not get lost."""
+
+import signal
+import sys
+import time
+
+_AGAIN_S = 0.05  # before an interruption that got lost is raised again
+_ECHO_S = 1.0  # `timeout` signals the process and then its group, and people press Ctrl-C twice
+_HAS_TIMER = hasattr(signal, "setitimer")
+
+
+def raise_on_signals() -> list[int]:
+    """Makes the first signal a KeyboardInterrupt and one that is no echo of it final; returns the list of the first.
+
+    Python drops an exception that rises where nobody can catch it, such as in a callback of the garbage collector, and
+    one that rises within an import may crash the module that is being made. So a timer raises it again until somebody
+    handles it, and not within imports.
+    """
+    received: list[int] = []
+    first_s = 0.0
+
+    def interrupt(number, frame):
+        nonlocal first_s
+        if not received:
+            received.append(number)
+            first_s = time.monotonic()
+            if not _HAS_TIMER:
+                raise KeyboardInterrupt
+            signal.signal(signal.SIGALRM, insist)
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_S, _AGAIN_S)
+            insist(number, frame)
+        elif time.monotonic() - first_s > _ECHO_S:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    def insist(number, frame):
+        if not _is_importing(frame) and not _is_handled():
+            raise KeyboardInterrupt
+
+    def say(unraisable):
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            say_others(unraisable)
+
+    sys.unraisablehook, say_others = say, sys.unraisablehook
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, interrupt)
+    return received
+
+
+def ignore() -> None:
+    """For the rest of the process: the interpreter drops handlers as it exits, and a signal would kill it there."""
+    if _HAS_TIMER:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _is_importing(frame) -> bool:
+    while frame is not None and not frame.f_code.co_filename.startswith("<frozen importlib"):
+        frame = frame.f_back
+    return frame is not None
+
+
+def _is_handled() -> bool:
+    """Whether some block is dealing with the KeyboardInterrupt, or with what came of it."""
+    error = sys.exception()
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error is not None
