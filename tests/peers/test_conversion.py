@@ -8,8 +8,8 @@ import pytest
 import moe_jax
 from moe_jax import conversion
 from moe_jax.checkpoint import huggingface
-from tests.peers import test_transformers
-from tests.peers.test_transformers import BASE, assert_same_logits, load_peer
+from tests.peers import peer, test_transformers
+from tests.peers.test_transformers import BASE, assert_same_logits
 
 pytestmark = pytest.mark.peers
 transformers = test_transformers.transformers
@@ -21,8 +21,8 @@ def test_logits_of_fewer_experts(transformers, tmp_path, k):
     huggingface.write_checkpoint(tmp_path / "given", BASE, params, dtype="float32")
     conversion.convert(tmp_path / "given", tmp_path / "few", policy=f"topk:{k}", shard_bytes=100_000)
     assert len(list((tmp_path / "few").glob("model-*.safetensors"))) > 2
-    peer = load_peer(transformers, tmp_path / "few")
-    assert_same_logits(moe_jax.load(tmp_path / "given"), peer, BASE.decoder.vocab_size, policy=f"topk:{k}")
-    assert_same_logits(moe_jax.load(tmp_path / "few"), peer, BASE.decoder.vocab_size)
+    model = peer.load(transformers, tmp_path / "few")
+    assert_same_logits(moe_jax.load(tmp_path / "given"), model, BASE.decoder.vocab_size, policy=f"topk:{k}")
+    assert_same_logits(moe_jax.load(tmp_path / "few"), model, BASE.decoder.vocab_size)
     with pytest.raises(AssertionError):
-        assert_same_logits(moe_jax.load(tmp_path / "given"), peer, BASE.decoder.vocab_size)
+        assert_same_logits(moe_jax.load(tmp_path / "given"), model, BASE.decoder.vocab_size)
