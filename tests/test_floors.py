@@ -20,6 +20,7 @@ FLOORS = (
 SIDEWAYS = {
     ("training", "evaluation"),  # training evaluates as it goes
     ("cost", "config"),  # costs are formulas on the shapes that are configured
+    ("report", "study"),  # a report shows what a study found
 }
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 TOP = len(FLOORS) - 1
