@@ -13,7 +13,8 @@ import numpy as np
 import tokenizers
 
 from moe_jax.checkpoint import huggingface
-from moe_jax.config.schema import Architecture, SamplingConfig
+from moe_jax.config.architecture import Architecture
+from moe_jax.config.schema import SamplingConfig
 from moe_jax.engine import cache as caches
 from moe_jax.engine.generate import Completion, Engine
 from moe_jax.engine.request import AnyPolicy, execution_of, make_requests, policy_of_each

@@ -30,6 +30,7 @@ from absl import app, flags, logging
 
 from moe_jax import files, interruption
 from moe_jax.config import gin, schema
+from moe_jax.config.architecture import Architecture
 
 REFUSED = 2  # exit status of a mistake in what was asked for
 _ROOT = pathlib.Path(__file__).parents[1]  # of the repository
@@ -149,7 +150,7 @@ def in_repository(path: str, setting: str = "model.path") -> pathlib.Path:
     return pathlib.Path(path) if os.path.exists(path) or not (_ROOT / path).exists() else _ROOT / path
 
 
-def refuse_other_shape(config: schema.Config, architecture: schema.Architecture) -> None:
+def refuse_other_shape(config: schema.Config, architecture: Architecture) -> None:
     """Refuses settings of the model's shape that say otherwise than the model: they would be ignored."""
     for section in ("decoder", "attention", "moe"):
         given, own = getattr(config, section), getattr(architecture, section)

@@ -18,7 +18,7 @@ from moe_jax.checkpoint import filling, huggingface
 from moe_jax.checkpoint.families import FAMILIES
 from moe_jax.checkpoint.orbax import Checkpoints
 from moe_jax.config import gin
-from moe_jax.config.schema import Architecture
+from moe_jax.config.architecture import Architecture
 from moe_jax.engine.request import execution_of
 from moe_jax.files import replaced_folder
 from moe_jax.routing.policies.parse import parse

@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_jax.checkpoint import huggingface
 from moe_jax.checkpoint.families import FAMILIES
-from moe_jax.config.schema import Architecture, AttentionConfig, DecoderConfig, MoEConfig
+from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 
 TRUNK = DecoderConfig(
     vocab_size=64, d_model=32, num_layers=3, num_dense_layers=0, dense_hidden=40, tie_embeddings=False, max_context=64

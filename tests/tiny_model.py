@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.checkpoint.huggingface import write_checkpoint
-from moe_jax.config.schema import Architecture, AttentionConfig, DecoderConfig, MoEConfig
+from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 from moe_jax.model.decoder import Decoder, split
 from moe_jax.text.tokenizer import END_OF_TEXT_ID, save_tokenizer, train_tokenizer
 

@@ -22,7 +22,8 @@ from moe_jax.checkpoint.families import Family, family_of
 from moe_jax.checkpoint.names import Rule
 from moe_jax.checkpoint.quantization import FLOAT8, Blocks, blocks_of, take_scales
 from moe_jax.checkpoint.safetensors_file import StoredTensor
-from moe_jax.config.schema import DTYPES, Architecture
+from moe_jax.config.architecture import Architecture
+from moe_jax.config.schema import DTYPES
 from moe_jax.files import replaced_folder
 
 _LAYOUT = (

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.config.schema import Architecture, AttentionConfig, DecoderConfig
+from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig
 
 
 class Placement(NamedTuple):

@@ -8,7 +8,7 @@ matrix products are counted, two operations for a multiplication and an addition
 import dataclasses
 from collections.abc import Sequence
 
-from moe_jax.config.schema import Architecture, AttentionConfig
+from moe_jax.config.architecture import Architecture, AttentionConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 
-from moe_jax.config.schema import Architecture
+from moe_jax.config.architecture import Architecture
 from moe_jax.model.attention import Cache
 from moe_jax.model.decoder import ATTENTION
 

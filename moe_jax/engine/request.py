@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import tokenizers
 
-from moe_jax.config.schema import Architecture, SamplingConfig
+from moe_jax.config.architecture import Architecture
+from moe_jax.config.schema import SamplingConfig
 from moe_jax.kernels.grouped_matmul import api as grouped_matmul
 from moe_jax.model.decoder import Execution
 from moe_jax.routing.policies import base as policies

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from moe_jax.config.schema import Architecture, AttentionConfig
+from moe_jax.config.architecture import Architecture, AttentionConfig
 from moe_jax.model import rope
 from moe_jax.model.layers import Stacked, draw, one_layer, ones, project, rms_norm
 

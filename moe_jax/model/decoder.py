@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from moe_jax.config.schema import Architecture
+from moe_jax.config.architecture import Architecture
 from moe_jax.model import attention, latent_attention, rope
 from moe_jax.model.attention import Cache
 from moe_jax.model.layers import FeedForward, Stacked, draw, feed_forward, one_layer, ones, project, rms_norm

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.config.schema import MoEConfig
+from moe_jax.config.architecture import MoEConfig
 from moe_jax.dispatch import local
 from moe_jax.kernels.grouped_matmul.api import grouped_matmul
 from moe_jax.model.layers import draw, feed_forward, swiglu

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config.schema import AttentionConfig
+from moe_jax.config.architecture import AttentionConfig
 
 
 def frequencies(attention: AttentionConfig) -> np.ndarray:

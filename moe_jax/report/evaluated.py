@@ -10,7 +10,8 @@ import numpy as np
 from tqdm import tqdm
 
 from moe_jax import files
-from moe_jax.config.schema import Architecture, EvaluationConfig
+from moe_jax.config.architecture import Architecture
+from moe_jax.config.schema import EvaluationConfig
 from moe_jax.engine.generate import Engine
 from moe_jax.evaluation import choices, completions, likelihood
 from moe_jax.evaluation.intervals import Estimate, paired_difference, paired_ratio, ratio

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax.config.schema import MoEConfig
+from moe_jax.config.architecture import MoEConfig
 from moe_jax.routing.selection import Routing
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax.config.schema import MoEConfig
+from moe_jax.config.architecture import MoEConfig
 
 
 class Routing(NamedTuple):

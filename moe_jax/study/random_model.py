@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from moe_jax.config.schema import Architecture
+from moe_jax.config.architecture import Architecture
 from moe_jax.engine import cache as caches
 from moe_jax.model import decoder
 

@@ -10,7 +10,7 @@ from flax import nnx
 
 from moe_jax.checkpoint import huggingface
 from moe_jax.checkpoint.families import FAMILIES
-from moe_jax.config.schema import Architecture
+from moe_jax.config.architecture import Architecture
 from moe_jax.model.decoder import Decoder
 from tests.family_variants import VARIANTS, random_params, write
 

@@ -12,7 +12,7 @@ from flax import nnx
 
 from moe_jax.checkpoint import huggingface, safetensors_file
 from moe_jax.checkpoint.families import FAMILIES
-from moe_jax.config.schema import Architecture, AttentionConfig, DecoderConfig, MoEConfig
+from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 from moe_jax.dims import LETTERS
 from moe_jax.model.decoder import Decoder
 

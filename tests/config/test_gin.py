@@ -7,6 +7,7 @@ import pytest
 from hypothesis import strategies
 
 from moe_jax.config import gin, schema
+from moe_jax.config.architecture import MoEConfig
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
@@ -247,7 +248,7 @@ def test_resolved_configuration_replays(write):
     path = write("moe.k = 4\ntraining.weight_decay = 1e300\n")
     config = gin.read_config(path, ["policy.spec=topk:3", "model.path=a 'b'"])
     assert gin.read_config(write(gin.to_gin(config), "config.gin")) == config
-    assert config != dataclasses.replace(config, moe=schema.MoEConfig())
+    assert config != dataclasses.replace(config, moe=MoEConfig())
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.gin")), ids=lambda path: str(path.relative_to(CONFIGS)))

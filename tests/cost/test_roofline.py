@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.config.schema import Architecture, AttentionConfig, DecoderConfig, MoEConfig
+from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 from moe_jax.cost import roofline
 from moe_jax.engine import cache as caches
 from moe_jax.model import decoder

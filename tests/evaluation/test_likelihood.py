@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from moe_jax.config.schema import Architecture, AttentionConfig, DecoderConfig, MoEConfig
+from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 from moe_jax.evaluation import likelihood, scoring
 from moe_jax.evaluation.journal import Journal
 from moe_jax.kernels.grouped_matmul.api import resolve

@@ -12,7 +12,7 @@ import pytest
 import moe_jax
 from moe_jax.checkpoint import huggingface
 from moe_jax.checkpoint.families import FAMILIES
-from moe_jax.config.schema import Architecture, AttentionConfig, DecoderConfig, MoEConfig
+from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 from moe_jax.engine.request import execution_of
 from moe_jax.evaluation.likelihood import score_documents
 from moe_jax.text.corpus import load_held_out

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config.schema import MoEConfig
+from moe_jax.config.architecture import MoEConfig
 from moe_jax.routing import balance
 from moe_jax.routing.policies import base
 from moe_jax.routing.policies.schedule import Layers, TopK

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config.schema import MoEConfig
+from moe_jax.config.architecture import MoEConfig
 from moe_jax.routing import trace as traces
 from moe_jax.routing.policies.base import Context, Settings, select
 from moe_jax.routing.selection import Routing

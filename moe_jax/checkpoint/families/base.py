@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from moe_jax.checkpoint.names import Rule
-from moe_jax.config.schema import Architecture, AttentionConfig, DecoderConfig
+from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from typing import Any
 from moe_jax.checkpoint.families import base
 from moe_jax.checkpoint.families.base import Family, field
 from moe_jax.checkpoint.names import Rule, decoder_rules, gated_rules
-from moe_jax.config.schema import Architecture, AttentionConfig, MoEConfig
+from moe_jax.config.architecture import Architecture, AttentionConfig, MoEConfig
 
 _NEUTRAL = {**base.NEUTRAL, "attention_bias": (None, False)}
 _V2_NEUTRAL = {

@@ -5,7 +5,7 @@ from typing import Any
 from moe_jax.checkpoint.families import base
 from moe_jax.checkpoint.families.base import Family, field
 from moe_jax.checkpoint.names import Rule, decoder_rules, gated_rules
-from moe_jax.config.schema import Architecture, AttentionConfig, MoEConfig
+from moe_jax.config.architecture import Architecture, AttentionConfig, MoEConfig
 
 _MODEL_TYPE = "glm4_moe"
 _NEUTRAL = {**base.NEUTRAL, "scoring_func": (None, "sigmoid"), "topk_method": (None, "noaux_tc")}

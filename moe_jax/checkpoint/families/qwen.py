@@ -5,7 +5,7 @@ from typing import Any
 from moe_jax.checkpoint.families import base
 from moe_jax.checkpoint.families.base import Family, field
 from moe_jax.checkpoint.names import Rule, decoder_rules, gated_rules
-from moe_jax.config.schema import Architecture, AttentionConfig, DecoderConfig, MoEConfig
+from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 
 # sliding_window stands in published files beside use_sliding_window = false, which leaves it without effect.
 _NEUTRAL = {name: accepted for name, accepted in base.NEUTRAL.items() if name != "sliding_window"}

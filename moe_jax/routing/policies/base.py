@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config.schema import MoEConfig
+from moe_jax.config.architecture import MoEConfig
 from moe_jax.routing.selection import Routing, Selection, top_slots, weigh
 
 

@@ -1,0 +1,182 @@
+"""The shape of a model: what a checkpoint's config.json also says."""
+
+import dataclasses
+
+from moe_jax.config.checks import require, require_fraction, require_one_of, require_positive
+
+SCORES = ("softmax", "sigmoid")
+GROUP_SCORES = ("best_two", "best")
+ATTENTION_KINDS = ("grouped", "latent")
+NORM_SPANS = ("head", "all")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The decoder's trunk: a dense prefix, then MoE layers."""
+
+    vocab_size: int = 4096
+    d_model: int = 256
+    num_layers: int = 8  # dense prefix included
+    num_dense_layers: int = 1  # the prefix whose feed-forward is dense
+    dense_hidden: int = 512  # F of those
+    norm_eps: float = 1e-5
+    tie_embeddings: bool = True
+    max_context: int = 1024  # tokens: prompt and continuation together
+
+    def __post_init__(self):
+        require_positive("decoder", self, "vocab_size", "d_model", "num_layers", "norm_eps", "max_context")
+        require(
+            0 <= self.num_dense_layers < self.num_layers,
+            "decoder.num_dense_layers",
+            self.num_dense_layers,
+            f"0 to decoder.num_layers - 1 = {self.num_layers - 1}",
+        )
+        if self.num_dense_layers:
+            require_positive("decoder", self, "dense_hidden")
+
+    @property
+    def num_moe_layers(self) -> int:
+        """Layers behind the dense prefix: the columns of a policy."""
+        return self.num_layers - self.num_dense_layers
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Attention with rotary positions: grouped queries, or a latent that all heads read (MLA, arXiv 2405.04434)."""
+
+    kind: str = "grouped"
+    num_heads: int = 4
+    # of kind "grouped"; not read otherwise
+    num_kv_heads: int = 2
+    head_dim: int = 64
+    qk_norm: bool = True  # RMS norm of queries and keys before rotation
+    qk_norm_span: str = "head"  # what is normed at once: one head, or "all" heads of a token
+    bias: bool = False  # on the query, key and value projections
+    rope_fraction: float = 0.5  # of head_dim that rotates
+    # of kind "latent"; not read otherwise
+    query_rank: int = 0  # width of the latent that queries go through; 0: queries are projected directly
+    latent_rank: int = 512  # width of the latent that keys and values are made of
+    nope_head_dim: int = 128  # channels of a query and key head without position
+    rope_head_dim: int = 64  # channels that rotate behind them; the key's are shared by all heads
+    value_head_dim: int = 128
+    latent_norm_eps: float = 1e-6  # of the norms of both latents
+    # of both kinds
+    rope_theta: float = 10000.0
+    rope_interleaved: bool = False  # channel 2 i turns with 2 i + 1, rather than i with i + half
+    yarn_factor: float = 1.0  # YaRN (arXiv 2309.00071) stretches the context by this; 1: it does nothing
+    yarn_original_context: int = 4096  # tokens that the model was trained with before
+    yarn_beta_fast: float = 32.0  # turns over that context from which a channel is left alone
+    yarn_beta_slow: float = 1.0  # turns up to which it is stretched in full
+    yarn_mscale: float = 0.0  # see `rope`; 0: as the paper has it
+    yarn_mscale_all_dim: float = 0.0  # kind "latent" only
+
+    def __post_init__(self):
+        require_one_of("attention", self, "kind", ATTENTION_KINDS)
+        require_one_of("attention", self, "qk_norm_span", NORM_SPANS)
+        require_positive("attention", self, "num_heads", "num_kv_heads", "head_dim", "rope_theta", "yarn_factor")
+        require_positive("attention", self, "latent_rank", "nope_head_dim", "rope_head_dim", "value_head_dim")
+        yarn = "yarn_original_context", "yarn_beta_fast", "yarn_beta_slow"
+        require_positive("attention", self, "latent_norm_eps", *yarn)
+        for field in ("query_rank", "yarn_mscale", "yarn_mscale_all_dim"):
+            require(getattr(self, field) >= 0, f"attention.{field}", getattr(self, field), "0 or more")
+        require_fraction("attention", self, "rope_fraction")
+        require(self.yarn_factor >= 1, "attention.yarn_factor", self.yarn_factor, "1 (no stretching) or more")
+        if self.yarn_factor > 1:
+            require(self.rope_theta > 1, "attention.rope_theta", self.rope_theta, "above 1 for YaRN")
+        slow, fast = self.yarn_beta_slow, self.yarn_beta_fast
+        require(slow <= fast, "attention.yarn_beta_slow", slow, f"at most attention.yarn_beta_fast = {fast}")
+        if self.kind == "latent":
+            for field in ("qk_norm", "bias"):
+                require(not getattr(self, field), f"attention.{field}", True, 'False where attention.kind = "latent"')
+            require(self.rope_head_dim % 2 == 0, "attention.rope_head_dim", self.rope_head_dim, "an even number")
+            return
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            "attention.num_kv_heads",
+            self.num_kv_heads,
+            f"a divisor of attention.num_heads = {self.num_heads}",
+        )
+        require(
+            self.rope_dim % 2 == 0,
+            "attention.rope_fraction",
+            self.rope_fraction,
+            f"an even number of rotated channels out of attention.head_dim = {self.head_dim}",
+        )
+        require(
+            self.yarn_mscale_all_dim == 0,
+            "attention.yarn_mscale_all_dim",
+            self.yarn_mscale_all_dim,
+            '0 where attention.kind = "grouped"',
+        )
+
+    @property
+    def rope_dim(self) -> int:
+        """Channels of each head that rotate; the rest pass unchanged."""
+        return self.rope_head_dim if self.kind == "latent" else int(self.head_dim * self.rope_fraction)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Routed and shared experts, and how the router scores them."""
+
+    num_experts: int = 64  # E
+    k: int = 8  # experts per token that the model was trained with
+    expert_hidden: int = 32  # F of one routed expert
+    num_shared_experts: int = 1  # run as one feed-forward, beside the routed ones
+    shared_hidden: int = 0  # F of that feed-forward; 0: num_shared_experts * expert_hidden
+    shared_gate: bool = False  # a sigmoid of the token scales what the shared experts give
+    score: str = "sigmoid"
+    selection_bias: bool = True  # added to the scores for choosing, never for weighting
+    num_groups: int = 1
+    num_groups_kept: int = 1
+    group_score: str = "best_two"  # what a group is worth: the sum of its two best scores, or its "best"
+    normalize: bool = True  # mixing weights of the kept experts sum to one before scaling
+    routed_scaling: float = 1.0
+
+    def __post_init__(self):
+        require_positive("moe", self, "num_experts", "k", "expert_hidden", "num_groups", "num_groups_kept")
+        require_positive("moe", self, "routed_scaling")
+        require(self.num_shared_experts >= 0, "moe.num_shared_experts", self.num_shared_experts, "0 or more")
+        require(
+            self.shared_hidden == 0 or (self.num_shared_experts > 0 and self.shared_hidden > 0),
+            "moe.shared_hidden",
+            self.shared_hidden,
+            "0, or a positive number where moe.num_shared_experts is one too",
+        )
+        require(
+            self.num_shared_experts > 0 or not self.shared_gate,
+            "moe.shared_gate",
+            self.shared_gate,
+            "False where moe.num_shared_experts = 0",
+        )
+        require_one_of("moe", self, "group_score", GROUP_SCORES)
+        require_one_of("moe", self, "score", SCORES)
+        require(self.k <= self.num_experts, "moe.k", self.k, f"at most moe.num_experts = {self.num_experts}")
+        require(
+            self.num_experts % self.num_groups == 0,
+            "moe.num_groups",
+            self.num_groups,
+            f"a divisor of moe.num_experts = {self.num_experts}",
+        )
+        require(
+            self.num_groups_kept <= self.num_groups,
+            "moe.num_groups_kept",
+            self.num_groups_kept,
+            f"at most moe.num_groups = {self.num_groups}",
+        )
+        reachable = self.num_experts // self.num_groups * self.num_groups_kept
+        require(self.k <= reachable, "moe.k", self.k, f"at most the {reachable} experts of the groups kept")
+
+    @property
+    def shared_width(self) -> int:
+        """F of the feed-forward of all shared experts; 0 where there are none."""
+        return self.shared_hidden or self.num_shared_experts * self.expert_hidden
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """The shape of one model: what a checkpoint's config.json also says."""
+
+    decoder: DecoderConfig = DecoderConfig()
+    attention: AttentionConfig = AttentionConfig()
+    moe: MoEConfig = MoEConfig()
