@@ -57,7 +57,8 @@ class Model:
     def logits(self, tokens_BT, *, policy: AnyPolicy | Sequence[AnyPolicy] = None, k_max: int = 0) -> np.ndarray:
         """Scores every next token behind every position.
 
-        Lengths and rows are rounded up to buckets: within one, nothing is compiled anew.
+        Lengths and rows are rounded up to buckets: within one, nothing is compiled anew. A batch-aware policy sees what
+        it would see if the rows were decoded together, a position at a time.
 
         Args:
             tokens_BT: integer ids; position t sees positions 0 to t of its row.
@@ -85,9 +86,7 @@ class Model:
         policy_B = policy_of_each(policy, batch)
         rows = caches.round_up(batch)
         padding = ((0, rows - batch), (0, caches.length_bucket(length, trunk.max_context) - length))
-        live = policies.settings(
-            policy_B + policy_B[:1] * (rows - batch), trunk.num_moe_layers, self.architecture.moe.k, execution.k_max
-        )
+        live = policies.settings(policy_B + policy_B[:1] * (rows - batch), self.architecture, execution.k_max)
         segments_BT = np.pad(np.ones_like(tokens_BT, np.int32), padding)
         tokens_BT = np.pad(tokens_BT.astype(np.int32), padding)
         return np.asarray(_logits(self.params, tokens_BT, segments_BT, live, execution=execution))[:batch, :length]
@@ -203,5 +202,5 @@ def _moved_to_device(params: dict[str, Any]) -> decoder.Params:
 @functools.partial(jax.jit, static_argnames="execution")
 def _logits(params, tokens_BT, segments_BT, live, *, execution):
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    x_BTD, _ = decoder.hidden(params, tokens_BT, positions_BT, segments_BT, live, execution)
+    x_BTD, _ = decoder.hidden(params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side=True)
     return decoder.logits(params, x_BTD)

@@ -21,8 +21,8 @@ from moe_jax.config import gin
 from moe_jax.config.architecture import Architecture
 from moe_jax.engine.request import execution_of
 from moe_jax.files import replaced_folder
+from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.parse import parse
-from moe_jax.routing.policies.schedule import Layers, ModelOwn, TopK
 from moe_jax.text.tokenizer import END_OF_TEXT_ID, load_tokenizer, read_tokenizer_files, tokenizer_files
 from moe_jax.training.step import start
 
@@ -94,13 +94,10 @@ def convert(
 
 def with_k(architecture: Architecture, policy: str) -> Architecture:
     """The architecture with a policy's k for its own; ValueError where the policy has more than one."""
-    parsed = parse(policy)
-    if not isinstance(parsed, (ModelOwn, TopK, Layers)):
+    k = policies.uniform_k(parse(policy), architecture)
+    if k is None:
         raise ValueError(f"policy.spec = {policy!r}: a checkpoint says one k for all tokens and layers, as topk:4 does")
-    counts = parsed.experts_per_layer(architecture.decoder.num_moe_layers, architecture.moe.k)
-    if counts.min() != counts.max():
-        raise ValueError(f"policy.spec = {policy!r}: a checkpoint says one k for all layers, as topk:4 does")
-    return dataclasses.replace(architecture, moe=dataclasses.replace(architecture.moe, k=int(counts[0])))
+    return dataclasses.replace(architecture, moe=dataclasses.replace(architecture.moe, k=k))
 
 
 def _beside(folder: pathlib.Path, architecture: Architecture, params: Mapping[str, Any]) -> Held:

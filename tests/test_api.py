@@ -42,14 +42,14 @@ def test_the_public_names_are_there_and_importing_them_is_cheap():
     )
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, timeout=120)
     assert moe_jax.Model is api.Model and moe_jax.load is api.load
-    assert moe_jax.policies.parse("topk:3") == TopK(3)
+    assert moe_jax.policies.parse("topk:3").parts == (TopK(3),)
     assert moe_jax.read_config(None) == Config()
     with pytest.raises(AttributeError, match="has no attribute 'lod'"):
         _ = moe_jax.lod
 
 
 def test_logits_depend_on_neither_padding_nor_neighbours_nor_their_policies(model):
-    policy = ["topk:2", TopK(8), None]
+    policy = ["topk:2", moe_jax.policies.parse("topk:8"), None]
     logits_BTV = model.logits(TOKENS_BT, policy=policy)
     assert (logits_BTV.dtype, logits_BTV.shape) == (np.float32, (3, 14, 512))
     for row in range(3):

@@ -93,7 +93,7 @@ def test_the_last_checkpoint_of_a_run(run_folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"policy": "layers:8,4"}, r"policy\.spec = 'layers:8,4': a checkpoint says one k for all layers"),
+        ({"policy": "layers:8,4"}, r"policy\.spec = 'layers:8,4': a checkpoint says one k for all tokens and layers"),
         ({"policy": "topk:17"}, r"moe\.k = 17: wanted at most moe\.num_experts = 16"),
         ({"policy": "tpok:2"}, "did you mean"),
         ({"layout": "gguf"}, "layout = 'gguf'"),

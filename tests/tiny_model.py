@@ -26,6 +26,11 @@ def changed(architecture=ARCHITECTURE, **sections):
     return dataclasses.replace(architecture, **replaced)
 
 
+def layers_of(moe, num_layers):
+    """An architecture of MoE layers alone, for what looks at nothing else."""
+    return Architecture(DecoderConfig(num_layers=num_layers, num_dense_layers=0), AttentionConfig(), moe)
+
+
 def random_params(architecture=ARCHITECTURE, seed=0):
     """Weights that keep activations near one, with norms and biases that have a say."""
     random = np.random.default_rng(seed)

@@ -6,7 +6,6 @@ Each of `DOCUMENTS` held-out files, in a seeded order, is read from its beginnin
 
 import pathlib
 import random
-import unittest.mock
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +16,7 @@ from moe_jax.engine.request import execution_of
 from moe_jax.model import decoder
 from moe_jax.routing import trace
 from moe_jax.routing.policies import base
-from moe_jax.routing.policies.schedule import ModelOwn
+from moe_jax.routing.policies.parse import MODEL_OWN
 from moe_jax.text import corpus
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -36,30 +35,13 @@ def documents_of(model: moe_jax.Model) -> np.ndarray:
 
 
 def record(model: moe_jax.Model, tokens_BT: np.ndarray) -> np.ndarray:
-    """expert_LBTK of every token, as the policy's `select` chose them."""
+    """expert_LBTK of every token."""
     execution = execution_of(model.architecture)
-    layers, moe = model.architecture.decoder.num_moe_layers, model.architecture.moe
-    expert_LNK = np.full((layers, tokens_BT.size, moe.k), -1, np.int32)
-    select = base.select
-
-    def keep(layer, expert_NK):
-        expert_LNK[int(layer)] = expert_NK
-
-    def recording(routing, live, context, *rest):
-        selection = select(routing, live, context, *rest)
-        jax.debug.callback(keep, context.layer, selection.expert_NK)
-        return selection
-
-    live = base.settings([ModelOwn()] * len(tokens_BT), layers, moe.k, moe.k)
+    live = base.settings([MODEL_OWN] * len(tokens_BT), model.architecture, execution.k_max)
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    with unittest.mock.patch.object(base, "select", recording):
-        hidden = jax.jit(lambda params: decoder.hidden(params, tokens_BT, positions_BT, ones_BT, live, execution)[1])
-        ones_BT = jnp.ones_like(positions_BT)
-        traffic = jax.block_until_ready(hidden(model.params))
-    jax.effects_barrier()
-    loads_LE = np.stack([np.bincount(experts.ravel(), minlength=moe.num_experts) for experts in expert_LNK])
-    np.testing.assert_array_equal(loads_LE, traffic.load_E)
-    return expert_LNK.reshape(layers, *tokens_BT.shape, moe.k)
+    rows = (tokens_BT, positions_BT, jnp.ones_like(positions_BT))
+    traffic = jax.jit(lambda params: decoder.hidden(params, *rows, live, execution)[1])(model.params)
+    return np.asarray(traffic.chosen_NK).reshape(len(traffic.chosen_NK), *tokens_BT.shape, execution.k_max)
 
 
 def main() -> None:

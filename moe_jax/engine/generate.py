@@ -17,6 +17,7 @@ from moe_jax.engine.sampling import Sampling, draw
 from moe_jax.engine.stopping import StoppingText
 from moe_jax.model import decoder
 from moe_jax.routing.policies import base as policies
+from moe_jax.routing.selection import distinct_experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Completion:
         text: the continuation, up to a stop string or the end of text, neither included.
         ids: every token drawn, those of a stop string and the end-of-text token included.
         log_probabilities: of each of `ids` under the model itself, in nats, before temperature and cuts.
-        experts_per_token: slots that the request's policy keeps, mean over MoE layers.
+        experts_per_token: slots that the request kept, mean over MoE layers and this request's decode steps; where it
+            took no such step, over the tokens of its prompt.
         distinct_experts_per_layer_step: experts that one MoE layer ran in one decode step, for all requests of the
             batch together; mean over MoE layers and this request's decode steps. NaN where it took no such step: the
             first token comes from reading the prompt.
@@ -55,12 +57,12 @@ class Measured:
     kept_slots: int = 0  # of those steps, mean over MoE layers, like what follows
     distinct_experts: float = 0.0  # experts that held a slot, summed over those steps
 
-    def add_step(self, tokens: int, load_LE: np.ndarray) -> None:
+    def add_step(self, tokens: int, chosen_LNK: np.ndarray) -> None:
         """Counts one decode step of so many rows alive."""
         self.decode_steps += 1
         self.decode_tokens += tokens
-        self.kept_slots += load_LE.sum() / len(load_LE)
-        self.distinct_experts += np.count_nonzero(load_LE) / len(load_LE)
+        self.kept_slots += np.count_nonzero(chosen_LNK >= 0) / len(chosen_LNK)
+        self.distinct_experts += distinct_experts(chosen_LNK).mean()
 
     def figures(self) -> dict[str, dict[str, float | str]]:
         """The figures of result.json; NaN where there was no decode step."""
@@ -93,7 +95,7 @@ class Drawn(NamedTuple):
 
     token_B: jax.Array  # int32
     log_probability_B: jax.Array  # float32
-    load_LE: jax.Array  # int32: slots that each expert received
+    chosen_LNK: jax.Array  # int32: the expert of each slot; -1: not kept
 
 
 class Live(NamedTuple):
@@ -129,7 +131,7 @@ def _draw(params, x_BD, position_B, traffic, live, execution):
     with jax.named_scope("sample"):
         logits_BV = decoder.logits(params, x_BD, execution.in_place(len(x_BD)))
         token_B, log_probability_B = draw(logits_BV, live.sampling, position_B)
-    return Drawn(token_B, log_probability_B, traffic.load_E)
+    return Drawn(token_B, log_probability_B, traffic.chosen_NK)
 
 
 class Engine:
@@ -182,10 +184,10 @@ class Engine:
         rows = [_Row(request, self._tokenizer, self._end_ids) for request in requests]
         measured = Measured(prefill_tokens=sum(len(request.ids) for request in requests))
 
-        def hand_out(drawn: Drawn, alive_B: np.ndarray, distinct: float | None) -> np.ndarray:
+        def hand_out(drawn: Drawn, alive_B: np.ndarray) -> np.ndarray:
             """Gives every row that is alive its token; returns those that still are."""
             for index in np.flatnonzero(alive_B).tolist():
-                piece = rows[index].take(int(drawn.token_B[index]), float(drawn.log_probability_B[index]), distinct)
+                piece = rows[index].take(int(drawn.token_B[index]), float(drawn.log_probability_B[index]))
                 if piece:
                     on_text(index, piece)
             return np.array([row.finish_reason is None for row in rows] + [False] * (len(alive_B) - len(rows)))
@@ -195,18 +197,23 @@ class Engine:
         drawn = jax.device_get(drawn)
         measured.prefill_s = time.perf_counter() - began
         position_B = batch.length_B
-        alive_B = hand_out(drawn, batch.valid_BT[:, 0], None)
+        prompt_LBTK = drawn.chosen_LNK.reshape(len(drawn.chosen_LNK), *batch.tokens_BT.shape, -1)
+        for index, row in enumerate(rows):
+            row.read(prompt_LBTK[:, index, : batch.length_B[index]])
+        alive_B = hand_out(drawn, batch.valid_BT[:, 0])
 
         began = time.perf_counter()
         while alive_B.any():
             drawn, cache = decode(self.params, cache, drawn.token_B, position_B, alive_B, batch.live)
             drawn = jax.device_get(drawn)
-            measured.add_step(np.count_nonzero(alive_B), drawn.load_LE)
+            measured.add_step(np.count_nonzero(alive_B), drawn.chosen_LNK)
+            distinct = float(distinct_experts(drawn.chosen_LNK).mean())
+            for index in np.flatnonzero(alive_B).tolist():
+                rows[index].step(drawn.chosen_LNK[:, index], distinct)
             position_B = position_B + alive_B
-            alive_B = hand_out(drawn, alive_B, np.count_nonzero(drawn.load_LE) / len(drawn.load_LE))
+            alive_B = hand_out(drawn, alive_B)
         measured.decode_s = time.perf_counter() - began
-        k_BL = np.asarray(batch.live.policy.k_BL)
-        return Generated([row.completion(float(k_L.mean())) for row, k_L in zip(rows, k_BL)], measured)
+        return Generated([row.completion() for row in rows], measured)
 
     def _prepared(
         self, requests: Sequence[Request], execution: decoder.Execution
@@ -274,9 +281,8 @@ def batch_of(requests: Sequence[Request], execution: decoder.Execution) -> Batch
         valid_BT[row, : lengths[row]] = True
         length_B[row] = lengths[row]
     padded = [*requests, *requests[:1] * (shape.batch - len(requests))]
-    num_layers, k = architecture.decoder.num_moe_layers, architecture.moe.k
     live = Live(
-        policies.settings([request.policy for request in padded], num_layers, k, execution.k_max),
+        policies.settings([request.policy for request in padded], architecture, execution.k_max),
         Sampling(
             np.array([request.sampling.temperature for request in padded], np.float32),
             np.array([request.sampling.top_k for request in padded], np.int32),
@@ -298,14 +304,23 @@ class _Row:
         self._text = ""
         self._ids: list[int] = []
         self._log_probabilities: list[float] = []
+        self._kept_of_prompt = float("nan")
+        self._kept: list[float] = []  # of each decode step
         self._distinct: list[float] = []
 
-    def take(self, token: int, log_probability: float, distinct: float | None) -> str:
+    def read(self, chosen_LTK: np.ndarray) -> None:
+        """Counts the slots of the prompt."""
+        self._kept_of_prompt = _kept_slots(chosen_LTK)
+
+    def step(self, chosen_LK: np.ndarray, distinct: float) -> None:
+        """Counts a decode step: this row's slots, and the distinct experts of all rows."""
+        self._kept.append(_kept_slots(chosen_LK))
+        self._distinct.append(distinct)
+
+    def take(self, token: int, log_probability: float) -> str:
         """Adds a token; returns the text that it makes certain."""
         self._ids.append(token)
         self._log_probabilities.append(log_probability)
-        if distinct is not None:
-            self._distinct.append(distinct)
         if token in self._end_ids:
             piece, self.finish_reason = self._stopping.flush(), "end"
         else:
@@ -317,8 +332,14 @@ class _Row:
         self._text += piece
         return piece
 
-    def completion(self, experts_per_token: float) -> Completion:
+    def completion(self) -> Completion:
         """What has been made so far."""
+        kept = float(np.mean(self._kept)) if self._kept else self._kept_of_prompt
         distinct = float(np.mean(self._distinct)) if self._distinct else float("nan")
         made = (self._text, tuple(self._ids), tuple(self._log_probabilities))
-        return Completion(*made, experts_per_token, distinct, self.finish_reason)
+        return Completion(*made, kept, distinct, self.finish_reason)
+
+
+def _kept_slots(chosen: np.ndarray) -> float:
+    """Mean over layers and tokens."""
+    return float(np.count_nonzero(chosen >= 0) / (chosen.size / chosen.shape[-1]))

@@ -13,8 +13,7 @@ from moe_jax.config.schema import SamplingConfig
 from moe_jax.kernels.grouped_matmul import api as grouped_matmul
 from moe_jax.model.decoder import Execution
 from moe_jax.routing.policies import base as policies
-from moe_jax.routing.policies.parse import parse
-from moe_jax.routing.policies.schedule import ModelOwn
+from moe_jax.routing.policies.parse import MODEL_OWN, parse
 
 AnyPolicy = str | policies.Policy | None  # None: the model's own k
 
@@ -57,7 +56,7 @@ def policy_of_each(policy: AnyPolicy | Sequence[AnyPolicy], count: int) -> list[
     each = list(policy) if isinstance(policy, (list, tuple)) else [policy] * count
     if len(each) != count:
         raise ValueError(f"{len(each)} policies for {count} rows: wanted one, or one for each row")
-    return [ModelOwn() if one is None else parse(one) if isinstance(one, str) else one for one in each]
+    return [MODEL_OWN if one is None else parse(one) if isinstance(one, str) else one for one in each]
 
 
 def make_requests(
@@ -85,9 +84,9 @@ def make_requests(
     """
     if isinstance(prompts, str) or not len(prompts):
         raise ValueError(f"prompts = {prompts!r}: wanted a sequence of at least one prompt")
-    trunk, moe = execution.architecture.decoder, execution.architecture.moe
+    trunk = execution.architecture.decoder
     policy_B = policy_of_each(policy, len(prompts))
-    policies.settings(policy_B, trunk.num_moe_layers, moe.k, execution.k_max)
+    policies.settings(policy_B, execution.architecture, execution.k_max)
     seed_B = [seed] * len(prompts) if np.ndim(seed) == 0 else list(seed)
     if len(seed_B) != len(prompts) or not all(0 <= operator.index(one) < 2**32 for one in seed_B):
         raise ValueError(f"seed = {seed!r}: wanted a whole number from 0 to 2**32 - 1, or one for each prompt")

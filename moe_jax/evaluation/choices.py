@@ -130,8 +130,9 @@ def score_options(
         float64 [policies, questions, options]: nats per byte of the line.
     """
     journal = journal or Journal(None, {})
-    moe, num_layers = execution.architecture.moe, execution.architecture.decoder.num_moe_layers
-    settings = [policies.settings([policy] * batch_size, num_layers, moe.k, execution.k_max) for policy in compared]
+    settings = [
+        policies.settings([policy] * batch_size, execution.architecture, execution.k_max) for policy in compared
+    ]
     per_byte = []
     for first in range(0, len(questions), batch_size):
         asked = questions[first : first + batch_size]

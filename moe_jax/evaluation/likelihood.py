@@ -37,7 +37,8 @@ def score_documents(
     """Scores every token of every document but its leading `<|endoftext|>`.
 
     A document longer than the context is cut into windows that overlap by a quarter: each token but those of the
-    first window is predicted from at least a quarter of a context.
+    first window is predicted from at least a quarter of a context. To a batch-aware policy the windows of a batch are
+    rows that decode together.
 
     Args:
         params: as `decoder.split` gives them.
@@ -56,14 +57,16 @@ def score_documents(
     journal = journal or Journal(None, {})
     cut = _Windows(documents, context)
     moe, num_layers = execution.architecture.moe, execution.architecture.decoder.num_moe_layers
-    settings = [policies.settings([policy] * batch_size, num_layers, moe.k, execution.k_max) for policy in compared]
+    settings = [
+        policies.settings([policy] * batch_size, execution.architecture, execution.k_max) for policy in compared
+    ]
     nats_PJ, kl_PJ = np.zeros((2, len(compared), len(documents)))
     load_PLE = np.zeros((len(compared), num_layers, moe.num_experts), np.int64)
     for first in range(0, len(cut.owner), batch_size):
         batch = cut.batch(first, batch_size)
 
         def compute(batch=batch):
-            scores = score(params, batch, settings, execution, reference)
+            scores = score(params, batch, settings, execution, reference, side_by_side=True)
             arrays = {"nats_PY": [one.nats_Y for one in scores], "load_PLE": [one.load_LE for one in scores]}
             return arrays | ({} if reference is None else {"kl_PY": [one.kl_Y for one in scores]})
 

@@ -33,12 +33,14 @@ class Scores(NamedTuple):
     nats_Y: np.ndarray  # float32: of each scored label
     kl_Y: np.ndarray | None  # float32 nats: of the reference's next-token distribution from this one
     load_LE: np.ndarray  # int32: slots that each expert received
+    chosen_LBTK: np.ndarray  # int32: the expert of each slot; -1: not kept
 
 
-@functools.partial(jax.jit, static_argnames="execution")
-def _hidden(params, tokens_BT, positions_BT, segments_BT, live, execution):
-    x_BTD, traffic = decoder.hidden(params, tokens_BT, positions_BT, segments_BT, live, execution)
-    return x_BTD.reshape(-1, x_BTD.shape[-1]), traffic.load_E
+@functools.partial(jax.jit, static_argnames=("execution", "side_by_side"))
+def _hidden(params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side):
+    rows = (tokens_BT, positions_BT, segments_BT)
+    x_BTD, traffic = decoder.hidden(params, *rows, live, execution, side_by_side=side_by_side)
+    return x_BTD.reshape(-1, x_BTD.shape[-1]), traffic.load_E, traffic.chosen_NK
 
 
 @jax.jit
@@ -69,6 +71,7 @@ def score(
     settings: Sequence[policies.Settings],
     execution: decoder.Execution,
     reference: int | None = None,
+    side_by_side: bool = False,
 ) -> list[Scores]:
     """Scores one batch under several policies, each with as many static slots as it keeps.
 
@@ -78,19 +81,21 @@ def score(
         settings: of each policy, one row for each row of the batch.
         execution: the static half of the steps.
         reference: which of them divergences are measured from; None: no divergences.
+        side_by_side: as `decoder.hidden` takes it.
     """
     rows = (batch.tokens_BT, batch.positions_BT, batch.segments_BT)
     labels = (batch.source_Y, batch.label_Y, batch.num_labels)
 
     def hidden(live):
-        kept = dataclasses.replace(execution, k_max=int(np.max(live.k_BL)))
-        return _hidden(params, *rows, live, execution=kept)
+        kept = dataclasses.replace(execution, k_max=int(np.max(live.of_BL["k"])))
+        return _hidden(params, *rows, live, execution=kept, side_by_side=side_by_side)
 
     from_reference = None if reference is None else hidden(settings[reference])
     scores = []
     for number, live in enumerate(settings):
-        x_ND, load_LE = from_reference if number == reference else hidden(live)
+        x_ND, load_LE, chosen_LNK = from_reference if number == reference else hidden(live)
         found = _nats(params, x_ND, None if reference is None else from_reference[0], *labels)
         nats_Y, kl_Y = (*(np.asarray(part)[: batch.num_labels] for part in found), None)[:2]
-        scores.append(Scores(nats_Y, kl_Y, np.asarray(load_LE)))
+        chosen_LBTK = np.asarray(chosen_LNK).reshape(len(chosen_LNK), *batch.tokens_BT.shape, -1)
+        scores.append(Scores(nats_Y, kl_Y, np.asarray(load_LE), chosen_LBTK))
     return scores

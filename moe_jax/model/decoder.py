@@ -130,9 +130,9 @@ def _moe_ffn(weights, experts, layer, live, context, execution):
     return lambda x_ND: moe_layer(x_ND, weights, experts, layer, live, context, moe, k_max, implementation)
 
 
-def _context(column: jax.Array, valid_BT: jax.Array) -> Context:
+def _context(column: jax.Array, valid_BT: jax.Array, steps: int) -> Context:
     batch, length = valid_BT.shape
-    return Context(column, jnp.repeat(jnp.arange(batch), length), valid_BT.reshape(-1))
+    return Context(column, jnp.repeat(jnp.arange(batch), length), valid_BT.reshape(-1), steps)
 
 
 def _turn(positions_BT: jax.Array, architecture: Architecture):
@@ -146,6 +146,8 @@ def hidden(
     segments_BT: jax.Array,
     live: Settings,
     execution: Execution,
+    *,
+    side_by_side: bool = False,
 ) -> tuple[jax.Array, Traffic]:
     """Whole sequences, for training and scoring: what the output head reads.
 
@@ -157,6 +159,8 @@ def hidden(
             their row; 0 is padding, which no expert serves.
         live: settings of the policy.
         execution: the static half.
+        side_by_side: whether all rows at one position are a decode step, in which batch-aware policies act; otherwise
+            the rows are read as prompts are.
 
     Returns:
         normed x_BTD, and the `Traffic` of the MoE layers stacked, L first.
@@ -175,7 +179,8 @@ def hidden(
     def moe_step(x_BTD, scanned):
         column, stack = scanned  # a stack of this one layer
         weights = _one_layer({name: part for name, part in stack.items() if name != "experts"}, 0)
-        ffn = _moe_ffn(weights, stack["experts"], jnp.int32(0), live, _context(column, segments_BT != 0), execution)
+        context = _context(column, segments_BT != 0, tokens_BT.shape[1] if side_by_side else 0)
+        ffn = _moe_ffn(weights, stack["experts"], jnp.int32(0), live, context, execution)
         x_BTD, _, traffic = _layer(x_BTD, weights, turn, core, ffn, architecture)
         return x_BTD, traffic
 
@@ -212,7 +217,8 @@ def extend(
     Args:
         params: as `split` gives them.
         cache: what attention kept of the earlier positions.
-        tokens_BT: int32 ids; rows may be padded at their end. T > 1 is a prefill: every start must be 0.
+        tokens_BT: int32 ids; rows may be padded at their end. T > 1 is a prefill: every start must be 0, and no policy
+            is batch-aware.
         start_B: int32, the position of each row's first token.
         valid_BT: bool, False for padding and for finished rows.
         live: settings of the policy.
@@ -258,10 +264,15 @@ def extend(
     def moe_step(column, carried):
         x_BTD, cache, traffic = carried
         weights = _one_layer(stack, column, in_place)
-        ffn = _moe_ffn(weights, experts, column, live, _context(column, valid_BT), execution)
+        context = _context(column, valid_BT, 1 if length == 1 else 0)
+        ffn = _moe_ffn(weights, experts, column, live, context, execution)
         x_BTD, cache, new = _layer(x_BTD, weights, turn, core(num_dense + column, cache), ffn, architecture)
         return x_BTD, cache, jax.tree.map(lambda all_L, one: all_L.at[column].set(one), traffic, new)
 
-    nothing = Traffic(jnp.zeros((num_moe, architecture.moe.num_experts), jnp.int32), jnp.zeros(num_moe, jnp.float32))
+    nothing = Traffic(
+        jnp.zeros((num_moe, architecture.moe.num_experts), jnp.int32),
+        jnp.zeros(num_moe, jnp.float32),
+        jnp.zeros((num_moe, batch * length, execution.k_max), jnp.int32),
+    )
     x_BTD, cache, traffic = lax.fori_loop(0, num_moe, moe_step, (x_BTD, cache, nothing))
     return rms_norm(x_BTD, params["norm_D"], architecture.decoder.norm_eps), cache, traffic

@@ -42,6 +42,7 @@ class Traffic(NamedTuple):
 
     load_E: jax.Array  # int32: slots that each expert received
     load_loss: jax.Array  # float32 scalar, see `balance.load_loss`
+    chosen_NK: jax.Array  # int32: the expert of each slot; -1: not kept
 
 
 def run_experts(
@@ -99,4 +100,5 @@ def moe_layer(
                 gate_N = jnp.einsum("nd,d->n", x_ND, weights["shared_gate_D"], preferred_element_type=jnp.float32)
                 shared_ND = (jax.nn.sigmoid(gate_N)[:, None] * shared_ND).astype(x_ND.dtype)
             y_ND = y_ND + shared_ND
-    return y_ND, Traffic(load_E, balance.load_loss(routing, load_E.astype(jnp.float32), context.valid_N))
+    load_loss = balance.load_loss(routing, load_E.astype(jnp.float32), context.valid_N)
+    return y_ND, Traffic(load_E, load_loss, jnp.where(selection.keep_NK, selection.expert_NK, -1))

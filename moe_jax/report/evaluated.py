@@ -18,8 +18,7 @@ from moe_jax.evaluation.intervals import Estimate, paired_difference, paired_rat
 from moe_jax.evaluation.journal import Journal
 from moe_jax.model.decoder import Execution
 from moe_jax.routing.policies import base as policies
-from moe_jax.routing.policies.parse import parse
-from moe_jax.routing.policies.schedule import ModelOwn
+from moe_jax.routing.policies.parse import MODEL_OWN, parse
 from moe_jax.text.corpus import Document
 from moe_jax.text.tokenizer import encode_documents
 
@@ -57,9 +56,8 @@ def prepare(
         raise ValueError(
             f"the model's context is {context} tokens: wanted at least {needed}, for choices and completions"
         )
-    moe, num_layers = execution.architecture.moe, execution.architecture.decoder.num_moe_layers
     compared = [parse(spec) for spec in config.policies]
-    policies.settings(compared, num_layers, moe.k, execution.k_max)
+    policies.settings(compared, execution.architecture, execution.k_max)
     documents = documents[: config.documents or None]
     return Task(
         documents,
@@ -107,11 +105,10 @@ def measure(
 
 def _with_full(compared: Sequence[policies.Policy], architecture: Architecture) -> tuple[list[policies.Policy], int]:
     """The policies and where among them the full model stands, which is added where it is missing."""
-    num_layers, k = architecture.decoder.num_moe_layers, architecture.moe.k
     for number, policy in enumerate(compared):
-        if (policy.experts_per_layer(num_layers, k) == k).all():
+        if policies.uniform_k(policy, architecture) == architecture.moe.k:
             return list(compared), number
-    return [*compared, ModelOwn()], len(compared)
+    return [*compared, MODEL_OWN], len(compared)
 
 
 def rows(task: Task, measured: Measured) -> list[dict[str, Any]]:

@@ -46,8 +46,7 @@ class Finished(NamedTuple):
 
 def require_policies(config: Config, execution: Execution) -> None:
     """Raises ValueError where a policy of `evaluation.policies` does not fit the model, before hours are spent."""
-    moe, num_layers = config.moe, config.decoder.num_moe_layers
-    policies.settings([parse(spec) for spec in config.evaluation.policies], num_layers, moe.k, execution.k_max)
+    policies.settings([parse(spec) for spec in config.evaluation.policies], execution.architecture, execution.k_max)
 
 
 def finish(config: Config, folder: pathlib.Path, text: Text, execution: Execution, params: Params) -> Finished:

@@ -20,6 +20,8 @@ from moe_jax.engine import cache as caches
 from moe_jax.engine.generate import Batch, Engine, Live, batch_of
 from moe_jax.engine.request import AnyPolicy, make_requests
 from moe_jax.model.decoder import Execution
+from moe_jax.routing.policies.base import Replay
+from moe_jax.routing.selection import distinct_experts
 from moe_jax.routing.trace import Trace
 
 
@@ -83,7 +85,7 @@ class Prefill:
         began = time.perf_counter()
         drawn, _ = self._program(self._params, batch.tokens_BT, batch.length_B, batch.valid_BT, batch.live)
         drawn = jax.device_get(drawn)
-        return Sample(time.perf_counter() - began, _step_of([0], [self.tokens], drawn.load_LE))
+        return Sample(time.perf_counter() - began, _step_of([0], [self.tokens], drawn.chosen_LNK))
 
 
 class Decode:
@@ -121,7 +123,7 @@ class Decode:
         drawn, self._cache = self._program(self._params, self._cache, token_B, position_B, alive_B, live)
         drawn = jax.device_get(drawn)
         seconds = time.perf_counter() - began
-        step = _step_of([self._place] * self.rows, [1] * self.rows, drawn.load_LE)
+        step = _step_of([self._place] * self.rows, [1] * self.rows, drawn.chosen_LNK)
         self._place += 1
         return Sample(seconds, step)
 
@@ -139,12 +141,13 @@ def _with_replay(batch: Batch, expert_LBTK: np.ndarray | None) -> Live:
     padded_length = 1 if length == 1 else batch.shape.length
     padding = ((0, 0), (0, batch.shape.batch - rows), (0, padded_length - length), (0, 0))
     replay_LNK = np.pad(expert_LBTK, padding, constant_values=-1).reshape(layers, -1, k_max)
-    policy = batch.live.policy._replace(replay_LNK=jax.device_put(replay_LNK).block_until_ready())
-    return batch.live._replace(policy=policy)
+    replay = Replay(jax.device_put(replay_LNK).block_until_ready())
+    return batch.live._replace(policy=batch.live.policy._replace(replay=replay))
 
 
-def _step_of(cached_B: Sequence[int], new_B: Sequence[int], load_LE: np.ndarray) -> roofline.Step:
-    return roofline.Step(cached_B, new_B, int(load_LE.sum()), int(np.count_nonzero(load_LE)))
+def _step_of(cached_B: Sequence[int], new_B: Sequence[int], chosen_LNK: np.ndarray) -> roofline.Step:
+    kept = int(np.count_nonzero(chosen_LNK >= 0))
+    return roofline.Step(cached_B, new_B, kept, int(distinct_experts(chosen_LNK).sum()))
 
 
 def _require_room(program: jax.stages.Compiled, name: str) -> None:

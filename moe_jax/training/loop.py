@@ -26,7 +26,7 @@ from moe_jax.config.schema import Config
 from moe_jax.evaluation import likelihood
 from moe_jax.model import decoder
 from moe_jax.routing.policies import base as policies
-from moe_jax.routing.policies.schedule import ModelOwn
+from moe_jax.routing.policies.parse import MODEL_OWN
 from moe_jax.text import corpus as corpora
 from moe_jax.text.batches import Packed, batches, pack
 from moe_jax.text.tokenizer import encode_documents, load_tokenizer, save_tokenizer, train_tokenizer
@@ -173,7 +173,7 @@ def _bits_per_byte(params: decoder.Params, config: Config, text: Text, execution
     [scored] = likelihood.score_documents(
         params,
         text.held_out_tokens[:count],
-        [ModelOwn()],
+        [MODEL_OWN],
         execution,
         context=config.training.sequence_length,
         batch_size=config.evaluation.batch_size,
@@ -218,8 +218,7 @@ def train(config: Config, folder: pathlib.Path, text: Text, execution: decoder.E
     try:
         with _interruption_deferred() as interrupted:
             step = make_step(execution, training)
-            num_layers = config.decoder.num_moe_layers
-            live = policies.settings([ModelOwn()] * training.batch_size, num_layers, config.moe.k, execution.k_max)
+            live = policies.settings([MODEL_OWN] * training.batch_size, execution.architecture, execution.k_max)
             rate = learning_rate(training)
             since, tokens = time.perf_counter(), 0
             while done < training.steps and not interrupted:

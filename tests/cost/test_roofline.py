@@ -10,7 +10,8 @@ from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderCo
 from moe_jax.cost import roofline
 from moe_jax.engine import cache as caches
 from moe_jax.model import decoder
-from moe_jax.routing.policies.base import Settings
+from moe_jax.routing.policies import base as policies
+from moe_jax.routing.policies.parse import MODEL_OWN
 from tests import tiny_model
 from tests.family_variants import VARIANTS
 
@@ -150,7 +151,8 @@ def test_operations_are_those_that_xla_counts(start, length, attention):
 
     cache = jax.eval_shape(lambda: caches.allocate(architecture, rows, 32, jnp.float32))
     tokens, valid = shape(rows, length), shape(rows, length, dtype=bool)
-    lowered = jax.jit(step).lower(shapes_of(architecture), cache, tokens, shape(rows), valid, Settings(shape(rows, 1)))
+    live = policies.settings([MODEL_OWN] * rows, architecture, 1)
+    lowered = jax.jit(step).lower(shapes_of(architecture), cache, tokens, shape(rows), valid, live)
     work = roofline.work(architecture, roofline.Step([start] * rows, [length] * rows, rows * length, 1), 4)
     assert 1 <= lowered.cost_analysis()["flops"] / work.flops < 1.05
 

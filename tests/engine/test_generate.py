@@ -13,8 +13,8 @@ from moe_jax.engine.generate import Engine
 from moe_jax.engine.request import execution_of, make_requests, policy_of_each
 from moe_jax.engine.stopping import StoppingText
 from moe_jax.model import decoder
-from moe_jax.routing.policies.base import Settings
-from moe_jax.routing.policies.schedule import TopK
+from moe_jax.routing.policies import base as policies
+from moe_jax.routing.policies.parse import parse
 from tests import tiny_model
 
 EXECUTION = execution_of(tiny_model.ARCHITECTURE)
@@ -56,9 +56,9 @@ def run(engine, *args, on_text=lambda index, piece: None, **kwargs):
 
 
 @jax.jit
-def log_probabilities(params, tokens_BT, k_BL):
+def log_probabilities(params, tokens_BT, live):
     positions_BT = jnp.arange(tokens_BT.shape[1])[None]
-    x_BTD, _ = decoder.hidden(params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT), Settings(k_BL), EXECUTION)
+    x_BTD, _ = decoder.hidden(params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT), live, EXECUTION)
     return jax.nn.log_softmax(decoder.logits(params, x_BTD))
 
 
@@ -67,8 +67,9 @@ def best_continuation(params, ids, k, count):
     padded_BT = np.zeros((1, 32), np.int32)
     padded_BT[0, : len(ids)] = ids
     best, log_probability = [], []
+    live = policies.settings([parse(f"topk:{k}")], EXECUTION.architecture, EXECUTION.k_max)
     for at in range(len(ids), len(ids) + count):
-        of_next_V = np.asarray(log_probabilities(params, padded_BT, np.full((1, 2), k, np.int32))[0, at - 1])
+        of_next_V = np.asarray(log_probabilities(params, padded_BT, live)[0, at - 1])
         best.append(int(of_next_V.argmax()))
         log_probability.append(of_next_V.max())
         padded_BT[0, at] = best[-1]
@@ -77,7 +78,7 @@ def best_continuation(params, ids, k, count):
 
 def test_greedy_completions_are_the_best_tokens_of_the_whole_sequence(engine, params):
     """Three ragged prompts in a batch of four rows, each with its own policy."""
-    policy = ["topk:2", None, TopK(5)]
+    policy = ["topk:2", None, parse("topk:5")]
     completions, measured = run(engine, policy=policy)
     for request, k, completion in zip(requests(), (2, 8, 5), completions):
         best, log_probability = best_continuation(params, request.ids, k, 12)
@@ -211,5 +212,5 @@ def test_k_max_stays_within_what_the_groups_leave(k_max):
 
 
 def test_a_policy_for_all_or_for_each():
-    assert policy_of_each("topk:3", 2) == [TopK(3)] * 2
-    assert [policy.spec for policy in policy_of_each([None, TopK(2)], 2)] == ["model", "topk:2"]
+    assert policy_of_each("topk:3", 2) == [parse("topk:3")] * 2
+    assert [policy.spec for policy in policy_of_each([None, parse("topk:2")], 2)] == ["model", "topk:2"]

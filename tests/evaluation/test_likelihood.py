@@ -37,7 +37,7 @@ def jitted_hidden():
 
 def probabilities(params, tokens, policy):
     """Of every next token behind every token of one unpadded sequence but its last."""
-    live = base.settings([policy], 1, 3, 3)
+    live = base.settings([policy], ARCHITECTURE, 3)
     inputs = np.asarray(tokens[:-1])[None]
     positions = np.arange(inputs.shape[1])[None]
     x, _ = jitted_hidden()(params, inputs, positions, np.ones_like(inputs), live, EXECUTION)

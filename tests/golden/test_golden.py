@@ -16,7 +16,7 @@ from moe_jax.engine import cache as caches
 from moe_jax.engine.request import execution_of
 from moe_jax.model import decoder
 from moe_jax.routing.policies import base as policies
-from moe_jax.routing.policies.schedule import TopK
+from moe_jax.routing.policies.parse import MODEL_OWN
 from tests.family_variants import GOLDEN, VARIANTS
 
 FOLDER = pathlib.Path(__file__).parent
@@ -59,9 +59,7 @@ def test_cached_decode(golden):
     model, tokens_BT, logits_BTV = golden
     architecture, (batch, length) = model.architecture, tokens_BT.shape
     execution = execution_of(architecture)
-    live = policies.settings(
-        [TopK(architecture.moe.k)] * batch, architecture.decoder.num_moe_layers, architecture.moe.k, execution.k_max
-    )
+    live = policies.settings([MODEL_OWN] * batch, architecture, execution.k_max)
 
     @jax.jit
     def extend(params, cache, tokens_BT, start_B):

@@ -9,7 +9,9 @@ from moe_jax.engine import cache as caches
 from moe_jax.kernels.grouped_matmul.api import resolve
 from moe_jax.model import decoder
 from moe_jax.model.moe import moe_layer
-from moe_jax.routing.policies.base import Context, Settings
+from moe_jax.routing.policies import base as policies
+from moe_jax.routing.policies.base import Context
+from moe_jax.routing.policies.parse import parse
 from tests import tiny_model
 
 UNTIED = tiny_model.changed(decoder={"tie_embeddings": False})
@@ -26,7 +28,7 @@ def assert_close(got, wanted):
 
 def live(*k):
     """Settings of one row per number, the same in both MoE layers."""
-    return Settings(jnp.asarray(np.array([[one, one] for one in k]), jnp.int32))
+    return policies.settings([parse(f"topk:{one}") for one in k], UNTIED, 8)
 
 
 def tokens(batch, length, seed=0):
@@ -133,11 +135,12 @@ def test_a_moe_layer_equals_a_loop_over_all_experts(variant):
     valid_N = np.ones(12, bool)
     valid_N[[4, 9]] = False
     k_B = np.array([8, 1, 3, 5])
-    settings = Settings(jnp.asarray(np.stack([np.full(4, 2), k_B], axis=1), jnp.int32))  # another k in the other layer
+    architecture = tiny_model.changed(moe=VARIANTS[variant])
+    settings = policies.settings([parse(f"layers:2,{k}") for k in k_B], architecture, 8)  # another k in the other layer
 
     @jax.jit
     def run(x_ND, weights, experts, settings):
-        context = Context(jnp.int32(layer), row_N, valid_N)
+        context = Context(jnp.int32(layer), row_N, valid_N, 3)
         return moe_layer(x_ND, weights, experts, jnp.int32(layer), settings, context, moe, 8, resolve("auto", "cpu"))
 
     y_ND, traffic = run(x_ND, weights, experts, settings)

@@ -7,7 +7,8 @@ import pytest
 
 from moe_jax.engine import cache as caches
 from moe_jax.model import decoder
-from moe_jax.routing.policies.base import Settings
+from moe_jax.routing.policies import base as policies
+from moe_jax.routing.policies.parse import MODEL_OWN
 from tests.family_variants import VARIANTS, random_params
 
 TOLERANCE = 1e-5  # of the largest value, float32
@@ -25,7 +26,7 @@ def test_cached_decode_of_a_ragged_batch_equals_the_whole_sequence(name, grouped
     architecture, params = VARIANTS[name].architecture, random_params(VARIANTS[name])
     execution = decoder.Execution(architecture, architecture.moe.k, grouped_matmul)
     tokens_BT = np.random.default_rng(0).integers(0, 64, (4, 16), dtype=np.int32)
-    live = Settings(jnp.full((4, architecture.decoder.num_moe_layers), architecture.moe.k, jnp.int32))
+    live = policies.settings([MODEL_OWN] * 4, architecture, architecture.moe.k)
 
     @jax.jit
     def whole(params, tokens_BT):

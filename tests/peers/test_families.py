@@ -17,7 +17,7 @@ from moe_jax.checkpoint.families import FAMILIES
 from moe_jax.engine.request import execution_of
 from moe_jax.model import decoder
 from moe_jax.routing.policies import base as policies
-from moe_jax.routing.policies.schedule import TopK
+from moe_jax.routing.policies.parse import MODEL_OWN
 from tests.family_variants import VARIANTS, write
 from tests.peers import peer
 
@@ -127,9 +127,7 @@ def test_gradients(transformers, tiny):
     tokens_BT = peer.clear_tokens(model, architecture, (3, 10))
     wanted_of = gradients_of_the_peer(model, tokens_BT)
     execution = execution_of(architecture)
-    live = policies.settings(
-        [TopK(architecture.moe.k)] * 3, architecture.decoder.num_moe_layers, architecture.moe.k, execution.k_max
-    )
+    live = policies.settings([MODEL_OWN] * 3, architecture, execution.k_max)
 
     @jax.jit
     @jax.grad

@@ -1,19 +1,251 @@
-"""Specs parse to what they say, print as they parse, and are refused in words."""
+"""Policies: specs parse to what they say, agree with plain loops, and leave alone what they are told to."""
 
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from hypothesis import strategies as st
 
+from moe_jax.config.architecture import MoEConfig
+from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies import base
-from moe_jax.routing.policies.parse import parse
+from moe_jax.routing.policies.parse import KINDS, parse
+from moe_jax.routing.selection import Routing
+from tests import tiny_model
+from tests.routing import plain_policies as plain
+
+E, K, B, L = 12, 5, 6, 3
+MOE = MoEConfig(num_experts=E, k=4, normalize=True, routed_scaling=2.5)
+SIMILARITY_LEE = np.random.default_rng(7).uniform(-1, 1, (L, E, E)).astype(np.float32)
+CALIBRATION = Calibration(np.array([0.3, 0.5, 0.7], np.float32), SIMILARITY_LEE, "")
+LAYER = 1
+
+
+def bound(specs, moe=MOE, k_max=K, group_B=None):
+    return base.settings([parse(spec, CALIBRATION) for spec in specs], tiny_model.layers_of(moe, L), k_max, group_B)
+
+
+@jax.jit
+def _select(score_NE, mix_NE, live, row_N, valid_N):
+    return base.select(Routing(score_NE, mix_NE), live, base.Context(jnp.int32(LAYER), row_N, valid_N, 1), MOE, K)
+
+
+def select(score, mix, live, valid=None):
+    """Selection of one decode step of B rows."""
+    rows = len(score)
+    valid = np.ones(rows, bool) if valid is None else valid
+    return jax.device_get(_select(np.float32(score), np.float32(mix), live, np.arange(rows), valid))
+
+
+def kept_of(selection):
+    """Of each row: [[expert, weight]]."""
+    return [
+        [[int(e), float(w)] for e, w, keep in zip(*row) if keep]
+        for row in zip(selection.expert_NK, selection.weight_NK, selection.keep_NK)
+    ]
+
+
+def experts_of(rows):
+    return [[expert for expert, _ in row] for row in rows]
+
+
+@st.composite
+def routings(draw, rows=B):
+    """Mixing weights in steps of 1/512, of which sums are exact, distinct within a row; and scores with a bias."""
+    seed = draw(st.integers(0, 2**32 - 1))
+    random = np.random.default_rng(seed)
+    mix_BE = np.stack([random.choice(np.arange(1, 512), E, replace=False) for _ in range(rows)]) / 512
+    bias_E = random.integers(-40, 40, E) / 512 if draw(st.booleans()) else np.zeros(E)
+    score_BE = mix_BE + bias_E + np.arange(E) / 2**16  # no ties
+    if draw(st.booleans()):
+        score_BE[:, random.choice(E, 3, replace=False)] = -np.inf
+    return score_BE, mix_BE
+
+
+def plain_slots(routing, spec, groups=None, own_k=None):
+    """What the loops keep of every row, before weighting; `spec` is parsed here by hand."""
+    score_BE, mix_BE = routing
+    groups = groups or [0] * len(score_BE)
+    rows = [(list(score), list(mix), group) for score, mix, group in zip(score_BE, mix_BE, groups)]
+    parts = dict(part.partition(":")[::2] for part in spec.split("+"))
+    k = int(parts["topk"]) if "topk" in parts else own_k or MOE.k
+    kept = [plain.topk(score, mix, k) for score, mix, _ in rows]
+    words = {kind: text.split(",") for kind, text in parts.items()}
+
+    def least(kind):
+        return next((int(word[4:]) for word in words[kind] if word.startswith("min=")), 1)
+
+    if "ratio" in parts or "median" in parts:
+        t = float(words["ratio"][0]) if "ratio" in parts else float(CALIBRATION.median_ratio_L[LAYER])
+        by_ratio = [plain.ratio(slots, t, least("ratio" if "ratio" in parts else "median")) for slots in kept]
+    else:
+        by_ratio = kept
+    if "mass" in parts:
+        by_mass = [plain.mass(slots, float(words["mass"][0]), least("mass")) for slots in kept]
+        kept = [[slot for slot in one if slot in other] for one, other in zip(by_ratio, by_mass)]
+    else:
+        kept = by_ratio
+    if "opportunistic" in parts:
+        kept = plain.opportunistic(rows, kept, int(parts["opportunistic"]))
+    if "budget" in parts:
+        floor = next((int(word[6:]) for word in words["budget"] if word.startswith("floor=")), 1)
+        kept = plain.budget(rows, kept, int(words["budget"][0]), floor)
+    if "reroute" in parts:
+        kept = plain.reroute(rows, kept, int(words["reroute"][0]), float(words["reroute"][1]), SIMILARITY_LEE[LAYER])
+    if "capacity" in parts:
+        overflow = "next" if "overflow=next" in words["capacity"] else "drop"
+        kept = plain.capacity(rows, kept, float(words["capacity"][0]), overflow)
+    rule = parts.get("renormalize")
+    return [
+        plain.weighted(slots, score, mix, MOE.k, MOE.normalize, MOE.routed_scaling, rule)
+        for slots, (score, mix, _) in zip(kept, rows)
+    ]
+
+
+SPECS = [
+    *("model", "topk:1", "topk:5", "ratio:0.5", "ratio:0.9,min=2", "median", "median:min=3", "mass:0.5"),
+    *("mass:0.7,min=3", "topk:5+ratio:0.25+mass:0.75", "ratio:0.5+renormalize:none", "topk:2+renormalize:own"),
+    *("opportunistic:1", "opportunistic:2", "topk:5+opportunistic:3", "budget:5", "budget:3,floor=2", "budget:12"),
+    *("reroute:1,0.25", "reroute:2,-1.0", "topk:5+reroute:2,0.5", "capacity:0.5", "capacity:1.0", "capacity:2.0"),
+    *("capacity:0.5,overflow=next", "capacity:1.0,overflow=next", "ratio:0.5+opportunistic:1"),
+    *("mass:0.75+budget:6", "topk:5+ratio:0.25+opportunistic:2+capacity:1.0,overflow=next+renormalize:none"),
+]
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@hypothesis.given(routing=routings(), groups=st.lists(st.integers(0, 1), min_size=B, max_size=B))
+@hypothesis.settings(deadline=None, max_examples=25)
+def test_a_policy_equals_its_plain_loop(spec, routing, groups):
+    got = kept_of(select(*routing, bound([spec] * B, group_B=groups)))
+    wanted = plain_slots(routing, spec, groups)
+    assert experts_of(got) == experts_of(wanted)
+    for one, other in zip(got, wanted):
+        np.testing.assert_allclose([w for _, w in one], [w for _, w in other], rtol=1e-6)
+
+
+NEUTRAL = [
+    *("topk:4", "layers:4,4,4", "schedule:4,4,4,1", "ratio:0", "mass:1", "ratio:1,min=4", "mass:0,min=4"),
+    *("opportunistic:4", "budget:12", "reroute:4,-1.0", "reroute:1,2.0", "capacity:12", "capacity:12,overflow=next"),
+    *("renormalize:one", "renormalize:own", "ratio:0+mass:1+opportunistic:4+budget:12+reroute:1,2.0+capacity:12"),
+]
+
+
+@pytest.mark.parametrize("spec", NEUTRAL)
+@hypothesis.given(routing=routings())
+@hypothesis.settings(deadline=None, max_examples=10)
+def test_neutral_settings_are_the_identity_bit_for_bit(spec, routing):
+    got, wanted = (select(*routing, bound([one] * B)) for one in (spec, "model"))
+    for one, other in zip(got, wanted):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("spec", SPECS)
+@hypothesis.given(routing=routings(), order=st.permutations(range(B)))
+@hypothesis.settings(deadline=None, max_examples=10)
+def test_the_order_of_a_batch_does_not_matter(spec, routing, order):
+    score_BE, mix_BE = routing
+    mix_BE = mix_BE + np.arange(B)[:, None] / 2**14  # no two rows ask with one weight
+    live = bound([spec] * B)
+    straight = kept_of(select(score_BE, mix_BE, live))
+    shuffled = kept_of(select(score_BE[list(order)], mix_BE[list(order)], live))
+    assert shuffled == [straight[b] for b in order]
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if not parse(spec, CALIBRATION).batch_aware])
+@hypothesis.given(routing=routings(), k=st.integers(1, K))
+@hypothesis.settings(deadline=None, max_examples=10)
+def test_row_wise_policies_keep_no_more_than_they_are_given(spec, routing, k):
+    rest = "+".join(part for part in spec.split("+") if not part.startswith(("topk", "model")))
+    given = kept_of(select(*routing, bound([f"topk:{k}"] * B)))
+    kept = kept_of(select(*routing, bound([f"topk:{k}" + (f"+{rest}" if rest else "")] * B)))
+    for one, other in zip(kept, given):
+        assert len(one) >= 1 and {e for e, _ in one} <= {e for e, _ in other}
+
+
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if parse(spec, CALIBRATION).batch_aware])
+@hypothesis.given(routing=routings(), there=st.lists(st.booleans(), min_size=B, max_size=B))
+@hypothesis.settings(deadline=None, max_examples=10)
+def test_padding_and_finished_rows_are_as_if_they_were_not_there(spec, routing, there):
+    there = np.array(there)
+    kept = kept_of(select(*routing, bound([spec] * B), there))
+    assert all(not slots for slots, valid in zip(kept, there) if not valid)
+    alone = plain_slots(tuple(part[there] for part in routing), spec) if there.any() else []
+    assert experts_of(slots for slots, valid in zip(kept, there) if valid) == experts_of(alone)
+
+
+def test_requests_of_other_policies_neither_help_nor_hinder():
+    score_BE = np.random.default_rng(3).uniform(0.1, 1, (B, E))
+    specs = ["opportunistic:1", "opportunistic:1", "budget:3", "budget:3", "ratio:0.8", "model"]
+    together = kept_of(select(score_BE, score_BE, bound(specs)))
+    for rows in ([0, 1], [2, 3], [4], [5]):
+        wanted = plain_slots((score_BE[rows], score_BE[rows]), specs[rows[0]])
+        assert experts_of(together[b] for b in rows) == experts_of(wanted)
+
+
+def test_steps_side_by_side_are_steps_one_by_one():
+    """[B, T] tokens, each position a decode step; and a prefill, where the same policy does nothing."""
+    steps = 4
+    score_BTE = np.random.default_rng(5).uniform(0.1, 1, (B, steps, E)).astype(np.float32)
+    live = bound(["opportunistic:1"] * 3 + ["capacity:1.0"] * 3)
+    flat = score_BTE.reshape(-1, E)
+    row_N, valid_N = np.repeat(np.arange(B), steps), np.ones(B * steps, bool)
+
+    def run(context_steps):
+        context = base.Context(jnp.int32(LAYER), jnp.asarray(row_N), jnp.asarray(valid_N), context_steps)
+        return kept_of(jax.device_get(base.select(Routing(flat, flat), live, context, MOE, K)))
+
+    together = run(steps)
+    for step in range(steps):
+        one = kept_of(select(score_BTE[:, step], score_BTE[:, step], live))
+        assert experts_of(together[step::steps]) == experts_of(one)
+    assert experts_of(run(0)) == experts_of(plain.topk(row, row, MOE.k) for row in flat)
+
+
+def test_changing_settings_or_mixing_requests_compiles_nothing():
+    score_BE = np.random.default_rng(3).uniform(0.1, 1, (B, E))
+    mixed = ["opportunistic:2", "budget:5,floor=2", "topk:2", "ratio:0.4", "capacity:1.5", "reroute:2,0.5"]
+    select(score_BE, score_BE, bound(mixed))
+    select(score_BE, score_BE, bound(["model"] * B))
+    compiled = _select._cache_size()
+    for specs in (
+        ["topk:1", "ratio:0.3,min=2", "mass:0.5", "median", "layers:1,2,3", "schedule:1,4,2,1+renormalize:none"],
+        ["opportunistic:1", "budget:3", "model", "mass:0.3", "capacity:0.5,overflow=next", "reroute:1,0.1"],
+        ["reroute:3,0.9"] + ["topk:3"] * 2 + ["capacity:3", "budget:9", "opportunistic:4"],
+    ):
+        select(score_BE, score_BE, bound(specs))
+    assert _select._cache_size() == compiled
 
 
 @pytest.mark.parametrize(
     ("spec", "wanted"),
-    [("model", [8, 8, 8]), ("topk:3", [3, 3, 3]), ("layers:1,2,8", [1, 2, 8]), (" topk:3 ", [3] * 3)],
+    [
+        ("model", [4, 4, 4]),
+        ("topk:3", [3, 3, 3]),
+        ("layers:1,2,5", [1, 2, 5]),
+        (" topk:3 ", [3] * 3),
+        ("schedule:1,5,2,1", [1, 5, 2]),
+    ],
 )
-def test_parse(spec, wanted):
-    policy = parse(spec)
-    assert policy.experts_per_layer(3, 8).tolist() == wanted
-    assert parse(policy.spec) == policy
+def test_k_of_each_layer(spec, wanted):
+    assert np.asarray(bound([spec]).of_BL["k"]).tolist() == [wanted]
+
+
+def test_a_schedule_is_linear_between_its_ends_and_rounds_halves_up():
+    live = base.settings([parse("schedule:6,8,2,4")], tiny_model.layers_of(MoEConfig(num_experts=E, k=8), 11), 8)
+    assert np.asarray(live.of_BL["k"]).tolist() == [[6, 7, 7, 8, 8, 7, 6, 5, 4, 3, 2]]
+
+
+def test_thresholds_may_differ_by_layer():
+    assert np.asarray(bound(["ratio:0.5/0.25/0.125"]).of_BL["ratio"]).tolist() == [[0.5, 0.25, 0.125]]
+    np.testing.assert_allclose(bound(["median:scale=0.5"]).of_BL["ratio"], [[0.15, 0.25, 0.35]])
+
+
+@pytest.mark.parametrize(
+    "spec", [*SPECS, *NEUTRAL, "ratio:0.5/0.25/0.125,min=2", *(one.form for one in KINDS.values())]
+)
+def test_a_spec_prints_as_it_parses(spec):
+    assert parse(parse(spec).spec) == parse(spec)
 
 
 @pytest.mark.parametrize(
@@ -22,21 +254,52 @@ def test_parse(spec, wanted):
         ("topk:0", "at least 1"),
         ("topk:-2", "at least 1"),
         ("topk:two", "whole numbers"),
-        ("topk:2,3", "whole numbers"),
-        ("topk", "whole numbers"),
-        ("model:3", "whole numbers"),
+        ("topk:2,3", "'3' is not known here; wanted k"),
+        ("topk", "wanted k"),
+        ("model:3", "wanted nothing behind its name"),
         ("layers:", "whole numbers"),
+        ("layers:8,,4", "whole numbers"),
         ("top_k:3", 'did you mean "topk:4"'),
         ("", "wanted one of the forms"),
+        ("topk:3+", "wanted one of the forms"),
+        ("topk:3+layers:1,2,3", "topk and layers: wanted one of them"),
+        ("ratio:0.2+ratio:0.3", "ratio and ratio: wanted one of them"),
+        ("ratio:1.5", "numbers from 0 to 1"),
+        ("ratio:nan", "numbers from 0 to 1"),
+        ("ratio:0.3,least=2", "'least=2' is not known here; wanted t, min=..."),
+        ("ratio:0.3,min=0", "at least 1"),
+        ("mass:much", "'much': wanted numbers"),
+        ("schedule:1,2,3", "wanted b, h, e, p"),
+        ("budget:0", "at least 1"),
+        ("reroute:2", "wanted k0, s"),
+        ("capacity:-1", "numbers from 0 on"),
+        ("capacity:1,overflow=spill", "overflow = drop or next"),
+        ("renormalize:two", "none, own, one"),
     ],
 )
 def test_refused(spec, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"policy\.spec = ") as refusal:
         parse(spec)
+    assert message in str(refusal.value) and "\n" not in str(refusal.value)
 
 
-def test_refused_by_the_model():
-    with pytest.raises(ValueError, match=r"topk:9.*wanted 1 to 8 experts.*policy.k_max"):
-        base.settings([parse("topk:9")], 3, 8, 8)
-    with pytest.raises(ValueError, match=r"2 layers; wanted one number for each of the model's 3"):
-        base.settings([parse("layers:1,2")], 3, 8, 8)
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("topk:9", r"topk:9.*wanted 1 to 5 experts.*policy.k_max"),
+        ("layers:1,2", r"2 layers; wanted one number for each of the model's 3"),
+        ("ratio:0.1/0.2", r"2 numbers; wanted one, or one for each of the model's 3"),
+        ("schedule:2,4,2,2", r"p = 2; wanted a layer between the first MoE layer, 0, and the last, 2"),
+    ],
+)
+def test_refused_by_the_model(spec, message):
+    with pytest.raises(ValueError, match=message):
+        bound([spec])
+
+
+@pytest.mark.parametrize("spec", ["median", "reroute:2,0.5"])
+def test_a_calibration_is_asked_for(spec):
+    with pytest.raises(ValueError, match=r"policy.calibration.*launch/calibrate.py"):
+        base.settings([parse(spec)], tiny_model.layers_of(MOE, L), K)
+    with pytest.raises(ValueError, match="other layers or experts"):
+        base.settings([parse(spec, CALIBRATION)], tiny_model.layers_of(MOE, L + 1), K)

@@ -10,8 +10,9 @@ import pytest
 from moe_jax.config.architecture import MoEConfig
 from moe_jax.routing import balance
 from moe_jax.routing.policies import base
-from moe_jax.routing.policies.schedule import Layers, TopK
+from moe_jax.routing.policies.parse import parse
 from moe_jax.routing.router import route
+from tests import tiny_model
 
 BASE = MoEConfig(num_experts=16, k=4)
 SOFTMAX = {"score": "softmax", "selection_bias": False, "normalize": False}
@@ -67,8 +68,8 @@ def test_selection_equals_a_plain_loop(variant, k):
     bias = rng.standard_normal(moe.num_experts) * 0.1
     x32, weight32, bias32 = (np.asarray(part, np.float32) for part in (x, weight, bias))
     routing = route(x32, weight32, bias32 if moe.selection_bias else None, moe)
-    live = base.settings([TopK(k)], 1, moe.k, 6)
-    context = base.Context(jnp.int32(0), jnp.zeros(N, jnp.int32), jnp.ones(N, bool))
+    live = base.settings([parse(f"topk:{k}")], tiny_model.layers_of(moe, 1), 6)
+    context = base.Context(jnp.int32(0), jnp.zeros(N, jnp.int32), jnp.ones(N, bool), 0)
     selection = base.select(routing, live, context, moe, 6)
     experts, weights = plain_selection(x32, weight32, bias32, moe, k)
     np.testing.assert_array_equal(selection.expert_NK[:, :k], experts)
@@ -80,10 +81,12 @@ def test_selection_equals_a_plain_loop(variant, k):
 def test_settings_are_per_request_and_layer_and_padding_keeps_nothing():
     rng = np.random.default_rng(0)
     routing = route(rng.standard_normal((6, D), np.float32), rng.standard_normal((16, D), np.float32), None, BASE)
-    live = base.settings([TopK(2), Layers((1, 4))], 2, 4, 4)
+    live = base.settings([parse("topk:2"), parse("layers:1,4")], tiny_model.layers_of(BASE, 2), 4)
     rows, valid = jnp.array([0, 0, 0, 1, 1, 1]), jnp.array([True, True, False, True, False, True])
     kept = [
-        np.asarray(base.select(routing, live, base.Context(jnp.int32(layer), rows, valid), BASE, 4).keep_NK).sum(axis=1)
+        np.asarray(base.select(routing, live, base.Context(jnp.int32(layer), rows, valid, 0), BASE, 4).keep_NK).sum(
+            axis=1
+        )
         for layer in (0, 1)
     ]
     np.testing.assert_array_equal(kept, [[2, 2, 0, 1, 0, 1], [2, 2, 0, 4, 0, 4]])
@@ -92,9 +95,9 @@ def test_settings_are_per_request_and_layer_and_padding_keeps_nothing():
 def test_full_k_keeps_the_models_own_choice_bit_for_bit():
     rng = np.random.default_rng(5)
     routing = route(rng.standard_normal((N, D), np.float32), rng.standard_normal((16, D), np.float32), None, BASE)
-    context = base.Context(jnp.int32(0), jnp.zeros(N, jnp.int32), jnp.ones(N, bool))
-    narrow = base.select(routing, base.settings([TopK(4)], 1, 4, 4), context, BASE, 4)
-    wide = base.select(routing, base.settings([TopK(4)], 1, 4, 7), context, BASE, 7)
+    context = base.Context(jnp.int32(0), jnp.zeros(N, jnp.int32), jnp.ones(N, bool), 0)
+    narrow = base.select(routing, base.settings([parse("topk:4")], tiny_model.layers_of(BASE, 1), 4), context, BASE, 4)
+    wide = base.select(routing, base.settings([parse("topk:4")], tiny_model.layers_of(BASE, 1), 7), context, BASE, 7)
     np.testing.assert_array_equal(narrow.weight_NK, wide.weight_NK[:, :4])
     np.testing.assert_array_equal(narrow.expert_NK, wide.expert_NK[:, :4])
 

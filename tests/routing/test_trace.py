@@ -8,8 +8,10 @@ import pytest
 
 from moe_jax.config.architecture import MoEConfig
 from moe_jax.routing import trace as traces
-from moe_jax.routing.policies.base import Context, Settings, select
+from moe_jax.routing.policies.base import Context, Replay, select, settings
+from moe_jax.routing.policies.parse import parse
 from moe_jax.routing.selection import Routing
+from tests import tiny_model
 
 SHIPPED = pathlib.Path(__file__).parents[2] / "assets" / "traces" / "demo.npz"
 
@@ -107,8 +109,11 @@ MIX_NE = np.linspace(0.1, 0.9, 24).reshape(4, 6).astype(np.float32)
 
 def select_replayed(replay_LNK, moe=MOE):
     routing = Routing(jnp.asarray(MIX_NE), jnp.asarray(MIX_NE))
-    context = Context(jnp.int32(1), jnp.array([0, 0, 1, 1]), jnp.array([True, True, True, False]))
-    return select(routing, Settings(jnp.array([[3, 3], [3, 2]]), replay_LNK), context, moe, 3)
+    live = settings([parse("model"), parse("layers:3,2")], tiny_model.layers_of(moe, 2), 3)
+    context = Context(jnp.int32(1), jnp.array([0, 0, 1, 1]), jnp.array([True, True, True, False]), 2)
+    return select(
+        routing, live._replace(replay=replay_LNK if replay_LNK is None else Replay(replay_LNK)), context, moe, 3
+    )
 
 
 def test_the_policy_takes_the_given_experts_at_the_routers_weights():

@@ -1,0 +1,71 @@
+"""What policies have to know of one trained model: how its weights fall off, and which of its experts are alike."""
+
+import dataclasses
+import hashlib
+import os
+
+import ml_dtypes
+import numpy as np
+
+from moe_jax import files
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration:
+    """Measured on text by `study.calibrate`.
+
+    Attributes:
+        median_ratio_L: float32, of each MoE layer the median of w_i / w_1 over tokens and the slots i = 2 to k.
+        similarity_LEE: float32, the cosine between what two experts of a layer make of the same tokens.
+        model: `digest_of` the model's routers.
+    """
+
+    median_ratio_L: np.ndarray
+    similarity_LEE: np.ndarray
+    model: str
+
+    def require(self, router_LED: np.ndarray) -> None:
+        """Refuses a model other than the one that was measured.
+
+        Raises:
+            ValueError: its routers have other weights.
+        """
+        if digest_of(router_LED) != self.model:
+            raise ValueError(
+                "policy.calibration is of another model: wanted one that `launch/calibrate.py` wrote for this one"
+            )
+
+
+def digest_of(router_LED: np.ndarray) -> str:
+    """Names a model by the weights of its routers, in bfloat16: the same for a checkpoint in any wider dtype."""
+    return hashlib.sha256(np.ascontiguousarray(np.asarray(router_LED).astype(ml_dtypes.bfloat16)).tobytes()).hexdigest()
+
+
+def load(path: str | os.PathLike) -> Calibration:
+    """Reads a calibration as `save` wrote it.
+
+    Raises:
+        ValueError: there is no such file, or it is not a calibration.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            found = Calibration(
+                np.float32(arrays["median_ratio_L"]), np.float32(arrays["similarity_LEE"]), str(arrays["model"])
+            )
+    except (OSError, ValueError, KeyError, EOFError) as error:
+        raise ValueError(f"policy.calibration = {os.fspath(path)!r}: no calibration ({error})") from error
+    layers = len(found.median_ratio_L)
+    if found.similarity_LEE.ndim != 3 or len(found.similarity_LEE) != layers or found.median_ratio_L.ndim != 1:
+        raise ValueError(f"policy.calibration = {os.fspath(path)!r}: wanted median_ratio_L and similarity_LEE")
+    return found
+
+
+def save(path: str | os.PathLike, calibration: Calibration) -> None:
+    """Writes a calibration; similarities are rounded to float16."""
+    with files.replacing(path) as temporary:
+        np.savez_compressed(
+            temporary,
+            median_ratio_L=calibration.median_ratio_L,
+            similarity_LEE=calibration.similarity_LEE.astype(np.float16),
+            model=calibration.model,
+        )
