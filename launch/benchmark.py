@@ -69,7 +69,9 @@ def prepare(run: command.Command):
     from moe_jax.checkpoint.huggingface import read_architecture
     from moe_jax.engine.generate import Engine
     from moe_jax.engine.request import execution_of, make_requests
+    from moe_jax.routing import calibration as calibrations
     from moe_jax.routing import trace as traces
+    from moe_jax.routing.policies.parse import parse
     from moe_jax.study.random_model import random_params
     from moe_jax.study.speed import Subject
 
@@ -80,7 +82,9 @@ def prepare(run: command.Command):
         command.refuse_other_shape(config, architecture)
     execution = execution_of(architecture, config.policy.k_max, config.kernels.grouped_matmul)
     run.implementations["grouped_matmul"] = execution.grouped_matmul
-    make_requests([[0]], None, execution, sampling=config.sampling, policy=config.policy.spec)  # refuses what is wrong
+    calibration = calibrations.find(config.policy.calibration, path or ROOT)
+    policy = parse(config.policy.spec, calibration)
+    make_requests([[0]], None, execution, sampling=config.sampling, policy=policy)  # refuses what is wrong
     cases_of(config.benchmark, architecture.decoder.max_context)
     trace = None
     if path is None and config.benchmark.trace:
@@ -92,11 +96,11 @@ def prepare(run: command.Command):
             engine = Engine(random_params(architecture, dtype, config.run.seed), None, ())
             tokens_of = random_tokens(architecture.decoder.vocab_size, config.run.seed)
         else:
-            model = moe_jax.load(path, dtype=config.model.dtype)
+            model = moe_jax.load(path, dtype=config.model.dtype, calibration=config.policy.calibration)
             engine, tokens_of = model.engine, held_out_tokens(config.text.held_out, model.tokenizer)
     routing = "of random routers" if trace is None else f"replayed from {config.benchmark.trace}"
     routing = routing if path is None else "the model's own, on held-out text"
-    return Subject(engine, execution, config.policy.spec, config.sampling, trace), tokens_of, routing
+    return Subject(engine, execution, policy, config.sampling, trace), tokens_of, routing
 
 
 def cases_of(benchmark, max_context: int) -> tuple[list[tuple[str, int, int]], list[str]]:

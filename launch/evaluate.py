@@ -30,6 +30,7 @@ def main(run: command.Command) -> None:
     from moe_jax.evaluation.journal import Journal
     from moe_jax.evaluation.likelihood import xz_bits_per_byte
     from moe_jax.report import evaluated
+    from moe_jax.routing import calibration as calibrations
     from moe_jax.text.corpus import load_held_out
     from moe_jax.text.tokenizer import load_tokenizer
 
@@ -38,12 +39,13 @@ def main(run: command.Command) -> None:
     execution = execution_of(architecture, config.policy.k_max, config.kernels.grouped_matmul)
     run.implementations["grouped_matmul"] = execution.grouped_matmul
     tokenizer, seed = load_tokenizer(path), config.run.seed
+    calibration = calibrations.find(config.policy.calibration, path)
     with run.timed("text"):
-        task = evaluated.prepare(config.evaluation, seed, load_held_out(held_out), tokenizer, execution)
+        task = evaluated.prepare(config.evaluation, seed, load_held_out(held_out), tokenizer, execution, calibration)
         xz = xz_bits_per_byte([document.text.encode() for document in task.documents])
 
     with run.timed("load"):
-        model = moe_jax.load(path, dtype=config.model.dtype)
+        model = moe_jax.load(path, dtype=config.model.dtype, calibration=config.policy.calibration)
     journal = Journal(run.out / "parts", identity(config, path, held_out, run.implementations))
     with run.timed("run"):
         measured = evaluated.measure(config.evaluation, seed, task, model.engine, tokenizer, execution, journal)

@@ -44,6 +44,7 @@ def main(run: command.Command) -> None:
     import moe_jax
     from moe_jax.checkpoint.huggingface import read_architecture
     from moe_jax.engine.request import execution_of, make_requests
+    from moe_jax.routing import calibration as calibrations
     from moe_jax.text.tokenizer import load_tokenizer
 
     config = run.config
@@ -52,13 +53,14 @@ def main(run: command.Command) -> None:
     execution = execution_of(architecture, config.policy.k_max, config.kernels.grouped_matmul)
     run.implementations["grouped_matmul"] = execution.grouped_matmul
     settings = {"sampling": config.sampling, "policy": config.policy.spec, "seed": config.run.seed}
+    settings["calibration"] = calibrations.find(config.policy.calibration, path)
     tokenizer = load_tokenizer(path)
     asked = chat_ids(path, tokenizer, prompts) if CHAT.value else prompts
     requests = make_requests(asked, tokenizer, execution, **settings)
     gap = "\n" if CHAT.value else ""  # between a message and its answer
 
     with run.timed("load"):
-        model = moe_jax.load(path, dtype=config.model.dtype)
+        model = moe_jax.load(path, dtype=config.model.dtype, calibration=config.policy.calibration)
     with run.timed("compile"):
         model.engine.compile(requests, execution)
 

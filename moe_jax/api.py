@@ -19,6 +19,8 @@ from moe_jax.engine import cache as caches
 from moe_jax.engine.generate import Completion, Engine
 from moe_jax.engine.request import AnyPolicy, execution_of, make_requests, policy_of_each
 from moe_jax.model import decoder
+from moe_jax.routing import calibration as calibrations
+from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies import base as policies
 from moe_jax.text.tokenizer import load_tokenizer, read_tokenizer_files
 
@@ -29,6 +31,7 @@ class Model:
     Attributes:
         architecture: its shape, as `config.json` says.
         tokenizer: None where its folder has none.
+        calibration: what `median` and `reroute` have to know of it; None where it was not measured.
         engine: what generates.
     """
 
@@ -41,9 +44,11 @@ class Model:
         model_type: str,
         token_ids: Mapping[str, int | Sequence[int]],
         tokenizer_files: Mapping[str, bytes],
+        calibration: Calibration | None = None,
     ):
         self.architecture = architecture
         self.tokenizer = tokenizer
+        self.calibration = calibration
         self._model_type = model_type
         self._token_ids = dict(token_ids)
         self._tokenizer_files = dict(tokenizer_files)
@@ -83,7 +88,7 @@ class Model:
             wrong = tokens_BT.min() if tokens_BT.min() < 0 else tokens_BT.max()
             raise ValueError(f"tokens_BT has the token {wrong}: wanted 0 to {trunk.vocab_size - 1}")
         execution = execution_of(self.architecture, k_max)
-        policy_B = policy_of_each(policy, batch)
+        policy_B = policy_of_each(policy, batch, self.calibration)
         rows = caches.round_up(batch)
         padding = ((0, rows - batch), (0, caches.length_bucket(length, trunk.max_context) - length))
         live = policies.settings(policy_B + policy_B[:1] * (rows - batch), self.architecture, execution.k_max)
@@ -135,7 +140,8 @@ class Model:
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         sampling = SamplingConfig(max_new_tokens, temperature, top_k, top_p, stop)
         execution = execution_of(self.architecture, k_max)
-        requests = make_requests(prompts, self.tokenizer, execution, sampling=sampling, policy=policy, seed=seed)
+        settings = {"sampling": sampling, "policy": policy, "seed": seed, "calibration": self.calibration}
+        requests = make_requests(prompts, self.tokenizer, execution, **settings)
         return self.engine.run(requests, execution, on_text).completions
 
     def save(self, path: str | os.PathLike, *, dtype: str = "auto") -> None:
@@ -159,21 +165,27 @@ class Model:
         )
 
 
-def load(path: str | os.PathLike, *, dtype: str = "auto") -> Model:
+def load(path: str | os.PathLike, *, dtype: str = "auto", calibration: str | os.PathLike = "") -> Model:
     """Loads a model onto the default device.
 
     Args:
         path: a folder in Hugging Face layout.
         dtype: of weights and activations: "float32", "bfloat16", "float16", or "auto": as stored.
+        calibration: a file that `launch/calibrate.py` wrote for this model, for the policies that want one; "":
+            calibration.npz in the folder, where there is one.
 
     Raises:
-        ValueError: there is no such folder, its model is not supported, or a file is damaged or beyond the memory.
+        ValueError: there is no such folder, its model is not supported, a file is damaged or beyond the memory, or the
+            calibration is of another model.
     """
     folder = pathlib.Path(path)
     huggingface.read_architecture(folder)  # what is quickly told is told first
     files = read_tokenizer_files(folder)
     tokenizer = load_tokenizer(folder) if "tokenizer.json" in files else None
+    calibrated = calibrations.find(calibration, folder)
     architecture, params = huggingface.read_checkpoint(folder, dtype)
+    if calibrated is not None:
+        calibrated.require(params["moe"]["router"]["weight_LED"])
     return Model(
         architecture,
         _moved_to_device(params),
@@ -181,6 +193,7 @@ def load(path: str | os.PathLike, *, dtype: str = "auto") -> Model:
         model_type=json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"],
         token_ids=huggingface.read_token_ids(folder),
         tokenizer_files=files,
+        calibration=calibrated,
     )
 
 

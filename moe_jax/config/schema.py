@@ -31,6 +31,7 @@ class PolicyConfig:
 
     spec: str = "model"  # "model": the model's own k; else as `moe_jax.policies.parse` takes it
     k_max: int = 0  # static slots per token; 0: the model's own k
+    calibration: str = ""  # a file of launch/calibrate.py; "": calibration.npz in the model's folder, if it is there
 
     def __post_init__(self):
         require(bool(self.spec.strip()), "policy.spec", self.spec, 'a policy such as "topk:4"')

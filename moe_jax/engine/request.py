@@ -12,6 +12,7 @@ from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.kernels.grouped_matmul import api as grouped_matmul
 from moe_jax.model.decoder import Execution
+from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
 
@@ -47,8 +48,10 @@ def execution_of(architecture: Architecture, k_max: int = 0, implementation: str
     return Execution(architecture, k_max or moe.k, grouped_matmul.resolve(implementation, jax.default_backend()))
 
 
-def policy_of_each(policy: AnyPolicy | Sequence[AnyPolicy], count: int) -> list[policies.Policy]:
-    """Gives each of `count` rows its policy: one for all, or a sequence of one each.
+def policy_of_each(
+    policy: AnyPolicy | Sequence[AnyPolicy], count: int, calibration: Calibration | None = None
+) -> list[policies.Policy]:
+    """Gives each of `count` rows its policy: one for all, or a sequence of one each; specs go with the calibration.
 
     Raises:
         ValueError: a spec does not parse, or the sequence has another length.
@@ -56,7 +59,7 @@ def policy_of_each(policy: AnyPolicy | Sequence[AnyPolicy], count: int) -> list[
     each = list(policy) if isinstance(policy, (list, tuple)) else [policy] * count
     if len(each) != count:
         raise ValueError(f"{len(each)} policies for {count} rows: wanted one, or one for each row")
-    return [MODEL_OWN if one is None else parse(one) if isinstance(one, str) else one for one in each]
+    return [MODEL_OWN if one is None else parse(one, calibration) if isinstance(one, str) else one for one in each]
 
 
 def make_requests(
@@ -67,6 +70,7 @@ def make_requests(
     sampling: SamplingConfig,
     policy: AnyPolicy | Sequence[AnyPolicy] = None,
     seed: int | Sequence[int] = 0,
+    calibration: Calibration | None = None,
 ) -> list[Request]:
     """Turns prompts into requests that `Engine.run` takes; all that can be wrong with them is found here.
 
@@ -77,6 +81,7 @@ def make_requests(
         sampling: of all of them.
         policy: as `policy_of_each` takes it.
         seed: of the draws, 0 to 2**32 - 1: one for all, or one for each prompt.
+        calibration: of the model, for policies that are given as specs.
 
     Raises:
         ValueError: there is no prompt; one is empty, is not text, or leaves the context no room for a token; a policy
@@ -85,7 +90,7 @@ def make_requests(
     if isinstance(prompts, str) or not len(prompts):
         raise ValueError(f"prompts = {prompts!r}: wanted a sequence of at least one prompt")
     trunk = execution.architecture.decoder
-    policy_B = policy_of_each(policy, len(prompts))
+    policy_B = policy_of_each(policy, len(prompts), calibration)
     policies.settings(policy_B, execution.architecture, execution.k_max)
     seed_B = [seed] * len(prompts) if np.ndim(seed) == 0 else list(seed)
     if len(seed_B) != len(prompts) or not all(0 <= operator.index(one) < 2**32 for one in seed_B):

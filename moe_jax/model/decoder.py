@@ -165,6 +165,21 @@ def hidden(
     Returns:
         normed x_BTD, and the `Traffic` of the MoE layers stacked, L first.
     """
+    x_BTD, traffic, _ = _whole(
+        params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side, lambda x_ND: None
+    )
+    return rms_norm(x_BTD, params["norm_D"], execution.architecture.decoder.norm_eps), traffic
+
+
+def moe_inputs(params: Params, tokens_BT: jax.Array, live: Settings, execution: Execution) -> jax.Array:
+    """What the routers and experts of every MoE layer read of whole sequences without padding: normed x_LND."""
+    positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+    rows = (tokens_BT, positions_BT, jnp.ones_like(positions_BT))
+    return _whole(params, *rows, live, execution, False, lambda x_ND: x_ND)[2]
+
+
+def _whole(params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side, observe):
+    """All layers over whole sequences: x_BTD, the traffic, and what is observed of the inputs of the MoE layers."""
     architecture = execution.architecture
     turn = _turn(positions_BT, architecture)
     x_BTD = params["embedding_VD"][tokens_BT]
@@ -181,13 +196,18 @@ def hidden(
         weights = _one_layer({name: part for name, part in stack.items() if name != "experts"}, 0)
         context = _context(column, segments_BT != 0, tokens_BT.shape[1] if side_by_side else 0)
         ffn = _moe_ffn(weights, stack["experts"], jnp.int32(0), live, context, execution)
-        x_BTD, _, traffic = _layer(x_BTD, weights, turn, core, ffn, architecture)
-        return x_BTD, traffic
+
+        def observed_ffn(x_ND):
+            y_ND, traffic = ffn(x_ND)
+            return y_ND, (traffic, observe(x_ND))
+
+        x_BTD, _, seen = _layer(x_BTD, weights, turn, core, observed_ffn, architecture)
+        return x_BTD, seen
 
     stacks = jax.tree.map(lambda weight: weight[:, None], params["moe"])
     columns = jnp.arange(architecture.decoder.num_moe_layers, dtype=jnp.int32)
-    x_BTD, traffic = lax.scan(moe_step, x_BTD, (columns, stacks))
-    return rms_norm(x_BTD, params["norm_D"], architecture.decoder.norm_eps), traffic
+    x_BTD, (traffic, observed) = lax.scan(moe_step, x_BTD, (columns, stacks))
+    return x_BTD, traffic, observed
 
 
 def head(params: Params) -> jax.Array:

@@ -17,6 +17,7 @@ from moe_jax.evaluation import choices, completions, likelihood
 from moe_jax.evaluation.intervals import Estimate, paired_difference, paired_ratio, ratio
 from moe_jax.evaluation.journal import Journal
 from moe_jax.model.decoder import Execution
+from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
 from moe_jax.text.corpus import Document
@@ -42,7 +43,12 @@ class Measured(NamedTuple):
 
 
 def prepare(
-    config: EvaluationConfig, seed: int, documents: Sequence[Document], tokenizer, execution: Execution
+    config: EvaluationConfig,
+    seed: int,
+    documents: Sequence[Document],
+    tokenizer,
+    execution: Execution,
+    calibration: Calibration | None = None,
 ) -> Task:
     """Draws questions and headers, and binds the policies to the model.
 
@@ -56,7 +62,7 @@ def prepare(
         raise ValueError(
             f"the model's context is {context} tokens: wanted at least {needed}, for choices and completions"
         )
-    compared = [parse(spec) for spec in config.policies]
+    compared = [parse(spec, calibration) for spec in config.policies]
     policies.settings(compared, execution.architecture, execution.k_max)
     documents = documents[: config.documents or None]
     return Task(

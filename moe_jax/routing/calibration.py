@@ -2,12 +2,17 @@
 
 import dataclasses
 import hashlib
+import io
 import os
+import pathlib
+import zipfile
 
 import ml_dtypes
 import numpy as np
 
 from moe_jax import files
+
+NAME = "calibration.npz"  # in a model's folder
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,6 +46,16 @@ def digest_of(router_LED: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(np.asarray(router_LED).astype(ml_dtypes.bfloat16)).tobytes()).hexdigest()
 
 
+def find(path: str | os.PathLike, folder: str | os.PathLike) -> Calibration | None:
+    """Reads the calibration at `path` or, where that is "", the one in a model's folder; None: there is none.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    own = pathlib.Path(folder) / NAME
+    return load(path) if path else load(own) if own.exists() else None
+
+
 def load(path: str | os.PathLike) -> Calibration:
     """Reads a calibration as `save` wrote it.
 
@@ -52,7 +67,7 @@ def load(path: str | os.PathLike) -> Calibration:
             found = Calibration(
                 np.float32(arrays["median_ratio_L"]), np.float32(arrays["similarity_LEE"]), str(arrays["model"])
             )
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"policy.calibration = {os.fspath(path)!r}: no calibration ({error})") from error
     layers = len(found.median_ratio_L)
     if found.similarity_LEE.ndim != 3 or len(found.similarity_LEE) != layers or found.median_ratio_L.ndim != 1:
@@ -62,10 +77,11 @@ def load(path: str | os.PathLike) -> Calibration:
 
 def save(path: str | os.PathLike, calibration: Calibration) -> None:
     """Writes a calibration; similarities are rounded to float16."""
-    with files.replacing(path) as temporary:
-        np.savez_compressed(
-            temporary,
-            median_ratio_L=calibration.median_ratio_L,
-            similarity_LEE=calibration.similarity_LEE.astype(np.float16),
-            model=calibration.model,
-        )
+    buffer = io.BytesIO()
+    np.savez_compressed(
+        buffer,
+        median_ratio_L=calibration.median_ratio_L,
+        similarity_LEE=calibration.similarity_LEE.astype(np.float16),
+        model=calibration.model,
+    )
+    files.write_atomically(path, buffer.getvalue())

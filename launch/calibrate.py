@@ -1,0 +1,65 @@
+"""Measures what the policies `median` and `reroute` have to know of a model, into OUT/calibration.npz.
+
+    python launch/calibrate.py --config configs/calibrate_demo.gin --out out/calibrate
+
+The text is that of text.sources: not the held-out text, on which policies are compared. Put the file into the model's
+folder, or name it in policy.calibration.
+"""
+
+import os
+import pathlib
+
+from moe_jax import command
+
+ROOT = pathlib.Path(__file__).parents[1]
+LENGTH = 256  # tokens of each document
+DOCUMENTS = 64
+
+
+def main(run: command.Command) -> None:
+    """Reads text and model, measures, and says what was found."""
+    config = run.config
+    path = command.in_repository(config.model.path)
+
+    import numpy as np
+
+    import moe_jax
+    from moe_jax.checkpoint.huggingface import read_architecture
+    from moe_jax.engine.request import execution_of
+    from moe_jax.routing import calibration as calibrations
+    from moe_jax.study import calibrate
+    from moe_jax.text import corpus
+    from moe_jax.text.tokenizer import encode_documents, load_tokenizer
+
+    architecture = read_architecture(path)
+    command.refuse_other_shape(config, architecture)
+    execution = execution_of(architecture, 0, config.kernels.grouped_matmul)
+    run.implementations["grouped_matmul"] = execution.grouped_matmul
+    with run.timed("text"):
+        held_out = corpus.load_held_out(command.in_repository(config.text.held_out, "text.held_out"))
+        documents = encode_documents(load_tokenizer(path), corpus.collect(config.text.sources, held_out).documents)
+        rows_JT = calibrate.rows_of(documents, min(LENGTH, architecture.decoder.max_context), DOCUMENTS)
+    with run.timed("load"):
+        model = moe_jax.load(path, dtype=config.model.dtype)
+    with run.timed("run"):
+        found = calibrate.measure(model.params, rows_JT, execution)
+    calibrations.save(run.out / calibrations.NAME, found)
+    others_LEE = np.where(np.eye(architecture.moe.num_experts, dtype=bool), -1, found.similarity_LEE)
+    nearest_L = np.median(others_LEE.max(axis=2), axis=1)
+    figures = {"tokens": {"value": rows_JT.size, "unit": "tokens"}}
+    for layer, (ratio, nearest) in enumerate(zip(found.median_ratio_L.tolist(), nearest_L.tolist())):
+        figures[f"median_ratio_layer_{layer}"] = {"value": ratio, "unit": "1"}
+        figures[f"nearest_expert_layer_{layer}"] = {"value": nearest, "unit": "1"}
+    lines = [
+        f"on {rows_JT.size} tokens, of each MoE layer the median of w_i / w_1, and of how like the nearest expert is:"
+    ]
+    lines += [f"{layer:3} {r:.3f} {n:.3f}" for layer, (r, n) in enumerate(zip(found.median_ratio_L, nearest_L))]
+    run.finish(figures, text="\n".join([*lines, str(run.out / calibrations.NAME)]))
+
+
+if __name__ == "__main__":
+    command.run(
+        main,
+        default_config=os.path.relpath(ROOT / "configs" / "calibrate_demo.gin"),
+        default_out="out/calibrate",
+    )

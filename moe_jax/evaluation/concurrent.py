@@ -1,0 +1,110 @@
+"""Held-out likelihood at a load: windows read side by side, each position a decode step of so many rows.
+
+What a batch-aware policy keeps depends on which rows decode together. Windows are full, so that every step has all its
+rows, and shuffled, so that rows have nothing to do with each other, as the requests of a server.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.evaluation.scoring import Batch, score
+from moe_jax.model import decoder
+from moe_jax.routing.policies import base as policies
+from moe_jax.routing.selection import distinct_experts
+
+
+class Windows(NamedTuple):
+    """Full windows of held-out documents."""
+
+    tokens_JT: np.ndarray  # int32: T inputs, and behind them the label of the last
+    bytes_J: np.ndarray  # int: of the text of the labels
+    document_J: np.ndarray  # int: which document
+
+
+class AtLoad(NamedTuple):
+    """What one policy gave."""
+
+    bits_J: np.ndarray  # float64, of each window
+    chosen_LJTK: np.ndarray  # int16: the expert of each slot; -1: not kept
+
+
+def cut(documents: Sequence[np.ndarray], tokenizer, context: int, count: int, seed: int) -> Windows:
+    """Draws so many of the full windows that documents are cut into, end to end.
+
+    Args:
+        documents: ids of each, as `encode_documents` gives them.
+        tokenizer: of the model, for the bytes of a window.
+        context: T.
+        count: of windows.
+        seed: of the draw.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    tokens, sizes, owners = [], [], []
+    for number, ids in enumerate(documents):
+        ends = range(context, len(ids), context)
+        read = [len(tokenizer.decode(ids[1 : end + 1].tolist()).encode()) for end in (0, *ends)]
+        tokens += [ids[end - context : end + 1] for end in ends]
+        sizes += np.diff(read).tolist()
+        owners += [number] * len(ends)
+    if len(tokens) < count:
+        raise ValueError(
+            f"the held-out text has {len(tokens)} full windows of {context} tokens: wanted at least {count}"
+        )
+    order = np.random.default_rng(seed).permutation(len(tokens))[:count]
+    return Windows(*(np.asarray(part)[order] for part in (np.int32(tokens), sizes, owners)))
+
+
+def read(
+    params: decoder.Params,
+    windows: Windows,
+    policy: policies.Policy,
+    execution: decoder.Execution,
+    rows: int,
+    concurrency: int,
+) -> AtLoad:
+    """Reads all windows under one policy.
+
+    Args:
+        params: as `decoder.split` gives them.
+        windows: a multiple of `rows`.
+        policy: of every row.
+        execution: the static half of the step.
+        rows: of a compiled step; any number of concurrencies share it.
+        concurrency: rows that decode together: the first so many windows, the next so many, and so on; a divisor of
+            `rows`.
+    """
+    live = policies.settings([policy] * rows, execution.architecture, execution.k_max, np.arange(rows) // concurrency)
+    bits, chosen = [], []
+    for first in range(0, len(windows.tokens_JT), rows):
+        tokens_BT = windows.tokens_JT[first : first + rows]
+        inputs_BT = tokens_BT[:, :-1]
+        source_Y = np.arange(inputs_BT.size, dtype=np.int32)
+        positions_BT = np.broadcast_to(np.arange(inputs_BT.shape[1], dtype=np.int32), inputs_BT.shape)
+        labels_Y = tokens_BT[:, 1:].reshape(-1)
+        batch = Batch(inputs_BT, positions_BT, np.ones_like(inputs_BT), source_Y, labels_Y, len(source_Y))
+        [scored] = score(params, batch, [live], execution, side_by_side=True)
+        bits.append(scored.nats_Y.reshape(inputs_BT.shape).sum(axis=1, dtype=np.float64) / np.log(2))
+        chosen.append(scored.chosen_LBTK.astype(np.int16))
+    return AtLoad(np.concatenate(bits), np.concatenate(chosen, axis=1))
+
+
+def distinct_at(chosen_LJTK: np.ndarray, concurrency: int) -> float:
+    """Distinct experts of a MoE layer in one decode step of so many rows, mean over layers, steps and groups of rows."""
+    layers, windows, length, _ = chosen_LJTK.shape
+    by_step = chosen_LJTK.reshape(layers, windows // concurrency, concurrency, length, -1).transpose(0, 1, 3, 2, 4)
+    return float(distinct_experts(by_step.reshape(layers * (windows // concurrency) * length, concurrency, -1)).mean())
+
+
+def steps_at(chosen_LJTK: np.ndarray, concurrency: int, count: int) -> np.ndarray:
+    """chosen_SLBK of so many decode steps of so many rows, evenly over the groups of rows and over the text."""
+    groups, length = chosen_LJTK.shape[1] // concurrency, chosen_LJTK.shape[2]
+    place_S = (np.arange(count) + 0.5) / count
+    group_S, time_S = np.arange(count) % groups, (place_S * length).astype(int)
+    taken = [
+        chosen_LJTK[:, group * concurrency : (group + 1) * concurrency, time] for group, time in zip(group_S, time_S)
+    ]
+    return np.stack(taken)

@@ -1,0 +1,82 @@
+"""Measures a `Calibration` of a model on text: how a token's weights fall off, and which experts are alike."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.model import decoder
+from moe_jax.model.layers import swiglu
+from moe_jax.routing.calibration import Calibration, digest_of
+from moe_jax.routing.policies import base as policies
+from moe_jax.routing.policies.parse import MODEL_OWN
+from moe_jax.routing.router import route
+from moe_jax.routing.selection import top_slots
+
+ROWS = 8  # sequences at a time
+SAMPLED = 64  # tokens of those whose way through every expert is compared
+
+
+def rows_of(documents: Sequence[np.ndarray], length: int, count: int) -> np.ndarray:
+    """tokens_JT: the beginnings of the first so many documents that are long enough, in whole batches.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    long_enough = [tokens[:length] for tokens in documents if len(tokens) >= length][: count - count % ROWS]
+    if len(long_enough) < ROWS:
+        raise ValueError(
+            f"text.sources: {len(long_enough)} documents of {length} tokens or more; wanted at least {ROWS}, to "
+            "calibrate on"
+        )
+    return np.asarray(long_enough[: len(long_enough) - len(long_enough) % ROWS], np.int32)
+
+
+def measure(params: decoder.Params, tokens_JT: np.ndarray, execution: decoder.Execution) -> Calibration:
+    """Runs the full model on rows of tokens.
+
+    Of each token, w_i / w_1 is taken over the slots i = 2 to k in the order of their weights. Two experts are alike by
+    the cosine between what they make of the same tokens, all of them laid end to end, whether routed there or not.
+
+    Args:
+        params: as `decoder.split` gives them.
+        tokens_JT: a multiple of `ROWS` rows.
+        execution: the static half.
+    """
+    architecture = execution.architecture
+    live = policies.settings([MODEL_OWN] * ROWS, architecture, execution.k_max)
+    inputs = jax.jit(decoder.moe_inputs, static_argnums=3)
+    experts = params["moe"]["experts"]
+    layers = architecture.decoder.num_moe_layers
+    ratios, gram_LEE = [[] for _ in range(layers)], np.zeros((layers, *[architecture.moe.num_experts] * 2))
+    for first in range(0, len(tokens_JT), ROWS):
+        x_LND = inputs(params, tokens_JT[first : first + ROWS], live, execution)
+        sample = np.linspace(0, x_LND.shape[1] - 1, SAMPLED).astype(int)
+        for layer in range(layers):
+            router = {name: value[layer] for name, value in params["moe"]["router"].items()}
+            ratios[layer].append(np.asarray(_ratios(x_LND[layer], router, moe=architecture.moe)))
+            gram_LEE[layer] += _gram(x_LND[layer, sample], experts["gate_up_LEIFD"][layer], experts["down_LEDF"][layer])
+    norm_LE = np.sqrt(np.einsum("lee->le", gram_LEE))
+    return Calibration(
+        np.array([np.median(np.concatenate(of_layer)) for of_layer in ratios], np.float32),
+        (gram_LEE / norm_LE[:, :, None] / norm_LE[:, None, :]).astype(np.float32),
+        digest_of(params["moe"]["router"]["weight_LED"]),
+    )
+
+
+@functools.partial(jax.jit, static_argnames="moe")
+def _ratios(x_ND, router, *, moe):
+    routing = route(x_ND, router["weight_LED"], router.get("bias_LE"), moe)
+    mix_NK = jnp.sort(top_slots(routing, moe.k)[1], axis=1, descending=True)
+    return (mix_NK[:, 1:] / mix_NK[:, :1]).reshape(-1)
+
+
+@jax.jit
+def _gram(x_ND, gate_up_EIFD, down_EDF):
+    """Inner products of the outputs of every two experts, over all tokens."""
+    gate_up_NEIF = jnp.einsum("nd,eifd->neif", x_ND, gate_up_EIFD, preferred_element_type=jnp.float32)
+    hidden_NEF = swiglu(gate_up_NEIF.reshape(*gate_up_NEIF.shape[:2], -1))
+    out_END = jnp.einsum("nef,edf->end", hidden_NEF, down_EDF, preferred_element_type=jnp.float32)
+    return jnp.einsum("end,fnd->ef", out_END, out_END)
