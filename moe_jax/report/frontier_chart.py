@@ -197,6 +197,14 @@ class _Box(NamedTuple):
         across = self.left < other.right and other.left < self.right
         return across and self.top < other.bottom and other.top < self.bottom
 
+    def distance(self, x: float, y: float) -> float:
+        """From a place to the nearest of the box."""
+        return math.dist((x, y), self.nearest(x, y))
+
+    def nearest(self, x: float, y: float) -> tuple[float, float]:
+        """What of the box is nearest to a place."""
+        return min(max(x, self.left), self.right), min(max(y, self.top), self.bottom)
+
 
 def short(policy: str) -> str:
     """A spec as its label in a chart: `k=4` for uniform k, and the beginning of a long one."""
@@ -225,20 +233,21 @@ def _labels(
 ) -> list[str]:
     """Labels beside their marks, or a little away at the end of a line; one that fits nowhere is left to its tooltip.
 
-    None lies on a mark or on another label, nor on what is `avoided` where there is room elsewhere.
+    None lies on a mark or on another label, nor on what is `avoided` where there is room elsewhere; and one without a
+    line of its own lies nearest to its own mark.
     """
     taken, found = [_Box(x - 7, y - 6, x + 7, y + 6) for x, y in marks], []
     for point in named:
         text = short(point.policy)
         x, y = bounds.at(point)
         width = len(text) * _LETTER
-        placed = _place(x, y, width, [*taken, *avoided]) or _place(x, y, width, taken)
+        others = [place for place in marks if math.dist(place, (x, y)) > 2]
+        placed = _place(x, y, width, [*taken, *avoided], others) or _place(x, y, width, taken, others)
         if placed is None:
             continue
         box, far = placed
         taken.append(box)
-        near_x, near_y = min(max(x, box.left), box.right), min(max(y, box.top + 3), box.bottom - 3)
-        leader = f'<path class="leader" d="M{x:.1f} {y:.1f}L{near_x:.1f} {near_y:.1f}"/>' if far else ""
+        leader = _line("leader", [(x, y), box.nearest(x, y)]) if far else ""
         middle = (box.left + box.right) / 2
         found.append(
             f'<g class="label p{numbers[point.policy]}">{leader}'
@@ -247,7 +256,9 @@ def _labels(
     return found
 
 
-def _place(x: float, y: float, width: float, taken: Sequence[_Box]) -> tuple[_Box, bool] | None:
+def _place(
+    x: float, y: float, width: float, taken: Sequence[_Box], others: Sequence[tuple[float, float]]
+) -> tuple[_Box, bool] | None:
     """The nearest free box for a text of that width beside a mark, and whether it needs a line to it."""
     for distance in (_NEAR, 18, 30, 44):
         for across, down in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)):
@@ -256,6 +267,11 @@ def _place(x: float, y: float, width: float, taken: Sequence[_Box]) -> tuple[_Bo
             top = y + down * length - (0 if down > 0 else 14 if down < 0 else 7)
             box = _Box(left, top, left + width, top + 14)
             inside = box.left >= _LEFT and box.right <= _WIDTH and box.top >= _TOP - 8 and box.bottom <= _BOTTOM
-            if inside and not any(box.meets(other) for other in taken):
-                return box, distance > _NEAR
+            leader = [(x, y), box.nearest(x, y)]
+            if not inside or any(box.meets(other) for other in taken):
+                continue
+            if distance == _NEAR and all(box.distance(x, y) < box.distance(*other) for other in others):
+                return box, False
+            if distance > _NEAR and not any(step.distance(*other) < 6 for step in _along(leader) for other in others):
+                return box, True
     return None

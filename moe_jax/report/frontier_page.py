@@ -154,7 +154,8 @@ def _charts(points: Sequence[Point], chosen: Sequence[Choice], numbers: dict[str
 <h2>Quality against throughput</h2>
 <p>Lower right is better. The dark stairs are the frontier: what nothing else beats in both. The dashed line joins
 uniform k; rings mark what is recommended; red lines the limits. Whiskers: 95% intervals upwards, quartiles sideways.
-Heights are linear to about 0.5% and logarithmic above. The scale of throughput is each chart&#8217;s own.</p>
+Heights are linear to about 0.5% and logarithmic above. The scale of throughput is each chart&#8217;s own. Pick a
+policy to find it in every chart and table.</p>
 <ul class="key">{key}</ul>
 <div class="picks"><input type="radio" name="pick" id="pick" checked><label for="pick">all</label>{picks}</div>
 <div class="charts">

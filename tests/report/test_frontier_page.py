@@ -1,6 +1,7 @@
 """The page of a frontier: complete, escaped, without a network, and legible on a phone and on a desk."""
 
 import html.parser
+import math
 import re
 import xml.etree.ElementTree
 
@@ -136,6 +137,34 @@ def test_chart_draws_every_policy_that_is_not_far_too_bad():
     by_gain = sorted(across, key=gains.get)
     assert [across[policy] for policy in by_gain] == sorted(across.values())
     assert "More than 10% worse: topk:1 (" in PAGE
+
+
+def labels(points):
+    """Where each mark lies; and each label's policy, where its text begins, ends and sits, whether it has a line."""
+    numbers = {point.policy: number for number, point in enumerate(points)}
+    drawn = xml.etree.ElementTree.fromstring(frontier_chart.chart(points, numbers, {"budget:24"}))
+    marks, found = {}, []
+    for group in drawn.iter("g"):
+        kind, *_, number = group.get("class").split()
+        if kind == "mark":
+            marks[number] = tuple(map(float, re.findall(r"[\d.]+", group.get("transform"))))
+        else:
+            text = group.find("text")
+            half = 3 * len(text.text)
+            x, y = float(text.get("x")), float(text.get("y"))
+            found.append((number, x - half, x + half, y, group.find("polyline") is not None))
+    return marks, found
+
+
+@pytest.mark.parametrize("load", made_up.LOADS)
+def test_a_label_is_read_as_its_own_marks(load):
+    marks, found = labels(at(load))
+    assert len(found) >= 6
+    for number, left, right, base, has_line in found:
+        away = {key: math.dist((x, y), (min(max(x, left), right), base - 4)) for key, (x, y) in marks.items()}
+        assert has_line or away[number] <= min(away.values()) + 4, (number, away)
+        for other, other_left, other_right, other_base, _ in found:
+            assert other == number or abs(base - other_base) > 11 or left > other_right or other_left > right
 
 
 @pytest.mark.parametrize(
