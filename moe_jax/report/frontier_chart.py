@@ -1,0 +1,277 @@
+"""One chart of a frontier: what every policy buys and costs at one load, as inline SVG.
+
+Gain of throughput runs to the right, more bits per byte upwards: the lower right is better. Colours are left to the
+page: every mark carries the class of its policy's kind.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from html import escape
+from itertools import pairwise
+from typing import NamedTuple
+
+from moe_jax.report.frontier_table import gain_text, increase_text
+from moe_jax.study.frontier import LIMITS, Point, is_uniform
+
+CEILING = 0.1  # a policy that is worse than that is named below the chart, and would squeeze all others in it
+SHAPES = {  # of the marks, by what decides: one number, the layer, the token, or the rows of a step together
+    "model": "disc",
+    "topk": "disc",
+    "schedule": "square",
+    "layers": "square",
+    "ratio": "triangle",
+    "median": "triangle",
+    "mass": "triangle",
+    "opportunistic": "diamond",
+    "budget": "diamond",
+    "reroute": "diamond",
+    "capacity": "diamond",
+}
+OTHER = "other"  # a kind that this file does not know
+_PATHS = {
+    "disc": "M-4.5 0a4.5 4.5 0 1 0 9 0a4.5 4.5 0 1 0-9 0z",
+    "square": "M-4-4h8v8h-8z",
+    "triangle": "M0-5.2L5.2 4H-5.2z",
+    "diamond": "M0-5.6L5.6 0L0 5.6L-5.6 0z",
+    "cross": "M-4.5-2.5l2-2l2.5 2.5l2.5-2.5l2 2l-2.5 2.5l2.5 2.5l-2 2l-2.5-2.5l-2.5 2.5l-2-2l2.5-2.5z",
+}
+_WIDTH, _HEIGHT = 320, 310
+_LEFT, _RIGHT, _TOP, _BOTTOM = 36, 302, 22, 272
+_LINEAR = 0.005  # increases are spread evenly up to about here, and by their logarithm above
+_TICKS = (0, 0.005, 0.01, 0.02, 0.05, 0.1)
+_LONGEST_LABEL = 22
+_LETTER = 6.6  # width of one at 12 px; wide enough for the fonts that systems ship
+_NEAR = 11  # between the centre of a mark and its label
+
+
+class Bounds(NamedTuple):
+    """What a chart spans, in fractions over the full model."""
+
+    gain: tuple[float, float]
+    increase: tuple[float, float]
+
+    def x(self, gain: float) -> float:
+        """Where a gain lies, in pixels."""
+        low, high = self.gain
+        return _LEFT + (min(max(gain, low), high) - low) / (high - low) * (_RIGHT - _LEFT)
+
+    def y(self, increase: float) -> float:
+        """Where an increase lies, in pixels."""
+        low, high = (math.asinh(end / _LINEAR) for end in self.increase)
+        part = (math.asinh(increase / _LINEAR) - low) / (high - low)
+        return _BOTTOM - min(max(part, 0), 1) * (_BOTTOM - _TOP)
+
+    def at(self, point: Point) -> tuple[float, float]:
+        """Where a point lies, in pixels."""
+        return self.x(point.speed.gain.value), self.y(point.quality.increase.value)
+
+
+def kind_of(policy: str) -> str:
+    """The kind that colours a spec: of a composed one, the last that is not merely uniform."""
+    kinds = [part.partition(":")[0] for part in policy.split("+")]
+    telling = [kind for kind in kinds if kind not in ("topk", "renormalize")] or kinds[:1]
+    return telling[-1] if telling[-1] in SHAPES else OTHER
+
+
+def mark(policy: str) -> str:
+    """The mark of a policy, around the origin."""
+    kind = kind_of(policy)
+    return f'<path class="kind-{kind}" d="{_PATHS[SHAPES.get(kind, "cross")]}"/>'
+
+
+def front(points: Sequence[Point]) -> list[Point]:
+    """The points that no other beats in both, slowest first; of equals, the one that comes first."""
+    found, least = [], math.inf
+    for point in sorted(points, key=lambda point: (-point.speed.gain.value, point.quality.increase.value)):
+        if point.quality.increase.value < least:
+            found.append(point)
+            least = point.quality.increase.value
+    return found[::-1]
+
+
+def chart(points: Sequence[Point], numbers: dict[str, int], recommended: Collection[str]) -> str:
+    """All points of one load that are at most `CEILING` worse.
+
+    Args:
+        points: of one load.
+        numbers: of every policy; its marks and label carry the class `p` and its number.
+        recommended: the policies to ring.
+    """
+    drawn = [point for point in points if point.quality.increase.value <= CEILING]
+    best, bounds = front(drawn), _bounds(drawn)
+    drawn.sort(key=lambda point: (point in best, point.policy in recommended))  # the last lies on top
+    named = sorted(
+        (point for point in drawn if point in best or point.policy in recommended or is_uniform(point.policy)),
+        key=lambda point: (point.policy not in recommended, point not in best),
+    )
+    uniform, stairs = _uniform(drawn, bounds), _stairs(best, bounds)
+    avoided = [box for corners in (uniform, stairs) for box in _along(corners)]
+    parts = [
+        _axes(bounds),
+        _line("uniform", uniform),
+        _line("front", stairs),
+        *(_whiskers(point, bounds, numbers) for point in drawn),
+        *(_marked(point, bounds, numbers, point in best, point.policy in recommended) for point in drawn),
+        *_labels(named, [bounds.at(point) for point in drawn], avoided, bounds, numbers),
+    ]
+    title = f"Quality against throughput at concurrency {points[0].concurrency}" if points else ""
+    return f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="group" aria-label="{title}">{"".join(parts)}</svg>'
+
+
+def _bounds(points: Sequence[Point]) -> Bounds:
+    gains = [0.0, 0.02, *(point.speed.gain.value for point in points)]
+    lows = [0.0, *(point.quality.increase.ci95[0] for point in points)]
+    span = max(gains) - min(gains)
+    return Bounds((min(gains) - 0.06 * span, max(gains) + 0.06 * span), (min(lows) - _LINEAR / 3, CEILING))
+
+
+def _axes(bounds: Bounds) -> str:
+    parts = []
+    for tick in _TICKS:
+        y, limit = bounds.y(tick), ' class="limit"' if tick in LIMITS else ' class="grid"'
+        parts.append(f'<line{limit} x1="{_LEFT}" x2="{_RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick end" x="{_LEFT - 5}" y="{y + 4:.1f}">{tick * 100:g}%</text>')
+    for tick in _round_steps(*bounds.gain):
+        x = bounds.x(tick)
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP}" y2="{_BOTTOM}"/>')
+        parts.append(f'<text class="tick middle" x="{x:.1f}" y="{_BOTTOM + 15}">{tick:+.0%}</text>')
+    parts.append('<text class="axis" x="0" y="11">↑ more bits per byte</text>')
+    parts.append(f'<text class="axis end" x="{_RIGHT}" y="{_HEIGHT - 6}">throughput over the full model →</text>')
+    return "".join(parts).replace(">+0%<", ">0%<").replace(">-", ">−")
+
+
+def _round_steps(low: float, high: float) -> list[float]:
+    """Round numbers from low to high, three to seven of them."""
+    rough = (high - low) / 5
+    power = 10 ** math.floor(math.log10(rough))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.99)
+    return [number * step for number in range(math.ceil(low / step), math.floor(high / step) + 1)]
+
+
+def _uniform(points: Sequence[Point], bounds: Bounds) -> list[tuple[float, float]]:
+    """The corners of the line through uniform k."""
+    uniform = [point for point in points if is_uniform(point.policy)]
+    return [bounds.at(point) for point in sorted(uniform, key=lambda point: -point.quality.experts_per_token)]
+
+
+def _stairs(best: Sequence[Point], bounds: Bounds) -> list[tuple[float, float]]:
+    """The corners of the front: between two of its policies, the worse of them is the best there is."""
+    places = [bounds.at(point) for point in best]
+    return places[:1] + [corner for (x, _), (u, v) in pairwise(places) for corner in ((x, v), (u, v))]
+
+
+def _line(name: str, corners: Sequence[tuple[float, float]]) -> str:
+    return f'<polyline class="{name}" points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in corners)}"/>'
+
+
+def _whiskers(point: Point, bounds: Bounds, numbers: dict[str, int]) -> str:
+    x, y = bounds.at(point)
+    left, right = (bounds.x(end) for end in point.speed.gain.ci95)
+    bottom, top = (bounds.y(end) for end in point.quality.increase.ci95)
+    kind = f"whisker line-{kind_of(point.policy)} p{numbers[point.policy]}"
+    return f'<path class="{kind}" d="M{left:.1f} {y:.1f}H{right:.1f}M{x:.1f} {bottom:.1f}V{top:.1f}"/>'
+
+
+def _marked(point: Point, bounds: Bounds, numbers: dict[str, int], on_front: bool, ringed: bool) -> str:
+    x, y = bounds.at(point)
+    told = (
+        f"{point.policy}: throughput {gain_text(point)}, {point.speed.tokens_per_s:,.0f} tokens/s; "
+        f"bits per byte {increase_text(point)}"
+    )
+    ring = '<circle class="ring" r="8"/>' if ringed else ""
+    dominated = "" if on_front else " dominated"
+    return (
+        f'<g class="mark{dominated} p{numbers[point.policy]}" transform="translate({x:.1f} {y:.1f})">'
+        f"<title>{escape(told)}</title>{ring}{mark(point.policy)}</g>"
+    )
+
+
+class _Box(NamedTuple):
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def meets(self, other: "_Box") -> bool:
+        """Whether two boxes share any area."""
+        across = self.left < other.right and other.left < self.right
+        return across and self.top < other.bottom and other.top < self.bottom
+
+    def distance(self, x: float, y: float) -> float:
+        """From a place to the nearest of the box."""
+        return math.dist((x, y), self.nearest(x, y))
+
+    def nearest(self, x: float, y: float) -> tuple[float, float]:
+        """What of the box is nearest to a place."""
+        return min(max(x, self.left), self.right), min(max(y, self.top), self.bottom)
+
+
+def short(policy: str) -> str:
+    """A spec as its label in a chart: `k=4` for uniform k, and the beginning of a long one."""
+    if is_uniform(policy):
+        return "full" if policy == "model" else policy.replace("topk:", "k=")
+    return policy if len(policy) <= _LONGEST_LABEL else policy[: _LONGEST_LABEL - 1] + "…"
+
+
+def _along(corners: Sequence[tuple[float, float]]) -> list[_Box]:
+    """Small boxes along a line, for labels to keep off."""
+    found = []
+    for (x, y), (u, v) in pairwise(corners):
+        steps = max(1, round(math.hypot(u - x, v - y) / 5))
+        for part in (step / steps for step in range(steps + 1)):
+            across, down = x + (u - x) * part, y + (v - y) * part
+            found.append(_Box(across - 1, down - 1, across + 1, down + 1))
+    return found
+
+
+def _labels(
+    named: Sequence[Point],
+    marks: Sequence[tuple[float, float]],
+    avoided: Sequence[_Box],
+    bounds: Bounds,
+    numbers: dict[str, int],
+) -> list[str]:
+    """Labels beside their marks, or a little away at the end of a line; one that fits nowhere is left to its tooltip.
+
+    None lies on a mark or on another label, nor on what is `avoided` where there is room elsewhere; and one without a
+    line of its own lies nearest to its own mark.
+    """
+    taken, found = [_Box(x - 7, y - 6, x + 7, y + 6) for x, y in marks], []
+    for point in named:
+        text = short(point.policy)
+        x, y = bounds.at(point)
+        width = len(text) * _LETTER
+        others = [place for place in marks if math.dist(place, (x, y)) > 2]
+        placed = _place(x, y, width, [*taken, *avoided], others) or _place(x, y, width, taken, others)
+        if placed is None:
+            continue
+        box, far = placed
+        taken.append(box)
+        leader = _line("leader", [(x, y), box.nearest(x, y)]) if far else ""
+        middle = (box.left + box.right) / 2
+        found.append(
+            f'<g class="label p{numbers[point.policy]}">{leader}'
+            f'<text class="middle" x="{middle:.1f}" y="{box.bottom - 3:.1f}">{escape(text)}</text></g>'
+        )
+    return found
+
+
+def _place(
+    x: float, y: float, width: float, taken: Sequence[_Box], others: Sequence[tuple[float, float]]
+) -> tuple[_Box, bool] | None:
+    """The nearest free box for a text of that width beside a mark, and whether it needs a line to it."""
+    for distance in (_NEAR, 18, 30, 44):
+        for across, down in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)):
+            length = distance if 0 in (across, down) else distance * 0.8
+            left = x + across * length - (0 if across > 0 else width if across < 0 else width / 2)
+            top = y + down * length - (0 if down > 0 else 14 if down < 0 else 7)
+            box = _Box(left, top, left + width, top + 14)
+            inside = box.left >= _LEFT and box.right <= _WIDTH and box.top >= _TOP - 8 and box.bottom <= _BOTTOM
+            leader = [(x, y), box.nearest(x, y)]
+            if not inside or any(box.meets(other) for other in taken):
+                continue
+            if distance == _NEAR and all(box.distance(x, y) < box.distance(*other) for other in others):
+                return box, False
+            if distance > _NEAR and not any(step.distance(*other) < 6 for step in _along(leader) for other in others):
+                return box, True
+    return None

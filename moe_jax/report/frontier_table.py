@@ -1,0 +1,92 @@
+"""A frontier as text: every point as CSV, and what to choose as a short Markdown table."""
+
+import csv
+import io
+from collections.abc import Sequence
+
+from moe_jax.evaluation.intervals import Estimate
+from moe_jax.study.frontier import Choice, Frontier, Point, choices
+
+
+def signed(fraction: float, decimals: int = 1) -> str:
+    """A change in percent, with its sign and a true minus; what rounds to nothing has no sign."""
+    text = f"{fraction:+.{decimals}%}"
+    return text[1:] if float(text[:-1]) == 0 else text.replace("-", "−")
+
+
+def with_interval(estimate: Estimate, decimals: int = 1) -> str:
+    """A change in percent and the ends of its interval, where that has a width."""
+    low, high = (signed(end, decimals) for end in estimate.ci95)
+    return signed(estimate.value, decimals) + (f" ({low} to {high})" if low != high else "")
+
+
+def gain_text(point: Point) -> str:
+    """The gain of throughput over the full model, with its quartiles."""
+    return with_interval(point.speed.gain)
+
+
+def increase_text(point: Point) -> str:
+    """How many more bits per byte than the full model, with the 95% interval."""
+    return with_interval(point.quality.increase, 2)
+
+
+def to_csv(frontier: Frontier) -> str:
+    """One line per point, under a head; numbers in full, so that reading them back gives the same.
+
+    Fractions over the full model are plain numbers (0.01 is one percent). Columns of layers are as many as the deepest
+    point has.
+    """
+    layers = max(len(point.quality.kept_L) for point in frontier.points)
+    head = [*_columns(frontier.points[0]), *(f"kept_layer_{layer}" for layer in range(layers))]
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(head)
+    for point in frontier.points:
+        writer.writerow([*_columns(point).values(), *point.quality.kept_L])
+    return text.getvalue()
+
+
+def _columns(point: Point) -> dict[str, str | float]:
+    quality, speed = point.quality, point.speed
+    return {
+        "policy": point.policy,
+        "concurrency": point.concurrency,
+        **_estimate("bits_per_byte", quality.bits_per_byte),
+        **_estimate("increase", quality.increase),
+        "experts_per_token": quality.experts_per_token,
+        "distinct_experts_quality": quality.distinct_experts,
+        "tokens_per_s": speed.tokens_per_s,
+        **dict(zip(("ms_first_quartile", "ms_median", "ms_third_quartile"), speed.quartiles_ms)),
+        **_estimate("gain", speed.gain),
+        "bytes": speed.bytes,
+        "distinct_experts_timed": speed.distinct_experts,
+    }
+
+
+def _estimate(name: str, estimate: Estimate) -> dict[str, float]:
+    return {name: estimate.value, f"{name}_low": estimate.ci95[0], f"{name}_high": estimate.ci95[1]}
+
+
+def table(frontier: Frontier) -> str:
+    """What to choose at each load beside the best uniform k, then what each policy gains at each load, in Markdown."""
+    return f"{_choices_table(choices(frontier))}\n\n{_gains_table(frontier.points)}"
+
+
+def _choices_table(chosen: Sequence[Choice]) -> str:
+    lines = ["| concurrency | at most worse | policy | gain | more bits per byte | uniform | gain |", "|--:" * 7 + "|"]
+    for choice in chosen:
+        lines.append(
+            f"| {choice.concurrency} | {choice.limit:.1%} | `{choice.best.policy}` | {gain_text(choice.best)} | "
+            f"{increase_text(choice.best)} | `{choice.uniform.policy}` | {gain_text(choice.uniform)} |"
+        )
+    return "\n".join(lines)
+
+
+def _gains_table(points: Sequence[Point]) -> str:
+    """Policies by loads: the gain of throughput."""
+    loads = sorted({point.concurrency for point in points})
+    gains = {(point.policy, point.concurrency): signed(point.speed.gain.value) for point in points}
+    lines = ["| gain at concurrency | " + " | ".join(map(str, loads)) + " |", "|---|" + "--:|" * len(loads)]
+    for policy in dict.fromkeys(point.policy for point in points):
+        lines.append(f"| `{policy}` | " + " | ".join(gains.get((policy, load), "") for load in loads) + " |")
+    return "\n".join(lines)
