@@ -8,8 +8,6 @@ document. Started again with the same --out, it goes on where it was killed. OUT
 hold what the table sums up.
 """
 
-import dataclasses
-import importlib.metadata
 import os
 import pathlib
 
@@ -27,7 +25,7 @@ def main(run: command.Command) -> None:
     import moe_jax
     from moe_jax.checkpoint.huggingface import read_architecture
     from moe_jax.engine.request import execution_of
-    from moe_jax.evaluation.journal import Journal
+    from moe_jax.evaluation.journal import Journal, identity
     from moe_jax.evaluation.likelihood import xz_bits_per_byte
     from moe_jax.report import evaluated
     from moe_jax.routing import calibration as calibrations
@@ -46,7 +44,7 @@ def main(run: command.Command) -> None:
 
     with run.timed("load"):
         model = moe_jax.load(path, dtype=config.model.dtype, calibration=config.policy.calibration)
-    journal = Journal(run.out / "parts", identity(config, path, held_out, run.implementations))
+    journal = Journal(run.out / "parts", identity(config, [path, held_out], run.implementations))
     with run.timed("run"):
         measured = evaluated.measure(config.evaluation, seed, task, model.engine, tokenizer, execution, journal)
 
@@ -55,20 +53,6 @@ def main(run: command.Command) -> None:
     evaluated.write_details(run.out, task, measured)
     run.finish(figures, rows=rows, text=f"{evaluated.table(rows)}\n`xz -9e` of the same text: {xz:.3f} bits per byte")
     journal.forget()
-
-
-def identity(config, path: pathlib.Path, held_out: pathlib.Path, implementations: dict[str, str]) -> dict:
-    """All that the parts of a measurement depend on; of files, what changes when they are written again."""
-    import jax
-
-    written = {
-        str(file): [file.stat().st_size, file.stat().st_mtime_ns]
-        for folder in (path, held_out)
-        for file in sorted(folder.iterdir())
-        if file.is_file()
-    }
-    versions = {"moe_jax": importlib.metadata.version("moe_jax"), "jax": jax.__version__}
-    return dataclasses.asdict(config) | {"files": written, "versions": versions, "implementations": implementations}
 
 
 if __name__ == "__main__":

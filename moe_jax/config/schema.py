@@ -164,6 +164,36 @@ class BenchmarkConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SweepConfig:
+    """Policies by loads: what each costs on the model of model.path, and how fast a step is under it."""
+
+    policies: tuple[str, ...] = ("model", "topk:4")
+    concurrencies: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)  # rows of a decode step
+    windows: int = 128  # of held-out text, on which quality is measured
+    context: int = 512  # tokens of a window
+    timed_config: str = ""  # a config whose model is timed, random where it has no path; "": the model itself
+    cached_tokens: int = 64  # of each row, in the cache of a timed step
+    rounds: int = 5  # in each, every policy has its turn at every load
+    steps: int = 2  # of a policy in its turn
+
+    def __post_init__(self):
+        require(len(self.policies) > 0, "sweep.policies", self.policies, "at least one policy")
+        require(len(set(self.policies)) == len(self.policies), "sweep.policies", self.policies, "each policy once")
+        loads = self.concurrencies
+        require(len(loads) > 0 and min(loads) > 0, "sweep.concurrencies", loads, "positive numbers")
+        require(len(set(loads)) == len(loads), "sweep.concurrencies", loads, "each number once")
+        require_positive("sweep", self, "windows", "context", "cached_tokens", "rounds", "steps")
+        for rows in map(side_by_side, loads):
+            wanted = f"a multiple of the {rows} rows that are read side by side at one of sweep.concurrencies"
+            require(self.windows % rows == 0, "sweep.windows", self.windows, wanted)
+
+
+def side_by_side(concurrency: int) -> int:
+    """Rows that are scored in one step: several loads of few rows, or one of many."""
+    return concurrency * max(1, 16 // concurrency)
+
+
+@dataclasses.dataclass(frozen=True)
 class RunConfig:
     """What every command shares."""
 
@@ -188,6 +218,7 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
     sampling: SamplingConfig = SamplingConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
+    sweep: SweepConfig = SweepConfig()
     run: RunConfig = RunConfig()
 
     def __post_init__(self):

@@ -4,6 +4,10 @@ A machine that is shared has slow moments, in which it reaches half of what it d
 in every round of a benchmark, and what its programs take is set beside the median of that.
 """
 
+import datetime
+import os
+import pathlib
+import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -64,3 +68,15 @@ def _best_s(call: Callable, *arguments: jax.Array) -> float:
         jax.block_until_ready(call(*arguments))
         seconds.append(time.perf_counter() - began)
     return min(seconds)
+
+
+def in_words() -> str:
+    """The devices that run, the version of JAX, and the day."""
+    device = jax.devices()[0]
+    name, count = device.device_kind, f"{jax.device_count()} devices"
+    if device.platform == "cpu":
+        cpuinfo = pathlib.Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        name, count = models[0] if models else platform.machine(), f"{os.cpu_count()} cores"
+    return f"{name}, {count}; jax {jax.__version__}; {datetime.date.today().isoformat()}"

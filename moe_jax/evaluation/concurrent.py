@@ -93,7 +93,7 @@ def read(
 
 
 def distinct_at(chosen_LJTK: np.ndarray, concurrency: int) -> float:
-    """Distinct experts of a MoE layer in one decode step of so many rows, mean over layers, steps and groups of rows."""
+    """Distinct experts of a MoE layer in a decode step of so many rows, mean over layers, steps and groups of rows."""
     layers, windows, length, _ = chosen_LJTK.shape
     by_step = chosen_LJTK.reshape(layers, windows // concurrency, concurrency, length, -1).transpose(0, 1, 3, 2, 4)
     return float(distinct_experts(by_step.reshape(layers * (windows // concurrency) * length, concurrency, -1)).mean())

@@ -1,17 +1,21 @@
 """What a long measurement has done so far, kept part by part, so that a killed one goes on where it stood."""
 
+import dataclasses
 import hashlib
+import importlib.metadata
 import io
 import json
 import pathlib
 import shutil
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from moe_jax import files
+from moe_jax.config.schema import Config
 
 
 class Journal:
@@ -54,6 +58,18 @@ class Journal:
             shutil.rmtree(self._folder, ignore_errors=True)
             if self._folder.parent.is_dir() and not any(self._folder.parent.iterdir()):
                 self._folder.parent.rmdir()
+
+
+def identity(config: Config, folders: Sequence[pathlib.Path], implementations: Mapping[str, str]) -> dict[str, Any]:
+    """All that the parts of a measurement depend on; of files, what changes when they are written again."""
+    written = {
+        str(file): [file.stat().st_size, file.stat().st_mtime_ns]
+        for folder in folders
+        for file in sorted(folder.iterdir())
+        if file.is_file()
+    }
+    versions = {"moe_jax": importlib.metadata.version("moe_jax"), "jax": jax.__version__}
+    return dataclasses.asdict(config) | {"files": written, "versions": versions, "implementations": implementations}
 
 
 def _arrays(part: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

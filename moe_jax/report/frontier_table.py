@@ -53,6 +53,8 @@ def _columns(point: Point) -> dict[str, str | float]:
         "concurrency": point.concurrency,
         **_estimate("bits_per_byte", quality.bits_per_byte),
         **_estimate("increase", quality.increase),
+        "rival": point.rival.policy if point.rival else "",
+        **_estimate("over_rival", point.rival.difference if point.rival else None),
         "experts_per_token": quality.experts_per_token,
         "distinct_experts_quality": quality.distinct_experts,
         "tokens_per_s": speed.tokens_per_s,
@@ -63,8 +65,9 @@ def _columns(point: Point) -> dict[str, str | float]:
     }
 
 
-def _estimate(name: str, estimate: Estimate) -> dict[str, float]:
-    return {name: estimate.value, f"{name}_low": estimate.ci95[0], f"{name}_high": estimate.ci95[1]}
+def _estimate(name: str, estimate: Estimate | None) -> dict[str, float | str]:
+    value, (low, high) = estimate or ("", ("", ""))
+    return {name: value, f"{name}_low": low, f"{name}_high": high}
 
 
 def table(frontier: Frontier) -> str:

@@ -28,6 +28,14 @@ class Speed(NamedTuple):
     distinct_experts: float  # of the steps that were timed; as in `Quality`
 
 
+class Rival(NamedTuple):
+    """The uniform k that runs as many distinct experts as a policy does, or the next more that there are."""
+
+    policy: str
+    distinct_experts: float
+    difference: Estimate  # bits per byte of the policy over the rival's, a fraction, paired: below zero, it is better
+
+
 class Point(NamedTuple):
     """One policy at one load."""
 
@@ -35,6 +43,7 @@ class Point(NamedTuple):
     concurrency: int  # rows of a decode step
     quality: Quality
     speed: Speed
+    rival: Rival | None = None  # None: the policy is uniform itself, or no uniform one runs as many
 
 
 class Choice(NamedTuple):
@@ -74,4 +83,4 @@ def choices(frontier: Frontier) -> list[Choice]:
 
 
 def _fastest(points: Sequence[Point]) -> Point:
-    return max(points, key=lambda point: point.speed.tokens_per_s)
+    return max(points, key=lambda point: point.speed.gain.value)

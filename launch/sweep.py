@@ -1,0 +1,165 @@
+"""Draws the frontier of quality against speed: every policy of `sweep.policies` at every load, as a page and a table.
+
+    python launch/sweep.py --config configs/sweep_demo.gin --out out/sweep
+
+Quality is measured on the model of model.path, on held-out text; speed on the model of sweep.timed_config, which takes
+the routing that the policies made, or on the same one. Started again with the same --out, it goes on where it was
+killed. OUT/frontier.html needs no network; OUT/frontier.csv has every point.
+"""
+
+import dataclasses
+import os
+import pathlib
+
+from moe_jax import command
+from moe_jax.config import gin
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def main(run: command.Command) -> None:
+    """Checks all that was asked for, then measures quality, then speed."""
+    config, sweep = run.config, run.config.sweep
+    path = command.in_repository(config.model.path)
+    held_out = command.in_repository(config.text.held_out, "text.held_out")
+
+    import tqdm
+
+    import moe_jax
+    from moe_jax import files
+    from moe_jax.checkpoint.huggingface import read_architecture
+    from moe_jax.cost import hardware
+    from moe_jax.engine.request import execution_of
+    from moe_jax.evaluation import concurrent
+    from moe_jax.evaluation.journal import Journal, identity
+    from moe_jax.report.frontier_page import page
+    from moe_jax.report.frontier_table import table, to_csv
+    from moe_jax.routing import calibration as calibrations
+    from moe_jax.study import frontier as frontiers
+    from moe_jax.study import sweep as study
+    from moe_jax.text.corpus import load_held_out
+    from moe_jax.text.tokenizer import encode_documents, load_tokenizer
+
+    architecture = read_architecture(path)
+    command.refuse_other_shape(config, architecture)
+    execution = execution_of(architecture, config.policy.k_max, config.kernels.grouped_matmul)
+    run.implementations["grouped_matmul"] = execution.grouped_matmul
+    compared = study.parsed(sweep, calibrations.find(config.policy.calibration, path), execution)
+    if sweep.context > architecture.decoder.max_context:
+        raise ValueError(f"sweep.context = {sweep.context}: wanted at most {architecture.decoder.max_context}")
+    timed = timed_config(config, architecture)
+    with run.timed("text"):
+        documents = load_held_out(held_out)[: config.evaluation.documents or None]
+        tokenizer = load_tokenizer(path)
+        tokens = encode_documents(tokenizer, documents)
+        windows = concurrent.cut(tokens, tokenizer, sweep.context, sweep.windows, config.run.seed)
+    with run.timed("load"):
+        model = moe_jax.load(path, dtype=config.model.dtype, calibration=config.policy.calibration)
+
+    depends_on = identity(config, [path, held_out], run.implementations) | {"timed": dataclasses.asdict(timed)}
+    journal = Journal(run.out / "parts", depends_on)
+    total = study.num_qualities(compared, sweep) + sweep.rounds * len(sweep.concurrencies)
+    with tqdm.tqdm(total=total, unit="part", disable=None) as progress:
+        with run.timed("quality"):
+            progress.set_description("quality")
+            shared = {"config": sweep, "journal": journal, "advance": progress.update}
+            qualities = study.measure_quality(model.params, windows, compared, execution, **shared)
+        with run.timed("speed"):
+            progress.set_description("speed")
+            subject, in_words = subject_of(config, timed, model, execution)
+            speeds = study.measure_speed(subject, compared, qualities, **shared)
+    found = frontiers.Frontier(
+        study.points(windows, compared, qualities, speeds, architecture),
+        f"{config.model.path}, {config.model.dtype}, {len(windows.bytes_J)} windows of {sweep.context} tokens "
+        f"({windows.bytes_J.sum() / 1e3:.0f} kB) of {config.text.held_out}",
+        in_words,
+        hardware.in_words(),
+    )
+    files.write_atomically(run.out / "frontier.csv", to_csv(found))
+    files.write_atomically(run.out / "frontier.html", page(found))
+    run.finish(figures_of(frontiers.choices(found)), rows=rows_of(found), text=table(found))
+    journal.forget()
+
+
+def timed_config(config, architecture):
+    """The configuration of the model that is timed."""
+    from moe_jax.checkpoint.huggingface import read_architecture
+    from moe_jax.study.sweep import require_alike
+
+    if not config.sweep.timed_config:
+        return config
+    timed = gin.read_config(command.in_repository(config.sweep.timed_config, "sweep.timed_config"))
+    own = timed.architecture
+    if timed.model.path:
+        own = read_architecture(command.in_repository(timed.model.path))
+    require_alike(own, architecture)
+    return timed
+
+
+def subject_of(config, timed, model, execution):
+    """The model that is timed: the one at hand, another, or one of random weights; and what it is, in words."""
+    import moe_jax
+    from moe_jax.engine.generate import Engine
+    from moe_jax.engine.request import execution_of
+    from moe_jax.study.random_model import random_params
+    from moe_jax.study.sweep import Subject
+
+    if timed is config:
+        return Subject(model.engine, execution), "the same model, routed as it was there"
+    routed = f"{config.sweep.timed_config}, {timed.model.dtype}, routed as the other model was"
+    if timed.model.path:
+        other = moe_jax.load(command.in_repository(timed.model.path), dtype=timed.model.dtype)
+        return Subject(
+            other.engine, execution_of(other.architecture, execution.k_max, execution.grouped_matmul)
+        ), routed
+    dtype = "float32" if timed.model.dtype == "auto" else timed.model.dtype
+    engine = Engine(random_params(timed.architecture, dtype, config.run.seed), None, ())
+    timed_execution = execution_of(timed.architecture, execution.k_max, execution.grouped_matmul)
+    return Subject(engine, timed_execution), f"random weights of the shape of {routed}"
+
+
+def figures_of(choices) -> dict:
+    """The figures of result.json: what the recommended policies gain, and the best uniform k."""
+    figures = {}
+    for choice in choices:
+        for name, point in (("best", choice.best), ("uniform", choice.uniform)):
+            key = f"{name}_gain_at_{choice.concurrency}_for_{1e3 * choice.limit:.0f}_per_mille"
+            gain, increase = point.speed.gain, point.quality.increase
+            figures[key] = {"value": gain.value, "unit": "1", "quartiles": gain.ci95, "policy": point.policy}
+            figures[key] |= {"bits_per_byte_increase": increase.value, "bits_per_byte_increase_ci95": increase.ci95}
+    return figures
+
+
+def rows_of(frontier) -> list[dict]:
+    """The rows of result.json: a policy at a load."""
+    rows = []
+    for point in frontier.points:
+        quality, speed = point.quality, point.speed
+        figures = {
+            "bits_per_byte": {
+                "value": quality.bits_per_byte.value,
+                "unit": "bit/byte",
+                "ci95": quality.bits_per_byte.ci95,
+            },
+            "bits_per_byte_increase": {"value": quality.increase.value, "unit": "1", "ci95": quality.increase.ci95},
+            "experts_per_token": {"value": quality.experts_per_token, "unit": "experts"},
+            "distinct_experts_per_layer_step": {"value": quality.distinct_experts, "unit": "experts"},
+            "decode_tokens_per_s": {"value": speed.tokens_per_s, "unit": "tokens/s"},
+            "throughput_gain": {"value": speed.gain.value, "unit": "1", "quartiles": speed.gain.ci95},
+            "bytes": {"value": speed.bytes, "unit": "bytes"},
+        }
+        if point.rival is not None:
+            difference = point.rival.difference
+            figures["bits_per_byte_over_rival"] = {"value": difference.value, "unit": "1", "ci95": difference.ci95}
+        rival = None if point.rival is None else point.rival.policy
+        rows.append({"policy": point.policy, "concurrency": point.concurrency, "rival": rival, "figures": figures})
+    return rows
+
+
+if __name__ == "__main__":
+    command.run(
+        main,
+        default_config=os.path.relpath(ROOT / "configs" / "sweep_demo.gin"),
+        default_out="out/sweep",
+        huge_pages=True,
+    )

@@ -1,0 +1,83 @@
+"""Decode steps of so many rows, timed under one policy after the other, with the routing that each made elsewhere.
+
+Rows read and write one cache, which stays where it is: a step is taken again and again at the same position. What the
+cache holds changes no time.
+"""
+
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from moe_jax.config.schema import SamplingConfig
+from moe_jax.cost import roofline
+from moe_jax.engine import cache as caches
+from moe_jax.engine.generate import Engine, batch_of
+from moe_jax.engine.request import make_requests
+from moe_jax.model.decoder import Execution
+from moe_jax.routing.policies import base as policies
+from moe_jax.routing.selection import distinct_experts
+
+
+class Load:
+    """So many rows, each with so many tokens in the cache.
+
+    Args:
+        engine: weights and programs.
+        execution: the static half of the step.
+        rows: B.
+        cached: tokens of each row in the cache.
+
+    Raises:
+        ValueError: the cache does not fit in the memory that is available.
+    """
+
+    def __init__(self, engine: Engine, execution: Execution, rows: int, cached: int):
+        self.rows, self.cached = rows, cached
+        self._engine, self._execution = engine, execution
+        sampling = SamplingConfig(max_new_tokens=2)
+        self._batch = batch_of(make_requests([[0] * cached] * rows, None, execution, sampling=sampling), execution)
+        dtype, shape = engine.params["embedding_VD"].dtype, self._batch.shape
+        caches.require_memory(execution.architecture, shape, dtype)
+        self._cache = caches.allocate(execution.architecture, shape.batch, shape.memory, dtype)
+        self._settings: dict[policies.Policy, policies.Settings] = {}
+        self._warm: set[jax.stages.Compiled] = set()
+
+    def step(self, policy: policies.Policy, chosen_LBK: np.ndarray) -> float:
+        """The seconds of one step in which the rows take these experts, -1 being none.
+
+        The router and the policy choose too, and are overruled.
+        """
+        batch, execution = self._batch, self._execution
+        padded = np.full((len(chosen_LBK), batch.shape.batch, execution.k_max), -1, np.int32)
+        padded[:, : self.rows, : chosen_LBK.shape[2]] = chosen_LBK
+        replay = policies.Replay(*jax.device_put((np.maximum(padded, 0), padded >= 0)))
+        live = batch.live._replace(policy=self._settings_of(policy)._replace(replay=replay))
+        program = self._engine.decode_program(batch._replace(live=live), execution)
+        rows = (np.zeros_like(batch.length_B), np.full_like(batch.length_B, self.cached), batch.valid_BT[:, 0])
+        for _ in range(1 if program in self._warm else 2):
+            self._warm.add(program)
+            jax.block_until_ready(live)
+            began = time.perf_counter()
+            drawn, self._cache = program(self._engine.params, self._cache, *rows, live)
+            jax.device_get(drawn)
+            seconds = time.perf_counter() - began
+        return seconds
+
+    def work(self, chosen_LBK: np.ndarray, itemsize: int) -> roofline.Work:
+        """The least that such a step takes."""
+        kept, distinct = int(np.count_nonzero(chosen_LBK >= 0)), int(distinct_experts(chosen_LBK).sum())
+        step = roofline.Step([self.cached] * self.rows, [1] * self.rows, kept, distinct)
+        return roofline.work(self._execution.architecture, step, itemsize)
+
+    def _settings_of(self, policy: policies.Policy) -> policies.Settings:
+        if policy not in self._settings:
+            rows, execution = self._batch.shape.batch, self._execution
+            self._settings[policy] = policies.settings([policy] * rows, execution.architecture, execution.k_max)
+        return self._settings[policy]
+
+
+def in_turn(load: Load, turns: Sequence[tuple[policies.Policy, np.ndarray]]) -> np.ndarray:
+    """seconds_PS: gives every policy its turn, in which it takes the steps chosen_SLBK."""
+    return np.array([[load.step(policy, chosen_LBK) for chosen_LBK in chosen_SLBK] for policy, chosen_SLBK in turns])

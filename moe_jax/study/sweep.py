@@ -1,0 +1,184 @@
+"""Measures a frontier: every policy at every load, quality on one model and speed on the same or another."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.config.architecture import Architecture
+from moe_jax.config.schema import SweepConfig, side_by_side
+from moe_jax.engine.generate import Engine
+from moe_jax.evaluation import concurrent
+from moe_jax.evaluation.intervals import Estimate, paired_ratio, ratio
+from moe_jax.evaluation.journal import Journal
+from moe_jax.model.decoder import Execution, Params
+from moe_jax.routing.calibration import Calibration
+from moe_jax.routing.policies import base as policies
+from moe_jax.routing.policies.parse import MODEL_OWN, parse
+from moe_jax.study import frontier, loads
+
+
+class Subject(NamedTuple):
+    """A model whose steps are timed."""
+
+    engine: Engine
+    execution: Execution
+
+
+def parsed(config: SweepConfig, calibration: Calibration | None, execution: Execution) -> list[policies.Policy]:
+    """The policies of a sweep, the full model first.
+
+    Raises:
+        ValueError: one does not parse, or does not fit the model.
+    """
+    found = [parse(spec, calibration) for spec in config.policies]
+    policies.settings(found, execution.architecture, execution.k_max)
+    return [MODEL_OWN, *(policy for policy in found if policy.parts != MODEL_OWN.parts)]
+
+
+def require_alike(timed: Architecture, model: Architecture) -> None:
+    """Refuses to time one model with the routing of another that has other layers or experts.
+
+    Raises:
+        ValueError: saying what it should have.
+    """
+    for name, own, other in (
+        (
+            "decoder.num_layers less decoder.num_dense_layers",
+            timed.decoder.num_moe_layers,
+            model.decoder.num_moe_layers,
+        ),
+        ("moe.num_experts", timed.moe.num_experts, model.moe.num_experts),
+        ("moe.k", timed.moe.k, model.moe.k),
+    ):
+        if own != other:
+            raise ValueError(f"sweep.timed_config: {name} = {own}; wanted {other}, as the model whose routing it takes")
+
+
+def num_qualities(compared: Sequence[policies.Policy], config: SweepConfig) -> int:
+    """How many times `measure_quality` reads the windows."""
+    return sum(len(config.concurrencies) if policy.batch_aware else 1 for policy in compared)
+
+
+def measure_quality(
+    params: Params,
+    windows: concurrent.Windows,
+    compared: Sequence[policies.Policy],
+    execution: Execution,
+    config: SweepConfig,
+    journal: Journal,
+    advance: Callable[[], object],
+) -> dict[tuple[int, int], dict[str, np.ndarray]]:
+    """Reads the windows under every policy: at every load where the policy is batch-aware, else once.
+
+    Returns:
+        By number of the policy and load: `bits_J`, `kept_L`, `distinct`, and `chosen_SLBK`, the steps to be timed.
+    """
+    found = {}
+    for number, policy in enumerate(compared):
+        reads = [[load] for load in config.concurrencies] if policy.batch_aware else [list(config.concurrencies)]
+        for at in reads:
+            rows, together = (side_by_side(at[0]), at[0]) if policy.batch_aware else (16, 1)
+
+            def compute(policy=policy, at=at, rows=min(rows, config.windows), together=together):
+                seen = concurrent.read(params, windows, policy, execution, rows, together)
+                kept_L = (seen.chosen_LJTK >= 0).sum(axis=3).mean(axis=(1, 2))
+                part = {"bits_J": seen.bits_J, "kept_L": kept_L}
+                for load in at:
+                    part[f"distinct_{load}"] = concurrent.distinct_at(seen.chosen_LJTK, load)
+                    part[f"chosen_{load}"] = concurrent.steps_at(seen.chosen_LJTK, load, config.rounds * config.steps)
+                return part
+
+            part = journal.once(f"quality-{number:02d}-{at[0]:04d}", compute)
+            for load in at:
+                of_load = {"distinct": part[f"distinct_{load}"], "chosen_SLBK": part[f"chosen_{load}"]}
+                found[number, load] = {"bits_J": part["bits_J"], "kept_L": part["kept_L"]} | of_load
+            advance()
+    return found
+
+
+def measure_speed(
+    subject: Subject,
+    compared: Sequence[policies.Policy],
+    qualities: dict[tuple[int, int], dict[str, np.ndarray]],
+    config: SweepConfig,
+    journal: Journal,
+    advance: Callable[[], object],
+) -> dict[tuple[int, int], frontier.Speed]:
+    """Times every policy at every load, in turn, round by round, the full model before and after the others."""
+    itemsize = subject.engine.params["embedding_VD"].dtype.itemsize
+    seconds = {load: [] for load in config.concurrencies}
+    work = {}
+    ready: dict[int, loads.Load] = {}
+
+    def load_of(rows: int) -> loads.Load:
+        if rows not in ready:
+            ready[rows] = loads.Load(subject.engine, subject.execution, rows, config.cached_tokens)
+        return ready[rows]
+
+    for turn in range(config.rounds):
+        steps = slice(turn * config.steps, (turn + 1) * config.steps)
+        for rows in config.concurrencies:
+
+            def compute(rows=rows, steps=steps):
+                turns = [(p, qualities[number, rows]["chosen_SLBK"][steps]) for number, p in enumerate(compared)]
+                return {"seconds_PS": loads.in_turn(load_of(rows), [*turns, turns[0]])}
+
+            seconds[rows].append(journal.once(f"speed-{turn:02d}-{rows:04d}", compute)["seconds_PS"])
+            advance()
+    for number, rows in qualities:
+        works = [load_of(rows).work(chosen, itemsize) for chosen in qualities[number, rows]["chosen_SLBK"]]
+        work[number, rows] = float(np.mean([one.bytes for one in works]))
+    return {
+        (number, rows): _speed(np.stack(seconds[rows]), number, rows, work[number, rows], qualities[number, rows])
+        for number, rows in qualities
+    }
+
+
+def _speed(seconds_RPS: np.ndarray, number: int, rows: int, bytes_moved: float, quality) -> frontier.Speed:
+    quartiles_ms = np.percentile(1e3 * seconds_RPS[:, number], (25, 50, 75)).tolist()
+    full_R = seconds_RPS[:, [0, -1]].mean(axis=(1, 2))
+    first, median, third = np.percentile(full_R / seconds_RPS[:, number].mean(axis=1) - 1, (25, 50, 75)).tolist()
+    gain = Estimate(median, (first, third)) if number else Estimate(0.0, (0.0, 0.0))
+    distinct = np.mean([loads.distinct_experts(chosen_LBK).mean() for chosen_LBK in quality["chosen_SLBK"]])
+    return frontier.Speed(tuple(quartiles_ms), 1e3 * rows / quartiles_ms[1], gain, bytes_moved, float(distinct))
+
+
+def points(
+    windows: concurrent.Windows,
+    compared: Sequence[policies.Policy],
+    qualities: dict[tuple[int, int], dict[str, np.ndarray]],
+    speeds: dict[tuple[int, int], frontier.Speed],
+    architecture: Architecture,
+) -> list[frontier.Point]:
+    """Joins quality and speed; intervals resample documents."""
+    _, document_J = np.unique(windows.document_J, return_inverse=True)
+    bytes_of = np.bincount(document_J, windows.bytes_J)
+    bits = {place: np.bincount(document_J, quality["bits_J"]) for place, quality in qualities.items()}
+    uniform = [n for n, policy in enumerate(compared) if policies.uniform_k(policy, architecture) is not None]
+
+    def rival(number: int, load: int) -> frontier.Rival | None:
+        distinct = qualities[number, load]["distinct"] - 1e-9
+        enough = [one for one in uniform if qualities[one, load]["distinct"] >= distinct]
+        if number in uniform or not enough:
+            return None
+        nearest = min(enough, key=lambda one: qualities[one, load]["distinct"])
+        difference = paired_ratio(bits[number, load], bits[nearest, load])
+        return frontier.Rival(compared[nearest].spec, float(qualities[nearest, load]["distinct"]), difference)
+
+    return [
+        frontier.Point(
+            compared[number].spec,
+            load,
+            frontier.Quality(
+                ratio(bits[number, load], bytes_of),
+                paired_ratio(bits[number, load], bits[0, load]),
+                float(quality["kept_L"].mean()),
+                tuple(quality["kept_L"].tolist()),
+                float(quality["distinct"]),
+            ),
+            speeds[number, load],
+            rival(number, load),
+        )
+        for (number, load), quality in sorted(qualities.items(), key=lambda item: (item[0][1], item[0][0]))
+    ]
