@@ -31,6 +31,7 @@ class Scores(NamedTuple):
     """What one policy says of a batch."""
 
     nats_Y: np.ndarray  # float32: of each scored label
+    greedy_Y: np.ndarray  # bool: no other token is likelier
     kl_Y: np.ndarray | None  # float32 nats: of the reference's next-token distribution from this one
     load_LE: np.ndarray  # int32: slots that each expert received
 
@@ -43,7 +44,10 @@ def _hidden(params, tokens_BT, positions_BT, segments_BT, live, execution):
 
 @jax.jit
 def _nats(params, x_ND, reference_ND, source_Y, label_Y, num_labels):
-    """Nats of each label and, where there is a reference, the divergence from it; chunk by chunk, as many as needed."""
+    """Nats of each label, whether it is the likeliest and, where there is a reference, the divergence from it.
+
+    Chunk by chunk, as many as needed.
+    """
     size = min(CHUNK, len(label_Y))
 
     def log_probability(x_ND, source):
@@ -53,13 +57,15 @@ def _nats(params, x_ND, reference_ND, source_Y, label_Y, num_labels):
         first = jnp.minimum(number * size, len(label_Y) - size)
         source, label = (lax.dynamic_slice_in_dim(part, first, size) for part in (source_Y, label_Y))
         log_YV = log_probability(x_ND, source)
-        new = [-jnp.take_along_axis(log_YV, label[:, None], axis=1)[:, 0]]
+        own_Y = jnp.take_along_axis(log_YV, label[:, None], axis=1)[:, 0]
+        new = [-own_Y, own_Y >= log_YV.max(axis=1)]  # an argmax takes as long as the logits themselves on a CPU
         if reference_ND is not None:
             reference_YV = log_probability(reference_ND, source)
             new.append((jnp.exp(reference_YV) * (reference_YV - log_YV)).sum(axis=1))
         return [lax.dynamic_update_slice_in_dim(all_Y, part, first, 0) for all_Y, part in zip(done, new)]
 
-    nothing = [jnp.zeros(len(label_Y), jnp.float32)] * (1 if reference_ND is None else 2)
+    dtypes = [jnp.float32, bool] + ([] if reference_ND is None else [jnp.float32])
+    nothing = [jnp.zeros(len(label_Y), dtype) for dtype in dtypes]
     return lax.fori_loop(0, (num_labels + size - 1) // size, of_chunk, nothing)
 
 
@@ -91,6 +97,6 @@ def score(
     for number, live in enumerate(settings):
         x_ND, load_LE = from_reference if number == reference else hidden(live)
         found = _nats(params, x_ND, None if reference is None else from_reference[0], *labels)
-        nats_Y, kl_Y = (*(np.asarray(part)[: batch.num_labels] for part in found), None)[:2]
-        scores.append(Scores(nats_Y, kl_Y, np.asarray(load_LE)))
+        nats_Y, greedy_Y, kl_Y = (*(np.asarray(part)[: batch.num_labels] for part in found), None)[:3]
+        scores.append(Scores(nats_Y, greedy_Y, kl_Y, np.asarray(load_LE)))
     return scores
