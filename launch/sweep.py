@@ -100,7 +100,6 @@ def subject_of(config, timed, model, execution):
     """The model that is timed: the one at hand, another, or one of random weights; and what it is, in words."""
     import moe_jax
     from moe_jax.engine.generate import Engine
-    from moe_jax.engine.request import execution_of
     from moe_jax.study.random_model import random_params
     from moe_jax.study.sweep import Subject
 
@@ -109,12 +108,10 @@ def subject_of(config, timed, model, execution):
     routed = f"{config.sweep.timed_config}, {timed.model.dtype}, routed as the other model was"
     if timed.model.path:
         other = moe_jax.load(command.in_repository(timed.model.path), dtype=timed.model.dtype)
-        return Subject(
-            other.engine, execution_of(other.architecture, execution.k_max, execution.grouped_matmul)
-        ), routed
+        return Subject(other.engine, dataclasses.replace(execution, architecture=other.architecture)), routed
     dtype = "float32" if timed.model.dtype == "auto" else timed.model.dtype
     engine = Engine(random_params(timed.architecture, dtype, config.run.seed), None, ())
-    timed_execution = execution_of(timed.architecture, execution.k_max, execution.grouped_matmul)
+    timed_execution = dataclasses.replace(execution, architecture=timed.architecture)
     return Subject(engine, timed_execution), f"random weights of the shape of {routed}"
 
 

@@ -31,9 +31,10 @@ class Scores(NamedTuple):
     """What one policy says of a batch."""
 
     nats_Y: np.ndarray  # float32: of each scored label
-    kl_Y: np.ndarray | None  # float32 nats: of the reference's next-token distribution from this one
     load_LE: np.ndarray  # int32: slots that each expert received
     chosen_LBTK: np.ndarray  # int32: the expert of each slot; -1: not kept
+    kl_Y: np.ndarray | None = None  # float32 nats: of the reference's next-token distribution from this one
+    greedy_Y: np.ndarray | None = None  # bool: no other token is likelier
 
 
 @functools.partial(jax.jit, static_argnames=("execution", "side_by_side"))
@@ -43,9 +44,9 @@ def _hidden(params, tokens_BT, positions_BT, segments_BT, live, execution, side_
     return x_BTD.reshape(-1, x_BTD.shape[-1]), traffic.load_E, traffic.chosen_NK
 
 
-@jax.jit
-def _nats(params, x_ND, reference_ND, source_Y, label_Y, num_labels):
-    """Nats of each label and, where there is a reference, the divergence from it; chunk by chunk, as many as needed."""
+@functools.partial(jax.jit, static_argnames="greedy")
+def _of_labels(params, x_ND, reference_ND, source_Y, label_Y, num_labels, *, greedy):
+    """The fields of `Scores` that end in Y, of which there are as many as asked for; chunk by chunk."""
     size = min(CHUNK, len(label_Y))
 
     def log_probability(x_ND, source):
@@ -55,13 +56,20 @@ def _nats(params, x_ND, reference_ND, source_Y, label_Y, num_labels):
         first = jnp.minimum(number * size, len(label_Y) - size)
         source, label = (lax.dynamic_slice_in_dim(part, first, size) for part in (source_Y, label_Y))
         log_YV = log_probability(x_ND, source)
-        new = [-jnp.take_along_axis(log_YV, label[:, None], axis=1)[:, 0]]
+        own_Y = jnp.take_along_axis(log_YV, label[:, None], axis=1)[:, 0]
+        new = {"nats_Y": -own_Y}
+        if greedy:
+            new["greedy_Y"] = own_Y >= log_YV.max(axis=1)  # an argmax takes as long as the logits themselves on a CPU
         if reference_ND is not None:
             reference_YV = log_probability(reference_ND, source)
-            new.append((jnp.exp(reference_YV) * (reference_YV - log_YV)).sum(axis=1))
-        return [lax.dynamic_update_slice_in_dim(all_Y, part, first, 0) for all_Y, part in zip(done, new)]
+            new["kl_Y"] = (jnp.exp(reference_YV) * (reference_YV - log_YV)).sum(axis=1)
+        return {name: lax.dynamic_update_slice_in_dim(all_Y, new[name], first, 0) for name, all_Y in done.items()}
 
-    nothing = [jnp.zeros(len(label_Y), jnp.float32)] * (1 if reference_ND is None else 2)
+    nothing = {"nats_Y": jnp.zeros(len(label_Y), jnp.float32)}
+    if greedy:
+        nothing["greedy_Y"] = jnp.zeros(len(label_Y), bool)
+    if reference_ND is not None:
+        nothing["kl_Y"] = jnp.zeros(len(label_Y), jnp.float32)
     return lax.fori_loop(0, (num_labels + size - 1) // size, of_chunk, nothing)
 
 
@@ -72,6 +80,7 @@ def score(
     execution: decoder.Execution,
     reference: int | None = None,
     side_by_side: bool = False,
+    greedy: bool = False,
 ) -> list[Scores]:
     """Scores one batch under several policies, each with as many static slots as it keeps.
 
@@ -82,6 +91,7 @@ def score(
         execution: the static half of the steps.
         reference: which of them divergences are measured from; None: no divergences.
         side_by_side: as `decoder.hidden` takes it.
+        greedy: whether to tell which labels are the likeliest tokens.
     """
     rows = (batch.tokens_BT, batch.positions_BT, batch.segments_BT)
     labels = (batch.source_Y, batch.label_Y, batch.num_labels)
@@ -91,11 +101,12 @@ def score(
         return _hidden(params, *rows, live, execution=kept, side_by_side=side_by_side)
 
     from_reference = None if reference is None else hidden(settings[reference])
+    reference_ND = None if reference is None else from_reference[0]
     scores = []
     for number, live in enumerate(settings):
         x_ND, load_LE, chosen_LNK = from_reference if number == reference else hidden(live)
-        found = _nats(params, x_ND, None if reference is None else from_reference[0], *labels)
-        nats_Y, kl_Y = (*(np.asarray(part)[: batch.num_labels] for part in found), None)[:2]
+        found = _of_labels(params, x_ND, reference_ND, *labels, greedy=greedy)
+        of_labels = {name: np.asarray(part)[: batch.num_labels] for name, part in found.items()}
         chosen_LBTK = np.asarray(chosen_LNK).reshape(len(chosen_LNK), *batch.tokens_BT.shape, -1)
-        scores.append(Scores(nats_Y, kl_Y, np.asarray(load_LE), chosen_LBTK))
+        scores.append(Scores(load_LE=np.asarray(load_LE), chosen_LBTK=chosen_LBTK, **of_labels))
     return scores

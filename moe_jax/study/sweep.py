@@ -43,11 +43,7 @@ def require_alike(timed: Architecture, model: Architecture) -> None:
         ValueError: saying what it should have.
     """
     for name, own, other in (
-        (
-            "decoder.num_layers less decoder.num_dense_layers",
-            timed.decoder.num_moe_layers,
-            model.decoder.num_moe_layers,
-        ),
+        ("MoE layers", timed.decoder.num_moe_layers, model.decoder.num_moe_layers),
         ("moe.num_experts", timed.moe.num_experts, model.moe.num_experts),
         ("moe.k", timed.moe.k, model.moe.k),
     ):
@@ -78,10 +74,10 @@ def measure_quality(
     for number, policy in enumerate(compared):
         reads = [[load] for load in config.concurrencies] if policy.batch_aware else [list(config.concurrencies)]
         for at in reads:
-            rows, together = (side_by_side(at[0]), at[0]) if policy.batch_aware else (16, 1)
+            together = at[0] if policy.batch_aware else 1
 
-            def compute(policy=policy, at=at, rows=min(rows, config.windows), together=together):
-                seen = concurrent.read(params, windows, policy, execution, rows, together)
+            def compute(policy=policy, at=at, together=together):
+                seen = concurrent.read(params, windows, policy, execution, side_by_side(together), together)
                 kept_L = (seen.chosen_LJTK >= 0).sum(axis=3).mean(axis=(1, 2))
                 part = {"bits_J": seen.bits_J, "kept_L": kept_L}
                 for load in at:

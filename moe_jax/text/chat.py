@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import pathlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -49,13 +50,7 @@ def load_template(folder: str | os.PathLike) -> tuple[str, dict[str, str]]:
         ValueError: there is none, or a file is damaged.
     """
     folder = pathlib.Path(folder)
-    path = folder / "tokenizer_config.json"
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a JSON {type(fields).__name__}: wanted an object")
+    fields = _read_config(folder)
     template = fields.get("chat_template")
     if isinstance(template, list):  # several by name
         named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
@@ -67,15 +62,53 @@ def load_template(folder: str | os.PathLike) -> tuple[str, dict[str, str]]:
             f"{folder} has no chat template: wanted chat_template.jinja, or chat_template in tokenizer_config.json; a "
             "model that was not tuned for chat takes plain prompts"
         )
+    return template, _special_tokens(fields)
+
+
+def read_special_tokens(folder: str | os.PathLike) -> dict[str, str]:
+    """The special tokens that `tokenizer_config.json` names, such as `bos_token`; none where there is no such file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    return _special_tokens(_read_config(pathlib.Path(folder)))
+
+
+def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds a JSON {type(fields).__name__}: wanted an object")
+    return fields
+
+
+def _special_tokens(fields: Mapping[str, Any]) -> dict[str, str]:
     tokens = {name: fields.get(name) for name in _SPECIAL_TOKENS}
     tokens = {name: one.get("content") if isinstance(one, dict) else one for name, one in tokens.items()}
-    return template, {name: one for name, one in tokens.items() if isinstance(one, str)}
+    return {name: one for name, one in tokens.items() if isinstance(one, str)}
 
 
 def render(template: str, special_tokens: dict[str, str], message: str) -> str:
-    """One user message, and what opens the model's answer.
+    """One user message, and what opens the model's answer: `render_messages` of a single message."""
+    return render_messages(template, special_tokens, [{"role": "user", "content": message}])
+
+
+def render_messages(
+    template: str, special_tokens: Mapping[str, str], messages: Sequence[Mapping[str, str]], answer: bool = True
+) -> str:
+    """A conversation, and what opens the model's answer.
 
     The text holds all special tokens: it is encoded without adding any.
+
+    Args:
+        template: as `load_template` gives it.
+        special_tokens: as `load_template` gives them.
+        messages: each with a `role` and a `content`.
+        answer: whether the model's answer is opened. If not, the text ends with the last message's content, which the
+            model goes on with.
 
     Raises:
         ValueError: the template is not Jinja, does what the sandbox forbids, or refuses the message.
@@ -85,9 +118,14 @@ def render(template: str, special_tokens: dict[str, str], message: str) -> str:
     )
     environment.filters["tojson"] = _to_json
     environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-    messages = [{"role": "user", "content": message}]
-    names = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": True}
+    names = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": answer}
     try:
-        return environment.from_string(template).render(**names, **special_tokens)
+        text = environment.from_string(template).render(**names, **special_tokens)
     except Exception as error:  # a template is a program: it raises whatever it meets
         raise ValueError(f"the chat template cannot be applied: {type(error).__name__}: {error}") from error
+    if answer:
+        return text
+    last = messages[-1]["content"].strip()
+    if last not in text:
+        raise ValueError(f"the chat template leaves out the last message, {last!r}: it cannot be gone on with")
+    return text[: text.rindex(last) + len(last)]

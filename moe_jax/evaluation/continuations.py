@@ -1,0 +1,140 @@
+"""How likely a model finds given continuations of given contexts, and whether it would write them itself."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from moe_jax.engine.cache import length_bucket, round_up
+from moe_jax.evaluation.scoring import Batch, score
+from moe_jax.model import decoder
+from moe_jax.routing.policies import base as policies
+
+
+class Pair(NamedTuple):
+    """Token ids of what is given and of what is scored behind it."""
+
+    context_ids: Sequence[int]  # at least one
+    continuation_ids: Sequence[int]  # at least one, at most the model's context
+
+
+class Scored(NamedTuple):
+    """What a model says of one pair."""
+
+    log_probability: float  # nats, all tokens of the continuation together
+    is_greedy: bool  # of each of them no other token is likelier where it stands
+
+
+def require_row_wise(policy: policies.Policy) -> None:
+    """Refuses a policy whose choice for one request depends on the requests beside it.
+
+    A continuation is read as a whole, beside others that the order of the work put there: such a policy would have no
+    decode step to act on, and its figures no meaning.
+
+    Raises:
+        ValueError: it does.
+    """
+    if policy.batch_aware:
+        raise ValueError(
+            f"policy {policy.spec!r} looks at the rows of one decode step: wanted a row-wise policy, such as "
+            '"topk:4", where the likelihood of given text is asked for'
+        )
+
+
+def num_truncated(pairs: Sequence[Pair], max_context: int) -> int:
+    """How many pairs are too long, so that `score_continuations` leaves out the beginning of their context."""
+    return sum(len(one.context_ids) + len(one.continuation_ids) > max_context + 1 for one in pairs)
+
+
+def score_continuations(
+    params: decoder.Params,
+    pairs: Sequence[Pair],
+    policy: policies.Policy,
+    execution: decoder.Execution,
+    *,
+    batch_size: int,
+    on_scored: Callable[[int, Scored], object] = lambda index, scored: None,
+) -> list[Scored]:
+    """Scores each continuation behind its context; contexts that are too long lose their beginning.
+
+    The longest go first, in batches of one number of rows and of bucketed lengths: few programs are compiled, and what
+    is too large for the memory fails at once. Pairs that have the model read the same tokens share a row, as the
+    answers "A" to "D" to one question do.
+
+    Args:
+        params: as `decoder.split` gives them.
+        pairs: what is asked.
+        policy: which experts run; row-wise.
+        execution: the static half of the step.
+        batch_size: rows per compiled step.
+        on_scored: called with the index of a pair and its score as soon as that is known.
+
+    Returns:
+        A score for each pair, in order.
+
+    Raises:
+        ValueError: a pair has no context or no continuation, or one longer than the model's context; the policy is not
+            row-wise or does not fit the model.
+    """
+    require_row_wise(policy)
+    max_context = execution.architecture.decoder.max_context
+    sharing: dict[tuple[int, ...], list[int]] = {}
+    for index, pair in enumerate(pairs):
+        sharing.setdefault(_read(index, pair, max_context), []).append(index)
+    longest_first = sorted(sharing, key=len, reverse=True)
+    rows = min(batch_size, round_up(max(len(longest_first), 1)))
+    live = settings_of(policy, rows, execution)
+    found = [Scored(0.0, True)] * len(pairs)
+    for first in range(0, len(longest_first), rows):
+        read = longest_first[first : first + rows]
+        asked = [index for ids in read for index in sharing[ids]]
+        row_of = [row for row, ids in enumerate(read) for _ in sharing[ids]]
+        laid = _lay_out(read, row_of, [pairs[index].continuation_ids for index in asked], rows, max_context)
+        [scores] = score(params, laid.batch, [live], execution, greedy=True)
+        nats = np.bincount(laid.asked_Y, np.float64(scores.nats_Y), len(asked))
+        misses = np.bincount(laid.asked_Y, ~scores.greedy_Y, len(asked))
+        for number, index in enumerate(asked):
+            found[index] = Scored(-float(nats[number]), not misses[number])
+            on_scored(index, found[index])
+    return found
+
+
+def _read(index: int, pair: Pair, max_context: int) -> tuple[int, ...]:
+    """What the model reads to score a pair: all but the last token, as much of it as the context holds."""
+    count = len(pair.continuation_ids)
+    if not len(pair.context_ids) or not count:
+        empty = "continuation" if len(pair.context_ids) else "context"
+        raise ValueError(f"request {index + 1} has no tokens in its {empty}: wanted at least one")
+    if count > max_context:
+        raise ValueError(
+            f"request {index + 1} has a continuation of {count} tokens: wanted at most the model's context, "
+            f"{max_context}"
+        )
+    return (*pair.context_ids, *pair.continuation_ids)[-(max_context + 1) :][:-1]
+
+
+def settings_of(policy: policies.Policy, rows: int, execution: decoder.Execution) -> policies.Settings:
+    """Binds one policy to so many rows; ValueError where it does not fit the model."""
+    return policies.settings([policy] * rows, execution.architecture, execution.k_max)
+
+
+class _LaidOut(NamedTuple):
+    batch: Batch
+    asked_Y: np.ndarray  # whose continuation each label is of
+
+
+def _lay_out(read, row_of, continuations, rows: int, max_context: int) -> _LaidOut:
+    """Rows of one bucket of lengths, empty ones behind the last; labels stand behind the end of their row."""
+    length = length_bucket(max(map(len, read)), max_context)
+    tokens_BT, segments_BT = np.zeros((2, rows, length), np.int32)
+    for row, ids in enumerate(read):
+        tokens_BT[row, : len(ids)] = ids
+        segments_BT[row, : len(ids)] = 1
+    positions_BT = np.broadcast_to(np.arange(length, dtype=np.int32), tokens_BT.shape)
+    ends = [row * length + len(read[row]) for row in row_of]
+    source = [end - len(ids) + place for end, ids in zip(ends, continuations) for place in range(len(ids))]
+    label = [token for ids in continuations for token in ids]
+    padding = (0, round_up(max(tokens_BT.size, len(label))) - len(label))
+    source_Y, label_Y = (np.pad(np.array(part, np.int32), padding) for part in (source, label))
+    asked_Y = np.repeat(np.arange(len(continuations)), [len(ids) for ids in continuations])
+    return _LaidOut(Batch(tokens_BT, positions_BT, segments_BT, source_Y, label_Y, len(label)), asked_Y)

@@ -1,0 +1,103 @@
+"""What lm-evaluation-harness found under each policy, as figures and as a table."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_jax.evaluation.intervals import Estimate, paired_difference, ratio
+
+_UNITS = {"bits_per_byte": "bit/byte"}
+_Z95 = 1.96  # standard errors on each side of a 95% interval
+_AGREE = 1e-6  # relative, between the harness's figure and the ratio that is resampled
+
+
+def rows(specs: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of result.json: each policy's figures and, from the second on, how they differ from the first's.
+
+    A figure is called TASK/METRIC, and TASK/METRIC/FILTER where a task filters answers; its value is the harness's own.
+    Where that is a mean, or a ratio of sums, over documents, its interval and the difference come from resampling
+    documents, in pairs; else the interval is the harness's standard error, and there is no difference.
+
+    Args:
+        specs: of the policies.
+        results: of each, what `lm_eval.simple_evaluate` returns, samples included.
+    """
+    found = []
+    for spec, result in zip(specs, results):
+        figures = {}
+        for task, metric, chosen in _metrics(result):
+            name = "/".join([task, metric] + ([chosen] if chosen != "none" else []))
+            unit = _UNITS.get(metric, "1")
+            figures[name] = _figure(result, task, metric, chosen) | {"unit": unit}
+            first, own = (_parts(one, task, metric, chosen) for one in (results[0], result))
+            if found and first is not None and own is not None:
+                difference = paired_difference(own[0], first[0], own[1])
+                figures[f"{name}_difference"] = {**difference._asdict(), "unit": unit}
+        found.append({"policy": spec, "figures": figures})
+    return found
+
+
+def _metrics(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Task or group, metric and filter of each figure; what lies beside them, as standard errors do, is left out."""
+    keys = [(task, *key.partition(",")[::2]) for task, found in result["results"].items() for key in found]
+    return [
+        (task, metric, chosen)
+        for task, metric, chosen in keys
+        if chosen and not metric.endswith("_stderr") and _is_number(result["results"][task][f"{metric},{chosen}"])
+    ]
+
+
+def _figure(result: Mapping[str, Any], task: str, metric: str, chosen: str) -> dict[str, Any]:
+    value = float(result["results"][task][f"{metric},{chosen}"])
+    estimate = _resampled(result, task, metric, chosen)
+    if estimate is not None:
+        return {"value": value, "ci95": estimate.ci95}
+    error = result["results"][task].get(f"{metric}_stderr,{chosen}")
+    if not _is_number(error):
+        return {"value": value}
+    return {"value": value, "ci95": (value - _Z95 * error, value + _Z95 * error)}
+
+
+def _resampled(result: Mapping[str, Any], task: str, metric: str, chosen: str) -> Estimate | None:
+    parts = _parts(result, task, metric, chosen)
+    return None if parts is None else ratio(*parts)
+
+
+def _parts(result: Mapping[str, Any], task: str, metric: str, chosen: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Of each document, what is summed above and below the line; None where the figure is no such ratio."""
+    samples = [one for one in result.get("samples", {}).get(task, ()) if one.get("filter") == chosen]
+    samples = sorted((one for one in samples if metric in one), key=lambda one: one["doc_id"])
+    values = [one[metric] for one in samples]
+    if values and all(map(_is_number, values)):
+        part_J, whole_J = np.array(values, np.float64), np.ones(len(values))
+    elif values and all(isinstance(one, (tuple, list)) and len(one) == 2 for one in values):
+        part_J, whole_J = np.array(values, np.float64).T
+        part_J = -part_J / np.log(2) if metric == "bits_per_byte" else part_J
+    else:
+        return None
+    value = result["results"][task][f"{metric},{chosen}"]
+    if whole_J.sum() <= 0 or not np.isclose(part_J.sum() / whole_J.sum(), value, rtol=_AGREE, atol=0):
+        return None
+    return part_J, whole_J
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, np.integer, np.floating, np.bool_))
+
+
+def table(found: Sequence[Mapping[str, Any]]) -> str:
+    """One line per figure and one column per policy, in Markdown; intervals are 95%."""
+    names = dict.fromkeys(name for row in reversed(found) for name in row["figures"])  # the first has no differences
+    lines = ["| | " + " | ".join(f"`{row['policy']}`" for row in found) + " |", "|---" * (len(found) + 1) + "|"]
+    for name in names:
+        cells = [_cell(row["figures"].get(name), "+.3f" if name.endswith("_difference") else ".3f") for row in found]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(figure: Mapping[str, Any] | None, form: str) -> str:
+    if figure is None:
+        return ""
+    interval = " ({:{form}} to {:{form}})".format(*figure["ci95"], form=form) if "ci95" in figure else ""
+    return f"{figure['value']:{'d' if isinstance(figure['value'], int) else form}}" + interval
