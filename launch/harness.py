@@ -47,6 +47,7 @@ def main(run: command.Command) -> None:
     from moe_jax.evaluation.continuations import require_row_wise, settings_of
     from moe_jax.evaluation.harness import LanguageModel
     from moe_jax.report import harnessed
+    from moe_jax.routing import calibration as calibrations
     from moe_jax.text import chat
     from moe_jax.text.tokenizer import load_tokenizer
 
@@ -54,7 +55,8 @@ def main(run: command.Command) -> None:
     command.refuse_other_shape(config, architecture)
     execution = execution_of(architecture, config.policy.k_max, config.kernels.grouped_matmul)
     run.implementations["grouped_matmul"] = execution.grouped_matmul
-    compared = policy_of_each(config.evaluation.policies, len(config.evaluation.policies))
+    calibration = calibrations.find(config.policy.calibration, path)
+    compared = policy_of_each(config.evaluation.policies, len(config.evaluation.policies), calibration)
     for policy in compared:
         settings_of(policy, 1, execution)
     tokenizer = load_tokenizer(path)
@@ -69,7 +71,7 @@ def main(run: command.Command) -> None:
             require_row_wise(policy)
 
     with run.timed("load"):
-        engine = moe_jax.load(path, dtype=config.model.dtype).engine
+        engine = moe_jax.load(path, dtype=config.model.dtype, calibration=config.policy.calibration).engine
     specs, results, truncated = [policy.spec for policy in compared], [], []
     for policy in compared:
         settings = {"policy": policy, "batch_size": config.evaluation.batch_size, "seed": config.run.seed}

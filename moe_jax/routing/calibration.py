@@ -63,7 +63,7 @@ def load(path: str | os.PathLike) -> Calibration:
         ValueError: there is no such file, or it is not a calibration.
     """
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with np.load(io.BytesIO(pathlib.Path(path).read_bytes()), allow_pickle=False) as arrays:
             found = Calibration(
                 np.float32(arrays["median_ratio_L"]), np.float32(arrays["similarity_LEE"]), str(arrays["model"])
             )

@@ -101,7 +101,10 @@ def measure_speed(
     journal: Journal,
     advance: Callable[[], object],
 ) -> dict[tuple[int, int], frontier.Speed]:
-    """Times every policy at every load, in turn, round by round, the full model before and after the others."""
+    """Times every policy at every load, in turn, round by round, the full model before and after the others.
+
+    The others come in another order in every round, so that none always follows the same one.
+    """
     itemsize = subject.engine.params["embedding_VD"].dtype.itemsize
     seconds = {load: [] for load in config.concurrencies}
     work = {}
@@ -116,9 +119,12 @@ def measure_speed(
         steps = slice(turn * config.steps, (turn + 1) * config.steps)
         for rows in config.concurrencies:
 
-            def compute(rows=rows, steps=steps):
-                turns = [(p, qualities[number, rows]["chosen_SLBK"][steps]) for number, p in enumerate(compared)]
-                return {"seconds_PS": loads.in_turn(load_of(rows), [*turns, turns[0]])}
+            def compute(rows=rows, steps=steps, turn=turn):
+                others = np.random.default_rng((turn, rows)).permutation(np.arange(1, len(compared)))
+                order = [0, *others.tolist(), 0]
+                turns = [(compared[number], qualities[number, rows]["chosen_SLBK"][steps]) for number in order]
+                seconds_PS = loads.in_turn(load_of(rows), turns)
+                return {"seconds_PS": np.concatenate([seconds_PS[np.argsort(order[:-1])], seconds_PS[-1:]])}
 
             seconds[rows].append(journal.once(f"speed-{turn:02d}-{rows:04d}", compute)["seconds_PS"])
             advance()

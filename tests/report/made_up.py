@@ -3,7 +3,7 @@
 import numpy as np
 
 from moe_jax.evaluation.intervals import Estimate
-from moe_jax.study.frontier import Frontier, Point, Quality, Speed
+from moe_jax.study.frontier import Frontier, Point, Quality, Rival, Speed
 
 LOADS = (1, 2, 4, 8, 16, 32, 64, 128)
 EXPERTS, FULL = 64, 8
@@ -42,7 +42,8 @@ def frontier(num_layers: int = 5, policies: dict = POLICIES, loads: tuple = LOAD
                 kept, relative, share = FULL + (kept - FULL) * mix, relative * mix, 1 + (share - 1) * mix
             shares_L, of_policy = _shares(policy, num_layers), np.random.default_rng(number)
             quality = _quality(kept, relative, _distinct(kept, rows) * share, shares_L, of_policy)
-            points.append(Point(policy, rows, quality, _speed(quality.distinct_experts, rows, random)))
+            rival = None if policy.startswith(("model", "topk")) else Rival("model", FULL, quality.increase)
+            points.append(Point(policy, rows, quality, _speed(quality.distinct_experts, rows, random), rival))
     return Frontier(
         points,
         "the demo model (64 experts, 8 active, 5 MoE layers) on 60 held-out Python files, 0.41 MB",

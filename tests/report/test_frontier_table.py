@@ -36,7 +36,12 @@ def test_csv_reads_back_to_the_same_numbers():
             ("gain", speed.gain),
         ):
             wanted |= {name: value, f"{name}_low": low, f"{name}_high": high}
-        assert {name: float(line[name]) for name in line if name not in ("policy", "concurrency")} == wanted
+        if point.rival is not None:
+            value, (low, high) = point.rival.difference
+            wanted |= {"over_rival": value, "over_rival_low": low, "over_rival_high": high}
+        assert line["rival"] == (point.rival.policy if point.rival else "")
+        words = ("policy", "concurrency", "rival")
+        assert {name: float(text) for name, text in line.items() if text and name not in words} == wanted
 
 
 def test_csv_quotes_specs():

@@ -1,0 +1,142 @@
+"""launch/sweep.py on a tiny model and real held-out text: its points, its files, its refusals, and going on."""
+
+import csv
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests import tiny_model
+
+ROOT = pathlib.Path(__file__).parents[2]
+POLICIES = ("topk:8", "topk:3", "mass:0.7", "opportunistic:2", "reroute:2,0.1")
+SMALL = (
+    *("--set=sweep.windows=16", "--set=sweep.context=24", "--set=sweep.concurrencies=(1, 4)"),
+    *("--set=sweep.rounds=2", "--set=sweep.steps=1", "--set=sweep.cached_tokens=4", "--set=evaluation.documents=6"),
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tiny_model.write_model(tmp_path_factory.mktemp("models") / "tiny")
+    calibrate = [sys.executable, str(ROOT / "launch" / "calibrate.py"), f"--set=model.path={folder}"]
+    done = subprocess.run(
+        [*calibrate, f"--out={folder.parent / 'out'}", '--set=text.sources=("absl-py",)'],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    (folder.parent / "out" / "calibration.npz").rename(folder / "calibration.npz")
+    return folder
+
+
+def command_line(model, out, *arguments):
+    policies = f"--set=sweep.policies={json.dumps(POLICIES)}"
+    launch = [sys.executable, str(ROOT / "launch" / "sweep.py"), "--config=", f"--set=model.path={model}"]
+    return [*launch, "--set=text.held_out=assets/text", f"--out={out}", policies, *SMALL, *arguments]
+
+
+def sweep(model, out, *arguments):
+    return subprocess.run(command_line(model, out, *arguments), capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def done(model, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "whole"
+    done = sweep(model, out)
+    assert done.returncode == 0, done.stderr
+    return done, out
+
+
+def test_every_policy_has_a_point_at_every_load(done):
+    printed, out = done
+    rows = json.loads((out / "result.json").read_text())["rows"]
+    assert [(row["concurrency"], row["policy"]) for row in rows] == [
+        (load, spec) for load in (1, 4) for spec in ("model", *POLICIES)
+    ]
+    of = {(row["policy"], row["concurrency"]): row["figures"] for row in rows}
+    assert of["topk:8", 4]["bits_per_byte_increase"] == {"value": 0, "unit": "1", "ci95": [0, 0]}
+    assert of["topk:3", 4]["experts_per_token"]["value"] == 3
+    assert of["opportunistic:2", 1]["experts_per_token"]["value"] == 2
+    assert of["opportunistic:2", 4]["experts_per_token"]["value"] > 4
+    assert of["mass:0.7", 1]["bits_per_byte"] == of["mass:0.7", 4]["bits_per_byte"]
+    assert 3 < of["topk:3", 4]["distinct_experts_per_layer_step"]["value"] <= 12
+    assert of["topk:3", 4]["bytes"]["value"] < of["model", 4]["bytes"]["value"]
+    assert {path.name for path in out.iterdir()} == {"result.json", "config.gin", "frontier.csv", "frontier.html"}
+    assert "opportunistic:2" in (out / "frontier.html").read_text() and "| 4 | 0.5% |" in printed.stdout
+
+
+def test_a_rival_runs_as_many_distinct_experts(done):
+    with open(done[1] / "frontier.csv", newline="") as file:
+        points = {(row["policy"], row["concurrency"]): row for row in csv.DictReader(file)}
+    point = points["opportunistic:2", "4"]
+    rival = points[point["rival"], "4"]
+    assert rival["policy"] in ("model", "topk:8", "topk:3")
+    assert float(rival["distinct_experts_quality"]) >= float(point["distinct_experts_quality"])
+    ratio = float(point["bits_per_byte"]) / float(rival["bits_per_byte"]) - 1
+    assert float(point["over_rival"]) == pytest.approx(ratio, abs=1e-9)
+    assert points["topk:3", "4"]["rival"] == ""
+
+
+def test_a_killed_sweep_goes_on(model, done, tmp_path):
+    out = tmp_path / "killed"
+    process = subprocess.Popen(command_line(model, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    deadline = time.monotonic() + 300
+    while len(kept := sorted((out / "parts").rglob("*.npz"))) < 4:
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (out / "result.json").exists()
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    process = subprocess.Popen(command_line(model, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
+    while len(sorted((out / "parts").rglob("*.npz"))) <= len(kept) and process.poll() is None:
+        time.sleep(0.02)
+    assert {path: path.stat().st_mtime_ns for path in kept if path.exists()}.items() <= before.items()
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors.decode()
+
+    def qualities(folder):
+        with open(folder / "frontier.csv", newline="") as file:
+            return [[row["policy"], row["bits_per_byte"], row["increase_low"]] for row in csv.DictReader(file)]
+
+    assert qualities(out) == qualities(done[1])
+    assert not (out / "parts").exists()
+
+
+def test_speed_of_another_shape(model, tmp_path):
+    shape = tmp_path / "shape.gin"
+    lines = ["decoder.num_layers = 2", "decoder.num_dense_layers = 0", "decoder.d_model = 32", "moe.num_experts = 16"]
+    shape.write_text("\n".join([*lines, "moe.k = 8", "attention.head_dim = 16", "decoder.vocab_size = 64"]))
+    done = sweep(
+        model, tmp_path / "out", f"--set=sweep.timed_config={shape}", '--set=sweep.policies=("model","topk:2")'
+    )
+    assert done.returncode == 0, done.stderr
+    assert "random weights of the shape of" in (tmp_path / "out" / "frontier.html").read_text()
+    shape.write_text("\n".join([*lines, "moe.k = 4"]))
+    done = sweep(model, tmp_path / "out2", f"--set=sweep.timed_config={shape}")
+    assert done.returncode == 2 and "moe.k = 4; wanted 8" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ('sweep.policies=("topk:2","oportunistic:3")', 'did you mean "opportunistic:3"'),
+        ('sweep.policies=("layers:8,8,8",)', "3 layers; wanted one number for each of the model's 2"),
+        ("sweep.policies=()", "at least one policy"),
+        ("sweep.windows=10", "a multiple of the 16 rows"),
+        ("sweep.windows=100000", "full windows of 24 tokens: wanted at least 100000"),
+        ("sweep.context=64", "sweep.context = 64: wanted at most 32"),
+        ("sweep.timed_config=nowhere.gin", "nowhere.gin"),
+        ("policy.calibration=assets/demo/calibration.npz", "other layers or experts"),
+        ("policy.calibration=README.md", "no calibration"),
+    ],
+)
+def test_refusals(model, tmp_path, argument, message):
+    done = sweep(model, tmp_path / "out", f"--set={argument}")
+    assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
+    assert done.stderr.splitlines()[-1].startswith("error: ") and not (tmp_path / "out").exists()
