@@ -71,6 +71,7 @@ def prepare(run: command.Command):
     from moe_jax.engine.request import execution_of, make_requests
     from moe_jax.routing import calibration as calibrations
     from moe_jax.routing import trace as traces
+    from moe_jax.routing.policies.base import fixed_k
     from moe_jax.routing.policies.parse import parse
     from moe_jax.study.random_model import random_params
     from moe_jax.study.speed import Subject
@@ -82,14 +83,18 @@ def prepare(run: command.Command):
         command.refuse_other_shape(config, architecture)
     execution = execution_of(architecture, config.policy.k_max, config.kernels.grouped_matmul)
     run.implementations["grouped_matmul"] = execution.grouped_matmul
-    calibration = calibrations.find(config.policy.calibration, path or ROOT)
-    policy = parse(config.policy.spec, calibration)
+    policy = parse(config.policy.spec, None if path is None else calibrations.find(config.policy.calibration, path))
     make_requests([[0]], None, execution, sampling=config.sampling, policy=policy)  # refuses what is wrong
     cases_of(config.benchmark, architecture.decoder.max_context)
     trace = None
     if path is None and config.benchmark.trace:
         trace = traces.load(command.in_repository(config.benchmark.trace, "benchmark.trace"))
         trace.require(architecture.moe.num_experts, execution.k_max)
+        if fixed_k(policy, architecture) is None:
+            raise ValueError(
+                f"policy.spec = {policy.spec!r}: the recorded routing is the full model's; wanted a number of experts "
+                "for each layer, or launch/sweep.py, which replays what a policy chose"
+            )
     with run.timed("load"):
         if path is None:
             dtype = "float32" if config.model.dtype == "auto" else config.model.dtype

@@ -40,7 +40,7 @@ def main(run: command.Command) -> None:
         documents = encode_documents(load_tokenizer(path), corpus.collect(config.text.sources, held_out).documents)
         rows_JT = calibrate.rows_of(documents, min(LENGTH, architecture.decoder.max_context), DOCUMENTS)
     with run.timed("load"):
-        model = moe_jax.load(path, dtype=config.model.dtype)
+        model = moe_jax.load(path, dtype=config.model.dtype, calibration=None)
     with run.timed("run"):
         found = calibrate.measure(model.params, rows_JT, execution)
     calibrations.save(run.out / calibrations.NAME, found)

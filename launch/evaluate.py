@@ -44,7 +44,8 @@ def main(run: command.Command) -> None:
 
     with run.timed("load"):
         model = moe_jax.load(path, dtype=config.model.dtype, calibration=config.policy.calibration)
-    journal = Journal(run.out / "parts", identity(config, [path, held_out], run.implementations))
+    places = [path, held_out, *([pathlib.Path(config.policy.calibration)] if config.policy.calibration else [])]
+    journal = Journal(run.out / "parts", identity(config, places, run.implementations))
     with run.timed("run"):
         measured = evaluated.measure(config.evaluation, seed, task, model.engine, tokenizer, execution, journal)
 

@@ -56,7 +56,9 @@ def main(run: command.Command) -> None:
     with run.timed("load"):
         model = moe_jax.load(path, dtype=config.model.dtype, calibration=config.policy.calibration)
 
-    depends_on = identity(config, [path, held_out], run.implementations) | {"timed": dataclasses.asdict(timed)}
+    given = (config.policy.calibration, timed.model.path and command.in_repository(timed.model.path))
+    places = [path, held_out, *(pathlib.Path(place) for place in given if place)]
+    depends_on = identity(config, places, run.implementations) | {"timed": dataclasses.asdict(timed)}
     journal = Journal(run.out / "parts", depends_on)
     total = study.num_qualities(compared, sweep) + sweep.rounds * len(sweep.concurrencies)
     with tqdm.tqdm(total=total, unit="part", disable=None) as progress:
@@ -86,13 +88,18 @@ def timed_config(config, architecture):
     from moe_jax.checkpoint.huggingface import read_architecture
     from moe_jax.study.sweep import require_alike
 
-    if not config.sweep.timed_config:
-        return config
-    timed = gin.read_config(command.in_repository(config.sweep.timed_config, "sweep.timed_config"))
-    own = timed.architecture
-    if timed.model.path:
+    timed, own = config, architecture
+    if config.sweep.timed_config:
+        timed = gin.read_config(command.in_repository(config.sweep.timed_config, "sweep.timed_config"))
+        own = timed.architecture
+    if timed is not config and timed.model.path:
         own = read_architecture(command.in_repository(timed.model.path))
     require_alike(own, architecture)
+    if own.decoder.max_context < config.sweep.cached_tokens + 2:
+        raise ValueError(
+            f"sweep.cached_tokens = {config.sweep.cached_tokens}: wanted at most {own.decoder.max_context - 2}, two "
+            "less than the context of the model that is timed"
+        )
     return timed
 
 

@@ -113,7 +113,7 @@ class Model:
         """Continues prompts, all in one batch.
 
         Policies and sampling settings are data: changing them compiles nothing, and neither does another prompt length
-        or one more prompt within a bucket.
+        or one more prompt within a bucket. Only which batch-aware kinds occur in a batch is part of the program.
 
         Args:
             prompts: texts, or token ids that are taken as they are.
@@ -165,14 +165,14 @@ class Model:
         )
 
 
-def load(path: str | os.PathLike, *, dtype: str = "auto", calibration: str | os.PathLike = "") -> Model:
+def load(path: str | os.PathLike, *, dtype: str = "auto", calibration: str | os.PathLike | None = "") -> Model:
     """Loads a model onto the default device.
 
     Args:
         path: a folder in Hugging Face layout.
         dtype: of weights and activations: "float32", "bfloat16", "float16", or "auto": as stored.
         calibration: a file that `launch/calibrate.py` wrote for this model, for the policies that want one; "":
-            calibration.npz in the folder, where there is one.
+            calibration.npz in the folder, where there is one; None: none.
 
     Raises:
         ValueError: there is no such folder, its model is not supported, a file is damaged or beyond the memory, or the
@@ -182,7 +182,7 @@ def load(path: str | os.PathLike, *, dtype: str = "auto", calibration: str | os.
     huggingface.read_architecture(folder)  # what is quickly told is told first
     files = read_tokenizer_files(folder)
     tokenizer = load_tokenizer(folder) if "tokenizer.json" in files else None
-    calibrated = calibrations.find(calibration, folder)
+    calibrated = None if calibration is None else calibrations.find(calibration, folder)
     architecture, params = huggingface.read_checkpoint(folder, dtype)
     if calibrated is not None:
         calibrated.require(params["moe"]["router"]["weight_LED"])

@@ -57,12 +57,14 @@ class Measured:
     kept_slots: int = 0  # of those steps, mean over MoE layers, like what follows
     distinct_experts: float = 0.0  # experts that held a slot, summed over those steps
 
-    def add_step(self, tokens: int, chosen_LNK: np.ndarray) -> None:
-        """Counts one decode step of so many rows alive."""
+    def add_step(self, tokens: int, chosen_LNK: np.ndarray) -> float:
+        """Counts one decode step of so many rows alive; returns its distinct experts, mean over MoE layers."""
         self.decode_steps += 1
         self.decode_tokens += tokens
         self.kept_slots += np.count_nonzero(chosen_LNK >= 0) / len(chosen_LNK)
-        self.distinct_experts += distinct_experts(chosen_LNK).mean()
+        distinct = float(distinct_experts(chosen_LNK).mean())
+        self.distinct_experts += distinct
+        return distinct
 
     def figures(self) -> dict[str, dict[str, float | str]]:
         """The figures of result.json; NaN where there was no decode step."""
@@ -138,7 +140,8 @@ class Engine:
     """Runs one model: its weights, and the programs compiled for them so far.
 
     A program is compiled for a `cache.Shape` and an `Execution`. Prompts, lengths and numbers of requests within a
-    shape, policies up to k_max, and sampling settings are data: they compile nothing.
+    shape, policies up to k_max, and sampling settings are data: they compile nothing. Which batch-aware kinds occur in
+    a batch is part of the program.
 
     Args:
         params: as `decoder.split` gives them, on their devices.
@@ -206,8 +209,7 @@ class Engine:
         while alive_B.any():
             drawn, cache = decode(self.params, cache, drawn.token_B, position_B, alive_B, batch.live)
             drawn = jax.device_get(drawn)
-            measured.add_step(np.count_nonzero(alive_B), drawn.chosen_LNK)
-            distinct = float(distinct_experts(drawn.chosen_LNK).mean())
+            distinct = measured.add_step(np.count_nonzero(alive_B), drawn.chosen_LNK)
             for index in np.flatnonzero(alive_B).tolist():
                 rows[index].step(drawn.chosen_LNK[:, index], distinct)
             position_B = position_B + alive_B

@@ -51,7 +51,7 @@ def execution_of(architecture: Architecture, k_max: int = 0, implementation: str
 def policy_of_each(
     policy: AnyPolicy | Sequence[AnyPolicy], count: int, calibration: Calibration | None = None
 ) -> list[policies.Policy]:
-    """Gives each of `count` rows its policy: one for all, or a sequence of one each; specs go with the calibration.
+    """Gives each of `count` rows its policy: one for all, or a sequence of one each, with the calibration.
 
     Raises:
         ValueError: a spec does not parse, or the sequence has another length.
@@ -59,7 +59,15 @@ def policy_of_each(
     each = list(policy) if isinstance(policy, (list, tuple)) else [policy] * count
     if len(each) != count:
         raise ValueError(f"{len(each)} policies for {count} rows: wanted one, or one for each row")
-    return [MODEL_OWN if one is None else parse(one, calibration) if isinstance(one, str) else one for one in each]
+    return [_policy(one, calibration) for one in each]
+
+
+def _policy(given: AnyPolicy, calibration: Calibration | None) -> policies.Policy:
+    if given is None:
+        return MODEL_OWN
+    if isinstance(given, str):
+        return parse(given, calibration)
+    return given if given.calibration else dataclasses.replace(given, calibration=calibration)
 
 
 def make_requests(

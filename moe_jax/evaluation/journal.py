@@ -60,14 +60,16 @@ class Journal:
                 self._folder.parent.rmdir()
 
 
-def identity(config: Config, folders: Sequence[pathlib.Path], implementations: Mapping[str, str]) -> dict[str, Any]:
-    """All that the parts of a measurement depend on; of files, what changes when they are written again."""
-    written = {
-        str(file): [file.stat().st_size, file.stat().st_mtime_ns]
-        for folder in folders
-        for file in sorted(folder.iterdir())
-        if file.is_file()
-    }
+def identity(config: Config, places: Sequence[pathlib.Path], implementations: Mapping[str, str]) -> dict[str, Any]:
+    """All that the parts of a measurement depend on.
+
+    Args:
+        config: the whole of it.
+        places: files, and folders of files, of which counts what changes when they are written again.
+        implementations: by operation.
+    """
+    found = [file for place in places for file in ([place] if place.is_file() else sorted(place.iterdir()))]
+    written = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in found if file.is_file()}
     versions = {"moe_jax": importlib.metadata.version("moe_jax"), "jax": jax.__version__}
     return dataclasses.asdict(config) | {"files": written, "versions": versions, "implementations": implementations}
 

@@ -37,8 +37,7 @@ def score_documents(
     """Scores every token of every document but its leading `<|endoftext|>`.
 
     A document longer than the context is cut into windows that overlap by a quarter: each token but those of the
-    first window is predicted from at least a quarter of a context. To a batch-aware policy the windows of a batch are
-    rows that decode together.
+    first window is predicted from at least a quarter of a context.
 
     Args:
         params: as `decoder.split` gives them.
@@ -66,7 +65,7 @@ def score_documents(
         batch = cut.batch(first, batch_size)
 
         def compute(batch=batch):
-            scores = score(params, batch, settings, execution, reference, side_by_side=True)
+            scores = score(params, batch, settings, execution, reference)
             arrays = {"nats_PY": [one.nats_Y for one in scores], "load_PLE": [one.load_LE for one in scores]}
             return arrays | ({} if reference is None else {"kl_PY": [one.kl_Y for one in scores]})
 

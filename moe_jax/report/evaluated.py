@@ -64,6 +64,12 @@ def prepare(
         )
     compared = [parse(spec, calibration) for spec in config.policies]
     policies.settings(compared, execution.architecture, execution.k_max)
+    for policy in compared:
+        if policy.batch_aware:
+            raise ValueError(
+                f"evaluation.policies: {policy.spec!r} looks at all rows of a decode step, launch/sweep.py measures it "
+                "at every load; wanted policies that look at one row"
+            )
     documents = documents[: config.documents or None]
     return Task(
         documents,
@@ -121,7 +127,7 @@ def rows(task: Task, measured: Measured) -> list[dict[str, Any]]:
     """The rows of result.json: each policy's figures and, from the second on, how they differ from the first's.
 
     Differences are paired by document: `bits_per_byte_increase` is a fraction of the first policy's bits, the others
-    are in the unit of their figure. A batch-aware policy has no choice accuracy.
+    are in the unit of their figure.
     """
     sizes = np.array([len(document.text.encode()) for document in task.documents])
     count = len(sizes)
@@ -131,13 +137,11 @@ def rows(task: Task, measured: Measured) -> list[dict[str, Any]]:
 
     def of(policy: int) -> list[tuple[str, str, np.ndarray, np.ndarray]]:
         greedy, sampled = (np.bincount(headed, parses, count) for parses in measured.parses[policy])
-        completions = [
+        return [
+            ("choice_accuracy", "1", np.bincount(asked, measured.right[policy], count), asked_J),
             ("completion_parse_rate", "1", greedy, headed_J),
             ("completion_parse_rate_sampled", "1", sampled, headed_J),
         ]
-        if any(task.compared[one].batch_aware for one in (policy, 0)):
-            return completions  # options are read as prompts are, where no policy is batch-aware
-        return [("choice_accuracy", "1", np.bincount(asked, measured.right[policy], count), asked_J), *completions]
 
     found = []
     for policy, spec in enumerate(task.compared):
@@ -151,9 +155,8 @@ def rows(task: Task, measured: Measured) -> list[dict[str, Any]]:
         figures |= {name: _figure(ratio(part, whole), unit) for name, unit, part, whole in of(policy)}
         if policy:
             figures["bits_per_byte_increase"] = _figure(paired_ratio(one.bits_J, first.bits_J), "1")
-            of_first = {name: part for name, _, part, _ in of(0)}
-            for name, unit, part, whole in of(policy):
-                figures[f"{name}_difference"] = _figure(paired_difference(part, of_first[name], whole), unit)
+            for (name, unit, part, whole), (_, _, reference, _) in zip(of(policy), of(0)):
+                figures[f"{name}_difference"] = _figure(paired_difference(part, reference, whole), unit)
         found.append({"policy": spec.spec, "figures": figures})
     return found
 

@@ -72,6 +72,7 @@ def weigh(slots: Slots, own_sum_N: jax.Array, renormalize_N: jax.Array, moe: MoE
     kept_sum_N = mix_NK.sum(axis=1)
     none_N, own_N = (renormalize_N == RENORMALIZATIONS.index(name) for name in ("none", "own"))
     divisor_N = jnp.where(none_N, own_sum_N if moe.normalize else 1.0, kept_sum_N)
-    factor_N = jnp.where(own_N & (not moe.normalize), own_sum_N, 1.0)
-    weight_NK = mix_NK * factor_N[:, None] / (divisor_N[:, None] + 1e-20)
+    if not moe.normalize:
+        divisor_N = jnp.where(own_N, kept_sum_N / (own_sum_N + 1e-20), divisor_N)
+    weight_NK = mix_NK / (divisor_N[:, None] + 1e-20)
     return Selection(slots.expert_NK, weight_NK * moe.routed_scaling, slots.keep_NK)

@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_jax.model import decoder
 from moe_jax.model.layers import swiglu
-from moe_jax.routing.calibration import Calibration, digest_of
+from moe_jax.routing.calibration import Calibration, sample_of
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.parse import MODEL_OWN
 from moe_jax.routing.router import route
@@ -58,11 +58,12 @@ def measure(params: decoder.Params, tokens_JT: np.ndarray, execution: decoder.Ex
             router = {name: value[layer] for name, value in params["moe"]["router"].items()}
             ratios[layer].append(np.asarray(_ratios(x_LND[layer], router, moe=architecture.moe)))
             gram_LEE[layer] += _gram(x_LND[layer, sample], experts["gate_up_LEIFD"][layer], experts["down_LEDF"][layer])
-    norm_LE = np.sqrt(np.einsum("lee->le", gram_LEE))
+    norm_LE = np.sqrt(np.maximum(np.einsum("lee->le", gram_LEE), np.finfo(np.float32).tiny))
+    medians = [np.median(np.concatenate(of_layer)) if architecture.moe.k > 1 else 1.0 for of_layer in ratios]
     return Calibration(
-        np.array([np.median(np.concatenate(of_layer)) for of_layer in ratios], np.float32),
+        np.array(medians, np.float32),
         (gram_LEE / norm_LE[:, :, None] / norm_LE[:, None, :]).astype(np.float32),
-        digest_of(params["moe"]["router"]["weight_LED"]),
+        sample_of(params["moe"]["router"]["weight_LED"]),
     )
 
 

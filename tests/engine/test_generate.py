@@ -103,6 +103,9 @@ def test_within_a_bucket_nothing_compiles(engine, compilations):
     assert compiled_by(prompts) == (2, 8)  # a prefill and a decode step
     assert compiled_by(prompts, policy="topk:2") == (0, 2)
     assert compiled_by(prompts, policy=["layers:1,10", "topk:8", "model"]) == (0, 5.5)
+    assert compiled_by(prompts, policy=["mass:0.7+renormalize:none", "ratio:0.5,min=2", "layers:1,3"])[0] == 0
+    assert compiled_by(prompts, policy=["opportunistic:2", "topk:3", "opportunistic:2"])[0] == 2  # another kind
+    assert compiled_by(prompts, policy=["mass:0.5+opportunistic:1", "opportunistic:4", "ratio:0.3"])[0] == 0
     assert compiled_by(prompts, temperature=0.7, top_k=5, top_p=0.9, seed=[1, 2, 3], stop=("x",)) == (0, 8)
     assert compiled_by([*prompts, [4] * 16], max_new_tokens=16) == (0, 8)
     assert compiled_by([[5] * 17] * 3, policy="topk:10") == (1, 10)  # the prefill of another bucket

@@ -77,12 +77,13 @@ def budget(rows, kept, m, floor):
 
 def reroute(rows, kept, k0, least, similarity):
     result = []
-    for (_, _, group), slots in zip(rows, kept):
-        primary = sorted({e for other, theirs in zip(rows, kept) if other[2] == group for e, _ in theirs[:k0]})
+    for (score, _, group), slots in zip(rows, kept):
+        primary = {e for other, theirs in zip(rows, kept) if other[2] == group for e, _ in theirs[:k0]}
+        targets = [p for p in sorted(primary) if score[p] > -math.inf]
         merged = []
         for expert, weight in slots:
-            if expert not in primary:
-                nearest = max(primary, key=lambda p: (similarity[expert][p], -p))
+            if expert not in primary and targets:
+                nearest = max(targets, key=lambda p: (similarity[expert][p], -p))
                 if similarity[expert][nearest] >= least:
                     expert = nearest
             for slot in merged:
@@ -95,9 +96,9 @@ def reroute(rows, kept, k0, least, similarity):
     return result
 
 
-def ask(rows, requests, served, room):
+def ask(weights, requests, served, room):
     """Experts take the heaviest of those who ask, while there is room; among equals the earlier row."""
-    for b, expert in sorted(requests, key=lambda request: (-rows[request[0]][1][request[1]], request[0])):
+    for b, expert in sorted(requests, key=lambda request: (-weights[request[0]][request[1]], request[0])):
         if sum(expert in of_row for of_row in served.values()) < room:
             served[b].append(expert)
 
@@ -110,8 +111,9 @@ def capacity(rows, kept, gamma, overflow):
         room = math.ceil(gamma * sum(len(kept[b]) for b in members) / num_experts)
         asked = {b: [e for e, _ in kept[b]] for b in members}
         served = {b: [] for b in members}
+        weights = {b: dict(enumerate(rows[b][1])) | dict(kept[b]) for b in members}
 
-        ask(rows, [(b, e) for b in members for e in asked[b]], served, room)
+        ask(weights, [(b, e) for b in members for e in asked[b]], served, room)
         full = {b: len(served[b]) == len(asked[b]) for b in members}
         if overflow == "next":
             for rank in range(2 * max(len(asked[b]) for b in members)):
@@ -120,11 +122,12 @@ def capacity(rows, kept, gamma, overflow):
                     order = ranked(rows[b][0])[: 2 * len(asked[b])]
                     if len(served[b]) < len(asked[b]) and rank < len(order) and order[rank] not in asked[b]:
                         requests.append((b, order[rank]))
-                ask(rows, requests, served, room)
+                ask(weights, requests, served, room)
         for b in members:
-            score, mix, _ = rows[b]
             if full[b]:
                 result[b] = kept[b]
+            elif overflow == "drop":
+                result[b] = [slot for slot in kept[b] if slot[0] in served[b]]
             else:
-                result[b] = [[e, mix[e]] for e in ranked(score) if e in served[b]]
+                result[b] = [[e, weights[b][e]] for e in ranked(rows[b][0]) if e in served[b]]
     return result

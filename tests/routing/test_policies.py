@@ -18,7 +18,7 @@ from tests.routing import plain_policies as plain
 E, K, B, L = 12, 5, 6, 3
 MOE = MoEConfig(num_experts=E, k=4, normalize=True, routed_scaling=2.5)
 SIMILARITY_LEE = np.random.default_rng(7).uniform(-1, 1, (L, E, E)).astype(np.float32)
-CALIBRATION = Calibration(np.array([0.3, 0.5, 0.7], np.float32), SIMILARITY_LEE, "")
+CALIBRATION = Calibration(np.array([0.3, 0.5, 0.7], np.float32), SIMILARITY_LEE, np.zeros(1))
 LAYER = 1
 
 
@@ -56,10 +56,11 @@ def routings(draw, rows=B):
     seed = draw(st.integers(0, 2**32 - 1))
     random = np.random.default_rng(seed)
     mix_BE = np.stack([random.choice(np.arange(1, 512), E, replace=False) for _ in range(rows)]) / 512
-    bias_E = random.integers(-40, 40, E) / 512 if draw(st.booleans()) else np.zeros(E)
+    bias_E = random.integers(-300, 300, E) / 512 if draw(st.booleans()) else np.zeros(E)
     score_BE = mix_BE + bias_E + np.arange(E) / 2**16  # no ties
     if draw(st.booleans()):
-        score_BE[:, random.choice(E, 3, replace=False)] = -np.inf
+        for row in range(rows):
+            score_BE[row, random.choice(E, 3, replace=False)] = -np.inf
     return score_BE, mix_BE
 
 
@@ -217,6 +218,21 @@ def test_changing_settings_or_mixing_requests_compiles_nothing():
     assert _select._cache_size() == compiled
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("rule", ["none", "own", "one", None])
+@pytest.mark.parametrize("k_max", [2, 4, 6])
+def test_renormalisation_with_fewer_and_more_static_slots(normalize, rule, k_max):
+    moe = MoEConfig(num_experts=E, k=4, normalize=normalize, routed_scaling=1.5)
+    score_BE = np.random.default_rng(4).uniform(0.1, 1, (B, E)).astype(np.float32)
+    live = bound(["topk:2" + (f"+renormalize:{rule}" if rule else "")] * B, moe, k_max)
+    context = base.Context(jnp.int32(LAYER), jnp.arange(B), jnp.ones(B, bool), 1)
+    got = kept_of(jax.device_get(base.select(Routing(score_BE, score_BE), live, context, moe, k_max)))
+    for row, mix in zip(got, np.float64(score_BE)):
+        wanted = plain.weighted(plain.topk(mix, mix, 2), mix, mix, 4, normalize, 1.5, rule)
+        assert [e for e, _ in row] == [e for e, _ in wanted]
+        np.testing.assert_allclose([w for _, w in row], [w for _, w in wanted], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("spec", "wanted"),
     [
@@ -254,6 +270,8 @@ def test_a_spec_prints_as_it_parses(spec):
         ("topk:0", "at least 1"),
         ("topk:-2", "at least 1"),
         ("topk:two", "whole numbers"),
+        ("topk:3000000000", "whole numbers"),
+        ("layers:3000000000,1,1", "whole numbers"),
         ("topk:2,3", "'3' is not known here; wanted k"),
         ("topk", "wanted k"),
         ("model:3", "wanted nothing behind its name"),

@@ -61,12 +61,13 @@ def test_ratios_and_likeness_equal_plain_loops(measured, monkeypatch):
         np.testing.assert_allclose(found.similarity_LEE[layer], wanted_EE, atol=1e-5)
 
 
-def test_there_and_back_and_beside_the_model(measured, tmp_path):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_there_and_back_and_beside_the_model(measured, tmp_path, dtype):
     _, found = measured
     folder = tiny_model.write_model(tmp_path / "model")
     assert moe_jax.load(folder).calibration is None
     calibrations.save(folder / calibrations.NAME, found)
-    model = moe_jax.load(folder, dtype="bfloat16")  # the name of the model outlives rounding
+    model = moe_jax.load(folder, dtype=dtype)  # it is known again
     np.testing.assert_array_equal(model.calibration.median_ratio_L, found.median_ratio_L)
     np.testing.assert_allclose(model.calibration.similarity_LEE, found.similarity_LEE, atol=1e-3)
     tokens_BT = np.arange(12).reshape(2, 6)
@@ -82,7 +83,7 @@ def test_another_model_is_refused(measured, tmp_path):
         moe_jax.load(other, calibration=tmp_path / "found.npz")
 
 
-@pytest.mark.parametrize("damage", ["nothing", "text", "half", "lacking", "shape"])
+@pytest.mark.parametrize("damage", ["nothing", "text", "half", "flipped", "array", "lacking", "shape"])
 def test_damaged_files_are_refused(measured, tmp_path, damage):
     _, found = measured
     path = tmp_path / "found.npz"
@@ -93,6 +94,13 @@ def test_damaged_files_are_refused(measured, tmp_path, damage):
         path.write_text("no calibration")
     elif damage == "half":
         path.write_bytes(path.read_bytes()[:200])
+    elif damage == "flipped":
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 255
+        path.write_bytes(data)
+    elif damage == "array":
+        with open(path, "wb") as file:
+            np.save(file, found.median_ratio_L)
     elif damage == "lacking":
         np.savez(path, median_ratio_L=found.median_ratio_L)
     with pytest.raises(ValueError, match=r"policy\.calibration = ") as refusal:

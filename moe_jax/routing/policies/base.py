@@ -22,7 +22,8 @@ class Policy:
     """A parsed spec, before it meets a model: parts that set different columns."""
 
     parts: tuple[Part, ...]
-    calibration: Calibration | None = None  # of the model that it will meet, where a part asks for one
+    # Of the model that it will meet, where a part asks for one; no part of what the policy is.
+    calibration: Calibration | None = dataclasses.field(default=None, compare=False)
 
     @property
     def spec(self) -> str:
@@ -87,7 +88,7 @@ def settings(
     unlike = {policy: number for number, policy in enumerate(dict.fromkeys(policies))}
     columns = {policy: _columns(policy, _model(architecture, policy)) for policy in unlike}
     for policy, own in columns.items():
-        if own["k"].min() < 1 or own["k"].max() > k_max:
+        if own["k"].max() > k_max:
             raise ValueError(
                 f"policy.spec = {policy.spec!r}: wanted 1 to {k_max} experts in every layer; more need a larger "
                 "policy.k_max"
@@ -127,15 +128,25 @@ def _columns(policy: Policy, model: Model) -> dict[str, np.ndarray]:
     return columns
 
 
-def uniform_k(policy: Policy, architecture: Architecture) -> int | None:
-    """How many slots the policy keeps of every token in every layer; None where it has no such number.
+def fixed_k(policy: Policy, architecture: Architecture) -> np.ndarray | None:
+    """int32 [L]: how many slots the policy keeps of every token; None where it looks at tokens.
 
     Raises:
         ValueError: the policy does not fit the model.
     """
     columns = _columns(policy, _model(architecture, policy))
     k_L = columns.pop("k")
-    return int(k_L[0]) if not columns and (k_L == k_L[0]).all() else None
+    return None if columns else k_L
+
+
+def uniform_k(policy: Policy, architecture: Architecture) -> int | None:
+    """The same where it is one number for all layers; None where there is none.
+
+    Raises:
+        ValueError: the policy does not fit the model.
+    """
+    k_L = fixed_k(policy, architecture)
+    return int(k_L[0]) if k_L is not None and (k_L == k_L[0]).all() else None
 
 
 def select(routing: Routing, live: Settings, context: Context, moe: MoEConfig, k_max: int) -> Selection:
@@ -171,11 +182,13 @@ def _batch_aware(slots: Slots, routing: Routing, live: Settings, context: Contex
             slots = batch_aware.budget(slots, routing, of_B["budget"], of_B["budget_floor"], same_BB)
         if "reroute" in of_B:
             similarity_EE = live.similarity_LEE[context.layer]
-            slots = batch_aware.reroute(slots, of_B["reroute"], of_B["reroute_above"], similarity_EE, same_BB)
+            slots = batch_aware.reroute(slots, routing, of_B["reroute"], of_B["reroute_above"], similarity_EE, same_BB)
         if "capacity" in of_B:
             slots = capacity.capacity(slots, routing, of_B["capacity"], of_B["overflow"], same_BB)
         return slots
 
+    if context.steps == 1:
+        return one_step(slots, routing, context.valid_N)
     by_step = jax.tree.map(
         lambda value: value.reshape(-1, context.steps, *value.shape[1:]), (slots, routing, context.valid_N)
     )

@@ -1,7 +1,7 @@
 """Policies that choose the experts of one decode step for all its rows together, so that fewer distinct ones are read.
 
 Each works on the B rows of one step; rows act together where `same_BB` says so. What a row's own policy kept comes in,
-and no row ever keeps more.
+and no row ever keeps more slots than that, though they may hold other experts.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ class Opportunistic(Part):
 
 @dataclasses.dataclass(frozen=True)
 class Budget(Part):
-    """`budget:m`: at most m experts run in a layer, those with the most weight over all rows.
+    """`budget:m`: rows choose among m experts of a layer, those with the most weight over all rows.
 
     The set begins with the best `floor` experts of every row, however many those are, and grows by the experts whose
     mixing weights, summed over the rows, are largest, until it holds m: the greedy choice, which is the best one for a
@@ -58,8 +58,9 @@ class Budget(Part):
 class Reroute(Part):
     """`reroute:k0,s`: an expert that is in no row's best k0 is replaced by the one of those that is most like it.
 
-    It is replaced where their calibrated similarity is at least s, and keeps its own mixing weight; slots of a row that
-    then name one expert merge, and their weights add (similarity-based re-routing, arXiv 2602.07616).
+    It is replaced where their calibrated similarity is at least s, by an expert within the row's reach, and keeps its
+    own mixing weight; slots of a row that then name one expert merge, and their weights add (similarity-based
+    re-routing, arXiv 2602.07616).
     """
 
     kind, form, batch_aware = "reroute", "reroute:3,0.5", True
@@ -100,16 +101,20 @@ def budget(slots: Slots, routing: Routing, m_B: jax.Array, floor_B: jax.Array, s
     """See `Budget`."""
     num_experts = routing.score_NE.shape[1]
     forced_BE = anyone(same_BB, holds(slots, floor_B, num_experts))
-    weight_BE = same_BB.astype(jnp.float32) @ jnp.where(jnp.isfinite(routing.score_NE), routing.mix_NE, 0.0)
+    mix_BE = jnp.where(routing.score_NE > -jnp.inf, routing.mix_NE, 0.0)
+    weight_BE = jnp.matmul(same_BB.astype(jnp.float32), mix_BE, precision=lax.Precision.HIGHEST)
     order_BE = jnp.argsort(jnp.where(forced_BE, -jnp.inf, -weight_BE), axis=1, stable=True)
     rank_BE = jnp.argsort(order_BE, axis=1, stable=True)
     return filled(slots, routing, forced_BE | (rank_BE < m_B[:, None]), m_B < num_experts)
 
 
-def reroute(slots: Slots, k0_B: jax.Array, above_B: jax.Array, similarity_EE: jax.Array, same_BB: jax.Array) -> Slots:
+def reroute(
+    slots: Slots, routing: Routing, k0_B: jax.Array, above_B: jax.Array, similarity_EE: jax.Array, same_BB: jax.Array
+) -> Slots:
     """See `Reroute`."""
     primary_BE = anyone(same_BB, holds(slots, k0_B, len(similarity_EE)))
-    similarity_BKE = jnp.where(primary_BE[:, None, :], similarity_EE[slots.expert_NK], -jnp.inf)
+    target_BE = primary_BE & (routing.score_NE > -jnp.inf)
+    similarity_BKE = jnp.where(target_BE[:, None, :], similarity_EE[slots.expert_NK], -jnp.inf)
     is_primary_BK = jnp.take_along_axis(primary_BE, slots.expert_NK, axis=1)
     replaced_BK = ~is_primary_BK & (similarity_BKE.max(axis=2) >= above_B[:, None]) & slots.keep_NK
     expert_BK = jnp.where(replaced_BK, similarity_BKE.argmax(axis=2).astype(jnp.int32), slots.expert_NK)
@@ -120,8 +125,8 @@ def reroute(slots: Slots, k0_B: jax.Array, above_B: jax.Array, similarity_EE: ja
 
 
 def holds(slots: Slots, count_B: jax.Array, num_experts: int) -> jax.Array:
-    """bool_BE: whether an expert is in one of a row's first so many slots, and kept."""
-    early_BK = slots.keep_NK & (jnp.arange(slots.keep_NK.shape[1])[None] < count_B[:, None])
+    """bool_BE: whether an expert is in one of the first so many slots that a row keeps."""
+    early_BK = slots.keep_NK & (jnp.cumsum(slots.keep_NK, axis=1) <= count_B[:, None])
     return ((slots.expert_NK[:, :, None] == jnp.arange(num_experts)[None, None]) & early_BK[:, :, None]).any(axis=1)
 
 

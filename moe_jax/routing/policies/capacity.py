@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_jax.routing.policies.batch_aware import filled, holds
+from moe_jax.routing.policies.batch_aware import filled
 from moe_jax.routing.policies.part import Model, Part, PerLayer, constant, per_layer, require_between
 from moe_jax.routing.selection import Routing, Slots
 
@@ -46,38 +46,43 @@ def neutral(model: Model) -> dict[str, np.ndarray]:
 
 def capacity(slots: Slots, routing: Routing, gamma_B: jax.Array, overflow_B: jax.Array, same_BB: jax.Array) -> Slots:
     """See `Capacity`; works on the B rows of one step."""
-    num_experts = routing.score_NE.shape[1]
-    asked_BE = holds(slots, jnp.full_like(overflow_B, slots.keep_NK.shape[1]), num_experts)
-    wanted_B = slots.keep_NK.sum(axis=1)
-    room_B = jnp.ceil(gamma_B * (same_BB * wanted_B[None]).sum(axis=1) / num_experts)
-    place_BE = _place(jnp.where(asked_BE, routing.mix_NE, -jnp.inf), asked_BE, same_BB)
-    served_BE = asked_BE & (place_BE < room_B[:, None])
+    num_experts, offers_B = routing.score_NE.shape[1], overflow_B == OVERFLOW.index("next")
+    experts_1E = jnp.arange(num_experts)[None]
+    asked_BKE = (slots.expert_NK[:, :, None] == experts_1E[None]) & slots.keep_NK[:, :, None]
+    asked_BE, wanted_B = asked_BKE.any(axis=1), slots.keep_NK.sum(axis=1)
+    weight_BE = jnp.where(asked_BE, (asked_BKE * slots.mix_NK[:, :, None]).sum(axis=1), routing.mix_NE)
+    share_B = gamma_B * (same_BB * wanted_B[None]).sum(axis=1) / num_experts
+    room_B = jnp.ceil(share_B - 1e-5)  # what rounding has put above a whole number is not above it
+    earlier_BB = jnp.tri(len(same_BB), k=-1, dtype=bool)
+
+    def ahead(one, other, earlier):
+        return (other > one) | ((other == one) & earlier)
+
+    rival_BBE = (
+        same_BB[:, :, None] & asked_BE[None] & ahead(weight_BE[:, None], weight_BE[None], earlier_BB[:, :, None])
+    )
+    served_BE = asked_BE & (rival_BBE.sum(axis=1) < room_B[:, None])
     dropped = slots._replace(keep_NK=slots.keep_NK & jnp.take_along_axis(served_BE, slots.expert_NK, axis=1))
     order_BE = lax.top_k(routing.score_NE, min(2 * slots.keep_NK.shape[1], num_experts))[1]
 
     def ask(rank, served_BE):
-        expert_BE = order_BE[:, rank, None] == jnp.arange(num_experts)[None]
-        short_B = (served_BE.sum(axis=1) < wanted_B) & (rank < 2 * wanted_B) & (overflow_B == OVERFLOW.index("next"))
-        asks_BE = expert_BE & ~asked_BE & short_B[:, None] & (routing.score_NE > -jnp.inf)
+        expert_B = order_BE[:, rank]
+
+        def of_expert(value_BE):
+            return jnp.take_along_axis(value_BE, expert_B[:, None], axis=1)[:, 0]
+
+        short_B = offers_B & (served_BE.sum(axis=1) < wanted_B) & (rank < 2 * wanted_B)
+        asks_B = short_B & ~of_expert(asked_BE) & (of_expert(routing.score_NE) > -jnp.inf)
+        mix_B = of_expert(weight_BE)
+        rival_BB = same_BB & asks_B[None] & (expert_B[:, None] == expert_B[None])
+        place_B = (rival_BB & ahead(mix_B[:, None], mix_B[None], earlier_BB)).sum(axis=1)
         taken_BE = same_BB.astype(jnp.float32) @ served_BE.astype(jnp.float32)
-        place_BE = _place(jnp.where(asks_BE, routing.mix_NE, -jnp.inf), asks_BE, same_BB)
-        return served_BE | (asks_BE & (taken_BE + place_BE < room_B[:, None]))
+        taken_B = of_expert(taken_BE) + place_B < room_B
+        return served_BE | ((asks_B & taken_B)[:, None] & (expert_B[:, None] == experts_1E))
 
-    overflowed_B = (dropped.keep_NK != slots.keep_NK).any(axis=1)
+    overflowed_B = offers_B & (dropped.keep_NK != slots.keep_NK).any(axis=1)
     served_BE = lax.cond(
-        (overflowed_B & (overflow_B == OVERFLOW.index("next"))).any(),
-        lambda: lax.fori_loop(0, order_BE.shape[1], ask, served_BE),
-        lambda: served_BE,
+        overflowed_B.any(), lambda: lax.fori_loop(0, order_BE.shape[1], ask, served_BE), lambda: served_BE
     )
-    offered = filled(slots, routing, served_BE, overflowed_B)
-    return jax.tree.map(
-        lambda new, old: jnp.where((overflow_B == OVERFLOW.index("next"))[:, None], new, old), offered, dropped
-    )
-
-
-def _place(weight_BE: jax.Array, asks_BE: jax.Array, same_BB: jax.Array) -> jax.Array:
-    """int32_BE: how many rows, of those that act together, ask an expert with more weight than this one."""
-    earlier_BB = jnp.tri(len(same_BB), k=-1, dtype=bool)
-    one_B1E, other_1BE = weight_BE[:, None], weight_BE[None]
-    ahead_BBE = (other_1BE > one_B1E) | ((other_1BE == one_B1E) & earlier_BB[:, :, None])
-    return (ahead_BBE & asks_BE[None] & same_BB[:, :, None]).sum(axis=1, dtype=jnp.int32)
+    offered = filled(slots, Routing(routing.score_NE, weight_BE), served_BE, overflowed_B)
+    return jax.tree.map(lambda new, old: jnp.where(overflowed_B[:, None], new, old), offered, dropped)

@@ -51,8 +51,8 @@ class Part:
 
 
 def require_counts(*values: int) -> None:
-    """Refuses numbers of experts below 1."""
-    if min(values) < 1:
+    """Refuses numbers of experts below 1, or that no model has."""
+    if min(values) < 1 or max(values) >= 2**31:
         raise ValueError("wanted whole numbers of at least 1")
 
 
