@@ -38,6 +38,8 @@ def _say_once() -> None:
     def without_orbax(hook):
         def filtered(arguments):
             files = [frame.f_code.co_filename for frame, _ in traceback.walk_tb(arguments.exc_traceback)]
+            unfinished = getattr(getattr(arguments, "object", None), "cr_code", None)  # a coroutine that is thrown away
+            files += [unfinished.co_filename] if unfinished else []
             parts = [pathlib.Path(file).parts for file in files]
             if not any("orbax" in part for part in parts) and not (parts and all("asyncio" in part for part in parts)):
                 hook(arguments)

@@ -2,12 +2,16 @@
 
 import os
 import shutil
+import sys
+import threading
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.checkpoint import orbax
 from moe_jax.checkpoint.orbax import Checkpoints
 from tests.faults import launched
 
@@ -62,6 +66,20 @@ def test_what_is_read_back_is_what_was_saved_or_refused(saved, tmp_path, capfd, 
         checkpoints.close()
     assert refused >= 4
     assert "Traceback" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("file", "told"), [("/lib/orbax/reading.py", 0), ("/lib/moe_jax/reading.py", 1)])
+def test_what_orbax_leaves_unfinished_is_not_told(monkeypatch, file, told):
+    """Its event loop ends with the first failure; coroutines that still wait are thrown away, without a traceback."""
+    seen, code = [], {}
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
+    monkeypatch.setattr(sys, "unraisablehook", seen.append)
+    orbax._say_once()
+    exec(compile("async def read(): pass", file, "exec"), code)
+    unfinished = code["read"]()
+    sys.unraisablehook(types.SimpleNamespace(exc_traceback=None, object=unfinished))
+    unfinished.close()
+    assert len(seen) == told
 
 
 def test_without_the_damaged_one_the_earlier_one_is_read(saved, tmp_path):
