@@ -32,11 +32,12 @@ def main(run: command.Command) -> None:
     from moe_jax.engine.request import execution_of
     from moe_jax.evaluation import concurrent
     from moe_jax.evaluation.journal import Journal, identity
+    from moe_jax.report import frontier_result
     from moe_jax.report.frontier_page import page
     from moe_jax.report.frontier_table import table, to_csv
     from moe_jax.routing import calibration as calibrations
-    from moe_jax.study import frontier as frontiers
     from moe_jax.study import sweep as study
+    from moe_jax.study.frontier import Frontier
     from moe_jax.text.corpus import load_held_out
     from moe_jax.text.tokenizer import encode_documents, load_tokenizer
 
@@ -70,7 +71,7 @@ def main(run: command.Command) -> None:
             progress.set_description("speed")
             subject, in_words = subject_of(config, timed, model, execution)
             speeds = study.measure_speed(subject, compared, qualities, **shared)
-    found = frontiers.Frontier(
+    found = Frontier(
         study.points(windows, compared, qualities, speeds, architecture),
         f"{config.model.path}, {config.model.dtype}, {len(windows.bytes_J)} windows of {sweep.context} tokens "
         f"({windows.bytes_J.sum() / 1e3:.0f} kB) of {config.text.held_out}",
@@ -79,7 +80,7 @@ def main(run: command.Command) -> None:
     )
     files.write_atomically(run.out / "frontier.csv", to_csv(found))
     files.write_atomically(run.out / "frontier.html", page(found))
-    run.finish(figures_of(frontiers.choices(found)), rows=rows_of(found), text=table(found))
+    run.finish(frontier_result.figures(found), rows=frontier_result.rows(found), text=table(found))
     journal.forget()
 
 
@@ -120,44 +121,6 @@ def subject_of(config, timed, model, execution):
     engine = Engine(random_params(timed.architecture, dtype, config.run.seed), None, ())
     timed_execution = dataclasses.replace(execution, architecture=timed.architecture)
     return Subject(engine, timed_execution), f"random weights of the shape of {routed}"
-
-
-def figures_of(choices) -> dict:
-    """The figures of result.json: what the recommended policies gain, and the best uniform k."""
-    figures = {}
-    for choice in choices:
-        for name, point in (("best", choice.best), ("uniform", choice.uniform)):
-            key = f"{name}_gain_at_{choice.concurrency}_for_{1e3 * choice.limit:.0f}_per_mille"
-            gain, increase = point.speed.gain, point.quality.increase
-            figures[key] = {"value": gain.value, "unit": "1", "quartiles": gain.ci95, "policy": point.policy}
-            figures[key] |= {"bits_per_byte_increase": increase.value, "bits_per_byte_increase_ci95": increase.ci95}
-    return figures
-
-
-def rows_of(frontier) -> list[dict]:
-    """The rows of result.json: a policy at a load."""
-    rows = []
-    for point in frontier.points:
-        quality, speed = point.quality, point.speed
-        figures = {
-            "bits_per_byte": {
-                "value": quality.bits_per_byte.value,
-                "unit": "bit/byte",
-                "ci95": quality.bits_per_byte.ci95,
-            },
-            "bits_per_byte_increase": {"value": quality.increase.value, "unit": "1", "ci95": quality.increase.ci95},
-            "experts_per_token": {"value": quality.experts_per_token, "unit": "experts"},
-            "distinct_experts_per_layer_step": {"value": quality.distinct_experts, "unit": "experts"},
-            "decode_tokens_per_s": {"value": speed.tokens_per_s, "unit": "tokens/s"},
-            "throughput_gain": {"value": speed.gain.value, "unit": "1", "quartiles": speed.gain.ci95},
-            "bytes": {"value": speed.bytes, "unit": "bytes"},
-        }
-        if point.rival is not None:
-            difference = point.rival.difference
-            figures["bits_per_byte_over_rival"] = {"value": difference.value, "unit": "1", "ci95": difference.ci95}
-        rival = None if point.rival is None else point.rival.policy
-        rows.append({"policy": point.policy, "concurrency": point.concurrency, "rival": rival, "figures": figures})
-    return rows
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ class SweepConfig:
     timed_config: str = ""  # a config whose model is timed, random where it has no path; "": the model itself
     cached_tokens: int = 64  # of each row, in the cache of a timed step
     rounds: int = 5  # in each, every policy has its turn at every load
-    steps: int = 2  # of a policy in its turn
+    steps: int = 2  # of a policy in its turn, with 16 rows or more; fewer rows take more, see `steps_at`
 
     def __post_init__(self):
         require(len(self.policies) > 0, "sweep.policies", self.policies, "at least one policy")
@@ -186,6 +186,11 @@ class SweepConfig:
         for rows in map(side_by_side, loads):
             wanted = f"a multiple of the {rows} rows that are read side by side at one of sweep.concurrencies"
             require(self.windows % rows == 0, "sweep.windows", self.windows, wanted)
+
+
+def steps_at(config: SweepConfig, concurrency: int) -> int:
+    """Steps of a policy in its turn: with few rows they are short, so that more of them are needed and can be had."""
+    return config.steps * max(1, 16 // concurrency)
 
 
 def side_by_side(concurrency: int) -> int:

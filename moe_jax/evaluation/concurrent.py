@@ -99,7 +99,7 @@ def distinct_at(chosen_LJTK: np.ndarray, concurrency: int) -> float:
     return float(distinct_experts(by_step.reshape(layers * (windows // concurrency) * length, concurrency, -1)).mean())
 
 
-def steps_at(chosen_LJTK: np.ndarray, concurrency: int, count: int) -> np.ndarray:
+def steps_of(chosen_LJTK: np.ndarray, concurrency: int, count: int) -> np.ndarray:
     """chosen_SLBK of so many decode steps of so many rows, evenly over the groups of rows and over the text."""
     groups, length = chosen_LJTK.shape[1] // concurrency, chosen_LJTK.shape[2]
     place_S = (np.arange(count) + 0.5) / count

@@ -11,7 +11,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from moe_jax.report.frontier_table import gain_text, increase_text
-from moe_jax.study.frontier import LIMITS, Point, is_uniform
+from moe_jax.study.frontier import LIMITS, Point
 
 CEILING = 0.1  # a policy that is worse than that is named below the chart, and would squeeze all others in it
 SHAPES = {  # of the marks, by what decides: one number, the layer, the token, or the rows of a step together
@@ -101,7 +101,7 @@ def chart(points: Sequence[Point], numbers: dict[str, int], recommended: Collect
     best, bounds = front(drawn), _bounds(drawn)
     drawn.sort(key=lambda point: (point in best, point.policy in recommended))  # the last lies on top
     named = sorted(
-        (point for point in drawn if point in best or point.policy in recommended or is_uniform(point.policy)),
+        (point for point in drawn if point in best or point.policy in recommended or point.uniform),
         key=lambda point: (point.policy not in recommended, point not in best),
     )
     uniform, stairs = _uniform(drawn, bounds), _stairs(best, bounds)
@@ -150,7 +150,7 @@ def _round_steps(low: float, high: float) -> list[float]:
 
 def _uniform(points: Sequence[Point], bounds: Bounds) -> list[tuple[float, float]]:
     """The corners of the line through uniform k."""
-    uniform = [point for point in points if is_uniform(point.policy)]
+    uniform = [point for point in points if point.uniform]
     return [bounds.at(point) for point in sorted(uniform, key=lambda point: -point.quality.experts_per_token)]
 
 
@@ -208,8 +208,11 @@ class _Box(NamedTuple):
 
 def short(policy: str) -> str:
     """A spec as its label in a chart: `k=4` for uniform k, and the beginning of a long one."""
-    if is_uniform(policy):
-        return "full" if policy == "model" else policy.replace("topk:", "k=")
+    kind, _, k = policy.partition(":")
+    if kind == "topk" and k.isdigit():
+        return f"k={k}"
+    if policy == "model":
+        return "full"
     return policy if len(policy) <= _LONGEST_LABEL else policy[: _LONGEST_LABEL - 1] + "…"
 
 

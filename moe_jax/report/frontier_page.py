@@ -9,7 +9,7 @@ from html import escape
 
 from moe_jax.evaluation.intervals import Estimate
 from moe_jax.report.frontier_chart import CEILING, chart, mark
-from moe_jax.report.frontier_table import signed
+from moe_jax.report.frontier_table import signed, with_interval
 from moe_jax.study.frontier import LIMITS, Choice, Frontier, Point, choices
 
 _PICKED = """
@@ -115,7 +115,10 @@ def _recommended_row(choice: Choice, most: float, numbers: dict[str, int]) -> st
         f'<i class="{name}" style="width:{max(0, point.speed.gain.value) / most:.1%}"></i>'
         for name, point in (("ours", best), ("base", uniform))
     )
-    beside = f"<code>{escape(uniform.policy)}</code> {_estimate(uniform.speed.gain)}" if uniform != best else "the same"
+    beside = "the same"
+    if uniform != best:
+        ahead = f"<small>recommended over it: {with_interval(choice.over_uniform)}</small>"
+        beside = f"<code>{escape(uniform.policy)}</code> {_estimate(uniform.speed.gain)} {ahead}"
     return (
         f'<tr class="p{numbers[best.policy]}">'
         f'<td class="number load"><span class=unit>concurrency</span> {choice.concurrency}</td>'

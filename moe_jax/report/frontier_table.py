@@ -76,11 +76,13 @@ def table(frontier: Frontier) -> str:
 
 
 def _choices_table(chosen: Sequence[Choice]) -> str:
-    lines = ["| concurrency | at most worse | policy | gain | more bits per byte | uniform | gain |", "|--:" * 7 + "|"]
+    lines = ["| concurrency | at most worse | policy | gain | more bits per byte | uniform | gain | over it |"]
+    lines.append("|--:" * 8 + "|")
     for choice in chosen:
         lines.append(
             f"| {choice.concurrency} | {choice.limit:.1%} | `{choice.best.policy}` | {gain_text(choice.best)} | "
-            f"{increase_text(choice.best)} | `{choice.uniform.policy}` | {gain_text(choice.uniform)} |"
+            f"{increase_text(choice.best)} | `{choice.uniform.policy}` | {gain_text(choice.uniform)} | "
+            f"{with_interval(choice.over_uniform)} |"
         )
     return "\n".join(lines)
 

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from moe_jax.evaluation.intervals import Estimate
 
 LIMITS = (0.005, 0.02)  # how much worse than the full model a recommended policy may be
@@ -22,6 +24,7 @@ class Speed(NamedTuple):
     """How fast a decode step of the timed model is."""
 
     quartiles_ms: tuple[float, float, float]
+    rounds_ms: tuple[float, ...]  # mean of each round's steps
     tokens_per_s: float  # of all rows together, at the median
     gain: Estimate  # of throughput over the full model's in the same rounds: 0.1 is 10% more; the interval: quartiles
     bytes: float  # that a step has to read and write at the least
@@ -40,6 +43,7 @@ class Point(NamedTuple):
     """One policy at one load."""
 
     policy: str  # its spec
+    uniform: bool  # it keeps the same number of experts in every layer, for every token and load
     concurrency: int  # rows of a decode step
     quality: Quality
     speed: Speed
@@ -47,12 +51,13 @@ class Point(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The fastest policy at a load that is at most so much worse, beside the fastest uniform k that is."""
+    """The fastest policy at a load that is at most so much worse, beside the fastest uniform one that is."""
 
     concurrency: int
     limit: float  # on the upper end of the interval of `Quality.increase`
     best: Point
-    uniform: Point  # of `model` and `topk:k`
+    uniform: Point
+    over_uniform: Estimate  # throughput of the best over that of the uniform, as `Speed.gain`
 
 
 class Frontier(NamedTuple):
@@ -64,12 +69,6 @@ class Frontier(NamedTuple):
     machine: str
 
 
-def is_uniform(policy: str) -> bool:
-    """Whether a spec keeps the same number of experts in every layer, for every token and load."""
-    kind = policy.partition(":")[0]
-    return policy == "model" or (kind == "topk" and "+" not in policy)
-
-
 def choices(frontier: Frontier) -> list[Choice]:
     """The recommended policy of every load and limit."""
     found = []
@@ -77,9 +76,16 @@ def choices(frontier: Frontier) -> list[Choice]:
         at_load = [point for point in frontier.points if point.concurrency == concurrency]
         for limit in LIMITS:
             allowed = [point for point in at_load if point.quality.increase.ci95[1] <= limit]
-            uniform = [point for point in allowed if is_uniform(point.policy)]
-            found.append(Choice(concurrency, limit, _fastest(allowed), _fastest(uniform)))
+            best, uniform = _fastest(allowed), _fastest([point for point in allowed if point.uniform])
+            over_uniform = gain(best.speed.rounds_ms, uniform.speed.rounds_ms)
+            found.append(Choice(concurrency, limit, best, uniform, over_uniform))
     return found
+
+
+def gain(rounds_ms: Sequence[float], reference_ms: Sequence[float]) -> Estimate:
+    """How much more throughput than a reference's in the same rounds, a fraction: median, and quartiles of rounds."""
+    first, median, third = np.percentile(np.divide(reference_ms, rounds_ms) - 1, (25, 50, 75)).tolist()
+    return Estimate(median, (first, third))
 
 
 def _fastest(points: Sequence[Point]) -> Point:

@@ -6,10 +6,10 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_jax.config.architecture import Architecture
-from moe_jax.config.schema import SweepConfig, side_by_side
+from moe_jax.config.schema import SweepConfig, side_by_side, steps_at
 from moe_jax.engine.generate import Engine
 from moe_jax.evaluation import concurrent
-from moe_jax.evaluation.intervals import Estimate, paired_ratio, ratio
+from moe_jax.evaluation.intervals import paired_ratio, ratio
 from moe_jax.evaluation.journal import Journal
 from moe_jax.model.decoder import Execution, Params
 from moe_jax.routing.calibration import Calibration
@@ -82,7 +82,8 @@ def measure_quality(
                 part = {"bits_J": seen.bits_J, "kept_L": kept_L}
                 for load in at:
                     part[f"distinct_{load}"] = concurrent.distinct_at(seen.chosen_LJTK, load)
-                    part[f"chosen_{load}"] = concurrent.steps_at(seen.chosen_LJTK, load, config.rounds * config.steps)
+                    count = config.rounds * steps_at(config, load)
+                    part[f"chosen_{load}"] = concurrent.steps_of(seen.chosen_LJTK, load, count)
                 return part
 
             part = journal.once(f"quality-{number:02d}-{at[0]:04d}", compute)
@@ -116,10 +117,10 @@ def measure_speed(
         return ready[rows]
 
     for turn in range(config.rounds):
-        steps = slice(turn * config.steps, (turn + 1) * config.steps)
         for rows in config.concurrencies:
 
-            def compute(rows=rows, steps=steps, turn=turn):
+            def compute(rows=rows, turn=turn):
+                steps = slice(turn * steps_at(config, rows), (turn + 1) * steps_at(config, rows))
                 others = np.random.default_rng((turn, rows)).permutation(np.arange(1, len(compared)))
                 order = [0, *others.tolist(), 0]
                 turns = [(compared[number], qualities[number, rows]["chosen_SLBK"][steps]) for number in order]
@@ -139,11 +140,17 @@ def measure_speed(
 
 def _speed(seconds_RPS: np.ndarray, number: int, rows: int, bytes_moved: float, quality) -> frontier.Speed:
     quartiles_ms = np.percentile(1e3 * seconds_RPS[:, number], (25, 50, 75)).tolist()
-    full_R = seconds_RPS[:, [0, -1]].mean(axis=(1, 2))
-    first, median, third = np.percentile(full_R / seconds_RPS[:, number].mean(axis=1) - 1, (25, 50, 75)).tolist()
-    gain = Estimate(median, (first, third)) if number else Estimate(0.0, (0.0, 0.0))
+    full_R = 1e3 * seconds_RPS[:, [0, -1]].mean(axis=(1, 2))
+    round_R = 1e3 * seconds_RPS[:, number].mean(axis=1) if number else full_R
     distinct = np.mean([loads.distinct_experts(chosen_LBK).mean() for chosen_LBK in quality["chosen_SLBK"]])
-    return frontier.Speed(tuple(quartiles_ms), 1e3 * rows / quartiles_ms[1], gain, bytes_moved, float(distinct))
+    return frontier.Speed(
+        tuple(quartiles_ms),
+        tuple(round_R.tolist()),
+        1e3 * rows / quartiles_ms[1],
+        frontier.gain(round_R, full_R),
+        bytes_moved,
+        float(distinct),
+    )
 
 
 def points(
@@ -171,6 +178,7 @@ def points(
     return [
         frontier.Point(
             compared[number].spec,
+            number in uniform,
             load,
             frontier.Quality(
                 ratio(bits[number, load], bytes_of),

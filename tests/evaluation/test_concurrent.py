@@ -84,7 +84,7 @@ def test_distinct_experts_are_counted_over_the_rows_of_a_step():
 
 def test_steps_to_replay_are_those_of_groups():
     chosen_LJTK = np.arange(2 * 8 * LENGTH * 3).reshape(2, 8, LENGTH, 3)
-    steps_SLBK = concurrent.steps_at(chosen_LJTK, 4, 4)
+    steps_SLBK = concurrent.steps_of(chosen_LJTK, 4, 4)
     for number, (group, at) in enumerate([(0, 1), (1, 3), (0, 5), (1, 7)]):
         np.testing.assert_array_equal(steps_SLBK[number], chosen_LJTK[:, group * 4 : group * 4 + 4, at])
 

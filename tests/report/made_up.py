@@ -28,6 +28,7 @@ POLICIES = {
     "capacity:1.25": (7.1, 1.2, 1.0),
     "topk:6+ratio:0.4": (4.0, 0.68, 0.95),
 }
+UNIFORM = ("model", "topk:6", "topk:5", "topk:4", "topk:3", "topk:2", "topk:1")
 OF_THE_BATCH = ("opportunistic", "budget", "reroute", "capacity")  # at one row they keep everything
 
 
@@ -42,8 +43,9 @@ def frontier(num_layers: int = 5, policies: dict = POLICIES, loads: tuple = LOAD
                 kept, relative, share = FULL + (kept - FULL) * mix, relative * mix, 1 + (share - 1) * mix
             shares_L, of_policy = _shares(policy, num_layers), np.random.default_rng(number)
             quality = _quality(kept, relative, _distinct(kept, rows) * share, shares_L, of_policy)
-            rival = None if policy.startswith(("model", "topk")) else Rival("model", FULL, quality.increase)
-            points.append(Point(policy, rows, quality, _speed(quality.distinct_experts, rows, random), rival))
+            speed = _speed(quality.distinct_experts, rows, random)
+            rival = None if policy in UNIFORM else Rival("model", FULL, quality.increase)
+            points.append(Point(policy, rival is None, rows, quality, speed, rival))
     return Frontier(
         points,
         "the demo model (64 experts, 8 active, 5 MoE layers) on 60 held-out Python files, 0.41 MB",
@@ -92,5 +94,10 @@ def _speed(distinct, rows, random) -> Speed:
     interval = (gain - 0.012, gain + 0.009) if gain else (0.0, 0.0)
     quartiles = (median * 0.985, median, median * 1.03)
     return Speed(
-        quartiles, rows / median * 1e3, Estimate(gain, interval), float(_bytes(distinct * 0.97)), float(distinct * 0.97)
+        quartiles,
+        quartiles,
+        rows / median * 1e3,
+        Estimate(gain, interval),
+        float(_bytes(distinct * 0.97)),
+        float(distinct * 0.97),
     )

@@ -6,7 +6,7 @@ import io
 import pytest
 
 from moe_jax.evaluation.intervals import Estimate
-from moe_jax.report.frontier_table import gain_text, increase_text, signed, table, to_csv
+from moe_jax.report.frontier_table import gain_text, increase_text, signed, table, to_csv, with_interval
 from moe_jax.study.frontier import choices
 from tests.report import made_up
 
@@ -55,7 +55,8 @@ def test_table_has_every_choice_and_every_gain():
     for line, choice in zip(lines, choices(FRONTIER), strict=True):
         best, uniform = choice.best, choice.uniform
         assert line[:3] == [str(choice.concurrency), f"{choice.limit:.1%}", best.policy]
-        assert line[3:] == [gain_text(best), increase_text(best), uniform.policy, gain_text(uniform)]
+        ahead = with_interval(choice.over_uniform)
+        assert line[3:] == [gain_text(best), increase_text(best), uniform.policy, gain_text(uniform), ahead]
     lines = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in gains.split("\n")[2:]]
     assert [line[0] for line in lines] == list(made_up.POLICIES)
     found = {(line[0], load): gain for line in lines for load, gain in zip(made_up.LOADS, line[1:], strict=True)}

@@ -1,0 +1,44 @@
+"""A frontier as figures and rows of result.json."""
+
+from moe_jax.study.frontier import Frontier, choices
+
+
+def figures(frontier: Frontier) -> dict[str, dict]:
+    """What the recommended policies gain, and the best uniform k."""
+    found = {}
+    for choice in choices(frontier):
+        where = f"at_{choice.concurrency}_for_{1e3 * choice.limit:.0f}_per_mille"
+        for name, point in (("best", choice.best), ("uniform", choice.uniform)):
+            key = f"{name}_gain_{where}"
+            gain, increase = point.speed.gain, point.quality.increase
+            found[key] = {"value": gain.value, "unit": "1", "quartiles": gain.ci95, "policy": point.policy}
+            found[key] |= {"bits_per_byte_increase": increase.value, "bits_per_byte_increase_ci95": increase.ci95}
+        over = choice.over_uniform
+        found[f"best_over_uniform_{where}"] = {"value": over.value, "unit": "1", "quartiles": over.ci95}
+    return found
+
+
+def rows(frontier: Frontier) -> list[dict]:
+    """Every point: a policy at a load."""
+    found = []
+    for point in frontier.points:
+        quality, speed = point.quality, point.speed
+        figures = {
+            "bits_per_byte": {
+                "value": quality.bits_per_byte.value,
+                "unit": "bit/byte",
+                "ci95": quality.bits_per_byte.ci95,
+            },
+            "bits_per_byte_increase": {"value": quality.increase.value, "unit": "1", "ci95": quality.increase.ci95},
+            "experts_per_token": {"value": quality.experts_per_token, "unit": "experts"},
+            "distinct_experts_per_layer_step": {"value": quality.distinct_experts, "unit": "experts"},
+            "decode_tokens_per_s": {"value": speed.tokens_per_s, "unit": "tokens/s"},
+            "throughput_gain": {"value": speed.gain.value, "unit": "1", "quartiles": speed.gain.ci95},
+            "bytes": {"value": speed.bytes, "unit": "bytes"},
+        }
+        if point.rival is not None:
+            difference = point.rival.difference
+            figures["bits_per_byte_over_rival"] = {"value": difference.value, "unit": "1", "ci95": difference.ci95}
+        rival = None if point.rival is None else point.rival.policy
+        found.append({"policy": point.policy, "concurrency": point.concurrency, "rival": rival, "figures": figures})
+    return found
