@@ -65,6 +65,17 @@ def test_native_hands_out_its_float32_sums(dtype):
     assert_close(got, exact, "float32")
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("depth", [7, 530, 2100])
+@pytest.mark.parametrize("columns", [5, 49, 100])
+def test_native_packs_what_fills_no_block(columns, depth, dtype):
+    rng, sizes = np.random.default_rng(0), np.array([3, 40, 0, 13, 12, 150], np.int32)
+    rows = rng.standard_normal((sizes.sum() + 2, depth)).astype(dtype)
+    weights = rng.standard_normal((2, len(sizes), columns, depth)).astype(dtype)
+    got = native.forward(rows, weights, sizes, 1)
+    assert_close(got, reference.forward(rows, weights, sizes, 1), dtype)
+
+
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_gradients(implementation, case):

@@ -1,8 +1,10 @@
 // Grouped matmul for CPUs: out[s, f] = sum over d of rows[s, d] * weights[layer, expert of s, f, d].
 //
-// Rows and columns of weights both lie along d, so nothing is packed or copied: a small block of outputs is held in
-// registers while d goes by. Work is cut into pieces (an expert, a panel of its rows, a chunk of its columns) that the
-// calling thread and XLA's own pool take from one counter. Compiled for the machine at hand (kernels/compiled.py).
+// Work is cut into pieces (an expert, a panel of its rows, a chunk of its columns) that the calling thread and XLA's own
+// pool take from one counter. Rows and columns of weights both lie along d. A piece of few rows is bound by memory: it
+// packs nothing, lanes run along d, and a small block of outputs is held in registers while d goes by (`Few`). One of
+// many is bound by arithmetic: its columns are turned around once, lanes run along them, and numbers of rows are
+// broadcast (`Many`). Compiled for the machine at hand (kernels/compiled.py).
 
 #include <algorithm>
 #include <atomic>
@@ -24,9 +26,14 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int kLanes = 16;
-constexpr int64_t kPanelBytes = 1 << 19;  // of rows: they stay in the second-level cache while columns go by
-constexpr int64_t kChunk = 48;            // columns of a piece
-constexpr int kColumns = 6;               // of a block: with 4 rows they fill the 32 registers of AVX-512
+constexpr int64_t kPanel = 128;      // rows of a piece
+constexpr int64_t kFewChunk = 48;    // columns of a piece of few rows
+constexpr int64_t kManyChunk = 96;   // and of one of many
+constexpr int kFewColumns = 6;       // of a block: with 4 rows they fill the 32 registers of AVX-512
+constexpr int kManyRows = 8;         // of a block: with 3 vectors of columns they fill them too
+constexpr int kVectors = 3;
+constexpr int64_t kManyColumns = kVectors * kLanes;
+constexpr int64_t kWords = 512;      // along d, packed at once: they stay in the second-level cache
 
 typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2)));
@@ -48,6 +55,9 @@ struct Float16 {
   using Pack = Floats;
   static constexpr int kStep = kLanes;
   static Pack Load(const Number* from) {
+#ifdef __AVX512F__
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#endif
     return __builtin_convertvector(*reinterpret_cast<const Float16s*>(from), Floats);
   }
   static void Add(Floats& sums, const Pack& a, const Pack& b) { sums += a * b; }
@@ -79,6 +89,14 @@ struct BFloat16 {
   }
 };
 
+// Whether a pack holds numbers as they are stored, rather than widened.
+template <typename T>
+constexpr bool kAsStored = T::kStep * sizeof(typename T::Number) == sizeof(typename T::Pack);
+
+// Rows of a piece from which packing its columns pays: sooner where that spares widening them for every 4 rows.
+template <typename T>
+constexpr int64_t kMany = kAsStored<T> ? 32 : 16;
+
 inline float Sum(Floats x) {
 #ifdef __AVX512F__
   return _mm512_reduce_add_ps((__m512)x);
@@ -97,7 +115,7 @@ typename T::Pack LoadTail(const typename T::Number* from, int64_t count) {
   return T::Load(padded);
 }
 
-// kRows x kColumns outputs; rows and columns are `depth` numbers long and as far apart.
+// Few rows. kRows x kColumns outputs; rows and columns are `depth` numbers long and as far apart.
 template <typename T, typename Out, int kRows, int kColumns>
 void Block(const typename T::Number* rows, const typename T::Number* columns, int64_t depth,
            typename Out::Number* out, int64_t out_stride) {
@@ -129,13 +147,148 @@ void Block(const typename T::Number* rows, const typename T::Number* columns, in
 }
 
 template <typename T, typename Out, int kColumns>
-void Rows(const typename T::Number* rows, int64_t num_rows, const typename T::Number* columns, int64_t depth,
+void FewRows(const typename T::Number* rows, int64_t num_rows, const typename T::Number* columns, int64_t depth,
           typename Out::Number* out, int64_t out_stride) {
   for (; num_rows >= 4; num_rows -= 4, rows += 4 * depth, out += 4 * out_stride)
     Block<T, Out, 4, kColumns>(rows, columns, depth, out, out_stride);
   if (num_rows == 3) Block<T, Out, 3, kColumns>(rows, columns, depth, out, out_stride);
   if (num_rows == 2) Block<T, Out, 2, kColumns>(rows, columns, depth, out, out_stride);
   if (num_rows == 1) Block<T, Out, 1, kColumns>(rows, columns, depth, out, out_stride);
+}
+
+template <typename T, typename Out>
+void Few(const typename T::Number* rows, int64_t num_rows, const typename T::Number* columns, int64_t num_columns,
+         int64_t depth, typename Out::Number* out, int64_t out_stride) {
+  for (; num_columns >= kFewColumns; num_columns -= kFewColumns, columns += kFewColumns * depth, out += kFewColumns)
+    FewRows<T, Out, kFewColumns>(rows, num_rows, columns, depth, out, out_stride);
+  for (; num_columns > 0; num_columns--, columns += depth, out++)
+    FewRows<T, Out, 1>(rows, num_rows, columns, depth, out, out_stride);
+}
+
+template <typename T>
+Words LoadWords(const typename T::Number* from, int64_t count) {
+  return (Words)(count >= T::kStep ? T::Load(from) : LoadTail<T>(from, std::max<int64_t>(0, count)));
+}
+
+// Of two vectors one behind the other, the lanes that make up the new ones where blocks of `kSize` lanes change places.
+template <int kSize>
+struct Swapped {
+  alignas(64) uint32_t low[kLanes] = {}, high[kLanes] = {};
+  constexpr Swapped() {
+    for (int lane = 0; lane < kLanes; lane++) {
+      low[lane] = lane & kSize ? kLanes + lane - kSize : lane;
+      high[lane] = lane & kSize ? kLanes + lane : lane + kSize;
+    }
+  }
+};
+
+inline Words Pick(const Words& a, const Words& b, const uint32_t* lanes) {
+#ifdef __AVX512F__
+  return (Words)_mm512_permutex2var_epi32((__m512i)a, _mm512_load_si512(lanes), (__m512i)b);
+#endif
+  Words picked;
+  for (int lane = 0; lane < kLanes; lane++) picked[lane] = (lanes[lane] < kLanes ? a : b)[lanes[lane] % kLanes];
+  return picked;
+}
+
+// x[i][j] becomes x[j][i]: blocks of 1 lane change places, then of 2, 4 and 8.
+template <int kSize = 1>
+inline void Transpose(Words x[kLanes]) {
+  static constexpr Swapped<kSize> swapped;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; i++) {
+    if (i & kSize) continue;
+    const Words a = x[i], b = x[i + kSize];
+    x[i] = Pick(a, b, swapped.low);
+    x[i + kSize] = Pick(a, b, swapped.high);
+  }
+  if constexpr (2 * kSize < kLanes) Transpose<2 * kSize>(x);
+}
+
+// Adds the products of kRows rows and packed columns to their sums, kVectors of a row.
+template <typename T, int kRows>
+void Tile(const uint32_t* rows, int64_t stride, const Words* columns, int64_t words, Floats* sums) {
+  Floats tile[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; v++) tile[r][v] = sums[r * kVectors + v];
+  for (int64_t word = 0; word < words; word++, columns += kVectors) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++) {
+      const Words row = Words{} + rows[r * stride + word];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; v++) T::Add(tile[r][v], (typename T::Pack)row, (typename T::Pack)columns[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; v++) sums[r * kVectors + v] = tile[r][v];
+}
+
+// What a thread packs into: words of rows along d, of columns across it, and the sums of both.
+struct Packed {
+  alignas(64) uint32_t rows[kPanel * kWords];
+  alignas(64) Words columns[kWords * kVectors];
+  alignas(64) Floats sums[kManyChunk / kManyColumns][kPanel * kVectors];
+};
+
+template <typename T>
+void PackColumns(const typename T::Number* columns, int64_t num_columns, int64_t depth, int64_t count, Words* to) {
+  for (int v = 0; v < kVectors; v++)
+    for (int64_t d = 0, word = 0; d < count; d += T::kStep, word += kLanes) {
+      Words turned[kLanes];
+      for (int c = 0; c < kLanes; c++) {
+        const int64_t column = v * kLanes + c;
+        turned[c] = column < num_columns ? LoadWords<T>(columns + column * depth + d, count - d) : Words{};
+      }
+      Transpose(turned);
+      for (int i = 0; i < kLanes; i++) to[(word + i) * kVectors + v] = turned[i];
+    }
+}
+
+template <typename T, typename Out>
+void Many(const typename T::Number* rows, int64_t num_rows, const typename T::Number* columns, int64_t num_columns,
+          int64_t depth, typename Out::Number* out, int64_t out_stride) {
+  static thread_local std::unique_ptr<Packed> kept;
+  if (!kept) kept = std::make_unique<Packed>();
+  Packed& packed = *kept;
+  for (auto& sums : packed.sums) std::fill_n(sums, num_rows * kVectors, Floats{});
+  constexpr int64_t kNumbers = kWords / kLanes * T::kStep, kWordBytes = 4;
+  for (int64_t first = 0; first < depth; first += kNumbers) {
+    const int64_t count = std::min(kNumbers, depth - first);
+    const int64_t words = (count + T::kStep - 1) / T::kStep * kLanes;
+    const uint32_t* packed_rows = packed.rows;
+    int64_t stride = kWords;
+    if (kAsStored<T> && count % T::kStep == 0 && depth * sizeof(*rows) % kWordBytes == 0) {
+      packed_rows = reinterpret_cast<const uint32_t*>(rows + first);  // words as they lie
+      stride = depth * sizeof(*rows) / kWordBytes;
+    } else {
+      for (int64_t r = 0; r < num_rows; r++)
+        for (int64_t d = 0, word = 0; d < count; d += T::kStep, word += kLanes)
+          *reinterpret_cast<Words*>(packed.rows + r * kWords + word) =
+              LoadWords<T>(rows + r * depth + first + d, count - d);
+    }
+    for (int64_t column = 0; column < num_columns; column += kManyColumns) {
+      Floats* sums = packed.sums[column / kManyColumns];
+      PackColumns<T>(columns + column * depth + first, num_columns - column, depth, count, packed.columns);
+      int64_t r = 0;
+      const auto tiles = [&](auto some) {
+        for (; r + some <= num_rows; r += some)
+          Tile<T, some>(packed_rows + r * stride, stride, packed.columns, words, sums + r * kVectors);
+      };
+      tiles(std::integral_constant<int, kManyRows>());
+      tiles(std::integral_constant<int, 4>());
+      tiles(std::integral_constant<int, 1>());
+    }
+  }
+  for (int64_t r = 0; r < num_rows; r++)
+    for (int64_t column = 0; column < num_columns; column++) {
+      const int64_t at = column % kManyColumns;
+      const Floats& sums = packed.sums[column / kManyColumns][r * kVectors + at / kLanes];
+      Out::Store(out + r * out_stride + column, sums[at % kLanes]);
+    }
 }
 
 struct Piece {
@@ -159,16 +312,16 @@ ffi::Error Multiply(ffi::ThreadPool& pool, const ffi::AnyBuffer& rows, const ffi
   const Number* rows_data = static_cast<const Number*>(rows.untyped_data());
   const Number* stack = static_cast<const Number*>(weights.untyped_data()) + layer * num_experts * num_columns * depth;
   typename Out::Number* out_data = static_cast<typename Out::Number*>(out->untyped_data());
-  const int64_t panel = std::max<int64_t>(4, kPanelBytes / (depth * sizeof(Number)) / 4 * 4);
 
   auto work = std::make_shared<Work>();
   int64_t first = 0;
   for (int64_t expert = 0; expert < num_experts; expert++) {
     const int64_t last = std::min<int64_t>(num_rows, first + std::max(0, group_sizes[expert]));
-    for (int64_t row = first; row < last; row += panel)
-      for (int64_t column = 0; column < num_columns; column += kChunk)
-        work->pieces.push_back({row, std::min(panel, last - row), expert, column,
-                                std::min(kChunk, num_columns - column)});
+    for (int64_t row = first; row < last; row += kPanel) {
+      const int64_t taken = std::min(kPanel, last - row), chunk = taken < kMany<T> ? kFewChunk : kManyChunk;
+      for (int64_t column = 0; column < num_columns; column += chunk)
+        work->pieces.push_back({row, taken, expert, column, std::min(chunk, num_columns - column)});
+    }
     first = last;
   }
   std::memset(out_data + first * num_columns, 0, (num_rows - first) * num_columns * sizeof(*out_data));
@@ -180,11 +333,8 @@ ffi::Error Multiply(ffi::ThreadPool& pool, const ffi::AnyBuffer& rows, const ffi
       const Number* some_rows = rows_data + piece.first_row * depth;
       const Number* columns = stack + (piece.expert * num_columns + piece.first_column) * depth;
       typename Out::Number* to = out_data + piece.first_row * num_columns + piece.first_column;
-      int64_t left = piece.num_columns;
-      for (; left >= kColumns; left -= kColumns, columns += kColumns * depth, to += kColumns)
-        Rows<T, Out, kColumns>(some_rows, piece.num_rows, columns, depth, to, num_columns);
-      for (; left > 0; left--, columns += depth, to++)
-        Rows<T, Out, 1>(some_rows, piece.num_rows, columns, depth, to, num_columns);
+      (piece.num_rows < kMany<T> ? Few<T, Out> : Many<T, Out>)(some_rows, piece.num_rows, columns, piece.num_columns,
+                                                            depth, to, num_columns);
       work->done++;
     }
   };
