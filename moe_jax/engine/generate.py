@@ -131,7 +131,7 @@ def _decode(params, cache, token_B, position_B, alive_B, live: Live, *, executio
 
 def _draw(params, x_BD, position_B, traffic, live, execution):
     with jax.named_scope("sample"):
-        logits_BV = decoder.logits(params, x_BD, execution.in_place(len(x_BD)))
+        logits_BV = decoder.logits(params, x_BD, execution.in_place)
         token_B, log_probability_B = draw(logits_BV, live.sampling, position_B)
     return Drawn(token_B, log_probability_B, traffic.chosen_NK)
 

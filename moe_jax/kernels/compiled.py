@@ -1,6 +1,7 @@
 """C++ kernels for the CPU: compiled by the system's compiler when first used, for the machine at hand, and kept.
 
 A kernel is one source file that exports a handler of XLA's foreign function interface, whose headers jaxlib brings.
+All share `native.h`.
 """
 
 import ctypes
@@ -18,6 +19,7 @@ import jaxlib.version
 
 from moe_jax import files
 
+_SHARED = pathlib.Path(__file__).with_name("native.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
 
 
@@ -44,9 +46,16 @@ def _library(source: pathlib.Path) -> pathlib.Path:
     cxx = compiler()
     if cxx is None:
         raise ValueError(f"{source.name} needs a C++ compiler: wanted one as c++ on PATH, or its name in CXX")
-    command = [cxx, *_FLAGS, f"-I{jax.ffi.include_dir()}"]
+    command = [cxx, *_FLAGS, f"-I{jax.ffi.include_dir()}", f"-I{_SHARED.parent}"]
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
-    depends_on = (source.read_text(), " ".join(command), version, jaxlib.version.__version__, _processor())
+    depends_on = (
+        source.read_text(),
+        _SHARED.read_text(),
+        " ".join(command),
+        version,
+        jaxlib.version.__version__,
+        _processor(),
+    )
     key = hashlib.sha256("\0".join(depends_on).encode()).hexdigest()[:16]
     library = files.cache_folder() / "kernels" / f"{source.stem}-{key}.so"
     if library.exists():

@@ -1,26 +1,24 @@
 """Grouped-query attention: whole sequences, and one step against a cache.
 
 Every kind of attention is a module with an `Attention` (its weights) and a function `heads` (projections, norms and
-rotation), whose result mixes positions: `causal` over whole sequences, `step` against a cache of what `kept` gives.
+rotation), whose result mixes positions: `causal` over whole sequences, `step` against a cache, which it extends.
 """
 
 import dataclasses
 import functools
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from moe_jax.config.architecture import Architecture, AttentionConfig
+from moe_jax.kernels.cached_attention.api import cached_attention
 from moe_jax.model import rope
-from moe_jax.model.layers import Stacked, draw, one_layer, ones, project, rms_norm
+from moe_jax.model.layers import Stacked, draw, ones, project, rms_norm
 
 OUTPUT = "output_DHA"  # the weight that projects mixed heads back
 QUERY_BLOCK = 128  # queries that attend at once: keys beyond the block are never multiplied
-TERMS = 8  # products that a step against the cache adds up at once
 
 
 class Attention(nnx.Module):
@@ -77,9 +75,32 @@ class Heads:
         """Mixes positions of whole sequences: mixed_BTHX, see `causal`."""
         return causal(self.query_BTHA, self.key_BTGA, self.value_BTGX, segments_BT, self.scale)
 
-    def step(self, cache: Cache, layer: jax.Array | int, seen_BM: jax.Array) -> jax.Array:
-        """Mixes what the one query of a row sees of the cache: mixed_BTHX, see `step`."""
-        return step(self.query_BTHA, cache.key_LBMGA, cache.value_LBMGX, layer, seen_BM, self.scale)
+    def step(
+        self, cache: Cache, layer: jax.Array | int, position_B: jax.Array, implementation: str
+    ) -> tuple[jax.Array, Cache]:
+        """Adds the one position of every row to the cache and mixes what it sees there, see `cached_attention`.
+
+        Args:
+            cache: of all layers.
+            layer: which of them.
+            position_B: int32, the place in the cache.
+            implementation: of `cached_attention`.
+
+        Returns:
+            mixed_BTHX and the cache.
+        """
+        mixed_BHX, *extended = cached_attention(
+            self.query_BTHA[:, 0],
+            self.key_BTGA[:, 0],
+            self.value_BTGX[:, 0],
+            *cache,
+            layer,
+            position_B,
+            scale=self.scale,
+            value_channels=self.value_BTGX.shape[-1],
+            implementation=implementation,
+        )
+        return mixed_BHX[:, None], Cache(*extended)
 
 
 def cached_widths(attention: AttentionConfig) -> tuple[int, int, int]:
@@ -139,58 +160,6 @@ def mix(
     score_BGQTM = jnp.where(mask_BTM[:, None, None], score_BGQTM * scale, -1e30)
     share_BGQTM = jax.nn.softmax(score_BGQTM, axis=-1).astype(value_BMGX.dtype)
     return jnp.einsum("bgqtm,bmgx->btgqx", share_BGQTM, value_BMGX).reshape(batch, num_queries, heads, -1)
-
-
-def step(
-    query_BTHA: jax.Array,
-    key_LBMGA: jax.Array,
-    value_LBMGA: jax.Array,
-    layer: jax.Array | int,
-    seen_BM: jax.Array,
-    scale: float,
-) -> jax.Array:
-    """What `mix` does, for one query per row and keys and values within the stack of all layers.
-
-    A product of matrices would copy the layer and turn it around first. The products are written out instead, a few
-    terms at a time, so that XLA reads the cache where it lies. Half precision is taken out of the stack first: XLA
-    would convert the caches of all layers to float32 before it takes one.
-
-    Args:
-        query_BTHA: T is 1.
-        key_LBMGA: of all layers.
-        value_LBMGA: of all layers.
-        layer: which of them.
-        seen_BM: bool, the positions that the row sees: at least one.
-        scale: of the scores.
-
-    Returns:
-        mixed_BTHA in the dtype of the queries.
-    """
-    _, batch, memory, kv_heads, head_dim = key_LBMGA.shape
-    key_BMGA, value_BMGA = one_layer(key_LBMGA, layer), one_layer(value_LBMGA, layer)
-    if key_BMGA.dtype != jnp.float32:
-        key_BMGA, value_BMGA = lax.optimization_barrier((key_BMGA, value_BMGA))
-    query_BGQA = query_BTHA.reshape(batch, kv_heads, -1, head_dim).astype(jnp.float32)
-
-    terms = math.gcd(head_dim, TERMS)
-    keys = key_BMGA.reshape(batch, memory, kv_heads, terms, -1)
-    queries = query_BGQA.reshape(batch, 1, *query_BGQA.shape[1:3], terms, -1)
-    sums = 0.0
-    for term in range(terms):
-        part = lax.dynamic_slice_in_dim(keys, term, 1, 3)
-        sums = sums + queries[:, :, :, :, term] * part.astype(jnp.float32)
-    score_BMGQ = lax.optimization_barrier(sums).sum(axis=-1) * scale
-    share_BMGQ = jax.nn.softmax(jnp.where(seen_BM[:, :, None, None], score_BMGQ, -1e30), axis=1)
-
-    terms = math.gcd(memory, TERMS)
-    values = value_BMGA.reshape(batch, -1, terms, kv_heads, 1, head_dim)
-    shares = share_BMGQ.reshape(batch, -1, terms, *share_BMGQ.shape[2:], 1)
-    sums = 0.0
-    for term in range(terms):
-        part = lax.dynamic_slice_in_dim(values, term, 1, 2)
-        sums = sums + shares[:, :, term] * part[:, :, 0].astype(jnp.float32)
-    mixed = lax.optimization_barrier(sums).sum(axis=1)
-    return mixed.reshape(query_BTHA.shape).astype(query_BTHA.dtype)
 
 
 def causal(

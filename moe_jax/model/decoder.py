@@ -16,7 +16,6 @@ from moe_jax.model.moe import Experts, Router, Traffic, moe_layer
 from moe_jax.routing.policies.base import Context, Settings
 
 ATTENTION = {"grouped": attention, "latent": latent_attention}  # by `attention.kind`
-FEW_ROWS = 64  # up to so many, weights are read where they lie
 Params = dict[str, Any]  # nested dicts of arrays, as `split` gives them
 
 
@@ -78,9 +77,15 @@ class Execution:
     k_max: int  # slots per token
     grouped_matmul: str  # a name from the operation's IMPLEMENTATIONS
 
-    def in_place(self, rows: int) -> bool:
-        """Whether products of so many rows read weights within the stacks of all layers, see `layers.Stacked`."""
-        return self.grouped_matmul == "native" and rows <= FEW_ROWS
+    @property
+    def in_place(self) -> bool:
+        """Whether steps read weights within the stacks of all layers, see `layers.Stacked`."""
+        return self.grouped_matmul == "native"
+
+    @property
+    def cached_attention(self) -> str:
+        """The implementation of the operation: C++ where the experts are."""
+        return "native" if self.grouped_matmul == "native" else "xla"
 
 
 def split(decoder: Decoder) -> Params:
@@ -251,7 +256,6 @@ def extend(
     batch, length = tokens_BT.shape
     positions_BT = start_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
     turn = _turn(positions_BT, architecture)
-    seen_BM = jnp.arange(cache.key_LBMGA.shape[2])[None, :] <= start_B[:, None]
     x_BTD = params["embedding_VD"][tokens_BT]
 
     def core(layer, cache):
@@ -264,18 +268,13 @@ def extend(
                 mixed_BTHX = heads.causal(jnp.ones_like(tokens_BT))
                 return mixed_BTHX, Cache(*jax.tree.map(write, tuple(cache), tuple(heads.kept)))
 
-            def append(all_layers, new):
-                return all_layers.at[layer, jnp.arange(batch), start_B].set(new[:, 0])
-
-            written = Cache(*jax.tree.map(append, tuple(cache), tuple(heads.kept)))
-            return heads.step(written, layer, seen_BM), written
+            return heads.step(cache, layer, start_B, execution.cached_attention)
 
         return run
 
-    in_place = execution.in_place(batch * length)
     num_dense, num_moe = architecture.decoder.num_dense_layers, architecture.decoder.num_moe_layers
     for layer in range(num_dense):
-        weights = _one_layer(params["dense"], layer, in_place)
+        weights = _one_layer(params["dense"], layer, execution.in_place)
         x_BTD, cache, _ = _layer(x_BTD, weights, turn, core(layer, cache), _dense_ffn(weights), architecture)
 
     stack = dict(params["moe"])
@@ -283,7 +282,7 @@ def extend(
 
     def moe_step(column, carried):
         x_BTD, cache, traffic = carried
-        weights = _one_layer(stack, column, in_place)
+        weights = _one_layer(stack, column, execution.in_place)
         context = _context(column, valid_BT, 1 if length == 1 else 0)
         ffn = _moe_ffn(weights, experts, column, live, context, execution)
         x_BTD, cache, new = _layer(x_BTD, weights, turn, core(num_dense + column, cache), ffn, architecture)

@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.config.architecture import Architecture, AttentionConfig
+from moe_jax.kernels.cached_attention.api import cached_attention
 from moe_jax.model import rope
-from moe_jax.model.attention import Cache, Kept, causal, mix
+from moe_jax.model.attention import Cache, Kept, causal
 from moe_jax.model.layers import Stacked, draw, one_layer, ones, project, rms_norm
 
 OUTPUT = "output_DHX"  # the weight that projects mixed heads back
@@ -67,16 +68,26 @@ class Heads:
         key_BTHA = jnp.concatenate([key_BTHA, rotary_BTHA], axis=-1)
         return causal(self.query_BTHA, key_BTHA, value_BTHX, segments_BT, self._scale)
 
-    def step(self, cache: Cache, layer: jax.Array | int, seen_BM: jax.Array) -> jax.Array:
-        """Mixes what the one query of a row sees of the cache: mixed_BTHX."""
+    def step(
+        self, cache: Cache, layer: jax.Array | int, position_B: jax.Array, implementation: str
+    ) -> tuple[jax.Array, Cache]:
+        """Adds the one position of every row to the cache and mixes what it sees there, as `attention.Heads.step`."""
         key_up_HAZ, value_up_HXZ = jnp.split(self.up_HOZ, [self.attention.nope_head_dim], axis=1)
         query_BTHA, rotary_BTHA = jnp.split(self.query_BTHA, [self.attention.nope_head_dim], axis=-1)
         query_BTHZ = jnp.einsum("btha,haz->bthz", query_BTHA, key_up_HAZ)
         query_BTHA = jnp.concatenate([query_BTHZ, rotary_BTHA], axis=-1)
-        key_BMGA = one_layer(cache.key_LBMGA, layer)
-        latent_BMGZ = key_BMGA[..., : self.attention.latent_rank]
-        mixed_BTHZ = mix(query_BTHA, key_BMGA, latent_BMGZ, seen_BM[:, None, :], self._scale)
-        return jnp.einsum("bthz,hxz->bthx", mixed_BTHZ, value_up_HXZ)
+        mixed_BHZ, *extended = cached_attention(
+            query_BTHA[:, 0],
+            self.key_BTGA[:, 0],
+            None,
+            *cache,
+            layer,
+            position_B,
+            scale=self._scale,
+            value_channels=self.attention.latent_rank,
+            implementation=implementation,
+        )
+        return jnp.einsum("bhz,hxz->bhx", mixed_BHZ, value_up_HXZ)[:, None], Cache(*extended)
 
 
 def cached_widths(attention: AttentionConfig) -> tuple[int, int, int]:

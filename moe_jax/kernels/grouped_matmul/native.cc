@@ -1,119 +1,37 @@
 // Grouped matmul for CPUs: out[s, f] = sum over d of rows[s, d] * weights[layer, expert of s, f, d].
 //
-// Work is cut into pieces (an expert, a panel of its rows, a chunk of its columns) that the calling thread and XLA's own
-// pool take from one counter. Rows and columns of weights both lie along d. A piece of few rows is bound by memory: it
-// packs nothing, lanes run along d, and a small block of outputs is held in registers while d goes by (`Few`). One of
-// many is bound by arithmetic: its columns are turned around once, lanes run along them, and numbers of rows are
-// broadcast (`Many`). Compiled for the machine at hand (kernels/compiled.py).
+// A piece of work is an expert, a panel of its rows and a chunk of its columns. Rows and columns of weights both lie
+// along d. A piece of few rows is bound by memory: it packs nothing, lanes run along d, and a small block of outputs is
+// held in registers while d goes by (`Few`). One of many is bound by arithmetic: its columns are turned around once,
+// lanes run along them, and numbers of rows are broadcast (`Many`). Compiled for the machine at hand
+// (kernels/compiled.py).
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <cstring>
-#include <functional>
 #include <memory>
-#include <thread>
+#include <type_traits>
 #include <vector>
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
-
-#include "xla/ffi/api/ffi.h"
+#include "native.h"
 
 namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int kLanes = 16;
 constexpr int64_t kPanel = 128;      // rows of a piece
 constexpr int64_t kFewChunk = 48;    // columns of a piece of few rows
 constexpr int64_t kManyChunk = 96;   // and of one of many
 constexpr int kFewColumns = 6;       // of a block: with 4 rows they fill the 32 registers of AVX-512
 constexpr int kManyRows = 8;         // of a block: with 3 vectors of columns they fill them too
+constexpr int64_t kMany = 24;        // rows of a piece from which packing its columns pays
 constexpr int kVectors = 3;
 constexpr int64_t kManyColumns = kVectors * kLanes;
 constexpr int64_t kWords = 512;      // along d, packed at once: they stay in the second-level cache
 
-typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4)));
-typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2)));
-typedef uint32_t Words __attribute__((vector_size(4 * kLanes), aligned(4)));
-typedef _Float16 Float16s __attribute__((vector_size(2 * kLanes), aligned(2)));
-
-// What a dtype is made of: `Pack` holds kStep numbers along d, and `Add` adds their products to 16 partial sums.
-struct Float32 {
-  using Number = float;
-  using Pack = Floats;
-  static constexpr int kStep = kLanes;
-  static Pack Load(const Number* from) { return *reinterpret_cast<const Floats*>(from); }
-  static void Add(Floats& sums, const Pack& a, const Pack& b) { sums += a * b; }
-  static void Store(Number* to, float x) { *to = x; }
-};
-
-struct Float16 {
-  using Number = _Float16;
-  using Pack = Floats;
-  static constexpr int kStep = kLanes;
-  static Pack Load(const Number* from) {
-#ifdef __AVX512F__
-    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-#endif
-    return __builtin_convertvector(*reinterpret_cast<const Float16s*>(from), Floats);
-  }
-  static void Add(Floats& sums, const Pack& a, const Pack& b) { sums += a * b; }
-  static void Store(Number* to, float x) { *to = static_cast<_Float16>(x); }
-};
-
-struct BFloat16 {
-  using Number = uint16_t;
-#ifdef __AVX512BF16__
-  using Pack = __m512bh;
-  static constexpr int kStep = 2 * kLanes;
-  static Pack Load(const Number* from) { return (__m512bh)_mm512_loadu_si512(from); }
-  static void Add(Floats& sums, const Pack& a, const Pack& b) {
-    sums = (Floats)_mm512_dpbf16_ps((__m512)sums, a, b);
-  }
-#else
-  using Pack = Floats;
-  static constexpr int kStep = kLanes;
-  static Pack Load(const Number* from) {
-    return (Floats)(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16);
-  }
-  static void Add(Floats& sums, const Pack& a, const Pack& b) { sums += a * b; }
-#endif
-  static void Store(Number* to, float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
-    *to = is_nan ? (bits >> 16) | 64 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  }
-};
-
-// Whether a pack holds numbers as they are stored, rather than widened.
+// Whether words hold numbers as they are stored, rather than widened.
 template <typename T>
-constexpr bool kAsStored = T::kStep * sizeof(typename T::Number) == sizeof(typename T::Pack);
-
-// Rows of a piece from which packing its columns pays: sooner where that spares widening them for every 4 rows.
-template <typename T>
-constexpr int64_t kMany = kAsStored<T> ? 32 : 16;
-
-inline float Sum(Floats x) {
-#ifdef __AVX512F__
-  return _mm512_reduce_add_ps((__m512)x);
-#endif
-  float sums[kLanes];
-  std::memcpy(sums, &x, sizeof(sums));
-  for (int width = kLanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; i++) sums[i] += sums[i + width];
-  return sums[0];
-}
-
-template <typename T>
-typename T::Pack LoadTail(const typename T::Number* from, int64_t count) {
-  typename T::Number padded[T::kStep] = {};
-  std::memcpy(padded, from, count * sizeof(*from));
-  return T::Load(padded);
-}
+constexpr bool kAsStored = T::kPerWord * sizeof(typename T::Number) == sizeof(uint32_t);
 
 // Few rows. kRows x kColumns outputs; rows and columns are `depth` numbers long and as far apart.
 template <typename T, typename Out, int kRows, int kColumns>
@@ -135,9 +53,12 @@ void Block(const typename T::Number* rows, const typename T::Number* columns, in
   if (d < depth) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
-      const typename T::Pack row = LoadTail<T>(rows + r * depth + d, depth - d);
+      const Padded<T, T::kStep> row(rows + r * depth + d, depth - d);
 #pragma GCC unroll 8
-      for (int c = 0; c < kColumns; c++) T::Add(sums[r][c], row, LoadTail<T>(columns + c * depth + d, depth - d));
+      for (int c = 0; c < kColumns; c++) {
+        const Padded<T, T::kStep> column(columns + c * depth + d, depth - d);
+        T::Add(sums[r][c], T::Load(row.numbers), T::Load(column.numbers));
+      }
     }
   }
 #pragma GCC unroll 8
@@ -167,7 +88,9 @@ void Few(const typename T::Number* rows, int64_t num_rows, const typename T::Num
 
 template <typename T>
 Words LoadWords(const typename T::Number* from, int64_t count) {
-  return (Words)(count >= T::kStep ? T::Load(from) : LoadTail<T>(from, std::max<int64_t>(0, count)));
+  constexpr int kNumbers = kLanes * T::kPerWord;
+  if (count >= kNumbers) return T::LoadWords(from);
+  return T::LoadWords(Padded<T, kNumbers>(from, count).numbers);
 }
 
 // Of two vectors one behind the other, the lanes that make up the new ones where blocks of `kSize` lanes change places.
@@ -218,7 +141,7 @@ void Tile(const uint32_t* rows, int64_t stride, const Words* columns, int64_t wo
     for (int r = 0; r < kRows; r++) {
       const Words row = Words{} + rows[r * stride + word];
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; v++) T::Add(tile[r][v], (typename T::Pack)row, (typename T::Pack)columns[v]);
+      for (int v = 0; v < kVectors; v++) T::AddWords(tile[r][v], row, columns[v]);
     }
   }
 #pragma GCC unroll 8
@@ -237,10 +160,10 @@ struct Packed {
 template <typename T>
 void PackColumns(const typename T::Number* columns, int64_t num_columns, int64_t depth, int64_t count, Words* to) {
   for (int v = 0; v < kVectors; v++)
-    for (int64_t d = 0, word = 0; d < count; d += T::kStep, word += kLanes) {
+    for (int64_t word = 0; word * T::kPerWord < count; word += kLanes) {
       Words turned[kLanes];
       for (int c = 0; c < kLanes; c++) {
-        const int64_t column = v * kLanes + c;
+        const int64_t column = v * kLanes + c, d = word * T::kPerWord;
         turned[c] = column < num_columns ? LoadWords<T>(columns + column * depth + d, count - d) : Words{};
       }
       Transpose(turned);
@@ -255,18 +178,18 @@ void Many(const typename T::Number* rows, int64_t num_rows, const typename T::Nu
   if (!kept) kept = std::make_unique<Packed>();
   Packed& packed = *kept;
   for (auto& sums : packed.sums) std::fill_n(sums, num_rows * kVectors, Floats{});
-  constexpr int64_t kNumbers = kWords / kLanes * T::kStep, kWordBytes = 4;
+  constexpr int64_t kNumbers = kWords * T::kPerWord, kVectorNumbers = kLanes * T::kPerWord;
   for (int64_t first = 0; first < depth; first += kNumbers) {
     const int64_t count = std::min(kNumbers, depth - first);
-    const int64_t words = (count + T::kStep - 1) / T::kStep * kLanes;
+    const int64_t words = (count + kVectorNumbers - 1) / kVectorNumbers * kLanes;
     const uint32_t* packed_rows = packed.rows;
     int64_t stride = kWords;
-    if (kAsStored<T> && count % T::kStep == 0 && depth * sizeof(*rows) % kWordBytes == 0) {
-      packed_rows = reinterpret_cast<const uint32_t*>(rows + first);  // words as they lie
-      stride = depth * sizeof(*rows) / kWordBytes;
+    if (kAsStored<T> && count % kVectorNumbers == 0 && depth % T::kPerWord == 0) {
+      packed_rows = reinterpret_cast<const uint32_t*>(rows + first);  // they are words already
+      stride = depth / T::kPerWord;
     } else {
       for (int64_t r = 0; r < num_rows; r++)
-        for (int64_t d = 0, word = 0; d < count; d += T::kStep, word += kLanes)
+        for (int64_t word = 0, d = 0; word < words; word += kLanes, d += kVectorNumbers)
           *reinterpret_cast<Words*>(packed.rows + r * kWords + word) =
               LoadWords<T>(rows + r * depth + first + d, count - d);
     }
@@ -295,12 +218,6 @@ struct Piece {
   int64_t first_row, num_rows, expert, first_column, num_columns;
 };
 
-// What the threads share: whoever comes late finds no piece left.
-struct Work {
-  std::vector<Piece> pieces;
-  std::atomic<int64_t> next{0}, done{0};
-};
-
 template <typename T, typename Out>
 ffi::Error Multiply(ffi::ThreadPool& pool, const ffi::AnyBuffer& rows, const ffi::AnyBuffer& weights,
                     const ffi::Buffer<ffi::S32>& sizes, int64_t layer, ffi::Result<ffi::AnyBuffer>& out) {
@@ -313,35 +230,27 @@ ffi::Error Multiply(ffi::ThreadPool& pool, const ffi::AnyBuffer& rows, const ffi
   const Number* stack = static_cast<const Number*>(weights.untyped_data()) + layer * num_experts * num_columns * depth;
   typename Out::Number* out_data = static_cast<typename Out::Number*>(out->untyped_data());
 
-  auto work = std::make_shared<Work>();
+  auto pieces = std::make_shared<std::vector<Piece>>();
   int64_t first = 0;
   for (int64_t expert = 0; expert < num_experts; expert++) {
     const int64_t last = std::min<int64_t>(num_rows, first + std::max(0, group_sizes[expert]));
     for (int64_t row = first; row < last; row += kPanel) {
-      const int64_t taken = std::min(kPanel, last - row), chunk = taken < kMany<T> ? kFewChunk : kManyChunk;
+      const int64_t taken = std::min(kPanel, last - row), chunk = taken < kMany ? kFewChunk : kManyChunk;
       for (int64_t column = 0; column < num_columns; column += chunk)
-        work->pieces.push_back({row, taken, expert, column, std::min(chunk, num_columns - column)});
+        pieces->push_back({row, taken, expert, column, std::min(chunk, num_columns - column)});
     }
     first = last;
   }
   std::memset(out_data + first * num_columns, 0, (num_rows - first) * num_columns * sizeof(*out_data));
 
-  auto run = [=] {
-    const int64_t count = work->pieces.size();
-    for (int64_t i = work->next++; i < count; i = work->next++) {
-      const Piece& piece = work->pieces[i];
-      const Number* some_rows = rows_data + piece.first_row * depth;
-      const Number* columns = stack + (piece.expert * num_columns + piece.first_column) * depth;
-      typename Out::Number* to = out_data + piece.first_row * num_columns + piece.first_column;
-      (piece.num_rows < kMany<T> ? Few<T, Out> : Many<T, Out>)(some_rows, piece.num_rows, columns, piece.num_columns,
-                                                            depth, to, num_columns);
-      work->done++;
-    }
-  };
-  const int64_t helpers = std::min<int64_t>(pool.num_threads(), work->pieces.size()) - 1;
-  for (int64_t helper = 0; helper < helpers; helper++) pool.Schedule(std::function<void()>(run));
-  run();
-  while (work->done < static_cast<int64_t>(work->pieces.size())) std::this_thread::yield();
+  RunPieces(pool, pieces->size(), [=](int64_t i) {
+    const Piece& piece = (*pieces)[i];
+    const Number* some_rows = rows_data + piece.first_row * depth;
+    const Number* columns = stack + (piece.expert * num_columns + piece.first_column) * depth;
+    typename Out::Number* to = out_data + piece.first_row * num_columns + piece.first_column;
+    (piece.num_rows < kMany ? Few<T, Out> : Many<T, Out>)(some_rows, piece.num_rows, columns, piece.num_columns,
+                                                          depth, to, num_columns);
+  });
   return ffi::Error::Success();
 }
 

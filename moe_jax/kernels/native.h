@@ -1,0 +1,142 @@
+// What the C++ kernels for CPUs share: numbers of three dtypes as lanes, and work as pieces for a pool of threads.
+
+#ifndef MOE_JAX_KERNELS_NATIVE_H_
+#define MOE_JAX_KERNELS_NATIVE_H_
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#include "xla/ffi/api/ffi.h"
+
+namespace {
+
+constexpr int kLanes = 16;
+
+typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes), aligned(4)));
+typedef _Float16 Float16s __attribute__((vector_size(2 * kLanes), aligned(2)));
+
+// What a dtype is made of, for three uses.
+//
+// `Widen` reads 16 numbers as float32. `Load` reads kStep numbers that lie along a product in whatever way and order is
+// the cheapest, and `Add` adds the products of two such packs to 16 partial sums. `LoadWords` reads 16 words of 32 bits,
+// of kPerWord numbers each, in order, and `AddWords` adds the products of words.
+struct Float32 {
+  using Number = float;
+  using Pack = Floats;
+  static constexpr int kStep = kLanes, kPerWord = 1;
+  static Floats Widen(const Number* from) { return *reinterpret_cast<const Floats*>(from); }
+  static Pack Load(const Number* from) { return Widen(from); }
+  static void Add(Floats& sums, const Pack& a, const Pack& b) { sums += a * b; }
+  static Words LoadWords(const Number* from) { return (Words)Widen(from); }
+  static void AddWords(Floats& sums, const Words& a, const Words& b) { sums += (Floats)a * (Floats)b; }
+  static void Store(Number* to, float x) { *to = x; }
+};
+
+struct Float16 {
+  using Number = _Float16;
+  using Pack = Floats;
+  static constexpr int kStep = kLanes, kPerWord = 1;
+  static Floats Widen(const Number* from) {
+#ifdef __AVX512F__
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#endif
+    return __builtin_convertvector(*reinterpret_cast<const Float16s*>(from), Floats);
+  }
+  static Pack Load(const Number* from) { return Widen(from); }
+  static void Add(Floats& sums, const Pack& a, const Pack& b) { sums += a * b; }
+  static Words LoadWords(const Number* from) { return (Words)Widen(from); }
+  static void AddWords(Floats& sums, const Words& a, const Words& b) { sums += (Floats)a * (Floats)b; }
+  static void Store(Number* to, float x) { *to = static_cast<_Float16>(x); }
+};
+
+struct BFloat16 {
+  using Number = uint16_t;
+  static constexpr int kStep = 2 * kLanes;
+  static Floats Widen(const Number* from) {
+    return (Floats)(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words) << 16);
+  }
+#ifdef __AVX512BF16__
+  using Pack = __m512bh;
+  static constexpr int kPerWord = 2;
+  static Pack Load(const Number* from) { return (__m512bh)_mm512_loadu_si512(from); }
+  static void Add(Floats& sums, const Pack& a, const Pack& b) {
+    sums = (Floats)_mm512_dpbf16_ps((__m512)sums, a, b);
+  }
+  static Words LoadWords(const Number* from) { return *reinterpret_cast<const Words*>(from); }
+  static void AddWords(Floats& sums, const Words& a, const Words& b) { Add(sums, (Pack)a, (Pack)b); }
+#else
+  struct Pack {
+    Floats even, odd;
+  };
+  static constexpr int kPerWord = 1;
+  static Pack Load(const Number* from) {
+    const Words both = *reinterpret_cast<const Words*>(from);
+    return {(Floats)(both << 16), (Floats)(both & 0xffff0000)};
+  }
+  static void Add(Floats& sums, const Pack& a, const Pack& b) {
+    sums += a.even * b.even;
+    sums += a.odd * b.odd;
+  }
+  static Words LoadWords(const Number* from) { return (Words)Widen(from); }
+  static void AddWords(Floats& sums, const Words& a, const Words& b) { sums += (Floats)a * (Floats)b; }
+#endif
+  static void Store(Number* to, float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
+    *to = is_nan ? (bits >> 16) | 64 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  }
+};
+
+inline float Sum(Floats x) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)x);
+#endif
+  float sums[kLanes];
+  std::memcpy(sums, &x, sizeof(sums));
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; i++) sums[i] += sums[i + width];
+  return sums[0];
+}
+
+// `count` numbers, and zeros behind them up to kRoom: what a load of so many may read.
+template <typename T, int kRoom>
+struct Padded {
+  typename T::Number numbers[kRoom] = {};
+  Padded(const typename T::Number* from, int64_t count) { std::memcpy(numbers, from, count * sizeof(*from)); }
+};
+
+// Runs `piece(i)` for every i below `count`, on the calling thread and on XLA's own pool, which take them from one
+// counter. `piece` is copied, and a copy may live on when all is done: whoever comes late finds no piece left.
+template <typename Piece>
+void RunPieces(xla::ffi::ThreadPool& pool, int64_t count, Piece piece) {
+  struct Work {
+    std::atomic<int64_t> next{0}, done{0};
+  };
+  auto work = std::make_shared<Work>();
+  auto run = [=] {
+    for (int64_t i = work->next++; i < count; i = work->next++) {
+      piece(i);
+      work->done++;
+    }
+  };
+  const int64_t helpers = std::min<int64_t>(pool.num_threads(), count) - 1;
+  for (int64_t helper = 0; helper < helpers; helper++) pool.Schedule(std::function<void()>(run));
+  run();
+  while (work->done < count) std::this_thread::yield();
+}
+
+}  // namespace
+
+#endif
