@@ -54,7 +54,7 @@ def main(run: command.Command) -> None:
     architecture = read_architecture(path)
     command.refuse_other_shape(config, architecture)
     execution = execution_of(architecture, config.policy.k_max, config.kernels.grouped_matmul)
-    run.implementations["grouped_matmul"] = execution.grouped_matmul
+    run.implementations |= execution.implementations
     calibration = calibrations.find(config.policy.calibration, path)
     compared = policy_of_each(config.evaluation.policies, len(config.evaluation.policies), calibration)
     for policy in compared:

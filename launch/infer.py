@@ -51,7 +51,7 @@ def main(run: command.Command) -> None:
     architecture = read_architecture(path)
     command.refuse_other_shape(config, architecture)
     execution = execution_of(architecture, config.policy.k_max, config.kernels.grouped_matmul)
-    run.implementations["grouped_matmul"] = execution.grouped_matmul
+    run.implementations |= execution.implementations
     settings = {"sampling": config.sampling, "policy": config.policy.spec, "seed": config.run.seed}
     settings["calibration"] = calibrations.find(config.policy.calibration, path)
     tokenizer = load_tokenizer(path)

@@ -44,7 +44,7 @@ def main(run: command.Command) -> None:
     architecture = read_architecture(path)
     command.refuse_other_shape(config, architecture)
     execution = execution_of(architecture, config.policy.k_max, config.kernels.grouped_matmul)
-    run.implementations["grouped_matmul"] = execution.grouped_matmul
+    run.implementations |= execution.implementations
     compared = study.parsed(sweep, calibrations.find(config.policy.calibration, path), execution)
     if sweep.context > architecture.decoder.max_context:
         raise ValueError(f"sweep.context = {sweep.context}: wanted at most {architecture.decoder.max_context}")

@@ -318,8 +318,10 @@ def _versions() -> dict[str, str]:
 def _device() -> dict[str, Any]:
     import jax
 
-    first = jax.devices()[0]
-    return {"platform": first.platform, "kind": first.device_kind, "count": jax.device_count()}
+    from moe_jax.cost import hardware
+
+    count = {"count": jax.device_count(), "cores": os.cpu_count()}
+    return {"platform": jax.devices()[0].platform, "kind": hardware.kind()} | count
 
 
 def _peak_memory_bytes() -> int:

@@ -175,7 +175,7 @@ def test_results_are_written_and_replay(start):
     ]
     assert (result["command"], result["config"]["moe"]["k"], result["seed"]) == ("probe", 3, 7)
     assert set(result["versions"]) == {"jax", "jaxlib", "flax", "numpy", "python", "moe_jax"}
-    assert set(result["device"]) == {"platform", "kind", "count"}
+    assert set(result["device"]) == {"platform", "kind", "count", "cores"}
     assert result["implementations"] == {"expert_ffn": "blocked"}
     assert list(result["seconds"]) == ["run"] and 0 <= result["seconds"]["run"] < 60
     assert 10**7 < result["peak_memory_bytes"] < 10**11

@@ -72,11 +72,17 @@ def _best_s(call: Callable, *arguments: jax.Array) -> float:
 
 def in_words() -> str:
     """The devices that run, the version of JAX, and the day."""
+    on_cpu = jax.devices()[0].platform == "cpu"
+    count = f"{os.cpu_count()} cores" if on_cpu else f"{jax.device_count()} devices"
+    return f"{kind()}, {count}; jax {jax.__version__}; {datetime.date.today().isoformat()}"
+
+
+def kind() -> str:
+    """What the first device is called; on a CPU, the processor."""
     device = jax.devices()[0]
-    name, count = device.device_kind, f"{jax.device_count()} devices"
-    if device.platform == "cpu":
-        cpuinfo = pathlib.Path("/proc/cpuinfo")
-        lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        name, count = models[0] if models else platform.machine(), f"{os.cpu_count()} cores"
-    return f"{name}, {count}; jax {jax.__version__}; {datetime.date.today().isoformat()}"
+    if device.platform != "cpu":
+        return device.device_kind
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()

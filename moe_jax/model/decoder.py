@@ -87,6 +87,11 @@ class Execution:
         """The implementation of the operation: C++ where the experts are."""
         return "native" if self.grouped_matmul == "native" else "xla"
 
+    @property
+    def implementations(self) -> dict[str, str]:
+        """Of the operations that have several, as results name them."""
+        return {"grouped_matmul": self.grouped_matmul, "cached_attention": self.cached_attention}
+
 
 def split(decoder: Decoder) -> Params:
     """The parameters as nested dicts of arrays."""
