@@ -23,6 +23,7 @@ constexpr int64_t kPanel = 128;      // rows of a piece
 constexpr int64_t kFewChunk = 48;    // columns of a piece of few rows
 constexpr int64_t kManyChunk = 96;   // and of one of many
 constexpr int kFewColumns = 6;       // of a block: with 4 rows they fill the 32 registers of AVX-512
+constexpr int64_t kAhead = 1024;     // bytes along d: columns are asked for so early
 constexpr int kManyRows = 8;         // of a block: with 3 vectors of columns they fill them too
 constexpr int64_t kMany = 24;        // rows of a piece from which packing its columns pays
 constexpr int kVectors = 3;
@@ -43,8 +44,11 @@ void Block(const typename T::Number* rows, const typename T::Number* columns, in
     typename T::Pack row[kRows];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) row[r] = T::Load(rows + r * depth + d);
+    const int64_t next = d + kAhead / static_cast<int64_t>(sizeof(*columns));
+    const int64_t ahead = next < depth ? next : next + (kColumns - 1) * depth;  // on into the block behind this one
 #pragma GCC unroll 8
     for (int c = 0; c < kColumns; c++) {
+      __builtin_prefetch(columns + c * depth + ahead, 0, 3);
       const typename T::Pack column = T::Load(columns + c * depth + d);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; r++) T::Add(sums[r][c], row[r], column);
