@@ -36,9 +36,19 @@ def register(source: pathlib.Path, symbol: str) -> str:
     Raises:
         ValueError: there is no compiler, or it refuses the source.
     """
-    handler = getattr(ctypes.CDLL(str(_library(source))), symbol)
+    handler = getattr(load(source), symbol)
     jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(handler), platform="cpu")
     return symbol
+
+
+@functools.cache
+def load(source: pathlib.Path) -> ctypes.CDLL:
+    """The compiled source.
+
+    Raises:
+        ValueError: there is no compiler, or it refuses the source.
+    """
+    return ctypes.CDLL(str(_library(source)))
 
 
 def _library(source: pathlib.Path) -> pathlib.Path:

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from moe_jax.checkpoint import filling, safetensors_file
+from moe_jax.kernels import compiled
 
 COUNT = 3_000_000  # more than one piece
 
@@ -30,8 +31,25 @@ def test_every_piece_arrives_in_aligned_memory(stored, dtype):
         np.testing.assert_array_equal(array, (np.arange(COUNT, dtype=np.float32) + number).astype(dtype))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_each_place_of_a_line_is_copied_and_checked(dtype):
+    dtype, bits = np.dtype(dtype), filling.EXPONENTS[np.dtype(dtype)][0]
+    numbers = np.arange(1, 300).astype(dtype)
+    for first in (0, 1, 7):
+        for wrong in (None, 0, 31, 150, len(numbers) - first - 1):
+            given, memory = numbers[first:].copy(), np.zeros(400, dtype)
+            if wrong is not None:
+                given[wrong] = np.inf if wrong % 2 else np.nan
+            piece = memory[first + 3 : first + 3 + len(given)]
+            assert filling._copy(piece, given) == (wrong is None)
+            np.testing.assert_array_equal(piece.view(bits), given.view(bits))
+            assert not memory[: first + 3].any() and not memory[first + 3 + len(given) :].any()
+
+
+@pytest.mark.parametrize("compiler", ["c++", None])
 @pytest.mark.parametrize("place", [0, COUNT // 2, COUNT - 1])
-def test_the_first_tensor_that_is_not_finite_is_named(stored, place):
+def test_the_first_tensor_that_is_not_finite_is_named(stored, place, compiler, monkeypatch):
+    monkeypatch.setattr(compiled, "compiler", lambda: compiler)
     for name in "bd":
         data = np.memmap(stored[name].path, np.float32, "r+", stored[name].start, (COUNT,))
         data[place] = np.nan
