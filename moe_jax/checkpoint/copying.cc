@@ -15,7 +15,7 @@ template <typename Number>
 bool Copy(Number* to, const Number* from, int64_t count, Number exponent) {
   constexpr int64_t kLine = kLineBytes / sizeof(Number);
   typedef Number Line __attribute__((vector_size(kLineBytes)));
-  typedef Number Loose __attribute__((vector_size(kLineBytes), aligned(sizeof(Number))));
+  typedef Number Loose __attribute__((vector_size(kLineBytes), aligned(1), may_alias));
   bool finite = true;
   int64_t i = 0;
   const auto one = [&] {

@@ -6,6 +6,7 @@ where there is a C++ compiler.
 """
 
 import ctypes
+import functools
 import math
 import mmap
 import os
@@ -17,6 +18,7 @@ from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 from moe_jax.checkpoint.quantization import Blocks, dequantize
@@ -73,9 +75,10 @@ def fill(sources: Sequence[Source]) -> None:
     sources = sorted(sources, key=lambda source: (source.stored.path, source.stored.start))
     tensors = [one for source in sources for one in (source.stored, source.scale) if one is not None]
     files = {path: _mapped(path) for path in dict.fromkeys(one.path for one in tensors)}
+    copying = _copying()
     pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
     try:
-        done = pool.map(lambda source: _fill(source, files), sources)
+        done = pool.map(lambda source: _fill(source, files, copying), sources)
         for _ in tqdm(done, desc="load", unit=" tensors", total=len(sources), disable=None, leave=False):
             pass
     finally:
@@ -109,26 +112,38 @@ def _mapped(path: pathlib.Path) -> np.ndarray:
     return np.frombuffer(mapped, np.uint8)
 
 
-def _fill(source: Source, files: Mapping[pathlib.Path, np.ndarray]) -> None:
+@functools.cache
+def _copying() -> ctypes.CDLL | None:
+    """`copying.cc`; None, and a line that says so, where it cannot be compiled: NumPy copies then, more slowly."""
+    try:
+        return compiled.load(_COPYING)
+    except (ValueError, OSError) as error:
+        logging.warning("loading is slower: %s", error)
+        return None
+
+
+def _fill(source: Source, files: Mapping[pathlib.Path, np.ndarray], copying: ctypes.CDLL | None) -> None:
     values, flat = _values(source.stored, files), source.destination.reshape(-1)
+    if values.size != flat.size:
+        raise ValueError(f"tensor {source.name} has {values.size} numbers: wanted {flat.size}")
     if source.scale is not None:
         _fill_scaled(source, values, files)
         return
     step = _COPIED_BYTES // flat.itemsize
     for first in range(0, flat.size, step):
         piece, read = flat[first : first + step], values[first : first + step]
-        if piece.dtype == read.dtype and compiled.compiler():
-            if not _copy(piece, read):
+        if copying is not None and piece.dtype == read.dtype:
+            if not _copy(piece, read, copying):
                 require_finite(piece, source.name)
-            continue
-        cast_into(piece, read)
-        require_finite(piece, source.name)
+        else:
+            cast_into(piece, read)
+            require_finite(piece, source.name)
 
 
-def _copy(destination: np.ndarray, values: np.ndarray) -> bool:
-    """Copies numbers of one dtype in one pass; whether all are finite."""
+def _copy(destination: np.ndarray, values: np.ndarray, copying: ctypes.CDLL) -> bool:
+    """Copies as many numbers of one dtype in one pass; whether all are finite."""
     bits, exponent = EXPONENTS[destination.dtype]
-    call = getattr(compiled.load(_COPYING), f"moe_jax_copy_{8 * destination.itemsize}")
+    call = getattr(copying, f"moe_jax_copy_{8 * destination.itemsize}")
     call.restype = ctypes.c_bool
     number = np.ctypeslib.as_ctypes_type(bits)
     places = (ctypes.c_void_p(array.ctypes.data) for array in (destination, values))

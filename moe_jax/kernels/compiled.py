@@ -1,7 +1,7 @@
 """C++ kernels for the CPU: compiled by the system's compiler when first used, for the machine at hand, and kept.
 
-A kernel is one source file that exports a handler of XLA's foreign function interface, whose headers jaxlib brings.
-All share `native.h`.
+A kernel is one source file that exports a handler of XLA's foreign function interface, whose headers jaxlib brings;
+kernels share `native.h`. Other code in C++ is called through `load`.
 """
 
 import ctypes

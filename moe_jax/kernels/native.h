@@ -11,7 +11,7 @@
 #include <memory>
 #include <thread>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -19,17 +19,21 @@
 
 namespace {
 
+#ifdef __AVX512F__
 constexpr int kLanes = 16;
+#else
+constexpr int kLanes = 8;
+#endif
 
-typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4)));
-typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2)));
-typedef uint32_t Words __attribute__((vector_size(4 * kLanes), aligned(4)));
-typedef _Float16 Float16s __attribute__((vector_size(2 * kLanes), aligned(2)));
+typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes), aligned(2), may_alias));
+typedef _Float16 Float16s __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
 
 // What a dtype is made of, for three uses.
 //
-// `Widen` reads 16 numbers as float32. `Load` reads kStep numbers that lie along a product in whatever way and order is
-// the cheapest, and `Add` adds the products of two such packs to 16 partial sums. `LoadWords` reads 16 words of 32 bits,
+// `Widen` reads kLanes numbers as float32. `Load` reads kStep numbers that lie along a product in whatever way and order is
+// the cheapest, and `Add` adds the products of two such packs to kLanes partial sums. `LoadWords` reads kLanes words of 32 bits,
 // of kPerWord numbers each, in order, and `AddWords` adds the products of words.
 struct Float32 {
   using Number = float;
@@ -50,6 +54,8 @@ struct Float16 {
   static Floats Widen(const Number* from) {
 #ifdef __AVX512F__
     return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+#elif defined(__F16C__)
+    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
 #endif
     return __builtin_convertvector(*reinterpret_cast<const Float16s*>(from), Floats);
   }

@@ -79,7 +79,7 @@ class Execution:
 
     @property
     def in_place(self) -> bool:
-        """Whether steps read weights within the stacks of all layers, see `layers.Stacked`."""
+        """Whether prefill and decode read weights within the stacks of all layers, see `layers.Stacked`."""
         return self.grouped_matmul == "native"
 
     @property

@@ -41,15 +41,15 @@ def test_each_place_of_a_line_is_copied_and_checked(dtype):
             if wrong is not None:
                 given[wrong] = np.inf if wrong % 2 else np.nan
             piece = memory[first + 3 : first + 3 + len(given)]
-            assert filling._copy(piece, given) == (wrong is None)
+            assert filling._copy(piece, given, filling._copying()) == (wrong is None)
             np.testing.assert_array_equal(piece.view(bits), given.view(bits))
             assert not memory[: first + 3].any() and not memory[first + 3 + len(given) :].any()
 
 
-@pytest.mark.parametrize("compiler", ["c++", None])
+@pytest.mark.parametrize("copying", [filling._copying(), None])
 @pytest.mark.parametrize("place", [0, COUNT // 2, COUNT - 1])
-def test_the_first_tensor_that_is_not_finite_is_named(stored, place, compiler, monkeypatch):
-    monkeypatch.setattr(compiled, "compiler", lambda: compiler)
+def test_the_first_tensor_that_is_not_finite_is_named(stored, place, copying, monkeypatch):
+    monkeypatch.setattr(filling, "_copying", lambda: copying)
     for name in "bd":
         data = np.memmap(stored[name].path, np.float32, "r+", stored[name].start, (COUNT,))
         data[place] = np.nan
@@ -63,6 +63,22 @@ def test_a_file_that_was_cut_since_its_table_was_read(stored):
         file.truncate(stored["d"].start + 4 * COUNT - 1)
     with pytest.raises(ValueError, match=r"a\.safetensors is truncated"):
         fill(stored, np.float32)
+
+
+def test_where_nothing_compiles_numpy_copies_and_says_so(stored, monkeypatch, caplog):
+    def refuse(source):
+        raise ValueError("c++ cannot compile copying.cc")
+
+    monkeypatch.setattr(compiled, "load", refuse)
+    monkeypatch.setattr(filling, "_copying", filling._copying.__wrapped__)
+    np.testing.assert_array_equal(fill(stored, np.float32)["b"], np.arange(COUNT, dtype=np.float32) + 1)
+    assert "loading is slower: c++ cannot compile copying.cc" in caplog.text
+
+
+def test_another_number_of_values_is_refused(stored):
+    array = filling.allocate((COUNT + 1,), np.dtype(np.float32))
+    with pytest.raises(ValueError, match=f"tensor a has {COUNT} numbers: wanted {COUNT + 1}"):
+        filling.fill([filling.Source("a", stored["a"], array)])
 
 
 def test_nothing_and_numbers_alone(tmp_path):

@@ -1,5 +1,5 @@
 // Attention of one query per row against a cache, for CPUs: the new key and value are written into the cache, which is
-// neither copied nor converted, and every position that a row sees is read once for up to kHeads of its heads.
+// neither copied nor converted, and what a row sees is read where it lies, for up to kHeads of its heads at once.
 //
 // A piece of work is a row, a head of keys, and some of the heads of queries that read it. Sums are float32.
 
@@ -17,7 +17,7 @@ namespace ffi = xla::ffi;
 namespace {
 
 constexpr int64_t kHeads = 8;       // of queries in a piece
-constexpr int64_t kPositions = 64;  // read at once: they stay in the first-level cache while heads go by
+constexpr int64_t kPositions = 64;  // read at once: they stay in the nearest caches while heads go by
 constexpr int kVectors = 8;         // of a value, added up at once
 
 template <typename T>
@@ -133,9 +133,11 @@ ffi::Error CachedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ff
                            ffi::Buffer<ffi::S32> layer, ffi::Buffer<ffi::S32> position, float scale,
                            ffi::Result<ffi::Buffer<ffi::F32>> mixed, ffi::Result<ffi::AnyBuffer> key_after,
                            ffi::Result<ffi::AnyBuffer> value_after) {
-  if (key_after->untyped_data() != key.untyped_data() || value_after->untyped_data() != value.untyped_data())
+  if (key_after->untyped_data() != key.untyped_data() ||
+      (value.element_count() && value_after->untyped_data() != value.untyped_data()))
     return ffi::Error::Internal("cached_attention: the caches were not handed on in place");
   const int64_t at = layer.typed_data()[0];
+  if (at < 0 || at >= key.dimensions()[0]) return ffi::Error::InvalidArgument("cached_attention: no such layer");
   switch (key.element_type()) {
     case ffi::F32:
       return Attend<Float32>(pool, query, new_key, new_value, key, value, at, position, scale, mixed);

@@ -26,7 +26,7 @@ def resolve(name: str, platform: str) -> str:
             )
         if platform == "cpu" and compiled.compiler() is None:
             logging.log_first_n(
-                logging.WARNING, "no C++ compiler (c++) on PATH: grouped_matmul is 'blocked', slower", 1
+                logging.WARNING, "no C++ compiler (c++) on PATH: grouped_matmul is 'blocked', and all is slower", 1
             )
             return "blocked"
         return BY_PLATFORM[platform]

@@ -19,16 +19,17 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kPanel = 128;      // rows of a piece
-constexpr int64_t kFewChunk = 48;    // columns of a piece of few rows
-constexpr int64_t kManyChunk = 96;   // and of one of many
-constexpr int kFewColumns = 6;       // of a block: with 4 rows they fill the 32 registers of AVX-512
-constexpr int64_t kAhead = 1024;     // bytes along d: columns are asked for so early
-constexpr int kManyRows = 8;         // of a block: with 3 vectors of columns they fill them too
-constexpr int64_t kMany = 24;        // rows of a piece from which packing its columns pays
-constexpr int kVectors = 3;
+constexpr int64_t kPanel = 128;     // rows of a piece
+constexpr int64_t kFewChunk = 48;   // columns of a piece of few rows
+constexpr int64_t kManyChunk = 96;  // and of one of many
+constexpr int64_t kMany = 24;       // rows of a piece from which packing its columns pays
+constexpr int64_t kAhead = 1024;    // bytes along d: columns are asked for so early
+constexpr int64_t kWords = 512;     // along d, packed at once: they stay in the second-level cache
+
+// Rows and columns of a block: they fill the 32 registers of AVX-512, or the 16 of what has less.
+constexpr int kFewRows = kLanes == 16 ? 4 : 3, kFewColumns = kLanes == 16 ? 6 : 4;
+constexpr int kManyRows = kLanes == 16 ? 8 : 4, kVectors = 3;
 constexpr int64_t kManyColumns = kVectors * kLanes;
-constexpr int64_t kWords = 512;      // along d, packed at once: they stay in the second-level cache
 
 // Whether words hold numbers as they are stored, rather than widened.
 template <typename T>
@@ -74,8 +75,8 @@ void Block(const typename T::Number* rows, const typename T::Number* columns, in
 template <typename T, typename Out, int kColumns>
 void FewRows(const typename T::Number* rows, int64_t num_rows, const typename T::Number* columns, int64_t depth,
           typename Out::Number* out, int64_t out_stride) {
-  for (; num_rows >= 4; num_rows -= 4, rows += 4 * depth, out += 4 * out_stride)
-    Block<T, Out, 4, kColumns>(rows, columns, depth, out, out_stride);
+  for (; num_rows >= kFewRows; num_rows -= kFewRows, rows += kFewRows * depth, out += kFewRows * out_stride)
+    Block<T, Out, kFewRows, kColumns>(rows, columns, depth, out, out_stride);
   if (num_rows == 3) Block<T, Out, 3, kColumns>(rows, columns, depth, out, out_stride);
   if (num_rows == 2) Block<T, Out, 2, kColumns>(rows, columns, depth, out, out_stride);
   if (num_rows == 1) Block<T, Out, 1, kColumns>(rows, columns, depth, out, out_stride);
@@ -112,13 +113,16 @@ struct Swapped {
 inline Words Pick(const Words& a, const Words& b, const uint32_t* lanes) {
 #ifdef __AVX512F__
   return (Words)_mm512_permutex2var_epi32((__m512i)a, _mm512_load_si512(lanes), (__m512i)b);
-#endif
+#elif defined(__clang__)
   Words picked;
   for (int lane = 0; lane < kLanes; lane++) picked[lane] = (lanes[lane] < kLanes ? a : b)[lanes[lane] % kLanes];
   return picked;
+#else
+  return __builtin_shuffle(a, b, *reinterpret_cast<const Words*>(lanes));
+#endif
 }
 
-// x[i][j] becomes x[j][i]: blocks of 1 lane change places, then of 2, 4 and 8.
+// x[i][j] becomes x[j][i]: blocks of 1 lane change places, then of 2, and so on.
 template <int kSize = 1>
 inline void Transpose(Words x[kLanes]) {
   static constexpr Swapped<kSize> swapped;
@@ -206,7 +210,7 @@ void Many(const typename T::Number* rows, int64_t num_rows, const typename T::Nu
           Tile<T, some>(packed_rows + r * stride, stride, packed.columns, words, sums + r * kVectors);
       };
       tiles(std::integral_constant<int, kManyRows>());
-      tiles(std::integral_constant<int, 4>());
+      tiles(std::integral_constant<int, kManyRows / 2>());
       tiles(std::integral_constant<int, 1>());
     }
   }
@@ -262,6 +266,7 @@ ffi::Error GroupedMatmul(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuff
                          ffi::Buffer<ffi::S32> group_sizes, ffi::Buffer<ffi::S32> layer,
                          ffi::Result<ffi::AnyBuffer> out) {
   const int64_t at = layer.typed_data()[0];
+  if (at < 0 || at >= weights.dimensions()[0]) return ffi::Error::InvalidArgument("grouped_matmul: no such layer");
   const bool is_float32 = out->element_type() == ffi::F32;
   switch (rows.element_type()) {
     case ffi::F32:

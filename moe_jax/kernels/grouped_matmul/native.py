@@ -1,4 +1,4 @@
-"""Grouped matmul in C++ (`native.cc`), for CPUs: reads every weight where it lies, once.
+"""Grouped matmul in C++ (`native.cc`), for CPUs: reads weights where they lie, once for every 128 rows.
 
 Its gradient is that of `blocked`, which is bound by arithmetic rather than by memory.
 """
