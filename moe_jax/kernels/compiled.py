@@ -1,7 +1,7 @@
 """C++ kernels for the CPU: compiled by the system's compiler when first used, for the machine at hand, and kept.
 
 A kernel is one source file that exports a handler of XLA's foreign function interface, whose headers jaxlib brings;
-kernels share `native.h`. Other code in C++ is called through `load`.
+it may have headers of its own beside it, and kernels share `native.h`. Other code in C++ is called through `load`.
 """
 
 import ctypes
@@ -58,9 +58,9 @@ def _library(source: pathlib.Path) -> pathlib.Path:
         raise ValueError(f"{source.name} needs a C++ compiler: wanted one as c++ on PATH, or its name in CXX")
     command = [cxx, *_FLAGS, f"-I{jax.ffi.include_dir()}", f"-I{_SHARED.parent}"]
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
+    headers = sorted(source.parent.glob("*.h"))
     depends_on = (
-        source.read_text(),
-        _SHARED.read_text(),
+        *(part.read_text() for part in (source, *headers, _SHARED)),
         " ".join(command),
         version,
         jaxlib.version.__version__,

@@ -34,7 +34,7 @@ typedef _Float16 Float16s __attribute__((vector_size(2 * kLanes), aligned(2), ma
 //
 // `Widen` reads kLanes numbers as float32. `Load` reads kStep numbers that lie along a product in whatever way and order is
 // the cheapest, and `Add` adds the products of two such packs to kLanes partial sums. `LoadWords` reads kLanes words of 32 bits,
-// of kPerWord numbers each, in order, and `AddWords` adds the products of words.
+// of kPerWord numbers each, in order, and `AddWords` adds the products of words. `StoreLanes` stores kLanes sums.
 struct Float32 {
   using Number = float;
   using Pack = Floats;
@@ -45,6 +45,7 @@ struct Float32 {
   static Words LoadWords(const Number* from) { return (Words)Widen(from); }
   static void AddWords(Floats& sums, const Words& a, const Words& b) { sums += (Floats)a * (Floats)b; }
   static void Store(Number* to, float x) { *to = x; }
+  static void StoreLanes(Number* to, const Floats& x) { *reinterpret_cast<Floats*>(to) = x; }
 };
 
 struct Float16 {
@@ -64,6 +65,9 @@ struct Float16 {
   static Words LoadWords(const Number* from) { return (Words)Widen(from); }
   static void AddWords(Floats& sums, const Words& a, const Words& b) { sums += (Floats)a * (Floats)b; }
   static void Store(Number* to, float x) { *to = static_cast<_Float16>(x); }
+  static void StoreLanes(Number* to, const Floats& x) {
+    *reinterpret_cast<Float16s*>(to) = __builtin_convertvector(x, Float16s);
+  }
 };
 
 struct BFloat16 {
@@ -103,6 +107,12 @@ struct BFloat16 {
     const bool is_nan = (bits & 0x7fffffff) > 0x7f800000;
     *to = is_nan ? (bits >> 16) | 64 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   }
+  static void StoreLanes(Number* to, const Floats& x) {
+    const Words bits = (Words)x, is_nan = (Words)((bits & 0x7fffffff) > 0x7f800000);
+    const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Words stored = (is_nan & ((bits >> 16) | 64)) | (~is_nan & rounded);
+    *reinterpret_cast<Halves*>(to) = __builtin_convertvector(stored, Halves);
+  }
 };
 
 inline float Sum(Floats x) {
@@ -122,6 +132,51 @@ struct Padded {
   typename T::Number numbers[kRoom] = {};
   Padded(const typename T::Number* from, int64_t count) { std::memcpy(numbers, from, count * sizeof(*from)); }
 };
+
+template <typename T>
+Words LoadWords(const typename T::Number* from, int64_t count) {
+  constexpr int kNumbers = kLanes * T::kPerWord;
+  if (count >= kNumbers) return T::LoadWords(from);
+  return T::LoadWords(Padded<T, kNumbers>(from, count).numbers);
+}
+
+// Of two vectors one behind the other, the lanes that make up the new ones where blocks of `kSize` lanes change places.
+template <int kSize>
+struct Swapped {
+  alignas(64) uint32_t low[kLanes] = {}, high[kLanes] = {};
+  constexpr Swapped() {
+    for (int lane = 0; lane < kLanes; lane++) {
+      low[lane] = lane & kSize ? kLanes + lane - kSize : lane;
+      high[lane] = lane & kSize ? kLanes + lane : lane + kSize;
+    }
+  }
+};
+
+inline Words Pick(const Words& a, const Words& b, const uint32_t* lanes) {
+#ifdef __AVX512F__
+  return (Words)_mm512_permutex2var_epi32((__m512i)a, _mm512_load_si512(lanes), (__m512i)b);
+#elif defined(__clang__)
+  Words picked;
+  for (int lane = 0; lane < kLanes; lane++) picked[lane] = (lanes[lane] < kLanes ? a : b)[lanes[lane] % kLanes];
+  return picked;
+#else
+  return __builtin_shuffle(a, b, *reinterpret_cast<const Words*>(lanes));
+#endif
+}
+
+// x[i][j] becomes x[j][i]: blocks of 1 lane change places, then of 2, and so on.
+template <int kSize = 1>
+inline void Transpose(Words x[kLanes]) {
+  static constexpr Swapped<kSize> swapped;
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; i++) {
+    if (i & kSize) continue;
+    const Words a = x[i], b = x[i + kSize];
+    x[i] = Pick(a, b, swapped.low);
+    x[i + kSize] = Pick(a, b, swapped.high);
+  }
+  if constexpr (2 * kSize < kLanes) Transpose<2 * kSize>(x);
+}
 
 // Runs `piece(i)` for every i below `count`, on the calling thread and on XLA's own pool, which take them from one
 // counter. `piece` is copied, and a copy may live on when all is done: whoever comes late finds no piece left.

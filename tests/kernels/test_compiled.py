@@ -8,8 +8,6 @@ import pytest
 from moe_jax.kernels import compiled
 from moe_jax.kernels.grouped_matmul import api, native
 
-SOURCE = native._SOURCE
-
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
@@ -17,24 +15,36 @@ def cache(tmp_path, monkeypatch):
     return tmp_path / "cache" / "moe_jax" / "kernels"
 
 
-def test_a_source_is_compiled_once(cache):
-    first = compiled._library(SOURCE)
+@pytest.fixture
+def source(tmp_path):
+    folder = tmp_path / "kernel"
+    folder.mkdir()
+    (folder / "answer.h").write_text("constexpr int kAnswer = 1;\n")
+    (folder / "answer.cc").write_text('#include "answer.h"\n#include "native.h"\nint answer() { return kAnswer; }\n')
+    return folder / "answer.cc"
+
+
+def test_a_source_is_compiled_once(cache, source):
+    first = compiled._library(source)
     written = first.stat().st_mtime_ns
-    assert compiled._library(SOURCE) == first and first.stat().st_mtime_ns == written
+    assert compiled._library(source) == first and first.stat().st_mtime_ns == written
     assert list(cache.iterdir()) == [first]
 
 
-def test_another_source_or_processor_is_another_library(cache, tmp_path, monkeypatch):
-    first = compiled._library(SOURCE)
-    changed = tmp_path / SOURCE.name
-    changed.write_text(SOURCE.read_text() + "// changed\n")
+def test_another_source_header_or_processor_is_another_library(cache, source, monkeypatch):
+    libraries = [compiled._library(source)]
+    source.write_text(source.read_text() + "// changed\n")
+    libraries.append(compiled._library(source))
+    source.with_suffix(".h").write_text("constexpr int kAnswer = 2;\n")
+    libraries.append(compiled._library(source))
     monkeypatch.setattr(compiled, "_processor", lambda: "another")
-    assert len({first, compiled._library(SOURCE), compiled._library(changed)}) == 3
+    libraries.append(compiled._library(source))
+    assert len(set(libraries)) == len(list(cache.iterdir())) == 4
 
 
-def test_a_cache_that_cannot_be_written_costs_the_compilation_alone(monkeypatch):
+def test_a_cache_that_cannot_be_written_costs_the_compilation_alone(source, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
-    assert compiled._library(SOURCE).exists()
+    assert compiled._library(source).exists()
 
 
 def test_a_source_that_does_not_compile_is_refused_in_one_line(cache, tmp_path):
@@ -46,11 +56,11 @@ def test_a_source_that_does_not_compile_is_refused_in_one_line(cache, tmp_path):
     assert list(cache.iterdir()) == []
 
 
-def test_without_a_compiler_auto_says_blocked_and_native_is_refused(monkeypatch):
+def test_without_a_compiler_auto_says_blocked_and_native_is_refused(source, monkeypatch):
     monkeypatch.setattr(compiled, "compiler", lambda: None)
     assert api.resolve("auto", "cpu") == "blocked"
     with pytest.raises(ValueError, match="needs a C"):
-        compiled._library(SOURCE)
+        compiled._library(source)
 
 
 def test_what_the_kernel_has_no_code_for_is_refused():

@@ -1,0 +1,116 @@
+// A piece of many rows is bound by arithmetic: its columns are turned around once, lanes run along them, and numbers of
+// rows are broadcast.
+
+#ifndef MOE_JAX_KERNELS_GROUPED_MATMUL_MANY_H_
+#define MOE_JAX_KERNELS_GROUPED_MATMUL_MANY_H_
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <type_traits>
+
+#include "native.h"
+
+namespace {
+
+constexpr int64_t kPanel = 128;     // rows of a piece, at most
+constexpr int64_t kManyChunk = 96;  // and columns
+constexpr int64_t kWords = 512;     // along d, packed at once: they stay in the second-level cache
+
+// Rows and columns of a block, as in few.h.
+constexpr int kManyRows = kLanes == 16 ? 8 : 4, kVectors = 3;
+constexpr int64_t kManyColumns = kVectors * kLanes;
+
+// Whether words hold numbers as they are stored, rather than widened.
+template <typename T>
+constexpr bool kAsStored = T::kPerWord * sizeof(typename T::Number) == sizeof(uint32_t);
+
+// Adds the products of kRows rows and packed columns to their sums, kVectors of a row.
+template <typename T, int kRows>
+void Tile(const uint32_t* rows, int64_t stride, const Words* columns, int64_t words, Floats* sums) {
+  Floats tile[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; v++) tile[r][v] = sums[r * kVectors + v];
+  for (int64_t word = 0; word < words; word++, columns += kVectors) {
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; r++) {
+      const Words row = Words{} + rows[r * stride + word];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; v++) T::AddWords(tile[r][v], row, columns[v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; r++)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; v++) sums[r * kVectors + v] = tile[r][v];
+}
+
+// What a thread packs into: words of rows along d, of columns across it, and the sums of both.
+struct Packed {
+  alignas(64) uint32_t rows[kPanel * kWords];
+  alignas(64) Words columns[kWords * kVectors];
+  alignas(64) Floats sums[kManyChunk / kManyColumns][kPanel * kVectors];
+};
+
+template <typename T>
+void PackColumns(const typename T::Number* columns, int64_t num_columns, int64_t depth, int64_t count, Words* to) {
+  for (int v = 0; v < kVectors; v++)
+    for (int64_t word = 0; word * T::kPerWord < count; word += kLanes) {
+      Words turned[kLanes];
+      for (int c = 0; c < kLanes; c++) {
+        const int64_t column = v * kLanes + c, d = word * T::kPerWord;
+        turned[c] = column < num_columns ? LoadWords<T>(columns + column * depth + d, count - d) : Words{};
+      }
+      Transpose(turned);
+      for (int i = 0; i < kLanes; i++) to[(word + i) * kVectors + v] = turned[i];
+    }
+}
+
+template <typename T, typename Out>
+void Many(const typename T::Number* rows, int64_t num_rows, const typename T::Number* columns, int64_t num_columns,
+          int64_t depth, typename Out::Number* out, int64_t out_stride) {
+  static thread_local std::unique_ptr<Packed> kept;
+  if (!kept) kept = std::make_unique<Packed>();
+  Packed& packed = *kept;
+  for (auto& sums : packed.sums) std::fill_n(sums, num_rows * kVectors, Floats{});
+  constexpr int64_t kNumbers = kWords * T::kPerWord, kVectorNumbers = kLanes * T::kPerWord;
+  for (int64_t first = 0; first < depth; first += kNumbers) {
+    const int64_t count = std::min(kNumbers, depth - first);
+    const int64_t words = (count + kVectorNumbers - 1) / kVectorNumbers * kLanes;
+    const uint32_t* packed_rows = packed.rows;
+    int64_t stride = kWords;
+    if (kAsStored<T> && count % kVectorNumbers == 0 && depth % T::kPerWord == 0) {
+      packed_rows = reinterpret_cast<const uint32_t*>(rows + first);  // they are words already
+      stride = depth / T::kPerWord;
+    } else {
+      for (int64_t r = 0; r < num_rows; r++)
+        for (int64_t word = 0, d = 0; word < words; word += kLanes, d += kVectorNumbers)
+          *reinterpret_cast<Words*>(packed.rows + r * kWords + word) =
+              LoadWords<T>(rows + r * depth + first + d, count - d);
+    }
+    for (int64_t column = 0; column < num_columns; column += kManyColumns) {
+      Floats* sums = packed.sums[column / kManyColumns];
+      PackColumns<T>(columns + column * depth + first, num_columns - column, depth, count, packed.columns);
+      int64_t r = 0;
+      const auto tiles = [&](auto some) {
+        for (; r + some <= num_rows; r += some)
+          Tile<T, some>(packed_rows + r * stride, stride, packed.columns, words, sums + r * kVectors);
+      };
+      tiles(std::integral_constant<int, kManyRows>());
+      tiles(std::integral_constant<int, kManyRows / 2>());
+      tiles(std::integral_constant<int, 1>());
+    }
+  }
+  for (int64_t r = 0; r < num_rows; r++)
+    for (int64_t column = 0; column < num_columns; column++) {
+      const int64_t at = column % kManyColumns;
+      const Floats& sums = packed.sums[column / kManyColumns][r * kVectors + at / kLanes];
+      Out::Store(out + r * out_stride + column, sums[at % kLanes]);
+    }
+}
+
+}  // namespace
+
+#endif
