@@ -77,9 +77,9 @@ void StoreTile(Words sums[kSide], int64_t num_rows, typename Out::Number* out, i
   for (int64_t r = 0; r < num_rows; r++) Out::StoreLanes(out + r * out_stride, (Floats)sums[r]);
 }
 
-// kColumnTiles * 16 columns and up to kRowTiles * 16 rows, which are packed. `is_first`: the columns come from memory.
+// kColumnTiles * 16 columns and up to kRowTiles * 16 rows, which are packed.
 template <typename Out, int kColumnTiles, int kRowTiles>
-void TiledBlock(const Words* rows, int64_t num_rows, const uint16_t* columns, int64_t depth, bool is_first,
+void TiledBlock(const Words* rows, int64_t num_rows, const uint16_t* columns, int64_t depth,
                 typename Out::Number* out, int64_t out_stride) {
   const int64_t row_tile = RowTile(depth);
   _tile_zero(0);
@@ -87,13 +87,8 @@ void TiledBlock(const Words* rows, int64_t num_rows, const uint16_t* columns, in
   _tile_zero(2);
   _tile_zero(3);
   int64_t d = 0;
-  for (; d + kTileNumbers <= depth; d += kTileNumbers, rows += kSide) {
-    if (is_first) {
-      const int64_t next = d + kAhead / 2, ahead = next < depth ? next : next + (kColumnTiles * kSide - 1) * depth;
-      for (int64_t c = 0; c < kColumnTiles * kSide; c++) __builtin_prefetch(columns + c * depth + ahead, 0, 2);
-    }
+  for (; d + kTileNumbers <= depth; d += kTileNumbers, rows += kSide)
     AddTiles<kColumnTiles, kRowTiles>(columns + d, 2 * depth, rows, row_tile);
-  }
   if (d < depth) {
     alignas(64) uint16_t last[kColumnTiles * kSide * kTileNumbers] = {};
     for (int64_t c = 0; c < kColumnTiles * kSide; c++)
@@ -116,10 +111,9 @@ template <typename Out, int kColumnTiles>
 void TiledColumns(const Words* rows, int64_t num_rows, const uint16_t* columns, int64_t depth,
                   typename Out::Number* out, int64_t out_stride) {
   const int64_t row_tile = RowTile(depth);
-  bool is_first = true;
-  for (; num_rows > kSide; num_rows -= 2 * kSide, rows += 2 * row_tile, out += 2 * kSide * out_stride, is_first = false)
-    TiledBlock<Out, kColumnTiles, 2>(rows, num_rows, columns, depth, is_first, out, out_stride);
-  if (num_rows > 0) TiledBlock<Out, kColumnTiles, 1>(rows, num_rows, columns, depth, is_first, out, out_stride);
+  for (; num_rows > kSide; num_rows -= 2 * kSide, rows += 2 * row_tile, out += 2 * kSide * out_stride)
+    TiledBlock<Out, kColumnTiles, 2>(rows, num_rows, columns, depth, out, out_stride);
+  if (num_rows > 0) TiledBlock<Out, kColumnTiles, 1>(rows, num_rows, columns, depth, out, out_stride);
 }
 
 template <typename Out>
