@@ -5,12 +5,6 @@ from tests.faults import launched
 
 
 @pytest.fixture(scope="session")
-def cache(tmp_path_factory):
-    """The folder in which launchers keep compiled programs: each is compiled once."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="session")
 def model(tmp_path_factory):
     """A model without an end-of-text token: it makes as many tokens as asked for."""
     architecture = tiny_model.changed(decoder={"max_context": 256})
@@ -31,9 +25,9 @@ def training_flags(sources):
 
 
 @pytest.fixture(scope="session")
-def trained(training_flags, cache, tmp_path_factory):
+def trained(training_flags, tmp_path_factory):
     """The folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    ended = launched.run("train", *training_flags, "--out=out", folder=folder, cache=cache)
+    ended = launched.run("train", *training_flags, "--out=out", folder=folder)
     assert ended.status == 0, ended.stderr
     return folder / "out"

@@ -27,6 +27,18 @@ class Storm:
     partial: int = 0
 
 
+def started(launcher: str, flags: list[str], out: pathlib.Path) -> subprocess.Popen:
+    """A launcher, running."""
+    return subprocess.Popen(
+        launched.command_line(launcher, *flags, f"--out={out}"),
+        env=launched.environment(),
+        cwd=out.parent,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
 def storm(
     launcher: str,
     flags: list[str],
@@ -35,7 +47,6 @@ def storm(
     kills: int,
     within_s: float,
     seed: int,
-    cache: pathlib.Path,
 ) -> Storm:
     """Runs a launcher to its end through so many kills.
 
@@ -48,20 +59,12 @@ def storm(
             included. Where a run ends before its moment, another one follows: a launcher started again on a finished
             folder has nothing to lose either.
         seed: of the moments.
-        cache: for compiled programs.
     """
     moments = random.Random(seed)
     been = Storm()
     while been.kills < kills:
         been.starts += 1
-        with subprocess.Popen(
-            launched.command_line(launcher, *flags, f"--out={out}"),
-            env=launched.environment(cache=cache),
-            cwd=out.parent,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        ) as process:
+        with started(launcher, flags, out) as process:
             time.sleep(moments.uniform(0, within_s))
             process.kill()
             stderr = process.stderr.read().decode(errors="replace")
@@ -71,7 +74,7 @@ def storm(
         if (out / "result.json").exists():
             json.loads((out / "result.json").read_text())
     been.starts += 1
-    ended = launched.run(launcher, *flags, f"--out={out}", folder=out.parent, cache=cache)
+    ended = launched.run(launcher, *flags, f"--out={out}", folder=out.parent)
     assert ended.status == 0, f"after {been.kills} kills: {ended.stderr}"
     been.partial = sum(name.endswith(".partial") for name in launched.entries(out))
     return been

@@ -25,11 +25,9 @@ def command_line(launcher: str, *flags: str) -> list[str]:
     return [sys.executable, str(ROOT / "launch" / f"{launcher}.py"), *flags]
 
 
-def environment(path: Sequence[pathlib.Path] = (), cache: pathlib.Path | None = None) -> dict[str, str]:
-    """With `path` in front of what is imported, and compiled programs kept in `cache`."""
-    kept = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
-    cached = {"XDG_CACHE_HOME": str(cache)} if cache else {}
-    return {**kept, **cached, "PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT)))}
+def environment(path: Sequence[pathlib.Path] = ()) -> dict[str, str]:
+    """With `path` in front of what is imported."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT)))}
 
 
 def run(
@@ -37,7 +35,6 @@ def run(
     *flags: str,
     folder: pathlib.Path,
     path: Sequence[pathlib.Path] = (),
-    cache: pathlib.Path | None = None,
     within: Sequence[str] = (),
     timeout: float = 300,
     stdin: bytes = b"",
@@ -47,7 +44,7 @@ def run(
     try:
         done = subprocess.run(
             [*within, *command_line(launcher, *flags)],
-            env=environment(path, cache),
+            env=environment(path),
             cwd=folder,
             input=stdin,
             capture_output=True,

@@ -73,7 +73,7 @@ def test_a_launcher_refuses_damaged_models_in_one_line_and_writes_nothing(folder
         damaged(folders, one, folder)
         before = launched.entries(folder)
         flags = ["--set=model.path=tiny", "--prompt=The", "--out=out"]
-        ended = launched.run("infer", *flags, folder=folder, cache=tmp_path / "cache", timeout=60)
+        ended = launched.run("infer", *flags, folder=folder, timeout=60)
         problem = launched.not_refused(ended, one.says)
         if launched.entries(folder) != before:
             problem += f"; written: {launched.entries(folder) - before}"
@@ -87,7 +87,7 @@ def test_a_launcher_refuses_nan_in_one_line_and_writes_nothing(folders, tmp_path
     damaged(folders, one, tmp_path)
     before = launched.entries(tmp_path)
     flags = ["--set=model.path=tiny", "--prompt=The", "--out=out"]
-    ended = launched.run("infer", *flags, folder=tmp_path, cache=tmp_path.parent / "cache")
+    ended = launched.run("infer", *flags, folder=tmp_path)
     assert launched.not_refused(ended, one.says) == ""
     assert launched.entries(tmp_path) == before
 
@@ -99,7 +99,7 @@ def test_what_must_not_be_read_is_refused_in_one_line(folders, tmp_path, file):
     (tmp_path / "tiny" / file).chmod(0)
     within = ["unshare", "-U"] if os.geteuid() == 0 else []
     flags = ["--set=model.path=tiny", "--prompt=The"]
-    ended = launched.run("infer", *flags, folder=tmp_path, cache=tmp_path / "cache", within=within)
+    ended = launched.run("infer", *flags, folder=tmp_path, within=within)
     if "unshare" in ended.stderr:
         pytest.skip(f"root reads every file here: {ended.stderr}")
     assert launched.not_refused(ended, f"{file}.* Permission denied") == ""

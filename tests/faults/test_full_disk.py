@@ -16,13 +16,11 @@ BOTH_WAYS = pytest.mark.parametrize("way", [best_way(), pytest.param(LIMIT, mark
 
 
 @BOTH_WAYS
-def test_a_checkpoint_that_does_not_fit_stops_the_run_and_space_lets_it_go_on(
-    training_flags, trained, cache, tmp_path, way
-):
+def test_a_checkpoint_that_does_not_fit_stops_the_run_and_space_lets_it_go_on(training_flags, trained, tmp_path, way):
     """One checkpoint is some 800 kB in files of up to 400 kB, and the export smaller."""
     with small_disk(tmp_path / "disk", {LIMIT: 50_000}.get(way, 1_500_000), way) as disk:
         flags = [*training_flags, f"--out={disk.folder / 'out'}"]
-        ended = launched.run("train", *flags, folder=tmp_path, cache=cache, within=disk.within)
+        ended = launched.run("train", *flags, folder=tmp_path, within=disk.within)
         assert (ended.status, ended.stdout, "Traceback" in ended.stderr) == (2, "", False), ended.stderr
         *others, last = ended.stderr.splitlines()
         assert last.startswith("error: ") and not any(line.startswith("error: ") for line in others)
@@ -34,18 +32,18 @@ def test_a_checkpoint_that_does_not_fit_stops_the_run_and_space_lets_it_go_on(
         assert not (disk.seen / "out" / "result.json").exists()
 
         disk.grow()
-        ended = launched.run("train", *flags, folder=tmp_path, cache=cache, within=disk.within)
+        ended = launched.run("train", *flags, folder=tmp_path, within=disk.within)
         assert ended.status == 0, ended.stderr
         weights = [(out / "model" / "model.safetensors").read_bytes() for out in (trained, disk.seen / "out")]
         assert weights[0] == weights[1]
 
 
 @WAYS
-def test_a_result_that_does_not_fit_is_said_and_none_is_half_there(model, cache, tmp_path, way):
+def test_a_result_that_does_not_fit_is_said_and_none_is_half_there(model, tmp_path, way):
     with small_disk(tmp_path / "disk", {LIMIT: 1500}.get(way, 8192), way) as disk:
         flags = [f"--set=model.path={model}", "--prompt=The", "--set=sampling.max_new_tokens=4"]
         out = disk.folder / "out"
-        ended = launched.run("infer", *flags, f"--out={out}", folder=tmp_path, cache=cache, within=disk.within)
+        ended = launched.run("infer", *flags, f"--out={out}", folder=tmp_path, within=disk.within)
         assert (ended.status, "Traceback" in ended.stderr) == (2, False), ended.stderr
         last = ended.stderr.splitlines()[-1]
         assert last.startswith(f"error: {out}/") and any(last.endswith(reason) for reason in FULL.split("|")), last

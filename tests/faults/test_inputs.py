@@ -1,7 +1,6 @@
 """Output folders that cannot be written to, caches too, and prompts that are no text."""
 
 import os
-import pathlib
 import sys
 
 import hypothesis
@@ -43,9 +42,11 @@ def test_a_read_only_file_system_is_refused(tmp_path, way):
     assert launched.not_refused(ended, "Read-only file system; wanted a folder") == ""
 
 
-def test_a_cache_that_cannot_be_written_is_only_said(model, tmp_path):
+def test_a_cache_that_cannot_be_written_is_only_said(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     flags = [f"--set=model.path={model}", "--prompt=The", "--set=sampling.max_new_tokens=2"]
-    ended = launched.run("infer", *flags, folder=tmp_path, cache=pathlib.Path("/dev/null"))
+    ended = launched.run("infer", *flags, folder=tmp_path)
     assert ended.status == 0, ended.stderr
     assert "compiled programs are not kept for the next run" in ended.stderr and "Traceback" not in ended.stderr
 
@@ -95,8 +96,8 @@ def test_a_prompt_file_that_is_none_is_refused(read_prompts, tmp_path, kind):
     ("stdin", "says"),
     [(b"a\0b", "byte 1 is 0"), (b"\x89PNG\r\n", "byte 0 is not UTF-8"), (b"fox " * 500_000, "wanted at most 255")],
 )
-def test_what_is_piped_in_is_text_that_fits_or_refused(model, cache, tmp_path, stdin, says):
-    ended = launched.run("infer", f"--set=model.path={model}", folder=tmp_path, cache=cache, stdin=stdin)
+def test_what_is_piped_in_is_text_that_fits_or_refused(model, tmp_path, stdin, says):
+    ended = launched.run("infer", f"--set=model.path={model}", folder=tmp_path, stdin=stdin)
     assert launched.not_refused(ended, says) == ""
 
 

@@ -24,11 +24,11 @@ def catches(process) -> bool:
     return bool(int(mask, 16) >> (signal.SIGTERM - 1) & 1)
 
 
-def interrupted(launcher, flags, folder, cache, number, delay_s):
+def interrupted(launcher, flags, folder, number, delay_s):
     """Sends a signal; returns what was wrong with the end, or nothing. None: it had ended before."""
     with subprocess.Popen(
         launched.command_line(launcher, *flags, "--out=out"),
-        env=launched.environment(cache=cache),
+        env=launched.environment(),
         cwd=folder,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -73,25 +73,25 @@ def long_flags(model, training_flags):
         ),
     ],
 )
-def test_a_signal_ends_a_launcher_in_one_line(long_flags, cache, tmp_path, launcher, number, count):
+def test_a_signal_ends_a_launcher_in_one_line(long_flags, tmp_path, launcher, number, count):
     moments = random.Random(f"{launcher} {number} {count}")
     ends = []
     for index in range(count):
         folder = tmp_path / str(index)
         folder.mkdir()
         delay_s = moments.uniform(0, 3.0 if count > 1 else 1.0)
-        ends.append(interrupted(launcher, long_flags[launcher], folder, cache, number, delay_s))
+        ends.append(interrupted(launcher, long_flags[launcher], folder, number, delay_s))
         assert not [name for name in launched.entries(folder) if name.endswith(".partial")]
     print(launcher, number, ends)
     assert [end for end in ends if end] == []
     assert ends.count(None) <= count // 2, "most runs were over before the signal came: nothing was tested"
 
 
-def test_a_reader_that_leaves_ends_infer_quietly(model, cache, tmp_path):
+def test_a_reader_that_leaves_ends_infer_quietly(model, tmp_path):
     """As `| head -c 1` does."""
     with subprocess.Popen(
         launched.command_line("infer", f"--set=model.path={model}", *LONG["infer"]),
-        env=launched.environment(cache=cache),
+        env=launched.environment(),
         cwd=tmp_path,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

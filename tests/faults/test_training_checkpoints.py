@@ -91,13 +91,13 @@ def test_without_the_damaged_one_the_earlier_one_is_read(saved, tmp_path):
     np.testing.assert_array_equal(state["weights"], STATE["weights"] + 2)
 
 
-def test_a_launcher_refuses_a_damaged_checkpoint_in_one_line(training_flags, trained, cache, tmp_path):
+def test_a_launcher_refuses_a_damaged_checkpoint_in_one_line(training_flags, trained, tmp_path):
     """Its largest file is cut; what the launcher logs before stands above the line."""
     shutil.copytree(trained, tmp_path / "out")
     largest = max((tmp_path / "out" / "checkpoints" / "9").rglob("*"), key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    ended = launched.run("train", *training_flags, "--out=out", folder=tmp_path, cache=cache)
+    ended = launched.run("train", *training_flags, "--out=out", folder=tmp_path)
     assert (ended.status, ended.stdout, "Traceback" in ended.stderr) == (2, "", False), ended.stderr
     *others, last = ended.stderr.splitlines()
     assert last.startswith("error: ") and "checkpoints/9 is damaged: remove it to go on from step 6" in last

@@ -62,7 +62,7 @@ def test_as_a_user_runs_it_with_a_profile(tmp_path):
     settings = [f"--set={name}={value}" for name, value in TINY.items()]
     command_line = [sys.executable, str(ROOT / "launch" / "benchmark.py"), *settings]
     command_line += ["--set=model.path=", "--trace", "--out=out", "--json"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command_line, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)

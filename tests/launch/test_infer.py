@@ -60,7 +60,7 @@ def main(infer, folder, tmp_path, monkeypatch):
 def start(folder, *arguments, **options):
     """Runs the launcher as a user does, from a folder that is not the repository."""
     command_line = [sys.executable, str(ROOT / "launch" / "infer.py"), f"--set=model.path={folder}", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder.parent / "cache")}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         command_line, env=environment, cwd=folder.parent, capture_output=True, text=True, timeout=600, **options
     )

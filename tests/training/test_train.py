@@ -1,9 +1,8 @@
-"""Training as a user runs it: killed and started again, refused, diverging, and the model that comes out."""
+"""Training as a user runs it: the model that comes out; refused, diverging, interrupted. `faults/` kills it."""
 
 import json
 import os
 import pathlib
-import random
 import signal
 import subprocess
 import sys
@@ -33,36 +32,15 @@ def command(sources, out, **more):
     return [sys.executable, str(ROOT / "launch" / "train.py"), f"--out={out}", *flags]
 
 
-def measured(out):
-    """What metrics.jsonl says, less what the clock says."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "tokens_per_s"} for line in lines]
-
-
-def test_killed_and_started_again_it_goes_on_bit_identically(sources, tmp_path):
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    subprocess.run(command(sources, undisturbed), check=True, capture_output=True)
-
-    wait_for = random.randrange(6, 36)
-    with subprocess.Popen(command(sources, killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        metrics = killed / "metrics.jsonl"
-        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= wait_for):
-            time.sleep(0.002)
-        time.sleep(random.random() * 0.05)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL, "the run was over before it was killed: nothing was tested"
-    assert len(measured(killed)) < len(measured(undisturbed))
-    again = subprocess.run(command(sources, killed), check=True, capture_output=True, text=True)
-
-    assert measured(killed) == measured(undisturbed), f"killed after {wait_for} lines"
-    weights = [(out / "model" / "model.safetensors").read_bytes() for out in (undisturbed, killed)]
-    assert weights[0] == weights[1]
-    result = json.loads((killed / "result.json").read_text())
+def test_a_run_ends_with_a_model_that_has_learnt(sources, tmp_path):
+    out = tmp_path / "out"
+    done = subprocess.run(command(sources, out), check=True, capture_output=True, text=True)
+    result = json.loads((out / "result.json").read_text())
     assert result["figures"]["bits_per_byte"]["value"] < 6  # untrained: log2(384) per token of 1.6 bytes
-    assert f"{result['figures']['bits_per_byte']['value']:.4f}" in again.stdout
-    assert "bits per byte" in (killed / "model" / "MODEL_CARD.md").read_text()
-    assert (killed / "model" / "training_curve.png").read_bytes().startswith(b"\x89PNG")
-    _, params = read_checkpoint(killed / "model", "float32")
+    assert f"{result['figures']['bits_per_byte']['value']:.4f}" in done.stdout
+    assert "bits per byte" in (out / "model" / "MODEL_CARD.md").read_text()
+    assert (out / "model" / "training_curve.png").read_bytes().startswith(b"\x89PNG")
+    _, params = read_checkpoint(out / "model", "float32")
     assert np.isfinite(params["embedding_VD"]).all()
 
 
@@ -117,4 +95,4 @@ def test_ctrl_c_saves_where_it_stands(sources, tmp_path):
     assert process.returncode == 130
     assert stderr.rstrip().endswith("interrupted")
     saved = max(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit())
-    assert saved == measured(out)[-1]["step"]
+    assert saved == json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["step"]
