@@ -11,7 +11,7 @@
 #include <memory>
 #include <thread>
 
-#ifdef __AVX2__
+#if defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 

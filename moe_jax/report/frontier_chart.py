@@ -17,6 +17,7 @@ CEILING = 0.1  # a policy that is worse than that is named below the chart, and 
 SHAPES = {  # of the marks, by what decides: one number, the layer, the token, or the rows of a step together
     "model": "disc",
     "topk": "disc",
+    "renormalize": "disc",
     "schedule": "square",
     "layers": "square",
     "ratio": "triangle",
@@ -67,9 +68,9 @@ class Bounds(NamedTuple):
 
 
 def kind_of(policy: str) -> str:
-    """The kind that colours a spec: of a composed one, the last that is not merely uniform."""
+    """The kind that colours a spec: of a composed one, the last that is not merely uniform, else the last."""
     kinds = [part.partition(":")[0] for part in policy.split("+")]
-    telling = [kind for kind in kinds if kind not in ("topk", "renormalize")] or kinds[:1]
+    telling = [kind for kind in kinds if kind not in ("topk", "renormalize")] or kinds
     return telling[-1] if telling[-1] in SHAPES else OTHER
 
 
@@ -207,13 +208,14 @@ class _Box(NamedTuple):
 
 
 def short(policy: str) -> str:
-    """A spec as its label in a chart: `k=4` for uniform k, and the beginning of a long one."""
+    """A spec as its label in a chart: `k=4` for uniform k, `+none` for `+renormalize:none`, a long one's beginning."""
     kind, _, k = policy.partition(":")
     if kind == "topk" and k.isdigit():
         return f"k={k}"
     if policy == "model":
         return "full"
-    return policy if len(policy) <= _LONGEST_LABEL else policy[: _LONGEST_LABEL - 1] + "…"
+    label = policy.replace("+renormalize:", "+")
+    return label if len(label) <= _LONGEST_LABEL else label[: _LONGEST_LABEL - 1] + "…"
 
 
 def _along(corners: Sequence[tuple[float, float]]) -> list[_Box]:

@@ -277,7 +277,8 @@ def _reading(frontier: Frontier) -> str:
 <dt>Concurrency</dt><dd>The rows of one decode step: requests that are decoded together.</dd>
 <dt>Policy</dt><dd>The setting that keeps fewer of the experts a router chose, as <code>policy.spec</code> takes it.
 <code>model</code> is the full model; <code>topk:k</code> keeps the same k everywhere, which is uniform
-k.</dd>
+k. <code>renormalize:none</code>, in charts <code>+none</code>, leaves the weights of what is kept as they are in the
+full model; left out, the model&#8217;s own rule holds.</dd>
 <dt>Quality</dt><dd>Bits per byte of held-out text, of {escape(frontier.quality_subject)}. An increase is a fraction of
 the full model&#8217;s bits per byte, paired by document; its interval holds 95% of resamplings of whole documents.</dd>
 <dt>Throughput</dt><dd>Tokens per second of all rows together at the median step, of

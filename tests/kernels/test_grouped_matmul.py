@@ -65,9 +65,15 @@ def test_native_hands_out_its_float32_sums(dtype):
     assert_close(got, exact, "float32")
 
 
+def test_native_refuses_an_output_of_another_half():
+    rows, weights, _ = draw(4, 4, jnp.dtype("float32"))
+    with pytest.raises(ValueError, match="wanted an output of float32, or of the type of the rows"):
+        native.forward(rows, weights, np.ones(4, np.int32), 1, jnp.bfloat16).block_until_ready()
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("depth", [7, 530, 2100])
-@pytest.mark.parametrize("columns", [5, 49, 100])
+@pytest.mark.parametrize("depth", [7, 64, 530, 2100])
+@pytest.mark.parametrize("columns", [5, 49, 300])
 def test_native_packs_what_fills_no_block(columns, depth, dtype):
     rng, sizes = np.random.default_rng(0), np.array([3, 40, 0, 13, 12, 150], np.int32)
     rows = rng.standard_normal((sizes.sum() + 2, depth)).astype(dtype)

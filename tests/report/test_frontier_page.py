@@ -172,9 +172,9 @@ def test_a_label_is_read_as_its_own_marks(load):
     [
         ("model", "model"),
         ("topk:4", "topk"),
-        ("topk:4+renormalize", "topk"),
+        ("topk:4+renormalize:none", "renormalize"),
         ("topk:6+ratio:0.3", "ratio"),
-        ("ratio:0.3+budget:24+renormalize", "budget"),
+        ("ratio:0.3+budget:24+renormalize:none", "budget"),
         ("unheard:1", "other"),
         ('"><b>', "other"),
     ],

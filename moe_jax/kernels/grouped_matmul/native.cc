@@ -89,6 +89,9 @@ ffi::Error GroupedMatmul(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuff
   const int64_t at = layer.typed_data()[0];
   if (at < 0 || at >= weights.dimensions()[0]) return ffi::Error::InvalidArgument("grouped_matmul: no such layer");
   const bool is_float32 = out->element_type() == ffi::F32;
+  if (!is_float32 && out->element_type() != rows.element_type()) {
+    return ffi::Error::InvalidArgument("grouped_matmul: wanted an output of float32, or of the type of the rows");
+  }
   switch (rows.element_type()) {
     case ffi::F32:
       return Multiply<Float32, Float32>(pool, rows, weights, group_sizes, at, out);

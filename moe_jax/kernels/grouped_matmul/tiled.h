@@ -5,7 +5,7 @@
 #ifndef MOE_JAX_KERNELS_GROUPED_MATMUL_TILED_H_
 #define MOE_JAX_KERNELS_GROUPED_MATMUL_TILED_H_
 
-#if defined(__AMX_BF16__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AVX512BF16__) && defined(__linux__)
 
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -21,7 +21,7 @@
 
 namespace {
 
-constexpr int64_t kSide = 16;         // rows or columns of a tile: the lanes of AVX-512, which every such processor has
+constexpr int64_t kSide = 16;         // rows or columns of a tile: the lanes of AVX-512
 constexpr int64_t kTileNumbers = 32;  // of a row or column along d
 
 // Whether the operating system grants tiles to this process, which has to ask.
