@@ -97,9 +97,7 @@ def _recommended(chosen: Sequence[Choice], numbers: dict[str, int]) -> str:
 <p>The fastest policy whose bits per byte rise by no more than the limit, at the upper end of the 95% interval; changes
 are against the full model at the same load. Bars: throughput gained, above by the recommendation, below by the best
 uniform k.</p>
-<div class="pair">
 {"".join(blocks)}
-</div>
 </section>"""
 
 
@@ -134,7 +132,8 @@ def _glyph(policy: str) -> str:
 
 
 def _named(policy: str) -> str:
-    return f"<span class=named>{_glyph(policy)}<code>{escape(policy)}</code></span>"
+    code = escape(policy).replace("+", "<wbr>+")
+    return f"<span class=named>{_glyph(policy)}<code>{code}</code></span>"
 
 
 def _charts(points: Sequence[Point], chosen: Sequence[Choice], numbers: dict[str, int]) -> str:

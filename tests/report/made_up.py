@@ -93,10 +93,9 @@ def _speed(distinct, rows, random) -> Speed:
     reference = _step_ms(_distinct(FULL, rows) * 0.97, rows)
     gain = reference / median - 1 if abs(median / reference - 1) > 0.01 else 0.0
     interval = (gain - 0.012, gain + 0.009) if gain else (0.0, 0.0)
-    quartiles = (median * 0.985, median, median * 1.03)
     return Speed(
-        quartiles,
-        quartiles,
+        (median * 0.985, median, median * 1.03),
+        tuple((median * np.random.default_rng(round(1e3 * distinct)).normal(1, 0.02, 5)).tolist()),
         rows / median * 1e3,
         Estimate(gain, interval),
         float(_bytes(distinct * 0.97)),

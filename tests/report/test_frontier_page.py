@@ -30,7 +30,7 @@ class Reader(html.parser.HTMLParser):
         self.close()
 
     def handle_starttag(self, tag, attrs):
-        if tag not in ("meta", "input"):
+        if tag not in ("meta", "input", "wbr"):
             self.tags.append(tag)
         self.attributes += attrs
         if tag == "section":
@@ -204,7 +204,7 @@ OUTSIDE = """
 
 @pytest.mark.browser
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-@pytest.mark.parametrize("width", [390, 1440])
+@pytest.mark.parametrize("width", [390, 901, 1440])
 @pytest.mark.parametrize("frontier", [FRONTIER, WIDE], ids=["usual", "wide"])
 def test_page_fits_the_screen(chromium, tmp_path, frontier, width, dark):
     path = tmp_path / "page.html"
