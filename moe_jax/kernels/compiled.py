@@ -81,7 +81,7 @@ def _library(source: pathlib.Path) -> pathlib.Path:
     if done.returncode != 0:
         shutil.rmtree(folder)
         reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr)
-        raise ValueError(f"{cxx} cannot compile {source.name}: {reason[:500]}")
+        raise ValueError(f"{cxx} cannot compile {source.name}: {reason[:500]}; wanted g++ 12 (on ARM 13) or clang 15")
     os.replace(partial, library)
     if library.parent != pathlib.Path(folder):
         os.rmdir(folder)

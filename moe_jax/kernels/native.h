@@ -32,9 +32,10 @@ typedef _Float16 Float16s __attribute__((vector_size(2 * kLanes), aligned(2), ma
 
 // What a dtype is made of, for three uses.
 //
-// `Widen` reads kLanes numbers as float32. `Load` reads kStep numbers that lie along a product in whatever way and order is
-// the cheapest, and `Add` adds the products of two such packs to kLanes partial sums. `LoadWords` reads kLanes words of 32 bits,
-// of kPerWord numbers each, in order, and `AddWords` adds the products of words. `StoreLanes` stores kLanes sums.
+// `Widen` reads kLanes numbers as float32. `Load` reads kStep numbers that lie along a product in whatever way and order
+// is the cheapest, and `Add` adds the products of two such packs to kLanes partial sums. `LoadWords` reads kLanes words
+// of 32 bits, of kPerWord numbers each, in order, and `AddWords` adds the products of words. `StoreLanes`, which what
+// is multiplied by tiles has, stores kLanes sums.
 struct Float32 {
   using Number = float;
   using Pack = Floats;
@@ -65,9 +66,6 @@ struct Float16 {
   static Words LoadWords(const Number* from) { return (Words)Widen(from); }
   static void AddWords(Floats& sums, const Words& a, const Words& b) { sums += (Floats)a * (Floats)b; }
   static void Store(Number* to, float x) { *to = static_cast<_Float16>(x); }
-  static void StoreLanes(Number* to, const Floats& x) {
-    *reinterpret_cast<Float16s*>(to) = __builtin_convertvector(x, Float16s);
-  }
 };
 
 struct BFloat16 {

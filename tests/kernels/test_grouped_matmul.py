@@ -65,6 +65,13 @@ def test_native_hands_out_its_float32_sums(dtype):
     assert_close(got, exact, "float32")
 
 
+def test_native_refuses_rows_of_another_depth():
+    rows, weights, _ = draw(4, 4, jnp.dtype("float32"))
+    half = rows.shape[1] // 2
+    with pytest.raises(ValueError, match=rf"rows of {half} numbers, but weights of shape \("):
+        native.forward(rows[:, :half], weights, np.ones(4, np.int32), 1)
+
+
 def test_native_refuses_an_output_of_another_half():
     rows, weights, _ = draw(4, 4, jnp.dtype("float32"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="wanted an output of float32, or of the type of the rows"):

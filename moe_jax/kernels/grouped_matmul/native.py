@@ -3,7 +3,9 @@
 Its gradient is that of `blocked`, which is bound by arithmetic rather than by memory.
 """
 
+import itertools
 import math
+import operator
 import pathlib
 
 import jax
@@ -22,14 +24,16 @@ def forward(rows_SD, weights_LEFD, group_sizes_E, layer, out_dtype=None):
     XLA copy the whole of it. Without an axis of experts there is one.
 
     Raises:
-        ValueError: rows and weights are not of one dtype out of float32, bfloat16 and float16, or nothing can compile
-            the source.
+        ValueError: rows and weights are not of one dtype out of float32, bfloat16 and float16, or not of one depth, or
+            nothing can compile the source.
     """
     dtype = jnp.dtype(rows_SD.dtype)
     out_dtype = jnp.dtype(out_dtype or dtype)
     if weights_LEFD.dtype != dtype or dtype not in map(jnp.dtype, ("float32", "bfloat16", "float16")):
         raise ValueError(f"grouped_matmul: rows are {dtype}, weights {weights_LEFD.dtype}: wanted one of three floats")
     num_rows, depth = rows_SD.shape
+    if depth not in itertools.accumulate(reversed(weights_LEFD.shape), operator.mul):
+        raise ValueError(f"grouped_matmul: rows of {depth} numbers, but weights of shape {weights_LEFD.shape}")
     num_columns = math.prod(weights_LEFD.shape) // (weights_LEFD.shape[0] * len(group_sizes_E) * depth)
     call = jax.ffi.ffi_call(
         compiled.register(_SOURCE, "moe_jax_grouped_matmul"), jax.ShapeDtypeStruct((num_rows, num_columns), out_dtype)
