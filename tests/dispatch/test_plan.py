@@ -19,8 +19,8 @@ def draw(num_tokens, k_max, num_experts, keep_share, seed):
 
 @pytest.mark.parametrize("few_slots", [0, 10**6], ids=["sort", "one_hot"])
 @hypothesis.given(
-    num_tokens=st.integers(1, 30),
-    k_max=st.integers(1, 6),
+    num_tokens=st.sampled_from([1, 2, 13, 30]),
+    k_max=st.sampled_from([1, 4, 6]),
     keep_share=st.sampled_from([0.0, 0.3, 1.0]),
     seed=st.integers(0, 99),
 )

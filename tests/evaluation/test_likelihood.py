@@ -6,7 +6,6 @@ import lzma
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
 from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 from moe_jax.evaluation import likelihood, scoring
@@ -15,6 +14,7 @@ from moe_jax.kernels.grouped_matmul.api import resolve
 from moe_jax.model import decoder
 from moe_jax.routing.policies import base
 from moe_jax.routing.policies.parse import parse
+from tests import tiny_model
 
 CONTEXT = 16
 ARCHITECTURE = Architecture(
@@ -27,7 +27,7 @@ EXECUTION = decoder.Execution(ARCHITECTURE, 3, resolve("auto", "cpu"))
 
 @pytest.fixture(scope="module")
 def params():
-    return decoder.split(decoder.Decoder(ARCHITECTURE, nnx.Rngs(1)))
+    return tiny_model.random_params(ARCHITECTURE, seed=1)
 
 
 @functools.cache
