@@ -18,19 +18,19 @@ def main(run: command.Command) -> None:
     """Prepares the text, trains, exports and measures."""
     from moe_jax.engine.request import execution_of
     from moe_jax.report import trained
-    from moe_jax.training import loop
+    from moe_jax.training import pretraining
 
     config = run.config
     execution = execution_of(config.architecture, config.policy.k_max, config.kernels.grouped_matmul)
     run.implementations["grouped_matmul"] = execution.grouped_matmul
     trained.require_policies(config, execution)
-    loop.require_memory(config)
+    pretraining.require_possible(config)
     with run.timed("text"):
         held_out = str(command.in_repository(config.text.held_out, "text.held_out"))
         found = dataclasses.replace(config, text=dataclasses.replace(config.text, held_out=held_out))
-        text = loop.prepare_text(found, run.out)
+        text = pretraining.prepare_text(found, run.out)
     with run.timed("run"):
-        params = loop.train(config, run.out, text, execution)
+        params = pretraining.train(config, run.out, text, execution)
     with run.timed("measure"):
         finished = trained.finish(config, run.out, text, execution, params)
     figures, rows = trained.figures(finished)

@@ -1,7 +1,6 @@
 """The public names: load a model, ask it for logits and completions, save it."""
 
 import functools
-import json
 import os
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +21,7 @@ from moe_jax.model import decoder
 from moe_jax.routing import calibration as calibrations
 from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies import base as policies
-from moe_jax.text.tokenizer import load_tokenizer, read_tokenizer_files
+from moe_jax.text.tokenizer import load_tokenizer
 
 
 class Model:
@@ -180,19 +179,19 @@ def load(path: str | os.PathLike, *, dtype: str = "auto", calibration: str | os.
     """
     folder = pathlib.Path(path)
     huggingface.read_architecture(folder)  # what is quickly told is told first
-    files = read_tokenizer_files(folder)
-    tokenizer = load_tokenizer(folder) if "tokenizer.json" in files else None
+    tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
     calibrated = None if calibration is None else calibrations.find(calibration, folder)
     architecture, params = huggingface.read_checkpoint(folder, dtype)
     if calibrated is not None:
         calibrated.require(params["moe"]["router"]["weight_LED"])
+    beside = huggingface.read_beside(folder)
     return Model(
         architecture,
         _moved_to_device(params),
         tokenizer,
-        model_type=json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"],
-        token_ids=huggingface.read_token_ids(folder),
-        tokenizer_files=files,
+        model_type=beside.model_type,
+        token_ids=beside.token_ids,
+        tokenizer_files=beside.files,
         calibration=calibrated,
     )
 

@@ -4,7 +4,6 @@ A folder of Orbax parameters holds what a Hugging Face folder does, but for the 
 `params.json`, the dtype of each.
 """
 
-import dataclasses
 import json
 import os
 import pathlib
@@ -23,7 +22,7 @@ from moe_jax.engine.request import execution_of
 from moe_jax.files import replaced_folder
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.parse import parse
-from moe_jax.text.tokenizer import END_OF_TEXT_ID, load_tokenizer, read_tokenizer_files, tokenizer_files
+from moe_jax.text.tokenizer import END_OF_TEXT_ID, load_tokenizer, tokenizer_files
 from moe_jax.training.step import start
 
 LAYOUTS = ("huggingface", "orbax")
@@ -93,18 +92,18 @@ def convert(
 
 
 def with_k(architecture: Architecture, policy: str) -> Architecture:
-    """The architecture with a policy's k for its own; ValueError where the policy has more than one."""
-    k = policies.uniform_k(parse(policy), architecture)
-    if k is None:
-        raise ValueError(f"policy.spec = {policy!r}: a checkpoint says one k for all tokens and layers, as topk:4 does")
-    return dataclasses.replace(architecture, moe=dataclasses.replace(architecture.moe, k=k))
+    """The architecture with a policy's k for its own; ValueError where that depends on the token."""
+    changed = policies.with_own(parse(policy), architecture)
+    if changed is None:
+        raise ValueError(
+            f"policy.spec = {policy!r}: a checkpoint has one k for all tokens, as topk:4 or layers:8,4 have"
+        )
+    return changed
 
 
 def _beside(folder: pathlib.Path, architecture: Architecture, params: Mapping[str, Any]) -> Held:
     """Joins what lies beside the weights in both layouts."""
-    model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    token_ids = huggingface.read_token_ids(folder)
-    return Held(architecture, params, model_type, token_ids, read_tokenizer_files(folder))
+    return Held(architecture, params, *huggingface.read_beside(folder))
 
 
 def _read_run(folder: pathlib.Path) -> Held:

@@ -4,13 +4,15 @@ Parameters are a nested dict of stacked arrays (`names.Rule` spells them), which
 stored. Tensors go straight into those arrays and straight out of them, so a model is never held twice.
 """
 
+import collections
+import dataclasses
 import itertools
 import json
 import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -25,6 +27,7 @@ from moe_jax.checkpoint.safetensors_file import StoredTensor
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import DTYPES
 from moe_jax.files import replaced_folder
+from moe_jax.text.tokenizer import read_tokenizer_files
 
 _LAYOUT = (
     "a checkpoint folder in Hugging Face layout: config.json beside model.safetensors or its shards and their index"
@@ -33,6 +36,7 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SHARD_BYTES = 5_000_000_000  # of one file, as transformers writes them
 TypeAndShape = tuple[np.dtype, tuple[int, ...]]
+_K_OF_LAYERS = "num_experts_per_tok_of_layers"  # our own: published families have one number for all layers
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -61,6 +65,30 @@ def read_token_ids(folder: str | os.PathLike) -> dict[str, int | list[int]]:
         if not all(type(one) is int for one in (ids if isinstance(ids, list) else [ids])):
             raise ValueError(f"{folder}: {name} = {json.dumps(ids)[:100]}: wanted an integer, or a list of them")
     return token_ids
+
+
+class Beside(NamedTuple):
+    """What a model's folder holds beside its shape and weights."""
+
+    model_type: str
+    token_ids: dict[str, int | list[int]]
+    files: dict[str, bytes]  # of the tokenizer, by name
+
+
+def read_beside(folder: str | os.PathLike) -> Beside:
+    """Reads what is to be written again with a model; ValueError where a file is damaged."""
+    folder = pathlib.Path(folder)
+    model_type = _read_json(folder / "config.json")["model_type"]
+    return Beside(model_type, read_token_ids(folder), read_tokenizer_files(folder))
+
+
+def stored_dtype(folder: str | os.PathLike) -> str:
+    """The dtype of most of a checkpoint's numbers; bfloat16 where they are stored in eight bits."""
+    counts: dict[str, int] = collections.Counter()
+    for tensor in _read_tables(pathlib.Path(folder)).values():
+        name = "bfloat16" if tensor.dtype == FLOAT8 else tensor.dtype.name
+        counts[name] += math.prod(tensor.shape)
+    return max(counts, key=counts.get)
 
 
 def read_checkpoint(folder: str | os.PathLike, dtype: str = "auto") -> tuple[Architecture, dict[str, Any]]:
@@ -164,6 +192,8 @@ def write_checkpoint(
                 filling.require_finite(tensor, name)
                 yield tensor
 
+    if architecture.moe.k_of_layers:
+        fields[_K_OF_LAYERS] = list(architecture.moe.k_of_layers)
     fields |= {"dtype": dtypes[rules[0]].name, **(token_ids or {})}
     texts = {"config.json": _json_text(fields), "generation_config.json": _json_text(dict(token_ids or {}))}
     shards = _shards(shapes, shard_bytes)
@@ -229,10 +259,19 @@ def _describe(folder: pathlib.Path) -> tuple[Family, Architecture, dict[str, Any
         family = family_of(fields)
         blocks = blocks_of(fields)
         architecture = family.architecture({**fields, "quantization_config": None})
+        if (k_of_layers := fields.get(_K_OF_LAYERS)) is not None:
+            architecture = _with_k_of_layers(architecture, k_of_layers)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     read_token_ids(folder)  # what is damaged there is told here, before anything large is read
     return family, architecture, fields, blocks
+
+
+def _with_k_of_layers(architecture: Architecture, k_of_layers: Any) -> Architecture:
+    if not isinstance(k_of_layers, list) or not all(type(k) is int for k in k_of_layers):
+        raise ValueError(f"{_K_OF_LAYERS} = {json.dumps(k_of_layers)[:100]}: wanted a list of integers")
+    moe = dataclasses.replace(architecture.moe, k_of_layers=tuple(k_of_layers))
+    return dataclasses.replace(architecture, moe=moe)
 
 
 def _read_tables(folder: pathlib.Path) -> dict[str, StoredTensor]:

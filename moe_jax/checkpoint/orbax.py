@@ -81,13 +81,15 @@ class Checkpoints:
         """Starts to write a checkpoint; returns once the arrays are copied.
 
         Args:
-            step: its name.
+            step: its name; one that is there already is left alone.
             state: a pytree of arrays.
             place: what JSON can hold, such as the place in the stream of batches.
 
         Raises:
             OSError: this or the checkpoint before could not be written; those before that are as they were.
         """
+        if step in self._manager.all_steps():  # written by a run that was killed before it could say so
+            return
         place = {**place, _DIGEST: _digest(state)}
         items = ocp.args.Composite(**{_STATE: ocp.args.StandardSave(state), _PLACE: ocp.args.JsonSave(place)})
         try:
@@ -134,7 +136,7 @@ class Checkpoints:
         kept = "there is none before it" if last is None else f"the last good one is that of step {last}"
         return OSError(f"{self._manager.directory}: a checkpoint could not be written: {reason[:300]}; {kept}")
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits until all is written.
 
         Raises:
@@ -144,5 +146,10 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._not_written(error) from error
+
+    def close(self) -> None:
+        """Waits until all is written, as `wait`, and lets go of the folder."""
+        try:
+            self.wait()
         finally:
             self._manager.close()

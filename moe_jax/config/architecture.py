@@ -132,6 +132,7 @@ class MoEConfig:
     group_score: str = "best_two"  # what a group is worth: the sum of its two best scores, or its "best"
     normalize: bool = True  # mixing weights of the kept experts sum to one before scaling
     routed_scaling: float = 1.0
+    k_of_layers: tuple[int, ...] = ()  # of each MoE layer, where they differ; k is then the most of them
 
     def __post_init__(self):
         require_positive("moe", self, "num_experts", "k", "expert_hidden", "num_groups", "num_groups_kept")
@@ -164,6 +165,12 @@ class MoEConfig:
             self.num_groups_kept,
             f"at most moe.num_groups = {self.num_groups}",
         )
+        require(
+            not self.k_of_layers or (min(self.k_of_layers) >= 1 and max(self.k_of_layers) == self.k),
+            "moe.k_of_layers",
+            self.k_of_layers,
+            f"numbers of at least 1, the largest of them moe.k = {self.k}",
+        )
         reachable = self.num_experts // self.num_groups * self.num_groups_kept
         require(self.k <= reachable, "moe.k", self.k, f"at most the {reachable} experts of the groups kept")
 
@@ -180,3 +187,9 @@ class Architecture:
     decoder: DecoderConfig = DecoderConfig()
     attention: AttentionConfig = AttentionConfig()
     moe: MoEConfig = MoEConfig()
+
+    def __post_init__(self):
+        layers, numbers = self.decoder.num_moe_layers, self.moe.k_of_layers
+        require(
+            not numbers or len(numbers) == layers, "moe.k_of_layers", numbers, f"one for each of {layers} MoE layers"
+        )

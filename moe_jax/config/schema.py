@@ -10,6 +10,7 @@ import math
 
 from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 from moe_jax.config.checks import require, require_fraction, require_one_of, require_positive
+from moe_jax.config.finetuning import FinetuneConfig, ObjectiveConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -49,9 +50,10 @@ class KernelsConfig:
 class TextConfig:
     """The training text and its tokenizer."""
 
-    # "stdlib", names of installed distributions, or paths of files and folders
+    # "stdlib", names of installed distributions, or paths of files and folders; each line of a .jsonl file
+    # (.gz, .xz) is a document: {"text": ..} or {"messages": [..]}
     sources: tuple[str, ...] = ("stdlib",)
-    held_out: str = "assets/text"  # the folder of the held-out archive
+    held_out: str = "assets/text"  # the held-out archive's folder, or any file or folder; launch/finetune.py: "": drawn
     tokenizer: str = ""  # a tokenizer.json to reuse; "": train one on the training text
     vocab_size: int = 4096  # of a tokenizer trained here
 
@@ -76,6 +78,9 @@ class TrainingConfig:
     clip_norm: float = 1.0  # of the global gradient
     balance_bias_rate: float = 1e-3  # step of the selection bias towards even loads
     balance_loss: float = 1e-3  # coefficient of the auxiliary load loss
+    accumulation: int = 1  # batches whose gradients are averaged in a step
+    weights: str = "float32"  # or "bfloat16", rounded at random in each step; moments are float32 in any case
+    remat: bool = False  # compute each MoE layer again for its gradient: less memory, a third more time
     checkpoint_every: int = 100  # steps
     checkpoints_kept: int = 2
     evaluate_every: int = 200  # steps
@@ -86,10 +91,11 @@ class TrainingConfig:
         require_positive(
             "training",
             self,
-            *("steps", "batch_size", "sequence_length", "learning_rate", "clip_norm"),
+            *("steps", "batch_size", "sequence_length", "learning_rate", "clip_norm", "accumulation"),
             *("checkpoint_every", "checkpoints_kept", "evaluate_every", "evaluate_bytes", "log_every"),
         )
         require_fraction("training", self, "final_learning_rate_fraction", "adam_b1", "adam_b2")
+        require_one_of("training", self, "weights", ("float32", "bfloat16"))
         for field in ("weight_decay", "balance_bias_rate", "balance_loss"):
             require(getattr(self, field) >= 0, f"training.{field}", getattr(self, field), "0 or more")
         require(
@@ -107,12 +113,14 @@ class EvaluationConfig:
     policies: tuple[str, ...] = ("model",)  # the first is what the others are compared with
     batch_size: int = 16  # windows, or questions, per step
     documents: int = 0  # the first so many of the held-out text; 0: all
+    half: str = ""  # "even" or "odd": only every second file of it; "": all
     choice_questions: int = 512
     completion_headers: int = 208
     completion_tokens: int = 64  # of each function's body, at most
 
     def __post_init__(self):
         require(len(self.policies) > 0, "evaluation.policies", self.policies, "at least one policy")
+        require_one_of("evaluation", self, "half", ("", "even", "odd"))
         require(self.documents >= 0, "evaluation.documents", self.documents, "0 (all) or more")
         require_positive(
             *("evaluation", self, "batch_size"), *("choice_questions", "completion_headers", "completion_tokens")
@@ -220,6 +228,8 @@ class Config:
     kernels: KernelsConfig = KernelsConfig()
     text: TextConfig = TextConfig()
     training: TrainingConfig = TrainingConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     sampling: SamplingConfig = SamplingConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()

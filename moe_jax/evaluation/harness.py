@@ -22,7 +22,7 @@ from moe_jax.engine.generate import Engine
 from moe_jax.engine.request import AnyPolicy, Request, make_requests, policy_of_each
 from moe_jax.evaluation.continuations import Pair, Scored, num_truncated, score_continuations, settings_of
 from moe_jax.model.decoder import Execution
-from moe_jax.text import chat
+from moe_jax.text import chat, framing
 
 MAX_NEW_TOKENS = 256  # where a task does not say, as lm-eval's own models have it
 _SAMPLING = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
@@ -71,7 +71,7 @@ class LanguageModel(TemplateLM):
         self._folder = pathlib.Path(folder)
         self._engine, self._tokenizer, self._execution = engine, tokenizer, execution
         self._seed = seed
-        self._prefix_id, self._end_id = _outer_tokens(self._folder, tokenizer)
+        self._prefix_id, self._end_id = framing.outer_ids(folder, tokenizer, read_token_ids(folder))
 
     @property
     def max_length(self) -> int:
@@ -209,18 +209,3 @@ def sampling_of(arguments: Mapping[str, Any]) -> SamplingConfig:
         float(given.get("top_p", 1.0)),
         tuple(filter(None, given["until"])),
     )
-
-
-def _outer_tokens(folder: pathlib.Path, tokenizer: tokenizers.Tokenizer) -> tuple[int, int]:
-    """The ids that stand before and behind a text, from where transformers takes them, then from `config.json`."""
-    named = {name: tokenizer.token_to_id(token) for name, token in chat.read_special_tokens(folder).items()}
-    ids = {name: int(np.atleast_1d(value)[0]) for name, value in read_token_ids(folder).items() if np.size(value)}
-    end = named.get("eos_token"), ids.get("eos_token_id")
-    begin = named.get("bos_token"), *end, ids.get("bos_token_id")
-    found = [next((one for one in candidates if one is not None), None) for candidates in (begin, end)]
-    if None in found:
-        raise ValueError(
-            f"{folder} names no token that begins or ends a text: wanted bos_token or eos_token in "
-            "tokenizer_config.json, or eos_token_id in config.json"
-        )
-    return found[0], found[1]

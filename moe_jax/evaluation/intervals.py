@@ -45,6 +45,20 @@ def paired_ratio(part_J: np.ndarray, reference_J: np.ndarray, seed: int = 0) -> 
     return _estimate(part_J.sum() / reference_J.sum() - 1, parts / references - 1)
 
 
+def recovered(before_J: np.ndarray, after_J: np.ndarray, full_J: np.ndarray, seed: int = 0) -> Estimate:
+    """The share of what a policy cost that is won back: (before - after) / (before - full), sums over documents.
+
+    Args:
+        before_J: of each document under the policy, before.
+        after_J: of each document under the policy, after.
+        full_J: of each document under the full model, the goal.
+        seed: of the resampling.
+    """
+    befores, afters, fulls = (_resampled(values, seed) for values in (before_J, after_J, full_J))
+    value = (before_J.sum() - after_J.sum()) / (before_J.sum() - full_J.sum())
+    return _estimate(value, (befores - afters) / (befores - fulls))
+
+
 def _resampled(values_J: np.ndarray, seed: int) -> np.ndarray:
     picked = np.random.default_rng(seed).integers(len(values_J), size=(RESAMPLES, len(values_J)))
     return values_J[picked].sum(axis=1)

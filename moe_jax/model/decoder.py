@@ -12,6 +12,7 @@ from moe_jax.config.architecture import Architecture
 from moe_jax.model import attention, latent_attention, rope
 from moe_jax.model.attention import Cache
 from moe_jax.model.layers import FeedForward, Stacked, draw, feed_forward, one_layer, ones, project, rms_norm
+from moe_jax.model.low_rank import merge
 from moe_jax.model.moe import Experts, Router, Traffic, moe_layer
 from moe_jax.routing.policies.base import Context, Settings
 
@@ -112,7 +113,7 @@ def _one_layer(weights: Params, layer: jax.Array | int, in_place: bool = False) 
             return _one_layer(value, layer, in_place and name != "router")
         if in_place and value.ndim > 2 and "bias" not in name and "norm" not in name:
             return Stacked(value, layer)
-        return one_layer(value, layer)
+        return jax.tree.map(lambda stack: one_layer(stack, layer), value)  # a `LowRank` is three stacks
 
     return {name.replace("_L", "_"): of_layer(name, value) for name, value in weights.items()}
 
@@ -158,11 +159,12 @@ def hidden(
     execution: Execution,
     *,
     side_by_side: bool = False,
+    remat: bool = False,
 ) -> tuple[jax.Array, Traffic]:
     """Whole sequences, for training and scoring: what the output head reads.
 
     Args:
-        params: as `split` gives them.
+        params: as `split` gives them; matrices of attention and experts may be `LowRank`.
         tokens_BT: int32 ids.
         positions_BT: int32, counted within each segment.
         segments_BT: int32; positions see their own segment and negative ones, which are prefixes of all that follows in
@@ -171,12 +173,14 @@ def hidden(
         execution: the static half.
         side_by_side: whether all rows at one position are a decode step, in which batch-aware policies act; otherwise
             the rows are read as prompts are.
+        remat: whether a gradient computes each MoE layer again instead of keeping what it made on the way: memory for
+            the input of each layer alone, at a third more time.
 
     Returns:
         normed x_BTD, and the `Traffic` of the MoE layers stacked, L first.
     """
     x_BTD, traffic, _ = _whole(
-        params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side, lambda x_ND: None
+        params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side, lambda x_ND: None, remat
     )
     return rms_norm(x_BTD, params["norm_D"], execution.architecture.decoder.norm_eps), traffic
 
@@ -188,7 +192,7 @@ def moe_inputs(params: Params, tokens_BT: jax.Array, live: Settings, execution: 
     return _whole(params, *rows, live, execution, False, lambda x_ND: x_ND)[2]
 
 
-def _whole(params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side, observe):
+def _whole(params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side, observe, remat=False):
     """All layers over whole sequences: x_BTD, the traffic, and what is observed of the inputs of the MoE layers."""
     architecture = execution.architecture
     turn = _turn(positions_BT, architecture)
@@ -198,11 +202,11 @@ def _whole(params, tokens_BT, positions_BT, segments_BT, live, execution, side_b
         return heads.causal(segments_BT), None
 
     for layer in range(architecture.decoder.num_dense_layers):
-        weights = _one_layer(params["dense"], layer)
+        weights = merge(_one_layer(params["dense"], layer))
         x_BTD, _, _ = _layer(x_BTD, weights, turn, core, _dense_ffn(weights), architecture)
 
     def moe_step(x_BTD, scanned):
-        column, stack = scanned  # a stack of this one layer
+        column, stack = scanned[0], merge(scanned[1])  # a stack of this one layer
         weights = _one_layer({name: part for name, part in stack.items() if name != "experts"}, 0)
         context = _context(column, segments_BT != 0, tokens_BT.shape[1] if side_by_side else 0)
         ffn = _moe_ffn(weights, stack["experts"], jnp.int32(0), live, context, execution)
@@ -216,7 +220,7 @@ def _whole(params, tokens_BT, positions_BT, segments_BT, live, execution, side_b
 
     stacks = jax.tree.map(lambda weight: weight[:, None], params["moe"])
     columns = jnp.arange(architecture.decoder.num_moe_layers, dtype=jnp.int32)
-    x_BTD, (traffic, observed) = lax.scan(moe_step, x_BTD, (columns, stacks))
+    x_BTD, (traffic, observed) = lax.scan(jax.checkpoint(moe_step) if remat else moe_step, x_BTD, (columns, stacks))
     return x_BTD, traffic, observed
 
 
@@ -295,6 +299,7 @@ def extend(
 
     nothing = Traffic(
         jnp.zeros((num_moe, architecture.moe.num_experts), jnp.int32),
+        jnp.zeros(num_moe, jnp.float32),
         jnp.zeros(num_moe, jnp.float32),
         jnp.zeros((num_moe, batch * length, execution.k_max), jnp.int32),
     )

@@ -42,6 +42,7 @@ class Traffic(NamedTuple):
 
     load_E: jax.Array  # int32: slots that each expert received
     load_loss: jax.Array  # float32 scalar, see `balance.load_loss`
+    effective_experts: jax.Array  # float32 scalar, see `balance.effective_experts`
     chosen_NK: jax.Array  # int32: the expert of each slot; -1: not kept
 
 
@@ -101,4 +102,5 @@ def moe_layer(
                 shared_ND = (jax.nn.sigmoid(gate_N)[:, None] * shared_ND).astype(x_ND.dtype)
             y_ND = y_ND + shared_ND
     load_loss = balance.load_loss(routing, load_E.astype(jnp.float32), context.valid_N)
-    return y_ND, Traffic(load_E, load_loss, jnp.where(selection.keep_NK, selection.expert_NK, -1))
+    effective_experts = balance.effective_experts(selection, context.valid_N)
+    return y_ND, Traffic(load_E, load_loss, effective_experts, jnp.where(selection.keep_NK, selection.expert_NK, -1))

@@ -20,7 +20,7 @@ from moe_jax.model.decoder import Execution
 from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
-from moe_jax.text.corpus import Document
+from moe_jax.text.corpus import Document, half
 from moe_jax.text.tokenizer import encode_documents
 
 
@@ -70,7 +70,7 @@ def prepare(
                 f"evaluation.policies: {policy.spec!r} looks at all rows of a decode step, launch/sweep.py measures it "
                 "at every load; wanted policies that look at one row"
             )
-    documents = documents[: config.documents or None]
+    documents = half(documents, config.half)[: config.documents or None]
     return Task(
         documents,
         encode_documents(tokenizer, documents),
@@ -147,16 +147,16 @@ def rows(task: Task, measured: Measured) -> list[dict[str, Any]]:
     for policy, spec in enumerate(task.compared):
         one, first = measured.likelihoods[policy], measured.likelihoods[0]
         figures = {
-            "bits_per_byte": _figure(ratio(one.bits_J, sizes), "bit/byte"),
-            "kl_to_full": _figure(ratio(one.kl_J, one.tokens_J), "nat/token"),
+            "bits_per_byte": figure(ratio(one.bits_J, sizes), "bit/byte"),
+            "kl_to_full": figure(ratio(one.kl_J, one.tokens_J), "nat/token"),
             "expert_load_max_over_mean": {"value": load_max_over_mean(one.load_LE), "unit": "1"},
             "unused_experts": {"value": int((one.load_LE == 0).sum()), "unit": "experts"},
         }
-        figures |= {name: _figure(ratio(part, whole), unit) for name, unit, part, whole in of(policy)}
+        figures |= {name: figure(ratio(part, whole), unit) for name, unit, part, whole in of(policy)}
         if policy:
-            figures["bits_per_byte_increase"] = _figure(paired_ratio(one.bits_J, first.bits_J), "1")
+            figures["bits_per_byte_increase"] = figure(paired_ratio(one.bits_J, first.bits_J), "1")
             for (name, unit, part, whole), (_, _, reference, _) in zip(of(policy), of(0)):
-                figures[f"{name}_difference"] = _figure(paired_difference(part, reference, whole), unit)
+                figures[f"{name}_difference"] = figure(paired_difference(part, reference, whole), unit)
         found.append({"policy": spec.spec, "figures": figures})
     return found
 
@@ -166,7 +166,8 @@ def load_max_over_mean(load_LE: np.ndarray) -> float:
     return float((load_LE.max(axis=1) / load_LE.mean(axis=1)).max())
 
 
-def _figure(estimate: Estimate, unit: str) -> dict[str, Any]:
+def figure(estimate: Estimate, unit: str) -> dict[str, Any]:
+    """An estimate as result.json holds it."""
     return {"value": estimate.value, "unit": unit, "ci95": estimate.ci95}
 
 
@@ -184,12 +185,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     }
     lines = ["| policy | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:
-        cells = [_cell(row["figures"].get(name), form) for name, form in columns.values()]
+        cells = [cell(row["figures"].get(name), form) for name, form in columns.values()]
         lines.append(f"| `{row['policy']}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def _cell(figure: dict[str, Any] | None, form: str) -> str:
+def cell(figure: dict[str, Any] | None, form: str) -> str:
+    """A figure with its interval, as a table shows it; "" where there is none."""
     if figure is None:
         return ""
     interval = " ({} to {})".format(*map(form.format, figure["ci95"])) if "ci95" in figure else ""
@@ -203,17 +205,18 @@ def write_details(folder: pathlib.Path, task: Task, measured: Measured) -> None:
         [document.source, document.name, len(document.text.encode()), *(f"{bits:.6f}" for bits in bits_P)]
         for document, bits_P in zip(task.documents, zip(*(one.bits_J for one in measured.likelihoods)))
     ]
-    _write_csv(folder / "documents.csv", ["source", "name", "bytes", *specs], of_documents)
+    write_csv(folder / "documents.csv", ["source", "name", "bytes", *specs], of_documents)
     of_experts = [
         [spec, layer, *load_E]
         for spec, one in zip(specs, measured.likelihoods)
         for layer, load_E in enumerate(one.load_LE.tolist())
     ]
     num_experts = measured.likelihoods[0].load_LE.shape[1]
-    _write_csv(folder / "expert_load.csv", ["policy", "moe_layer", *range(num_experts)], of_experts)
+    write_csv(folder / "expert_load.csv", ["policy", "moe_layer", *range(num_experts)], of_experts)
 
 
-def _write_csv(path: pathlib.Path, head: list, lines: list[list]) -> None:
+def write_csv(path: pathlib.Path, head: list, lines: list[list]) -> None:
+    """Writes a head and its lines, whole or not at all."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([head, *lines])
     files.write_atomically(path, text.getvalue())

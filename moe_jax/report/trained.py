@@ -20,7 +20,7 @@ from moe_jax.report.plots import draw_training_curve
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.parse import parse
 from moe_jax.text.tokenizer import END_OF_TEXT_ID, tokenizer_files
-from moe_jax.training.loop import Text
+from moe_jax.training.pretraining import Text
 
 
 class Row(NamedTuple):

@@ -1,4 +1,4 @@
-"""Even loads: what each expert received, the auxiliary loss, and the update of the selection bias."""
+"""What routing is judged by in training: even loads, and how many experts a token really uses."""
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,20 @@ def load_loss(routing: Routing, load_E: jax.Array, valid_N: jax.Array) -> jax.Ar
     score_share_E = (share_NE * valid_N1).sum(axis=0) / jnp.maximum(valid_N1.sum(), 1.0)
     load_share_E = jax.lax.stop_gradient(load_E / jnp.maximum(load_E.sum(), 1.0))
     return load_E.shape[0] * jnp.sum(score_share_E * load_share_E)
+
+
+def effective_experts(selection: Selection, valid_N: jax.Array) -> jax.Array:
+    """Experts that a token uses, by the weight that each has: 1 where one has all of it, k where k have the same.
+
+    The participation ratio (sum w)^2 / sum w^2 of the kept slots' weights, averaged over the valid tokens. It is smooth
+    where the number of kept slots is not, so a loss can lower it; policies that keep slots by weight (`mass`, `ratio`)
+    then keep fewer.
+    """
+    weight_NK = selection.weight_NK
+    squared_N = (weight_NK * weight_NK).sum(axis=1)
+    ratio_N = weight_NK.sum(axis=1) ** 2 / jnp.maximum(squared_N, 1e-20)
+    valid_N = valid_N.astype(jnp.float32)
+    return (ratio_N * valid_N).sum() / jnp.maximum(valid_N.sum(), 1.0)
 
 
 def update_bias(bias_LE: jax.Array, load_LE: jax.Array, rate: float) -> jax.Array:

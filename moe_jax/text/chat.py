@@ -4,10 +4,11 @@ Templates come with models and are not trusted: they run in Jinja's sandbox.
 """
 
 import datetime
+import functools
 import json
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -49,7 +50,26 @@ def load_template(folder: str | os.PathLike) -> tuple[str, dict[str, str]]:
     Raises:
         ValueError: there is none, or a file is damaged.
     """
-    folder = pathlib.Path(folder)
+    template, special_tokens = _find_template(pathlib.Path(folder))
+    if template is None:
+        raise ValueError(
+            f"{folder} has no chat template: wanted chat_template.jinja, or chat_template in tokenizer_config.json; a "
+            "model that was not tuned for chat takes plain prompts"
+        )
+    return template, special_tokens
+
+
+def load_renderer(folder: str | os.PathLike) -> Callable[[Sequence[Mapping[str, Any]]], str] | None:
+    """What renders whole conversations as a model reads them (`render_conversation`); None without a chat template.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    template, special_tokens = _find_template(pathlib.Path(folder))
+    return None if template is None else functools.partial(render_conversation, template, special_tokens)
+
+
+def _find_template(folder: pathlib.Path) -> tuple[str | None, dict[str, str]]:
     fields = _read_config(folder)
     template = fields.get("chat_template")
     if isinstance(template, list):  # several by name
@@ -57,12 +77,7 @@ def load_template(folder: str | os.PathLike) -> tuple[str, dict[str, str]]:
         template = named.get("default")
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    if not isinstance(template, str):
-        raise ValueError(
-            f"{folder} has no chat template: wanted chat_template.jinja, or chat_template in tokenizer_config.json; a "
-            "model that was not tuned for chat takes plain prompts"
-        )
-    return template, _special_tokens(fields)
+    return template if isinstance(template, str) else None, _special_tokens(fields)
 
 
 def read_special_tokens(folder: str | os.PathLike) -> dict[str, str]:
@@ -113,19 +128,47 @@ def render_messages(
     Raises:
         ValueError: the template is not Jinja, does what the sandbox forbids, or refuses the message.
     """
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-    names = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": answer}
-    try:
-        text = environment.from_string(template).render(**names, **special_tokens)
-    except Exception as error:  # a template is a program: it raises whatever it meets
-        raise ValueError(f"the chat template cannot be applied: {type(error).__name__}: {error}") from error
+    text = _apply(template, special_tokens, messages, answer)
     if answer:
         return text
     last = messages[-1]["content"].strip()
     if last not in text:
         raise ValueError(f"the chat template leaves out the last message, {last!r}: it cannot be gone on with")
     return text[: text.rindex(last) + len(last)]
+
+
+def render_conversation(template: str, special_tokens: Mapping[str, str], messages: Sequence[Mapping[str, Any]]) -> str:
+    """A whole conversation with all that closes its last message, and nothing that opens another: text to train on.
+
+    The text holds all special tokens: it is encoded without adding any.
+
+    Args:
+        template: as `load_template` gives it.
+        special_tokens: as `load_template` gives them.
+        messages: each with a `role` and a `content`, and whatever else the template reads.
+
+    Raises:
+        ValueError: as `render_messages`.
+    """
+    return _apply(template, special_tokens, messages, False)
+
+
+def _apply(
+    template: str, special_tokens: Mapping[str, str], messages: Sequence[Mapping[str, Any]], answer: bool
+) -> str:
+    names = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": answer}
+    try:
+        return _compile(template).render(**names, **special_tokens)
+    except Exception as error:  # a template is a program: it raises whatever it meets
+        raise ValueError(f"the chat template cannot be applied: {type(error).__name__}: {error}") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(template: str) -> jinja2.Template:
+    """Compiling takes longer than rendering, and training text has many conversations."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    return environment.from_string(template)

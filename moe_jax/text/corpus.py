@@ -1,26 +1,26 @@
-"""The training text: real source files that are already on the machine, less everything that was held out.
+"""The training text: files that are already on the machine, less everything that was held out.
 
 A source is `"stdlib"` (the running interpreter's standard library), the name of an installed, permissively licensed
-distribution, or the path of a file or folder. Files that nobody wrote by hand (generated tables, recorded data) are
-left out, and so is whatever resembles the held-out text: two documents are compared by their shingles, sequences of
-consecutive words (`shingles.py`).
+distribution, or the path of a file or folder. A file is a document, except JSON lines (`jsonl.py`), in which each line
+is one. Files that nobody wrote by hand (generated tables, recorded data) are left out, and so is whatever resembles the
+held-out text: two documents are compared by their shingles, sequences of consecutive words (`shingles.py`).
 """
 
 import collections
 import dataclasses
-import difflib
 import hashlib
-import importlib.metadata
 import json
 import lzma
 import os
 import pathlib
 import re
 import sysconfig
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
+from absl import logging
 
+from moe_jax.text import distributions, jsonl
 from moe_jax.text.shingles import shingle
 
 CONTAINMENT_THRESHOLD = 0.25  # of either document's shingles found in the other: a near-duplicate
@@ -34,15 +34,6 @@ STDLIB = "stdlib"
 ARCHIVE = "held_out.jsonl.xz"
 MANIFEST = "MANIFEST.json"
 
-PERMISSIVE = frozenset(
-    ("MIT", "MIT-0", "MIT-CMU", "BSD-2-Clause", "BSD-3-Clause", "0BSD", "Apache-2.0", "PSF-2.0", "Python-2.0")
-    + ("ISC", "HPND", "Zlib", "Unlicense", "CC0-1.0")
-)
-_PERMISSIVE_WORDS = re.compile(
-    r"\b(MIT|BSD|0BSD|Apache|Python Software Foundation|PSF|ISC|Historical Permission Notice|HPND|zlib|Unlicense"
-    r"|CC0)\b",
-    re.IGNORECASE,
-)
 _GENERATED = re.compile(
     r"auto-?\s?generated|automatically generated|file (?:is|was) generated|^\W*(?:file )?generated (?:by|from)"
     r"|generated from ['\"]|do(?: not|n't) (?:manually )?edit",
@@ -55,25 +46,34 @@ _NOT_LIBRARY_CODE = {"__pycache__", "site-packages", "dist-packages"}
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-    """One file: where it comes from, its path within that source, and its whole text."""
+    """One file, or one line of a file of JSON lines.
+
+    Attributes:
+      source: where it comes from.
+      name: its path within that source; of a line, followed by `:` and the number of the line.
+      text: all of it.
+      special_tokens: whether special tokens in the text are meant as such, as in a conversation rendered by a chat
+        template; if not, their characters are ordinary text.
+    """
 
     source: str
     name: str
     text: str
+    special_tokens: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceStatistics:
-    """What was taken from one source, and how many files were left out, by reason."""
+    """What was taken from one source, and how many documents were left out, by reason."""
 
-    files: int
+    files: int  # documents: each line of a file of JSON lines is one
     bytes: int  # of UTF-8
     left_out: Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Training documents, ordered by source and name.
+    """Training documents, ordered by source and name, lines of a file by number.
 
     Attributes:
       documents: the documents.
@@ -91,7 +91,7 @@ class Corpus:
         return sum(statistics.bytes for statistics in self.statistics.values())
 
 
-def collect(sources: Sequence[str], held_out: Sequence[Document]) -> Corpus:
+def collect(sources: Sequence[str], held_out: Sequence[Document], chat: jsonl.Chat | None = None) -> Corpus:
     """Reads every source and leaves out what is not worth learning or must not be learned.
 
     Only `.py` files are read of the standard library and of distributions, every file of a folder, except hidden ones.
@@ -99,24 +99,27 @@ def collect(sources: Sequence[str], held_out: Sequence[Document]) -> Corpus:
     (`tiny`), of a library and larger than `MAX_LIBRARY_BYTES` (`large`), that say they are generated (`generated`),
     numbers in the main or with very long lines (`data`), seen before, byte for byte (`duplicate`), and held out or
     nearly so (`held_out`; see `HeldOutIndex`). A file named itself is only checked for being text and for the last two.
+    So are lines of JSON, which may also be `empty`; a damaged line is refused.
 
     Args:
       sources: `"stdlib"`, names of installed distributions, paths of files or folders. A name that is both an
         installed distribution and a path means the distribution; a leading `./` makes it a path.
       held_out: documents that must not be trained on.
+      chat: renders the conversations in JSON lines, as `chat.load_renderer` gives it; None: there is no template.
 
     Returns:
       The corpus, the same for any order of `sources`.
 
     Raises:
-      ValueError: a source is unknown, not permissively licensed, unreadable or has nothing to read; or nothing is left.
+      ValueError: a source is unknown, not permissively licensed, unreadable or has nothing to read; a line of JSON is
+        damaged; or nothing is left.
     """
     index = HeldOutIndex(held_out)
     documents, statistics, seen = [], {}, set()
     for source in sorted(set(sources)):
         left_out = collections.Counter()
         taken = []
-        for document, reason in _read(source):
+        for document, reason in _read(source, chat):
             if not reason:
                 digest = hashlib.sha256(document.text.encode()).digest()
                 if digest in seen:
@@ -132,25 +135,52 @@ def collect(sources: Sequence[str], held_out: Sequence[Document]) -> Corpus:
         num_bytes = sum(len(document.text.encode()) for document in taken)
         statistics[source] = SourceStatistics(len(taken), num_bytes, dict(sorted(left_out.items())))
     if not documents:
+        reasons = sum((collections.Counter(one.left_out) for one in statistics.values()), collections.Counter())
         raise ValueError(
-            f"no training text left in {', '.join(sorted(set(sources)))}: name more sources in text.sources"
+            f"no training text left in {', '.join(sorted(set(sources)))} ({_left_out(reasons)}): name more sources in "
+            "text.sources"
         )
     return Corpus(tuple(documents), statistics, _hash_documents(documents))
 
 
-def load_held_out(folder: str | os.PathLike) -> tuple[Document, ...]:
-    """Reads the held-out archive and verifies it against its manifest.
+def load_held_out(path: str | os.PathLike, chat: jsonl.Chat | None = None) -> tuple[Document, ...]:
+    """Reads the held-out text: the archive of a folder that has `MANIFEST.json`, or else any file or folder.
+
+    The archive, `held_out.jsonl.xz`, is verified against the manifest. Of another folder every file is read, except
+    hidden ones. Nothing is left out but files that are not UTF-8 text and what is empty.
 
     Args:
-      folder: holds `held_out.jsonl.xz` and `MANIFEST.json`.
+      path: a file, such as text or JSON lines, or a folder.
+      chat: as in `collect`.
 
     Returns:
-      The held-out documents in the manifest's order.
+      The held-out documents, in the manifest's order or by name.
 
     Raises:
-      ValueError: a file is missing, or the archive is damaged or not the one that the manifest describes.
+      ValueError: there is nothing, a file is unreadable, a line of JSON is damaged, or the archive is missing, damaged
+        or not the one that the manifest describes.
     """
-    folder = pathlib.Path(folder)
+    source = str(path)
+    if not _is_file_or_folder(source):
+        raise ValueError(f"text.held_out = {source!r}: wanted a file or folder")
+    if (pathlib.Path(path) / MANIFEST).is_file():
+        return _load_archive(pathlib.Path(path))
+    documents, left_out = [], collections.Counter()
+    for document, reason in _read_path(source, chat, "text.held_out", lambda name, text: ""):
+        if reason == "unreadable":
+            raise ValueError(f"text.held_out: a file in {source!r} is unreadable: what it holds cannot be held out")
+        if not reason and document.text.strip():
+            documents.append(document)
+        else:
+            left_out[reason or "empty"] += 1
+    if not documents:
+        raise ValueError(f"text.held_out: no text in {source!r} ({_left_out(left_out)})")
+    if left_out:
+        logging.warning("held-out text in %s: %s", source, _left_out(left_out))
+    return tuple(documents)
+
+
+def _load_archive(folder: pathlib.Path) -> tuple[Document, ...]:
     damaged = f"{folder / ARCHIVE} is damaged or not the one of {MANIFEST}; restore both from the repository"
     try:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
@@ -169,17 +199,23 @@ def load_held_out(folder: str | os.PathLike) -> tuple[Document, ...]:
     return documents
 
 
+def half(documents: Sequence[Document], which: str) -> tuple[Document, ...]:
+    """Every second document: the "even" ones, counted from 0, or the "odd" ones; "": all."""
+    return tuple(documents[{"": 0, "even": 0, "odd": 1}[which] :: 2 if which else 1])
+
+
 class HeldOutIndex:
     """Tells near-duplicates of held-out documents.
 
-    A document resembles the held-out text when it has the source and name of a held-out document (any version of it),
-    when `CONTAINMENT_THRESHOLD` of its shingles occur in held-out documents, or when it contains that share of the
-    shingles of one held-out document. Shingles of `BOILERPLATE_FILES` held-out documents or more do not count.
+    A document resembles the held-out text when it has the source and name of a held-out document (any version of it)
+    or its text, when `CONTAINMENT_THRESHOLD` of its shingles occur in held-out documents, or when it contains that
+    share of the shingles of one held-out document. Shingles of `BOILERPLATE_FILES` held-out texts or more do not count.
     """
 
     def __init__(self, held_out: Sequence[Document]):
         self._names = {_key(document) for document in held_out}
-        shingles = [shingle(document.text) for document in held_out]
+        self._texts = {document.text for document in held_out}
+        shingles = [shingle(text) for text in dict.fromkeys(document.text for document in held_out)]
         hashes = np.concatenate([np.zeros(0, np.uint64), *shingles])
         owners = np.repeat(np.arange(len(shingles)), [len(one) for one in shingles])
         unique, inverse, files = np.unique(hashes, return_inverse=True, return_counts=True)
@@ -192,7 +228,7 @@ class HeldOutIndex:
 
     def resembles(self, document: Document) -> bool:
         """Whether the document is held out, or nearly so."""
-        if _key(document) in self._names:
+        if _key(document) in self._names or document.text in self._texts:
             return True
         return self.containment(document.text) >= CONTAINMENT_THRESHOLD
 
@@ -221,33 +257,64 @@ def _is_in(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
     return ascending[position] == values
 
 
-def _read(source: str) -> Iterable[tuple[Document | None, str]]:
-    """Yields each file of a source in order of name: the document, and why it is left out ("" if it is not)."""
+_Read = Iterator[tuple[Document | None, str]]  # a document, and why it is left out ("" if it is not)
+
+
+def _read(source: str, chat: jsonl.Chat | None) -> _Read:
+    """Yields each document of a source in order of files and lines."""
     if source == STDLIB:
         root = pathlib.Path(sysconfig.get_path("stdlib"))
-        files, library = _walk(root, lambda name: name.endswith(".py")), True
-    elif (distribution := _distribution(source)) is not None:
-        _require_permissive(distribution)
+        yield from _read_files(root, _walk(root, lambda name: name.endswith(".py")), source, chat, _why_not_library)
+    elif (distribution := distributions.find(source)) is not None:
+        distributions.require_permissive(distribution)
         root = pathlib.Path(distribution.locate_file(""))
         relative = [pathlib.PurePosixPath(file) for file in distribution.files or ()]
         files = sorted(str(path) for path in relative if path.suffix == ".py" and ".." not in path.parts)
-        library = True
         if not files:
             raise ValueError(f"text.sources: the distribution {source!r} has no Python files; name its folder instead")
+        yield from _read_files(root, files, source, chat, _why_not_library)
     else:
-        root, library = pathlib.Path(source), False
         if not source.strip():
             raise ValueError("text.sources: a source is empty; wanted stdlib, a distribution, or a file or folder")
-        if root.is_file():
-            yield _read_named_file(root, source), ""
-            return
-        if not root.is_dir():
-            raise ValueError(f"text.sources: {source!r} is neither installed nor a file or folder{_nearest(source)}")
-        files = _walk(root, lambda name: not name.startswith("."))
-    for name in files:
+        if not _is_file_or_folder(source):
+            hint = distributions.did_you_mean(source, STDLIB)
+            raise ValueError(f"text.sources: {source!r} is neither installed nor a file or folder{hint}")
+        yield from _read_path(source, chat, "text.sources", _why_not)
+
+
+def _is_file_or_folder(path: str) -> bool:
+    return os.path.isfile(path) or os.path.isdir(path)
+
+
+def _read_path(source: str, chat: jsonl.Chat | None, setting: str, why_not: Callable[[str, str], str]) -> _Read:
+    root = pathlib.Path(source)
+    if root.is_dir():
+        yield from _read_files(root, _walk(root, lambda name: not name.startswith(".")), source, chat, why_not)
+    elif jsonl.is_jsonl(root.name):
+        yield from _read_lines(root, source, root.name, chat)
+    else:
+        text, reason = _read_text(root)
+        if reason:
+            raise ValueError(f"{setting}: {source!r} is {reason}; wanted a readable text file in UTF-8")
+        yield Document(source, root.name, text), ""
+
+
+def _read_files(
+    root: pathlib.Path, names: Iterable[str], source: str, chat: jsonl.Chat | None, why_not: Callable[[str, str], str]
+) -> _Read:
+    for name in names:
+        if jsonl.is_jsonl(name):
+            yield from _read_lines(root / name, source, name, chat)
+            continue
         text, reason = _read_text(root / name)
-        reason = reason or _why_not(name, text, library)
+        reason = reason or why_not(name, text)
         yield (None, reason) if reason else (Document(source, name, text), "")
+
+
+def _read_lines(path: pathlib.Path, source: str, name: str, chat: jsonl.Chat | None) -> _Read:
+    for line in jsonl.read_lines(path, chat):
+        document = Document(source, f"{name}:{line.number}", line.text, line.special_tokens)
+        yield (document, "") if line.text.strip() else (None, "empty")
 
 
 def _walk(root: pathlib.Path, wanted: Callable[[str], bool]) -> list[str]:
@@ -257,13 +324,6 @@ def _walk(root: pathlib.Path, wanted: Callable[[str], bool]) -> list[str]:
         paths = [pathlib.Path(folder) / name for name in files if wanted(name)]
         names += [path.relative_to(root).as_posix() for path in paths if path.is_file()]  # no pipes or sockets
     return sorted(names)
-
-
-def _read_named_file(path: pathlib.Path, source: str) -> Document:
-    text, reason = _read_text(path)
-    if reason:
-        raise ValueError(f"text.sources: {source!r} is {reason}; wanted a readable text file in UTF-8")
-    return Document(source, path.name, text)
 
 
 def _read_text(path: pathlib.Path) -> tuple[str, str]:
@@ -277,7 +337,7 @@ def _read_text(path: pathlib.Path) -> tuple[str, str]:
     return ("", "binary") if b"\0" in data else (text, "")
 
 
-def _why_not(name: str, text: str, library: bool) -> str:
+def _why_not(name: str, text: str, library: bool = False) -> str:
     num_bytes = len(text.encode())
     if num_bytes < MIN_BYTES:
         return "tiny"
@@ -291,51 +351,13 @@ def _why_not(name: str, text: str, library: bool) -> str:
     return "data" if in_data > MAX_DATA_FRACTION * len(text) else ""
 
 
-def _distribution(source: str) -> importlib.metadata.Distribution | None:
-    if not re.fullmatch(r"[A-Za-z0-9]+([._-]+[A-Za-z0-9]+)*", source):
-        return None
-    try:
-        return importlib.metadata.distribution(source)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _why_not_library(name: str, text: str) -> str:
+    return _why_not(name, text, library=True)
 
 
-def _nearest(source: str) -> str:
-    names = sorted({name for one in importlib.metadata.distributions() if (name := one.metadata["Name"])})
-    near = difflib.get_close_matches(source, [STDLIB, *names], n=1)
-    return f'; did you mean "{near[0]}"?' if near else ""
-
-
-def _require_permissive(distribution: importlib.metadata.Distribution) -> None:
-    metadata = distribution.metadata
-    expression = metadata.get("License-Expression")
-    classifiers = [
-        one for one in metadata.get_all("Classifier") or () if re.match("License :: .* ::|License :: (?!OSI)", one)
-    ]
-    written = (metadata.get("License") or "").strip()[:200]
-    if expression:
-        permissive, licence = _is_permissive_expression(expression), expression
-    elif classifiers:
-        # every classifier, because nothing says which of them holds for which file
-        permissive = all(_PERMISSIVE_WORDS.search(one) for one in classifiers)
-        licence = ", ".join(one.removeprefix("License :: ") for one in classifiers)
-    else:
-        copyleft = re.search(r"\b(A?L?GPL|MPL|GNU|Mozilla)", written)
-        permissive, licence = bool(_PERMISSIVE_WORDS.search(written)) and not copyleft, written.split("\n")[0]
-    if not permissive:
-        raise ValueError(
-            f"text.sources: the licence of {metadata['Name']!r} is {licence or 'not stated'!r}; wanted a permissive "
-            "one (MIT, BSD, Apache-2.0, PSF, ISC, HPND, Zlib, 0BSD, CC0, Unlicense)"
-        )
-
-
-def _is_permissive_expression(expression: str) -> bool:
-    """An SPDX expression: every part joined by AND, one of those joined by OR."""
-    for part in re.split(r"\s+AND\s+", re.sub(r"[()]", " ", expression), flags=re.IGNORECASE):
-        choices = re.split(r"\s+OR\s+", part.strip(), flags=re.IGNORECASE)
-        if not any(re.split(r"\s+WITH\s+", choice)[0].strip() in PERMISSIVE for choice in choices):
-            return False
-    return True
+def _left_out(reasons: Mapping[str, int]) -> str:
+    counts = [f"{count} {reason.replace('_', ' ')}" for reason, count in sorted(reasons.items())]
+    return f"left out: {', '.join(counts) or 'nothing'}"
 
 
 def _key(document: Document) -> tuple[str, str]:
@@ -350,5 +372,6 @@ def _sha256(text: str) -> str:
 def _hash_documents(documents: Iterable[Document]) -> str:
     total = hashlib.sha256()
     for document in documents:
-        total.update(json.dumps([document.source, document.name, _sha256(document.text)]).encode())
+        fields = [document.source, document.name, _sha256(document.text), *[True] * document.special_tokens]
+        total.update(json.dumps(fields).encode())
     return total.hexdigest()

@@ -127,17 +127,30 @@ def tokenizer_files(tokenizer: tokenizers.Tokenizer, max_context: int) -> dict[s
 
 
 def encode_documents(tokenizer: tokenizers.Tokenizer, documents: Sequence[Document]) -> list[np.ndarray]:
-    """Encodes whole documents, in order; the characters of a special token within a document are ordinary text.
+    """Encodes whole documents, in order.
+
+    The characters of a special token within a document are ordinary text, unless the document says `special_tokens`. If
+    it does and begins with the token that the tokenizer puts before a text, the tokenizer adds nothing.
 
     Returns:
       One int32 array per document; each begins with what the tokenizer puts before a text (`<|endoftext|>` for ours).
     """
-    arrays = []
-    encode_special_tokens, tokenizer.encode_special_tokens = tokenizer.encode_special_tokens, True
+    arrays = [np.zeros(0, np.int32)] * len(documents)
+    encode_special_tokens = tokenizer.encode_special_tokens
+    opening = tokenizer.encode("").ids[:1]
     try:
-        for first in range(0, len(documents), _ENCODE_AT_ONCE):
-            texts = [document.text for document in documents[first : first + _ENCODE_AT_ONCE]]
-            arrays += [np.array(encoding.ids, np.int32) for encoding in tokenizer.encode_batch_fast(texts)]
+        for special_tokens in (False, True):
+            tokenizer.encode_special_tokens = not special_tokens
+            places = [place for place, one in enumerate(documents) if one.special_tokens == special_tokens]
+            for first in range(0, len(places), _ENCODE_AT_ONCE):
+                some = places[first : first + _ENCODE_AT_ONCE]
+                texts = [documents[place].text for place in some]
+                encoded = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
+                if special_tokens:
+                    bare = [one.ids for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+                    encoded = [own if own[:1] == opening else ids for own, ids in zip(bare, encoded)]
+                for place, ids in zip(some, encoded):
+                    arrays[place] = np.array(ids, np.int32)
     finally:
         tokenizer.encode_special_tokens = encode_special_tokens
     return arrays

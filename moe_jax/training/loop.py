@@ -8,94 +8,53 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import jax
-import numpy as np
-import psutil
-import tokenizers
-from absl import logging
 from tqdm import tqdm
 
 from moe_jax import files
-from moe_jax.checkpoint.families import FAMILIES
 from moe_jax.checkpoint.orbax import Checkpoints
 from moe_jax.config import gin
 from moe_jax.config.schema import Config
-from moe_jax.evaluation import likelihood
-from moe_jax.model import decoder
-from moe_jax.routing.policies import base as policies
-from moe_jax.routing.policies.parse import MODEL_OWN
-from moe_jax.text import corpus as corpora
-from moe_jax.text.batches import Packed, batches, pack
-from moe_jax.text.tokenizer import encode_documents, load_tokenizer, save_tokenizer, train_tokenizer
+from moe_jax.routing.policies.base import Settings
+from moe_jax.text.batches import Packed, batches
 from moe_jax.training.optimizer import learning_rate
-from moe_jax.training.step import make_step, start
+from moe_jax.training.step import Fixed, State, Step
 
 # May differ between the starts of one run: they change what is written, never what is learned.
-_FREE_SETTINGS = ("checkpoint_every", "checkpoints_kept", "evaluate_every", "evaluate_bytes", "log_every")
+_FREE_SETTINGS = ("checkpoint_every", "checkpoints_kept", "log_every")
+_NO_PART_OF_A_RUN = ("sampling", "evaluation", "benchmark", "sweep")  # sections that training does not read
 
 
-def require_memory(config: Config) -> None:
-    """Raises ValueError where training cannot fit in memory, before anything is read or made.
+class Task(NamedTuple):
+    """What a run does with its batches."""
 
-    Counted are weights, gradients and two moments in float32, and the input of every layer for every token of a batch;
-    there is more, so what passes may still be too large.
-    """
-    decoder, training = config.decoder, config.training
-    rules = FAMILIES["glm4_moe"].rules(config.architecture)
-    parameters = sum(
-        math.prod(rule.stored_shape(config.architecture)) * rule.num_tensors(config.architecture) for rule in rules
-    )
-    weights_bytes = 16 * parameters
-    batch_bytes = 4 * training.batch_size * training.sequence_length * decoder.d_model * decoder.num_layers
-    available_bytes = sum(_memory_bytes(device) for device in jax.local_devices())
-    if weights_bytes + batch_bytes > available_bytes:
-        raise ValueError(
-            f"{parameters / 1e6:,.1f} M parameters need {weights_bytes / 1e9:,.1f} GB to train, and a batch of "
-            f"training.batch_size = {training.batch_size} at least {batch_bytes / 1e9:,.1f} GB: wanted at most the "
-            f"{available_bytes / 1e9:,.1f} GB available"
-        )
-
-
-def _memory_bytes(device: jax.Device) -> int:
-    """What a device has, or what the machine has left where the device does not tell (a CPU)."""
-    return (device.memory_stats() or {}).get("bytes_limit") or psutil.virtual_memory().available
-
-
-class Text(NamedTuple):
-    """The training text, packed, and the held-out text, encoded."""
-
-    tokenizer: tokenizers.Tokenizer
+    state: State  # before the first step
+    fixed: Fixed
+    step: Step
+    live: Callable[[int], Settings]  # of step number n, from 0 on
+    judge: Callable[[State], float]  # held-out bits per byte
     packed: Packed
-    corpus: corpora.Corpus
-    held_out: Sequence[corpora.Document]
-    held_out_tokens: Sequence[np.ndarray]
+    digests: dict[str, str]  # setting -> digest of what it names: the same whenever a run goes on
+    keep_best: bool = False  # whether the best state at an evaluation is kept beside the last
+    patience: int = 0  # evaluations without a better one after which a run ends; 0: it goes on
 
 
-def prepare_text(config: Config, folder: pathlib.Path) -> Text:
-    """Collects the text, and trains the tokenizer unless the folder or the configuration already has one."""
-    held_out = corpora.load_held_out(config.text.held_out)
-    corpus = corpora.collect(config.text.sources, held_out)
-    logging.info("%d documents, %.1f MB of training text", len(corpus.documents), corpus.num_bytes / 1e6)
-    own = folder / "tokenizer"
-    if config.text.tokenizer:
-        tokenizer = load_tokenizer(config.text.tokenizer)
-    elif own.exists():
-        tokenizer = load_tokenizer(own)
-    else:
-        tokenizer = train_tokenizer((document.text for document in corpus.documents), config.text.vocab_size)
-        with files.replaced_folder(own) as partial:
-            save_tokenizer(tokenizer, partial, config.decoder.max_context)
-    if tokenizer.get_vocab_size() > config.decoder.vocab_size:
-        raise ValueError(
-            f"decoder.vocab_size = {config.decoder.vocab_size}: wanted at least the tokenizer's "
-            f"{tokenizer.get_vocab_size()}"
-        )
-    packed = pack(encode_documents(tokenizer, corpus.documents), config.training.sequence_length)
-    logging.info("%.2f M tokens, rows filled to %.1f%%", packed.num_tokens / 1e6, 100 * packed.fill_fraction)
-    return Text(tokenizer, packed, corpus, held_out, encode_documents(tokenizer, held_out))
+class Outcome(NamedTuple):
+    """How a run ended."""
+
+    state: State  # the best where it was kept, else the last; of the best there is no optimizer
+    step: int  # of that state
+    steps: int  # that the run took
+
+
+class _Best(NamedTuple):
+    """The best evaluation so far."""
+
+    step: int = 0
+    bits_per_byte: float = math.inf
+    since: int = 0  # evaluations after it
 
 
 def _require_same_run(config: Config, folder: pathlib.Path) -> None:
@@ -111,7 +70,7 @@ def _require_same_run(config: Config, folder: pathlib.Path) -> None:
         return {
             f"{section}.{name}": value
             for section, settings in dataclasses.asdict(dataclasses.replace(config, training=training)).items()
-            if section not in ("sampling", "evaluation", "model")
+            if section not in _NO_PART_OF_A_RUN
             for name, value in settings.items()
         }
 
@@ -166,65 +125,66 @@ def _interruption_deferred() -> Iterator[list[int]]:
         signal.raise_signal(received[0])
 
 
-def _bits_per_byte(params: decoder.Params, config: Config, text: Text, execution: decoder.Execution) -> float:
-    """Of the first held-out documents, `training.evaluate_bytes` in all, with the model's own k."""
-    sizes = np.array([len(document.text.encode()) for document in text.held_out])
-    count = int(np.searchsorted(np.cumsum(sizes), config.training.evaluate_bytes)) + 1
-    [scored] = likelihood.score_documents(
-        params,
-        text.held_out_tokens[:count],
-        [MODEL_OWN],
-        execution,
-        context=config.training.sequence_length,
-        batch_size=config.evaluation.batch_size,
-    )
-    return float(scored.bits_J.sum() / sizes[:count].sum())
+def _begin(task: Task, checkpoints: Checkpoints, folder: pathlib.Path, stream) -> tuple[State, int, _Best]:
+    """The state, the steps that led to it and the best evaluation, as the last checkpoint has them."""
+    done = checkpoints.latest_step or 0
+    if not done:
+        return task.state, 0, _Best()
+    state, place = checkpoints.restore(done, task.state)
+    for setting, digest in task.digests.items():
+        if place["digests"].get(setting) != digest:
+            raise ValueError(
+                f"{setting}: what it names differs from what the run in {folder} was started with; "
+                "restore those files, or give another --out"
+            )
+    stream.set_state(place["stream"])
+    return state, done, _Best(*place["best"])
 
 
-def train(config: Config, folder: pathlib.Path, text: Text, execution: decoder.Execution) -> decoder.Params:
+def run(config: Config, folder: pathlib.Path, task: Task) -> Outcome:
     """Trains to the last step, from the last checkpoint where there is one.
 
-    Writes `run.gin`, `checkpoints/` and `metrics.jsonl` into the folder. Killed at any moment and started again with
-    the same configuration, it goes through bit-identical states.
-
-    Returns:
-        The parameters behind the last step.
+    Writes `run.gin`, `checkpoints/`, `best/` and `metrics.jsonl` into the folder. Killed at any moment and started
+    again with the same configuration, it goes through bit-identical states.
 
     Raises:
-        ValueError: the folder holds another run, its text has changed, or the loss or gradient is not finite: then
-            the last good checkpoint stays.
+        ValueError: the folder holds another run, its text or model has changed, or the loss or gradient is not finite:
+            then the last good checkpoint stays.
         KeyboardInterrupt: on SIGINT or SIGTERM, after saving where it stands.
     """
     training = config.training
     _require_same_run(config, folder)
-    state = start(execution, training, config.run.seed)
-    stream = iter(batches(text.packed, training.batch_size, config.run.seed))
+    stream = iter(batches(task.packed, training.batch_size * training.accumulation, config.run.seed))
     checkpoints = Checkpoints(folder / "checkpoints", training.checkpoints_kept)
-    done = checkpoints.latest_step or 0
-    if done:
-        state, place = checkpoints.restore(done, state)
-        if place["corpus_sha256"] != text.corpus.sha256:
-            raise ValueError(
-                f"text.sources: the text differs from what the run in {folder} was started with; "
-                "restore those files, or give another --out"
-            )
-        stream.set_state(place["stream"])
+    best_kept = Checkpoints(folder / "best", 1) if task.keep_best else None
+    state, done, best = _begin(task, checkpoints, folder, stream)
     metrics = _Log(folder / "metrics.jsonl", done)
     bar = tqdm(total=training.steps, initial=done, unit="step", file=sys.stderr, disable=None)
 
     def save():
-        checkpoints.save(done, state, {"corpus_sha256": text.corpus.sha256, "stream": stream.get_state()})
+        checkpoints.save(done, state, {"digests": task.digests, "stream": stream.get_state(), "best": list(best)})
+
+    def is_over():
+        return done >= training.steps or 0 < task.patience <= best.since
+
+    def evaluate():
+        bits_per_byte = task.judge(state)
+        metrics.write(step=done, bits_per_byte=bits_per_byte)
+        if bits_per_byte >= best.bits_per_byte:
+            return best._replace(since=best.since + 1)
+        if best_kept is not None:
+            best_kept.save(done, state._replace(optimizer=None), {})
+            best_kept.wait()  # a checkpoint must not name a best one that is not there
+        return _Best(done, bits_per_byte)
 
     try:
         with _interruption_deferred() as interrupted:
-            step = make_step(execution, training)
-            live = policies.settings([MODEL_OWN] * training.batch_size, execution.architecture, execution.k_max)
             rate = learning_rate(training)
             since, tokens = time.perf_counter(), 0
-            while done < training.steps and not interrupted:
+            while not is_over() and not interrupted:
                 batch = next(stream)._asdict()
-                state, measured = step(state, batch, live)
-                measured = {name: float(value) for name, value in measured._asdict().items()}
+                state, measured = task.step(state, task.fixed, batch, task.live(done))
+                measured = {name: float(value) for name, value in measured.items()}
                 if not all(map(math.isfinite, measured.values())):
                     raise ValueError(
                         f"step {done + 1} is not finite ({measured}); the last good checkpoint is that of step "
@@ -233,22 +193,28 @@ def train(config: Config, folder: pathlib.Path, text: Text, execution: decoder.E
                 done += 1
                 tokens += int((batch["segments_BT"] > 0).sum())
                 bar.update()
-                if done % training.log_every == 0 or done == training.steps:
+                last = done == training.steps
+                if done % training.log_every == 0 or last:
                     now = time.perf_counter()
                     tokens_per_s, since, tokens = tokens / (now - since), now, 0
                     bar.set_postfix_str(f"loss {measured['loss']:.3f}, {tokens_per_s:,.0f} tokens/s")
                     extra = {"learning_rate": float(rate(done - 1)), "tokens_per_s": round(tokens_per_s, 1)}
                     metrics.write(step=done, **measured, **extra)
-                if done % training.evaluate_every == 0 or done == training.steps:
+                if done % training.evaluate_every == 0 or last:
                     began = time.perf_counter()
-                    metrics.write(step=done, bits_per_byte=_bits_per_byte(state.whole(), config, text, execution))
+                    best = evaluate()
                     since += time.perf_counter() - began
-                if done % training.checkpoint_every == 0 or done == training.steps:
+                if done % training.checkpoint_every == 0 or is_over():
                     save()
-            if done < training.steps and done != checkpoints.latest_step:
+            if not is_over() and done != checkpoints.latest_step:
                 save()
+        if best_kept is None:
+            return Outcome(state, done, done)
+        kept, _ = best_kept.restore(best.step, state._replace(optimizer=None))
+        return Outcome(kept, best.step, done)
     finally:
         bar.close()
         metrics.close()
         checkpoints.close()
-    return state.whole()
+        if best_kept is not None:
+            best_kept.close()

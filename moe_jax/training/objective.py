@@ -1,4 +1,7 @@
-"""What training minimises: next-token cross-entropy, in chunks that never hold all logits, and the load loss."""
+"""What training minimises: next-token cross-entropy, distance from a teacher, uneven loads, experts used.
+
+What is made of logits is made in chunks, with its gradient, so that the logits of a batch never exist at once.
+"""
 
 import functools
 from typing import NamedTuple
@@ -7,74 +10,126 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax.config.finetuning import ObjectiveConfig
 from moe_jax.model import decoder
 from moe_jax.routing.policies.base import Settings
 
 CHUNK_TOKENS = 1024  # rows of logits held at once, or a little more where they do not divide the batch
 
 
+class Teacher(NamedTuple):
+    """What a student is compared with: a frozen model under a policy of its own."""
+
+    params: decoder.Params
+    live: Settings
+
+
 class Measured(NamedTuple):
     """What one batch measured."""
 
-    loss: jax.Array  # mean cross-entropy of the scored tokens, nats
-    load_loss: jax.Array  # mean over MoE layers
+    terms: dict[str, jax.Array]  # float32 scalars before they are weighted; "loss" is the cross-entropy in nats
     load_LE: jax.Array  # slots that each expert received
 
 
-def _chunk(x_ND: jax.Array, head_VD: jax.Array, labels_N: jax.Array, weight_N: jax.Array):
-    """Weighted cross-entropy of one chunk, and its gradient for the logits."""
-    logits_NV = jnp.dot(x_ND, head_VD.T, preferred_element_type=jnp.float32)
-    top_N1 = logits_NV.max(axis=1, keepdims=True)
-    exp_NV = jnp.exp(logits_NV - top_N1)
+def _softmax(logits_NV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log-probabilities and probabilities, from one exponential."""
+    logits_NV = logits_NV - logits_NV.max(axis=1, keepdims=True)
+    exp_NV = jnp.exp(logits_NV)
     sum_N1 = exp_NV.sum(axis=1, keepdims=True)
-    picked_N1 = jnp.take_along_axis(logits_NV, labels_N[:, None], axis=1)
-    loss = ((jnp.log(sum_N1) + top_N1 - picked_N1)[:, 0] * weight_N).sum()
-    is_label_NV = jnp.arange(logits_NV.shape[1])[None, :] == labels_N[:, None]
-    return loss, (exp_NV / sum_N1 - is_label_NV) * weight_N[:, None]
+    return logits_NV - jnp.log(sum_N1), exp_NV / sum_N1
 
 
-@jax.custom_vjp
-def cross_entropy(x_ND: jax.Array, head_VD: jax.Array, labels_N: jax.Array, weight_N: jax.Array) -> jax.Array:
-    """Sum over tokens of weight times cross-entropy, in nats.
+def _cross_entropy(log_NV: jax.Array, share_NV: jax.Array, labels_N: jax.Array):
+    """Of each token, and its gradient for the logits."""
+    is_label_NV = jnp.arange(log_NV.shape[1])[None, :] == labels_N[:, None]
+    return -jnp.take_along_axis(log_NV, labels_N[:, None], axis=1)[:, 0], share_NV - is_label_NV
 
-    Computes the gradients along with the loss, chunk by chunk, so that the logits are made once and never kept.
+
+def _divergence(log_NV: jax.Array, share_NV: jax.Array, teacher_NV: jax.Array, direction: str):
+    """KL divergence of each token, and its gradient for the logits, both at the temperature of what is given.
+
+    "forward" is that of the teacher from the student, sum p log(p / q); "reverse" is sum q log(q / p).
+    """
+    teacher_log_NV, teacher_share_NV = _softmax(teacher_NV)
+    if direction == "forward":
+        kl_N = (teacher_share_NV * (teacher_log_NV - log_NV)).sum(axis=1)
+        return kl_N, share_NV - teacher_share_NV
+    kl_N = (share_NV * (log_NV - teacher_log_NV)).sum(axis=1)
+    return kl_N, share_NV * (log_NV - teacher_log_NV - kl_N[:, None])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def token_losses(
+    x_ND: jax.Array,
+    head_VD: jax.Array,
+    labels_N: jax.Array,
+    weight_N: jax.Array,
+    teacher_ND: jax.Array | None,
+    teacher_head_VD: jax.Array | None,
+    config: ObjectiveConfig,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The terms that are made of logits, summed over tokens, each times its weight.
+
+    Computes the gradients along with the losses, chunk by chunk: logits are made once and never kept.
 
     Args:
         x_ND: what the output head reads.
         head_VD: the output projection.
         labels_N: int32 ids.
         weight_N: float32; 0 where a token is not scored.
+        teacher_ND: the same of the teacher; None where there is none. No gradient reaches it.
+        teacher_head_VD: the teacher's output projection.
+        config: the weight of each term, static.
 
     Returns:
-        float32 scalar.
+        float32 scalar, the sum that is differentiated; and the terms before they are weighted, which are not.
     """
-    return _cross_entropy_forward(x_ND, head_VD, labels_N, weight_N)[0]
+    return _forward(x_ND, head_VD, labels_N, weight_N, teacher_ND, teacher_head_VD, config)[0]
 
 
-def _cross_entropy_forward(x_ND, head_VD, labels_N, weight_N):
+def _forward(x_ND, head_VD, labels_N, weight_N, teacher_ND, teacher_head_VD, config):
     num_tokens = x_ND.shape[0]
     most = max(1, num_tokens // CHUNK_TOKENS)
     chunks = next(count for count in range(most, 0, -1) if num_tokens % count == 0)
     split = functools.partial(jax.tree.map, lambda a: a.reshape(chunks, -1, *a.shape[1:]))
 
+    def of_chunk(x_ND, labels_N, weight_N, teacher_ND):
+        logits_NV = jnp.dot(x_ND, head_VD.T, preferred_element_type=jnp.float32)
+        log_NV, share_NV = _softmax(logits_NV)
+        loss_N, gradient_NV = _cross_entropy(log_NV, share_NV, labels_N)
+        terms, gradient_NV = {"loss": (loss_N * weight_N).sum()}, config.language_model * gradient_NV
+        if teacher_ND is not None:
+            teacher_NV = jnp.dot(teacher_ND, teacher_head_VD.T, preferred_element_type=jnp.float32)
+            temperature = config.temperature
+            if temperature != 1:
+                log_NV, share_NV = _softmax(logits_NV / temperature)
+            kl_N, kl_gradient_NV = _divergence(log_NV, share_NV, teacher_NV / temperature, config.direction)
+            # times the temperature squared, so that gradients keep their size (arXiv 1503.02531, section 2)
+            terms["divergence"] = temperature**2 * (kl_N * weight_N).sum()
+            gradient_NV = gradient_NV + config.distillation * temperature * kl_gradient_NV
+        return terms, gradient_NV * weight_N[:, None]
+
     def step(carried, chunk):
-        loss, head_grad_VD = carried
-        x, labels, weight = chunk
-        chunk_loss, logits_grad = _chunk(x, head_VD, labels, weight)
+        terms, head_grad_VD = carried
+        new, logits_grad = of_chunk(*chunk)
+        x = chunk[0]
         head_grad_VD = head_grad_VD + jnp.dot(logits_grad.T, x, preferred_element_type=jnp.float32)
-        return (loss + chunk_loss, head_grad_VD), jnp.dot(logits_grad, head_VD).astype(x.dtype)
+        return (jax.tree.map(jnp.add, terms, new), head_grad_VD), jnp.dot(logits_grad, head_VD).astype(x.dtype)
 
-    start = jnp.float32(0), jnp.zeros(head_VD.shape, jnp.float32)
-    (loss, head_grad_VD), x_grad = lax.scan(step, start, split((x_ND, labels_N, weight_N)))
-    return loss, (x_grad.reshape(x_ND.shape), head_grad_VD.astype(head_VD.dtype))
-
-
-def _cross_entropy_backward(gradients, scale):
-    x_grad_ND, head_grad_VD = gradients
-    return x_grad_ND * scale, head_grad_VD * scale, None, None
+    nothing = {"loss": jnp.float32(0)} | ({} if teacher_ND is None else {"divergence": jnp.float32(0)})
+    start = nothing, jnp.zeros(head_VD.shape, jnp.float32)
+    (terms, head_grad_VD), x_grad = lax.scan(step, start, split((x_ND, labels_N, weight_N, teacher_ND)))
+    total = config.language_model * terms["loss"] + config.distillation * terms.get("divergence", 0.0)
+    return (total, terms), (x_grad.reshape(x_ND.shape), head_grad_VD.astype(head_VD.dtype))
 
 
-cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+def _backward(config, gradients, scales):
+    scale, _ = scales  # the terms themselves are only looked at
+    x_grad_ND, head_grad_VD = (gradient * scale.astype(gradient.dtype) for gradient in gradients)
+    return x_grad_ND, head_grad_VD, None, None, None, None
+
+
+token_losses.defvjp(_forward, _backward)
 
 
 def objective(
@@ -82,25 +137,54 @@ def objective(
     batch: dict[str, jax.Array],
     live: Settings,
     execution: decoder.Execution,
+    config: ObjectiveConfig,
     balance_loss: float,
+    teacher: Teacher | None = None,
+    remat: bool = False,
 ) -> tuple[jax.Array, Measured]:
-    """Mean cross-entropy of a packed batch plus `balance_loss` times the mean load loss.
+    """The terms of a packed batch, each times its weight, averaged over its scored tokens.
 
     Args:
         params: as `decoder.split` gives them.
         batch: `tokens_BT`, `labels_BT`, `segments_BT` (0: padding, not scored) and `positions_BT`, int32.
         live: settings of the policy.
         execution: the static half of the step.
-        balance_loss: coefficient of the load loss.
+        config: the weight of each term.
+        balance_loss: the weight of the load loss.
+        teacher: whom the student is to resemble; None: nobody. It has as many slots as its settings keep.
+        remat: as `decoder.hidden` takes it.
 
     Returns:
         What to minimise, and what was measured.
     """
-    segments_BT = batch["segments_BT"]
-    x_BTD, traffic = decoder.hidden(params, batch["tokens_BT"], batch["positions_BT"], segments_BT, live, execution)
-    scored_N = (segments_BT > 0).reshape(-1).astype(jnp.float32)
+    rows = batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"]
+    x_BTD, traffic = decoder.hidden(params, *rows, live, execution, remat=remat)
+    scored_N = (batch["segments_BT"] > 0).reshape(-1).astype(jnp.float32)
     weight_N = scored_N / jnp.maximum(scored_N.sum(), 1.0)
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    loss = cross_entropy(x_ND, decoder.head(params), batch["labels_BT"].reshape(-1), weight_N)
-    load_loss = traffic.load_loss.mean()
-    return loss + balance_loss * load_loss, Measured(loss, load_loss, traffic.load_E)
+    teacher_ND = teacher_head_VD = None
+    if teacher is not None:
+        with jax.named_scope("teacher"):
+            own = decoder.Execution(execution.architecture, execution.architecture.moe.k, execution.grouped_matmul)
+            teacher_BTD, _ = decoder.hidden(teacher.params, *rows, teacher.live, own)
+        teacher_ND = lax.stop_gradient(teacher_BTD.reshape(x_ND.shape))
+        teacher_head_VD = lax.stop_gradient(decoder.head(teacher.params))
+    labels_N = batch["labels_BT"].reshape(-1)
+    total, terms = token_losses(x_ND, decoder.head(params), labels_N, weight_N, teacher_ND, teacher_head_VD, config)
+    of_layers = {
+        "hidden_distance": (config.hidden, None if teacher is None else _distance(x_ND, teacher_ND, weight_N)),
+        "load_loss": (balance_loss, traffic.load_loss.mean()),
+        "effective_experts": (config.sparsity, traffic.effective_experts.mean()),
+    }
+    for name, (weight, value) in of_layers.items():
+        if value is not None:
+            terms[name] = value
+            total = total + weight * value
+    return total, Measured(terms, traffic.load_E)
+
+
+def _distance(x_ND: jax.Array, teacher_ND: jax.Array, weight_N: jax.Array) -> jax.Array:
+    """Squared distance of what the two output heads read, over the squared length of the teacher's."""
+    x_ND, teacher_ND = x_ND.astype(jnp.float32), teacher_ND.astype(jnp.float32)
+    apart_N = ((x_ND - teacher_ND) ** 2).sum(axis=1) / jnp.maximum((teacher_ND**2).sum(axis=1), 1e-20)
+    return (apart_N * weight_N).sum()

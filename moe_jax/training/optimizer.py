@@ -1,10 +1,13 @@
-"""AdamW with warm-up, cosine decay and clipping, on the parameters that gradients reach."""
+"""AdamW with warm-up, cosine decay and clipping, and how its updates are added."""
 
 import jax
+import jax.numpy as jnp
 import optax
+from jax import lax
 
 from moe_jax.config.schema import TrainingConfig
 from moe_jax.model.decoder import Params
+from moe_jax.training.trainable import is_matrix
 
 
 def learning_rate(training: TrainingConfig) -> optax.Schedule:
@@ -18,10 +21,6 @@ def learning_rate(training: TrainingConfig) -> optax.Schedule:
     )
 
 
-def _is_matrix(path: tuple, _) -> bool:
-    return "norm" not in path[-1].key and "bias" not in path[-1].key
-
-
 def make_optimizer(training: TrainingConfig) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW (arXiv 1711.05101); norms and biases do not decay."""
     return optax.chain(
@@ -31,9 +30,42 @@ def make_optimizer(training: TrainingConfig) -> optax.GradientTransformation:
             b1=training.adam_b1,
             b2=training.adam_b2,
             weight_decay=training.weight_decay,
-            mask=lambda params: jax.tree_util.tree_map_with_path(_is_matrix, params),
+            mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path[-1].key), params),
         ),
     )
+
+
+def steps_done(state: optax.OptState) -> jax.Array:
+    """int32 scalar: how many updates the optimizer has made."""
+    _, (adam, *_) = state
+    return adam.count
+
+
+def apply_updates(params: Params, updates: Params, step: jax.Array) -> Params:
+    """Adds float32 updates; what is stored in bfloat16 is rounded up or down at random, by how near it is to either.
+
+    Rounding to the nearest would lose every update of less than half of a weight's last bit, which in bfloat16 is one
+    part in 256: most of them. At random, the expectation is exact.
+
+    Args:
+        params: float32 or bfloat16.
+        updates: float32.
+        step: int32 scalar; the same step rounds the same way.
+    """
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), len(leaves))
+    moved = [_moved(*one) for one in zip(leaves, jax.tree.leaves(updates), keys)]
+    return jax.tree.unflatten(tree, moved)
+
+
+def _moved(param: jax.Array, update: jax.Array, key: jax.Array) -> jax.Array:
+    exact = param.astype(jnp.float32) + update
+    if param.dtype == jnp.float32:
+        return exact
+    bits = lax.bitcast_convert_type(exact, jnp.uint32) + jax.random.bits(key, exact.shape, jnp.uint16).astype(
+        jnp.uint32
+    )
+    return lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 def without_selection_bias(params: Params) -> tuple[Params, jax.Array | None]:

@@ -30,6 +30,20 @@ def test_where_templates_are_found(tmp_path):
         chat.load_template(tmp_path)
 
 
+def test_whole_conversations(tmp_path):
+    messages = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "Because. "}]
+    assert chat.load_renderer(tmp_path) is None
+    (tmp_path / "chat_template.jinja").write_text(CHATML)
+    render = chat.load_renderer(tmp_path)
+    assert render(messages) == "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nBecause. <|im_end|>\n"
+    (tmp_path / "chat_template.jinja").write_text(INST)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(TOKENS))
+    render = chat.load_renderer(tmp_path)
+    assert render(messages) == "<|endoftext|>\n[INST] Why? [/INST]\nBecause. <|endoftext|>"
+    with pytest.raises(ValueError, match="Roles must alternate user/assistant"):
+        render(messages[1:])
+
+
 @pytest.mark.parametrize(
     ("template", "words"),
     [

@@ -15,7 +15,7 @@ from moe_jax.checkpoint.huggingface import read_checkpoint
 from moe_jax.checkpoint.orbax import Checkpoints
 from moe_jax.config.gin import read_config
 from moe_jax.engine.request import execution_of
-from moe_jax.training import loop
+from moe_jax.training import pretraining
 from moe_jax.training.step import start
 from tests import tiny_training
 
@@ -47,7 +47,7 @@ def test_a_run_ends_with_a_model_that_has_learnt(sources, tmp_path):
 @pytest.fixture(scope="module")
 def prepared(sources, tmp_path_factory):
     config = read_config(None, tiny_training.overrides(sources, **{"training.steps": 8}))
-    return config, loop.prepare_text(config, tmp_path_factory.mktemp("prepared"))
+    return config, pretraining.prepare_text(config, tmp_path_factory.mktemp("prepared"))
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(prepared, sources, tmp_path):
@@ -60,7 +60,7 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(prepared, sources, 
     )
     execution = execution_of(config.architecture)
     with pytest.raises(ValueError, match=r"step \d+ is not finite .* the last good checkpoint is that of step \d"):
-        loop.train(config, tmp_path, text, execution)
+        pretraining.train(config, tmp_path, text, execution)
     checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
     last = checkpoints.latest_step
     state, _ = checkpoints.restore(last, start(execution, config.training, 0))
@@ -72,13 +72,13 @@ def test_divergence_stops_and_keeps_the_last_good_checkpoint(prepared, sources, 
 def test_another_configuration_or_text_is_refused(prepared, sources, tmp_path):
     config, text = prepared
     execution = execution_of(config.architecture)
-    loop.train(config, tmp_path, text, execution)
+    pretraining.train(config, tmp_path, text, execution)
     other = read_config(None, tiny_training.overrides(sources, **{"training.steps": 8, "training.learning_rate": 1e-4}))
     with pytest.raises(ValueError, match=r"training.learning_rate = 0.0001: .* was started with 0.003"):
-        loop.train(other, tmp_path, text, execution)
+        pretraining.train(other, tmp_path, text, execution)
     changed = text._replace(corpus=text.corpus.__class__(text.corpus.documents, text.corpus.statistics, "0" * 64))
     with pytest.raises(ValueError, match="the text differs"):
-        loop.train(config, tmp_path, changed, execution)
+        pretraining.train(config, tmp_path, changed, execution)
 
 
 def test_ctrl_c_saves_where_it_stands(sources, tmp_path):

@@ -115,11 +115,11 @@ def _model(architecture: Architecture, policy: Policy) -> Model:
     calibration = policy.calibration
     if calibration is not None and calibration.similarity_LEE.shape != (num_layers, moe.num_experts, moe.num_experts):
         raise ValueError("policy.calibration is of a model with other layers or experts")
-    return Model(num_layers, moe.num_experts, moe.k, moe.normalize, calibration)
+    return Model(num_layers, moe.num_experts, moe.k, moe.normalize, calibration, moe.k_of_layers)
 
 
 def _columns(policy: Policy, model: Model) -> dict[str, np.ndarray]:
-    columns = {"k": np.full(model.num_layers, model.k, np.int32)}
+    columns = {"k": model.own_k_L}
     for part in policy.parts:
         try:
             columns |= part.columns(model)
@@ -147,6 +147,20 @@ def uniform_k(policy: Policy, architecture: Architecture) -> int | None:
     """
     k_L = fixed_k(policy, architecture)
     return int(k_L[0]) if k_L is not None and (k_L == k_L[0]).all() else None
+
+
+def with_own(policy: Policy, architecture: Architecture) -> Architecture | None:
+    """The architecture whose own k is what the policy keeps; None where that depends on the token.
+
+    Raises:
+        ValueError: the policy does not fit the model.
+    """
+    k_L = fixed_k(policy, architecture)
+    if k_L is None:
+        return None
+    of_layers = () if (k_L == k_L[0]).all() else tuple(map(int, k_L))
+    moe = dataclasses.replace(architecture.moe, k=int(k_L.max()), k_of_layers=of_layers)
+    return dataclasses.replace(architecture, moe=moe)
 
 
 def select(routing: Routing, live: Settings, context: Context, moe: MoEConfig, k_max: int) -> Selection:

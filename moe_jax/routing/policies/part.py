@@ -19,6 +19,12 @@ class Model(NamedTuple):
     k: int  # that it was trained with
     normalize: bool  # whether its mixing weights sum to one
     calibration: Calibration | None = None
+    k_of_layers: tuple[int, ...] = ()  # where it was trained with another in each layer
+
+    @property
+    def own_k_L(self) -> np.ndarray:
+        """int32 [L]: the number of experts that each layer was trained with."""
+        return np.array(self.k_of_layers or (self.k,) * self.num_layers, np.int32)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ class ModelOwn(Part):
 
     def columns(self, model: Model) -> dict[str, np.ndarray]:
         """Slots to keep in each layer."""
-        return {"k": constant(model, model.k)}
+        return {"k": model.own_k_L}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,0 +1,120 @@
+"""Fine-tunes the demo again and again: what wins back what fewer experts cost, at which k, with how many tokens.
+
+    python benchmarks/recovery.py --config configs/finetune_demo.gin --out out/recovery
+    python benchmarks/recovery.py --out out/recovery --runs table --runs long
+
+Each run is what launch/finetune.py does with the settings named here, in a folder of its own below --out; text is
+prepared, and the model measured before, once for all. Killed and started again, it goes on; runs that are finished are
+not run again. OUT/table.md holds what all finished runs of the folder say together.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+from absl import flags
+
+from moe_jax import command
+
+ROOT = pathlib.Path(__file__).parents[1]
+TOKENS = 8192  # of a step
+MEASURED = ("model", "topk:4", "topk:2")
+PLAIN = {"objective.language_model": 1.0, "objective.distillation": 0.0}
+CONTROL = {"policy.spec": "model", **PLAIN}  # the same steps of plain training with all experts
+SPEC = {"policy.spec": "topk:4"}
+
+
+def _steps(millions: float) -> dict[str, int]:
+    steps = round(millions * 1e6 / TOKENS)
+    return {"training.steps": steps, "training.evaluate_every": max(10, -(-steps // 5))}
+
+
+def _of_table() -> dict[str, dict]:
+    short = SPEC | _steps(0.5)
+    distilled = {"objective.language_model": 0.0, "objective.distillation": 1.0}
+    rate = "training.learning_rate"
+    return {
+        "distilled_6e-4": short | distilled | {rate: 6e-4},
+        "plain_6e-4": short | PLAIN | {rate: 6e-4},
+        "both_6e-4": short | {rate: 6e-4},
+        "distilled_1.2e-3": short | distilled | {rate: 1.2e-3},
+        "router_3e-3": short | distilled | {rate: 3e-3, "finetune.train": "router"},
+        "lora_3e-3": short | distilled | {rate: 3e-3, "finetune.train": "lora"},
+        "reverse_6e-4": short | distilled | {rate: 6e-4, "objective.direction": "reverse"},
+        "router_and_norms_3e-3": short | distilled | {rate: 3e-3, "finetune.train": "router_and_norms"},
+        "hidden_6e-4": short | distilled | {rate: 6e-4, "objective.hidden": 0.5},
+        "distilled_3e-4": short | distilled | {rate: 3e-4},
+    }
+
+
+GROUPS = {
+    # what trains, what is minimised, how fast: k = 4, half a million tokens each
+    "table": _of_table(),
+    # plain training with all experts at several learning rates: the control has the best of them
+    "control_rates": {
+        f"control_{rate:g}_short": CONTROL | _steps(0.5) | {"training.learning_rate": rate}
+        for rate in (1e-4, 3e-4, 6e-4)
+    },
+}
+RUNS = flags.DEFINE_multi_string("runs", [], f"Groups or names of runs: {', '.join(GROUPS)}; repeat it; none: all.")
+
+
+def main(run: command.Command) -> None:
+    """Runs what is not finished, one after the other, then sums up all that is."""
+    import moe_jax
+    from moe_jax import files
+    from moe_jax.checkpoint.huggingface import read_architecture
+    from moe_jax.config import gin
+    from moe_jax.engine.request import execution_of
+    from moe_jax.report import finetuned
+    from moe_jax.study import recover
+    from moe_jax.text.tokenizer import load_tokenizer
+    from moe_jax.training import finetuning
+
+    base = run.config
+    named = {name: settings for group in GROUPS.values() for name, settings in group.items()}
+    chosen = [name for asked in RUNS.value or GROUPS for name in GROUPS.get(asked, [asked])]
+    if unknown := [name for name in chosen if name not in named]:
+        raise ValueError(f"--runs = {unknown[0]!r}: wanted some of {', '.join([*GROUPS, *named])}")
+    path = command.in_repository(base.model.path)
+    architecture = read_architecture(path)
+    execution = execution_of(architecture)
+    configs = {}
+    for name in chosen:
+        settings = {"evaluation.policies": MEASURED} | named[name]
+        overrides = [*flags.FLAGS["set"].value, *(f"{setting}={value!r}" for setting, value in settings.items())]
+        configs[name] = gin.read_config(flags.FLAGS["config"].value, overrides)
+        recover.plan(configs[name], architecture)
+    held_out = str(command.in_repository(base.text.held_out, "text.held_out"))
+    with run.timed("text"):
+        prepared = dataclasses.replace(base, text=dataclasses.replace(base.text, held_out=held_out))
+        text = finetuning.prepare_text(prepared, path, load_tokenizer(path), architecture.decoder.max_context)
+    params = moe_jax.load(path, dtype=base.training.weights, calibration=None).params
+    compared = recover.plan(configs[chosen[0]], architecture).compared
+    with run.timed("before"):
+        before = dict(zip(compared, recover.measure(base, params, text, compared, execution, "before")))
+    for name, config in configs.items():
+        folder = run.out / name
+        if (folder / "result.json").exists():
+            continue
+        folder.mkdir(exist_ok=True)
+        planned = recover.plan(config, architecture)
+        with run.timed(name):
+            known = [before[policy] for policy in planned.compared]
+            finished = recover.recover(config, folder, path, params, text, planned, execution, known)
+        rows = finetuned.finish(config, folder, finished)
+        result = {"figures": finetuned.figures(finished, rows), "rows": rows, "seconds": run.seconds[name]}
+        files.write_atomically(folder / "config.gin", gin.to_gin(config))
+        files.write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
+        print(f"{name}: {run.seconds[name]:.0f} s\n{finetuned.table(rows)}\n", flush=True)
+    run.finish({})
+
+
+if __name__ == "__main__":
+    command.run(
+        main,
+        default_config=os.path.relpath(ROOT / "configs" / "finetune_demo.gin"),
+        default_out="out/recovery",
+        huge_pages=True,
+    )

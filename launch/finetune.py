@@ -1,0 +1,60 @@
+"""Wins back what fewer experts cost: a short training of a loaded model under the policy that it will be served with.
+
+    python launch/finetune.py --config configs/finetune_demo.gin --set policy.spec=topk:4 --out out/four
+
+Started again with the same --out, it goes on where it was killed. The model is exported to OUT/model, in the layout
+that was read, with the policy's k as its own; the table says what it cost before and what it costs now, on held-out
+files that nothing was chosen by. With finetune.elastic=True one model learns every k.
+"""
+
+import dataclasses
+import os
+import pathlib
+
+from moe_jax import command
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+def main(run: command.Command) -> None:
+    """Checks all that was asked for, then measures, trains, exports and measures again."""
+    import moe_jax
+    from moe_jax.checkpoint.huggingface import read_architecture
+    from moe_jax.engine.request import execution_of
+    from moe_jax.report import finetuned
+    from moe_jax.routing import calibration as calibrations
+    from moe_jax.study import recover
+    from moe_jax.text.tokenizer import load_tokenizer
+    from moe_jax.training import finetuning
+
+    config = run.config
+    path = command.in_repository(config.model.path)
+    if config.text.held_out:
+        held_out = str(command.in_repository(config.text.held_out, "text.held_out"))
+        config = dataclasses.replace(config, text=dataclasses.replace(config.text, held_out=held_out))
+    architecture = read_architecture(path)
+    command.refuse_other_shape(config, architecture)
+    planned = recover.plan(config, architecture, calibrations.find(config.policy.calibration, path))
+    execution = execution_of(architecture, config.policy.k_max, config.kernels.grouped_matmul)
+    run.implementations["grouped_matmul"] = execution.grouped_matmul
+    with run.timed("text"):
+        text = finetuning.prepare_text(config, path, load_tokenizer(path), architecture.decoder.max_context)
+    with run.timed("load"):
+        params = moe_jax.load(path, dtype=config.training.weights, calibration=None).params
+    finetuning.require_memory(config, params)
+    with run.timed("before"):
+        before = recover.measure(config, params, text, planned.compared, execution, "before")
+    with run.timed("run"):
+        finished = recover.recover(config, run.out, path, params, text, planned, execution, before)
+    rows = finetuned.finish(config, run.out, finished)
+    figures = finetuned.figures(finished, rows)
+    run.finish(figures, rows=rows, text=finetuned.table(rows))
+
+
+if __name__ == "__main__":
+    command.run(
+        main,
+        default_config=os.path.relpath(ROOT / "configs" / "finetune_demo.gin"),
+        default_out="out/finetune",
+        huge_pages=True,
+    )

@@ -1,0 +1,45 @@
+"""A weight that a low-rank product is added to: LoRA (arXiv 2106.09685), per expert where there are experts."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("base", "down", "up"), meta_fields=("scale",))
+class LowRank:
+    """`base + scale * up @ down`, in place of the weight itself.
+
+    The axes of a weight are stacked ones (layers, experts, gate and up), then outputs, then inputs; each stacked matrix
+    has a product of its own. A layer turns into a plain array when it is taken out of its stack, so that no more than
+    one layer is held twice. This saves the memory of gradients and moments, not arithmetic.
+
+    Attributes:
+        base: [stacked.., outputs.., inputs..].
+        down: float32 [stacked.., rank, inputs..].
+        up: float32 [stacked.., outputs.., rank].
+        scale: alpha / rank.
+    """
+
+    def __init__(self, base: jax.Array, down: jax.Array, up: jax.Array, scale: float):
+        self.base, self.down, self.up, self.scale = base, down, up, scale
+
+    def merged(self) -> jax.Array:
+        """The weight as a plain array, in the dtype of the base."""
+        num_inputs = self.base.ndim - (self.up.ndim - 1)
+        num_stacked = self.down.ndim - 1 - num_inputs
+        stacked, rank = self.base.shape[:num_stacked], self.up.shape[-1]
+        up = self.up.reshape(*stacked, -1, rank)
+        down = self.down.reshape(*stacked, rank, math.prod(self.base.shape[self.base.ndim - num_inputs :]))
+        product = jnp.matmul(up, down, preferred_element_type=jnp.float32).reshape(self.base.shape)
+        return (self.base.astype(jnp.float32) + self.scale * product).astype(self.base.dtype)
+
+
+def merge(weights):
+    """A tree of weights with every `LowRank` in it as a plain array."""
+    return jax.tree.map(
+        lambda weight: weight.merged() if isinstance(weight, LowRank) else weight,
+        weights,
+        is_leaf=lambda weight: isinstance(weight, LowRank),
+    )

@@ -1,0 +1,111 @@
+"""A fine-tuned model before and after: figures, tables, and the card that lies beside it."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from moe_jax import files
+from moe_jax.config.schema import Config
+from moe_jax.evaluation.intervals import paired_ratio, ratio, recovered
+from moe_jax.report.evaluated import cell, figure, write_csv
+from moe_jax.report.plots import draw_training_curve
+from moe_jax.study.recover import Finished
+
+
+def rows(finished: Finished) -> list[dict[str, Any]]:
+    """The rows of result.json, one for each policy.
+
+    `bits_per_byte_increase` is relative to the full model before, `change` to the same policy before, both paired by
+    document; `recovered` is the share of what the policy cost that is won back, with the better of the full models
+    before and after as the goal.
+    """
+    sizes = np.array([len(document.text.encode()) for document in finished.text.reported.documents])
+    full = min(finished.before[0].bits_J, finished.after[0].bits_J, key=np.sum)
+    found = []
+    for number, (policy, before, after) in enumerate(zip(finished.compared, finished.before, finished.after)):
+        figures = {
+            "bits_per_byte_before": figure(ratio(before.bits_J, sizes), "bit/byte"),
+            "bits_per_byte": figure(ratio(after.bits_J, sizes), "bit/byte"),
+            "change": figure(paired_ratio(after.bits_J, before.bits_J), "1"),
+            "bits_per_byte_increase": figure(paired_ratio(after.bits_J, finished.before[0].bits_J), "1"),
+        }
+        if number and before.bits_J.sum() > full.sum():
+            figures["recovered"] = figure(recovered(before.bits_J, after.bits_J, full), "1")
+        found.append({"policy": policy.spec, "figures": figures})
+    return found
+
+
+def figures(finished: Finished, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of result.json: of the policy that was trained under, and of the run."""
+    [own] = [row["figures"] for row in rows if row["policy"] == finished.trained.spec]
+    return own | {
+        "training_tokens_per_s": {"value": finished.tokens_per_s, "unit": "token/s"},
+        "steps": {"value": finished.steps, "unit": "1"},
+        "best_step": {"value": finished.step, "unit": "1"},
+    }
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """One line per policy, in Markdown; intervals are 95%."""
+    columns = {
+        "bits per byte before": ("bits_per_byte_before", "{:.4f}"),
+        "after": ("bits_per_byte", "{:.4f}"),
+        "change, paired": ("change", "{:+.2%}"),
+        "over the full model before, paired": ("bits_per_byte_increase", "{:+.2%}"),
+        "recovered": ("recovered", "{:.0%}"),
+    }
+    lines = ["| policy | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for row in rows:
+        cells = [cell(row["figures"].get(name), form) for name, form in columns.values()]
+        lines.append(f"| `{row['policy']}` | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_details(folder: pathlib.Path, finished: Finished) -> None:
+    """Writes `documents.csv`: the bits of each reported document under each policy, before and after."""
+    head = [f"{when} {policy.spec}" for when in ("before", "after") for policy in finished.compared]
+    lines = [
+        [document.source, document.name, len(document.text.encode()), *(f"{bits:.6f}" for bits in bits_P)]
+        for document, bits_P in zip(
+            finished.text.reported.documents, zip(*(one.bits_J for one in (*finished.before, *finished.after)))
+        )
+    ]
+    write_csv(folder / "documents.csv", ["source", "name", "bytes", *head], lines)
+
+
+def model_card(config: Config, finished: Finished, table: str) -> str:
+    """MODEL_CARD.md: from what, how, and with what result the model was tuned."""
+    training, objective, tuning = config.training, config.objective, config.finetune
+    text, trained = finished.text, finished.trained
+    terms = {name: getattr(objective, name) for name in ("language_model", "distillation", "hidden", "sparsity")}
+    weighted = ", ".join(f"{name} {weight:g}" for name, weight in terms.items() if weight)
+    compared = f" ({objective.direction}, temperature {objective.temperature:g})" if objective.has_teacher else ""
+    under = f"k drawn per {tuning.k_drawn_per} from {tuning.k_min} on" if tuning.elastic else f"policy `{trained.spec}`"
+    tokens = training.batch_size * training.accumulation * training.sequence_length
+    return f"""# Model card
+
+Fine-tuned by `launch/finetune.py` from `{config.model.path}`, so that it does with fewer experts what it did with all.
+
+- under {under}; trained: {tuning.train}
+- {finished.steps:,} steps of {tokens:,} tokens, the weights as after step {finished.step:,}; AdamW, peak
+  {training.learning_rate:g}, {training.warmup_steps} steps of warm-up, then a cosine; seed {config.run.seed}
+- objective: {weighted}{compared}
+- {text.num_documents:,} documents, {text.packed.num_tokens / 1e6:.1f} M tokens; chosen by {len(text.watched.documents)}
+  held-out documents, measured on {len(text.reported.documents)} others; {finished.tokens_per_s:,.0f} tokens/s (median)
+
+![Training curve](training_curve.png)
+
+{table}
+"""
+
+
+def finish(config: Config, folder: pathlib.Path, finished: Finished) -> list[dict[str, Any]]:
+    """Writes card and training curve beside the exported model, and the details; returns the rows of result.json."""
+    found = rows(finished)
+    write_details(folder, finished)
+    card = model_card(config, finished, table(found))
+    files.write_atomically(folder / "model" / "training_curve.png", draw_training_curve(folder / "metrics.jsonl"))
+    files.write_atomically(folder / "model" / "MODEL_CARD.md", card)
+    return found

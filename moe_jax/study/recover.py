@@ -1,0 +1,109 @@
+"""Wins back what fewer experts cost: a model is measured, fine-tuned, exported, and measured as exported."""
+
+import json
+import pathlib
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from moe_jax.checkpoint import huggingface
+from moe_jax.config.architecture import Architecture
+from moe_jax.config.schema import Config
+from moe_jax.evaluation.likelihood import Likelihood, num_windows, score_documents
+from moe_jax.model.decoder import Execution, Params
+from moe_jax.routing.calibration import Calibration
+from moe_jax.routing.policies import base as policies
+from moe_jax.routing.policies.base import Policy
+from moe_jax.routing.policies.parse import MODEL_OWN, parse
+from moe_jax.training import finetuning
+from moe_jax.training.finetuning import Text
+
+
+class Plan(NamedTuple):
+    """What a run does, checked against the model before anything large is read."""
+
+    trained: Policy  # that the model is trained under; the model's own where k is drawn
+    compared: Sequence[Policy]  # that it is measured under: the full model first
+
+
+class Finished(NamedTuple):
+    """What one run did to a model, on the reported half of the held-out text."""
+
+    trained: Policy
+    compared: Sequence[Policy]
+    before: Sequence[Likelihood]
+    after: Sequence[Likelihood]
+    text: Text
+    step: int  # after which the model was best on the watched half
+    steps: int  # that the run took
+    tokens_per_s: float  # median over the run
+
+
+def plan(config: Config, architecture: Architecture, calibration: Calibration | None = None) -> Plan:
+    """The policies of a run: the full model, the one that is trained under, and `evaluation.policies`.
+
+    Raises:
+        ValueError: one does not fit the model, or there is nothing to recover, see `finetuning.trained_policy`.
+    """
+    trained = finetuning.trained_policy(config, architecture, calibration)
+    given = [parse(spec, calibration) for spec in config.evaluation.policies]
+    compared = list(dict.fromkeys([MODEL_OWN, trained, *given]))
+    policies.settings(compared, architecture, max(config.policy.k_max, architecture.moe.k))
+    return Plan(trained, compared)
+
+
+def measure(
+    config: Config, params: Params, text: Text, compared: Sequence[Policy], execution: Execution, name: str
+) -> list[Likelihood]:
+    """The likelihood of the reported half of the held-out text under each policy; `name` stands at the progress bar."""
+    documents, context = text.reported.tokens, config.training.sequence_length
+    with tqdm(total=num_windows(documents, context), desc=name, unit="window", disable=None) as bar:
+        settings = {"context": context, "batch_size": config.evaluation.batch_size, "advance": bar.update}
+        return score_documents(params, documents, compared, execution, **settings)
+
+
+def recover(
+    config: Config,
+    folder: pathlib.Path,
+    model: pathlib.Path,
+    params: Params,
+    text: Text,
+    planned: Plan,
+    execution: Execution,
+    before: Sequence[Likelihood],
+) -> Finished:
+    """Fine-tunes in a folder, from where a killed run stood, exports to `folder/model`, and measures what was exported.
+
+    The export has the layout, dtype and family of the model that was tuned. Where the policy keeps one number of
+    experts of every token, that is the exported model's own: in config.json as the family has it where it is the same
+    in all layers, and as a field of ours where it is not.
+
+    Args:
+        config: `training`, `objective` and `finetune` are read.
+        folder: of the run.
+        model: the folder that `params` were loaded from.
+        params: of the model.
+        text: as `finetuning.prepare_text` gives it.
+        planned: as `plan` gives it.
+        execution: how the full model runs.
+        before: what `measure` gave of the policies of the plan.
+    """
+    tuned = finetuning.finetune(config, folder, params, text, planned.trained, execution)
+    beside = huggingface.read_beside(model)
+    huggingface.write_checkpoint(
+        folder / "model",
+        policies.with_own(planned.trained, execution.architecture) or execution.architecture,
+        tuned.params,
+        dtype=huggingface.stored_dtype(model),
+        model_type=beside.model_type,
+        token_ids=beside.token_ids,
+        extra_files=beside.files,
+        replace=True,
+    )
+    _, exported = huggingface.read_checkpoint(folder / "model", config.training.weights)
+    after = measure(config, exported, text, planned.compared, execution, "after")
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    speed = statistics.median(line["tokens_per_s"] for line in lines if "tokens_per_s" in line)
+    return Finished(*planned, before, after, text, tuned.step, tuned.steps, speed)

@@ -1,0 +1,68 @@
+"""Installed distributions as sources of text: found by name, and refused unless their licence is permissive."""
+
+import difflib
+import importlib.metadata
+import re
+
+PERMISSIVE = frozenset(
+    ("MIT", "MIT-0", "MIT-CMU", "BSD-2-Clause", "BSD-3-Clause", "0BSD", "Apache-2.0", "PSF-2.0", "Python-2.0")
+    + ("ISC", "HPND", "Zlib", "Unlicense", "CC0-1.0")
+)
+_PERMISSIVE_WORDS = re.compile(
+    r"\b(MIT|BSD|0BSD|Apache|Python Software Foundation|PSF|ISC|Historical Permission Notice|HPND|zlib|Unlicense"
+    r"|CC0)\b",
+    re.IGNORECASE,
+)
+
+
+def find(source: str) -> importlib.metadata.Distribution | None:
+    """The installed distribution of that name, if there is one."""
+    if not re.fullmatch(r"[A-Za-z0-9]+([._-]+[A-Za-z0-9]+)*", source):
+        return None
+    try:
+        return importlib.metadata.distribution(source)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def did_you_mean(source: str, *others: str) -> str:
+    """What to add to a refusal of an unknown name: the distribution, or one of `others`, that is spelled like it."""
+    names = sorted({name for one in importlib.metadata.distributions() if (name := one.metadata["Name"])})
+    near = difflib.get_close_matches(source, [*others, *names], n=1)
+    return f'; did you mean "{near[0]}"?' if near else ""
+
+
+def require_permissive(distribution: importlib.metadata.Distribution) -> None:
+    """Refuses, by a ValueError, a distribution whose metadata does not state a permissive licence.
+
+    Its SPDX expression counts, or else its classifiers, or else the beginning of the licence that it writes out.
+    """
+    metadata = distribution.metadata
+    expression = metadata.get("License-Expression")
+    classifiers = [
+        one for one in metadata.get_all("Classifier") or () if re.match("License :: .* ::|License :: (?!OSI)", one)
+    ]
+    written = (metadata.get("License") or "").strip()[:200]
+    if expression:
+        permissive, licence = _is_permissive_expression(expression), expression
+    elif classifiers:
+        # every classifier, because nothing says which of them holds for which file
+        permissive = all(_PERMISSIVE_WORDS.search(one) for one in classifiers)
+        licence = ", ".join(one.removeprefix("License :: ") for one in classifiers)
+    else:
+        copyleft = re.search(r"\b(A?L?GPL|MPL|GNU|Mozilla)", written)
+        permissive, licence = bool(_PERMISSIVE_WORDS.search(written)) and not copyleft, written.split("\n")[0]
+    if not permissive:
+        raise ValueError(
+            f"text.sources: the licence of {metadata['Name']!r} is {licence or 'not stated'!r}; wanted a permissive "
+            "one (MIT, BSD, Apache-2.0, PSF, ISC, HPND, Zlib, 0BSD, CC0, Unlicense)"
+        )
+
+
+def _is_permissive_expression(expression: str) -> bool:
+    """An SPDX expression: every part joined by AND, one of those joined by OR."""
+    for part in re.split(r"\s+AND\s+", re.sub(r"[()]", " ", expression), flags=re.IGNORECASE):
+        choices = re.split(r"\s+OR\s+", part.strip(), flags=re.IGNORECASE)
+        if not any(re.split(r"\s+WITH\s+", choice)[0].strip() in PERMISSIVE for choice in choices):
+            return False
+    return True

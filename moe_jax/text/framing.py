@@ -1,0 +1,83 @@
+"""What stands before and after a text of a model: the ids, found in its files, and put around whole documents."""
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import tokenizers
+
+from moe_jax.text import chat
+from moe_jax.text.corpus import Document
+from moe_jax.text.tokenizer import encode_documents
+
+
+def outer_ids(
+    folder: str | os.PathLike, tokenizer: tokenizers.Tokenizer, token_ids: Mapping[str, int | Sequence[int]]
+) -> tuple[int, int]:
+    """The ids that begin and end a text: those that transformers takes, then those of the model's configuration.
+
+    A text begins with `bos_token`, or with what ends one where there is no such token: then both ids are the same.
+
+    Args:
+      folder: of the model; its `tokenizer_config.json` names the tokens.
+      tokenizer: of the model.
+      token_ids: `bos_token_id` and `eos_token_id` as `checkpoint.huggingface.read_token_ids` reads them. Of several,
+        the first counts.
+
+    Returns:
+      The id that begins a text and the id that ends one.
+
+    Raises:
+      ValueError: neither file names such a token, or `tokenizer_config.json` is damaged.
+    """
+    named = {name: tokenizer.token_to_id(token) for name, token in chat.read_special_tokens(folder).items()}
+    ids = {name: int(np.atleast_1d(value)[0]) for name, value in token_ids.items() if np.size(value)}
+    end = named.get("eos_token"), ids.get("eos_token_id")
+    begin = named.get("bos_token"), *end, ids.get("bos_token_id")
+    found = [next((one for one in candidates if one is not None), None) for candidates in (begin, end)]
+    if None in found:
+        raise ValueError(
+            f"{folder} names no token that begins or ends a text: wanted bos_token or eos_token in "
+            "tokenizer_config.json, or eos_token_id in config.json"
+        )
+    return found[0], found[1]
+
+
+def frame_documents(
+    tokenizer: tokenizers.Tokenizer, documents: Sequence[Document], begin_id: int, end_id: int
+) -> list[np.ndarray]:
+    """Encodes whole documents, in order, each with one `begin_id` before it and one `end_id` after it.
+
+    Whatever of this the tokenizer or a chat template wrote itself is not repeated. What else the tokenizer puts around
+    a text stays, between the two. Where `begin_id` and `end_id` are the same, nothing ends an array: the beginning of
+    the next document does, as `batches.pack` has it. White space that a chat template writes after a closing `end_id`
+    is left out, since a model that has written `end_id` writes nothing more.
+
+    Args:
+      tokenizer: of any model.
+      documents: of any kind.
+      begin_id: as `outer_ids` gives it; also the `end_of_text` of `batches.pack`.
+      end_id: as `outer_ids` gives it.
+
+    Returns:
+      One int32 array per document. For a tokenizer of ours they equal those of `encode_documents`, but for an `end_id`
+      at the end of a conversation, which is left out here.
+    """
+    end = tokenizer.id_to_token(end_id)
+    documents = [_cut_after(end, document) if document.special_tokens and end else document for document in documents]
+    opening, closing = np.array([begin_id], np.int32), np.array([end_id] * (end_id != begin_id), np.int32)
+    arrays = []
+    for ids in encode_documents(tokenizer, documents):
+        first, last = 0, len(ids)
+        while first < last and ids[first] == begin_id:
+            first += 1
+        while last > first and ids[last - 1] == end_id:
+            last -= 1
+        arrays.append(np.concatenate([opening, ids[first:last], closing]))
+    return arrays
+
+
+def _cut_after(end: str, document: Document) -> Document:
+    text = document.text.rstrip()
+    return dataclasses.replace(document, text=text) if text.endswith(end) else document

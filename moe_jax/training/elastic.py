@@ -1,0 +1,44 @@
+"""Which k in training: that of a policy, or one drawn anew in every step, so that one model serves every k."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.config.architecture import Architecture
+from moe_jax.config.finetuning import FinetuneConfig
+from moe_jax.routing.policies import base as policies
+from moe_jax.routing.policies.base import Settings
+from moe_jax.routing.policies.parse import MODEL_OWN
+
+
+class Draws:
+    """Numbers of experts for each step, row and layer, from k_min to the model's own k.
+
+    Each layer has its own in Matryoshka MoE (arXiv 2509.26520), where that did better than one for all layers. Step
+    number s depends on the seed and s alone.
+
+    Raises:
+        ValueError: `k_min` is above the model's own k, or there is not one weight for each k.
+    """
+
+    def __init__(self, config: FinetuneConfig, architecture: Architecture, rows: int, seed: int):
+        most = architecture.moe.k
+        if config.k_min > most:
+            raise ValueError(f"finetune.k_min = {config.k_min}: wanted at most the model's own {most} experts")
+        self._numbers = np.arange(config.k_min, most + 1)
+        weights = np.array(config.k_weights or np.ones(len(self._numbers)))
+        if len(weights) != len(self._numbers):
+            raise ValueError(
+                f"finetune.k_weights has {len(weights)} numbers: wanted {len(self._numbers)}, one for each k from "
+                f"finetune.k_min = {config.k_min} to the model's own {most}"
+            )
+        self._shares = weights / weights.sum()
+        layers = architecture.decoder.num_moe_layers
+        self._drawn = {"step": (1, 1), "row": (rows, 1), "layer": (rows, layers)}[config.k_drawn_per]
+        self._shape, self._seed = (rows, layers), seed
+        self._own = policies.settings([MODEL_OWN] * rows, architecture, most)
+
+    def live(self, step: int) -> Settings:
+        """The settings of step number `step`."""
+        random = np.random.default_rng((self._seed, step))
+        k_BL = np.broadcast_to(random.choice(self._numbers, self._drawn, p=self._shares), self._shape)
+        return self._own._replace(of_BL=self._own.of_BL | {"k": jnp.asarray(k_BL, jnp.int32)})

@@ -1,0 +1,253 @@
+"""Fine-tuning a loaded model so that it does with fewer experts what it did with all: text, memory, the run."""
+
+import hashlib
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import psutil
+import tokenizers
+from absl import logging
+
+from moe_jax.checkpoint import huggingface
+from moe_jax.config.architecture import Architecture
+from moe_jax.config.schema import Config, TextConfig
+from moe_jax.evaluation import likelihood
+from moe_jax.model.decoder import Execution, Params
+from moe_jax.routing.policies import base as policies
+from moe_jax.routing.policies.base import Policy
+from moe_jax.routing.policies.parse import MODEL_OWN, parse
+from moe_jax.text import corpus as corpora
+from moe_jax.text.batches import Packed, pack
+from moe_jax.text.chat import load_renderer
+from moe_jax.text.corpus import Document
+from moe_jax.text.framing import frame_documents, outer_ids
+from moe_jax.training import loop, trainable
+from moe_jax.training.elastic import Draws
+from moe_jax.training.objective import Teacher
+from moe_jax.training.optimizer import with_selection_bias, without_selection_bias
+from moe_jax.training.step import Fixed, State, make_step, state_of
+
+
+class Held(NamedTuple):
+    """Held-out documents and their tokens."""
+
+    documents: Sequence[Document]
+    tokens: Sequence[np.ndarray]
+
+
+class Text(NamedTuple):
+    """The training text, packed, and the two halves of the held-out text."""
+
+    packed: Packed
+    digest: str
+    num_documents: int
+    watched: Held  # the best state and the last step are chosen by it: the even files
+    reported: Held  # what results are measured on: the odd files
+
+
+class Tuned(NamedTuple):
+    """A finished run."""
+
+    params: Params  # the best ones, LoRA merged
+    step: int  # after which they were
+    steps: int  # that the run took
+
+
+def trained_policy(config: Config, architecture: Architecture, calibration=None) -> Policy:
+    """The policy that is trained under; the model's own where k is drawn.
+
+    Raises:
+        ValueError: it does not fit the model, or looks at other rows of a decode step, or there is nothing to recover.
+    """
+    policy = MODEL_OWN if config.finetune.elastic else parse(config.policy.spec, calibration)
+    if policy.batch_aware:
+        raise ValueError(
+            f"policy.spec = {policy.spec!r} looks at all rows of a decode step, and training reads whole texts: "
+            "wanted a policy that looks at one row"
+        )
+    keeps_all = policies.uniform_k(policy, architecture) == architecture.moe.k
+    if keeps_all and not config.finetune.elastic:
+        if not config.objective.language_model and not config.objective.sparsity:
+            raise ValueError(
+                f"policy.spec = {policy.spec!r} keeps all {architecture.moe.k} experts, and a model is no different "
+                "from itself: wanted fewer, as in topk:4, or finetune.elastic=True, or objective.language_model above 0"
+            )
+        logging.warning("policy.spec = %r keeps all experts: there is nothing to recover", policy.spec)
+    return policy
+
+
+def prepare_text(config: Config, model: pathlib.Path, tokenizer: tokenizers.Tokenizer, context: int) -> Text:
+    """Collects the text, holds some of it out, and packs the rest.
+
+    Args:
+        config: `text` and `training` are read.
+        model: the folder of the model, whose files say what stands around a text and around a conversation.
+        tokenizer: of the model.
+        context: tokens that the model takes.
+
+    Raises:
+        ValueError: a source is refused, as `corpus.collect` says, or there is too little text.
+    """
+    training = config.training
+    if training.sequence_length > context:
+        raise ValueError(
+            f"training.sequence_length = {training.sequence_length}: wanted at most the model's context of {context} "
+            "tokens"
+        )
+    begin_id, end_id = outer_ids(model, tokenizer, huggingface.read_token_ids(model))
+    documents, digest, held_out = _documents(config.text, config.finetune.held_out_fraction, load_renderer(model))
+    packed = pack(frame_documents(tokenizer, documents, begin_id, end_id), training.sequence_length, begin_id)
+    rows = training.batch_size * training.accumulation
+    if packed.num_rows < rows:
+        raise ValueError(
+            f"text.sources has {packed.num_tokens:,} tokens, {packed.num_rows} rows of training.sequence_length = "
+            f"{training.sequence_length}: wanted at least the {rows} rows of one step; name more text, or lower "
+            "training.batch_size"
+        )
+    logging.info("%d documents, %.2f M tokens", len(documents), packed.num_tokens / 1e6)
+    halves = [corpora.half(held_out, which) for which in ("even", "odd")]
+    held = [Held(documents, frame_documents(tokenizer, documents, begin_id, end_id)) for documents in halves]
+    return Text(packed, digest, len(documents), *held)
+
+
+def _documents(text: TextConfig, fraction: float, chat) -> tuple[Sequence[Document], str, Sequence[Document]]:
+    if text.held_out:
+        held_out = corpora.load_held_out(text.held_out, chat)
+        corpus = corpora.collect(text.sources, held_out, chat)
+        training = corpus.documents
+    else:
+        corpus = corpora.collect(text.sources, (), chat)
+        by_digest = sorted(corpus.documents, key=lambda document: hashlib.sha256(document.text.encode()).digest())
+        held_out = by_digest[: max(2, math.ceil(fraction * len(by_digest)))]
+        index = corpora.HeldOutIndex(held_out)
+        training = tuple(document for document in corpus.documents if not index.resembles(document))
+    if len(held_out) < 2 or not training:
+        raise ValueError(
+            f"text.sources has {len(corpus.documents)} documents, and {len(held_out)} are held out: wanted at least 2 "
+            "of these, one to choose by and one to report, and some others to train on"
+        )
+    return training, corpus.sha256, held_out
+
+
+def require_memory(config: Config, params: Params) -> None:
+    """Raises ValueError where fine-tuning cannot fit in memory, before any of it is taken.
+
+    Counted beside the model itself are a copy of the weights that train, their gradients and two moments in float32,
+    and the input of every layer for every token; there is more, so what passes may still be too large.
+    """
+    shapes = jax.eval_shape(lambda: _divided(config, params)[0])
+    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    copies_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    training = config.training
+    layers, d_model = params["moe"]["ffn_norm_LD"].shape
+    batch_bytes = training.batch_size * training.sequence_length * layers * d_model * params["norm_D"].dtype.itemsize
+    needed_bytes = copies_bytes + 12 * weights + batch_bytes
+    available_bytes = sum(
+        (device.memory_stats() or {}).get("bytes_limit") or psutil.virtual_memory().available
+        for device in jax.local_devices()
+    )
+    model_bytes = trainable.num_bytes(params)
+    logging.info(
+        "training takes %.2f GB beside the model's %.2f: %.1f M weights train%s",
+        *(needed_bytes / 1e9, model_bytes / 1e9, weights / 1e6),
+        ", and the model as loaded is the teacher" if config.objective.has_teacher else "",
+    )
+    if needed_bytes > available_bytes:
+        raise ValueError(
+            f"finetune.train = {config.finetune.train!r} needs {needed_bytes / 1e9:,.2f} GB beside the model's "
+            f"{model_bytes / 1e9:,.2f}, {available_bytes / 1e9:,.2f} GB available: wanted fewer weights, as with "
+            "finetune.train=lora, training.weights=bfloat16, or a smaller training.batch_size"
+        )
+
+
+def _divided(config: Config, params: Params) -> tuple[Params, Params, jax.Array | None]:
+    without, bias_LE = without_selection_bias(params)
+    trained, frozen = trainable.divide(without, config.finetune, config.training.weights, config.run.seed)
+    return trained, frozen, bias_LE
+
+
+def finetune(
+    config: Config, folder: pathlib.Path, params: Params, text: Text, policy: Policy, execution: Execution
+) -> Tuned:
+    """Trains in a folder, see `loop.run`, and returns the state that did best on the watched half.
+
+    Args:
+        config: `training`, `objective` and `finetune` are read.
+        folder: of the run.
+        params: of the model as loaded; they stay as they are, and are the teacher where there is one.
+        text: as `prepare_text` gives it.
+        policy: as `trained_policy` gives it.
+        execution: how the full model runs.
+    """
+    training, architecture, rows = config.training, execution.architecture, config.training.batch_size
+    if config.finetune.elastic:
+        live = Draws(config.finetune, architecture, rows, config.run.seed).live
+        kept = execution
+    else:
+        settings = policies.settings([policy] * rows, architecture, execution.k_max)
+        kept = Execution(architecture, int(settings.of_BL["k"].max()), execution.grouped_matmul)
+
+        def live(step: int):
+            return settings
+
+    trained, frozen, bias_LE = _divided(config, params)
+    teacher = None
+    if config.objective.has_teacher:
+        teacher = Teacher(params, policies.settings([MODEL_OWN] * rows, architecture, architecture.moe.k))
+    lora_scale = config.finetune.lora_alpha / config.finetune.lora_rank
+    judged = _judged_by(config, policy, architecture)
+
+    def whole(state: State) -> Params:
+        return with_selection_bias(trainable.whole(state.params, frozen, lora_scale), state.bias_LE)
+
+    watched = _first_bytes(text.watched, training.evaluate_bytes)
+    sizes = np.array([len(document.text.encode()) for document in watched.documents])
+
+    def judge(state: State) -> float:
+        scored = likelihood.score_documents(
+            whole(state),
+            watched.tokens,
+            judged,
+            execution,
+            context=training.sequence_length,
+            batch_size=config.evaluation.batch_size,
+        )
+        return float(np.mean([one.bits_J.sum() for one in scored]) / sizes.sum())
+
+    task = loop.Task(
+        state_of(trained, None if bias_LE is None else bias_LE + 0, training),
+        Fixed(frozen, teacher),
+        make_step(kept, training, config.objective, lora_scale),
+        live,
+        judge,
+        text.packed,
+        {"text.sources": text.digest, "model.path": _digest(params)},
+        keep_best=True,
+        patience=config.finetune.patience,
+    )
+    outcome = loop.run(config, folder, task)
+    return Tuned(whole(outcome.state), outcome.step, outcome.steps)
+
+
+def _judged_by(config: Config, policy: Policy, architecture: Architecture) -> list[Policy]:
+    """The policy that is trained under; where k is drawn, the least, the middle and the most of them."""
+    if not config.finetune.elastic:
+        return [policy]
+    least, most = config.finetune.k_min, architecture.moe.k
+    return [parse(f"topk:{k}") for k in sorted({least, (least + most) // 2, most})]
+
+
+def _first_bytes(held: Held, num_bytes: int) -> Held:
+    """The first documents, of so many bytes or a little more."""
+    sizes = np.cumsum([len(document.text.encode()) for document in held.documents])
+    count = int(np.searchsorted(sizes, num_bytes)) + 1
+    return Held(held.documents[:count], held.tokens[:count])
+
+
+def _digest(params: Params) -> str:
+    """Of the routers, which are small, and unlike in any two models."""
+    return hashlib.sha256(np.asarray(params["moe"]["router"]["weight_LED"]).tobytes()).hexdigest()

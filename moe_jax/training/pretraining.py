@@ -1,0 +1,119 @@
+"""Training from scratch: its memory, its text, and what the loop is given."""
+
+import math
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import psutil
+import tokenizers
+from absl import logging
+
+from moe_jax import files
+from moe_jax.checkpoint.families import FAMILIES
+from moe_jax.config.schema import Config
+from moe_jax.evaluation import likelihood
+from moe_jax.model import decoder
+from moe_jax.routing.policies import base as policies
+from moe_jax.routing.policies.parse import MODEL_OWN
+from moe_jax.text import corpus as corpora
+from moe_jax.text.batches import Packed, pack
+from moe_jax.text.tokenizer import encode_documents, load_tokenizer, save_tokenizer, train_tokenizer
+from moe_jax.training import loop
+from moe_jax.training.step import NOTHING_FIXED, State, make_step, start
+
+
+def require_possible(config: Config) -> None:
+    """Raises ValueError where training from scratch cannot be done or fit in memory, before anything is read or made.
+
+    Counted are weights, gradients and two moments in float32, and the input of every layer for every token of a batch;
+    there is more, so what passes may still be too large.
+    """
+    if config.objective.has_teacher:
+        raise ValueError("objective.distillation and objective.hidden need a full model: launch/finetune.py has one")
+    decoder, training = config.decoder, config.training
+    rules = FAMILIES["glm4_moe"].rules(config.architecture)
+    parameters = sum(
+        math.prod(rule.stored_shape(config.architecture)) * rule.num_tensors(config.architecture) for rule in rules
+    )
+    weights_bytes = 16 * parameters
+    batch_bytes = 4 * training.batch_size * training.sequence_length * decoder.d_model * decoder.num_layers
+    available_bytes = sum(_memory_bytes(device) for device in jax.local_devices())
+    if weights_bytes + batch_bytes > available_bytes:
+        raise ValueError(
+            f"{parameters / 1e6:,.1f} M parameters need {weights_bytes / 1e9:,.1f} GB to train, and a batch of "
+            f"training.batch_size = {training.batch_size} at least {batch_bytes / 1e9:,.1f} GB: wanted at most the "
+            f"{available_bytes / 1e9:,.1f} GB available"
+        )
+
+
+def _memory_bytes(device: jax.Device) -> int:
+    """What a device has, or what the machine has left where the device does not tell (a CPU)."""
+    return (device.memory_stats() or {}).get("bytes_limit") or psutil.virtual_memory().available
+
+
+class Text(NamedTuple):
+    """The training text, packed, and the held-out text, encoded."""
+
+    tokenizer: tokenizers.Tokenizer
+    packed: Packed
+    corpus: corpora.Corpus
+    held_out: Sequence[corpora.Document]
+    held_out_tokens: Sequence[np.ndarray]
+
+
+def prepare_text(config: Config, folder: pathlib.Path) -> Text:
+    """Collects the text, and trains the tokenizer unless the folder or the configuration already has one."""
+    held_out = corpora.load_held_out(config.text.held_out)
+    corpus = corpora.collect(config.text.sources, held_out)
+    logging.info("%d documents, %.1f MB of training text", len(corpus.documents), corpus.num_bytes / 1e6)
+    own = folder / "tokenizer"
+    if config.text.tokenizer:
+        tokenizer = load_tokenizer(config.text.tokenizer)
+    elif own.exists():
+        tokenizer = load_tokenizer(own)
+    else:
+        tokenizer = train_tokenizer((document.text for document in corpus.documents), config.text.vocab_size)
+        with files.replaced_folder(own) as partial:
+            save_tokenizer(tokenizer, partial, config.decoder.max_context)
+    if tokenizer.get_vocab_size() > config.decoder.vocab_size:
+        raise ValueError(
+            f"decoder.vocab_size = {config.decoder.vocab_size}: wanted at least the tokenizer's "
+            f"{tokenizer.get_vocab_size()}"
+        )
+    packed = pack(encode_documents(tokenizer, corpus.documents), config.training.sequence_length)
+    logging.info("%.2f M tokens, rows filled to %.1f%%", packed.num_tokens / 1e6, 100 * packed.fill_fraction)
+    return Text(tokenizer, packed, corpus, held_out, encode_documents(tokenizer, held_out))
+
+
+def train(config: Config, folder: pathlib.Path, text: Text, execution: decoder.Execution) -> decoder.Params:
+    """Trains from scratch in a folder, see `loop.run`; returns the parameters after the last step."""
+    training = config.training
+    live = policies.settings([MODEL_OWN] * training.batch_size, execution.architecture, execution.k_max)
+    sizes = np.array([len(document.text.encode()) for document in text.held_out])
+    count = int(np.searchsorted(np.cumsum(sizes), training.evaluate_bytes)) + 1
+
+    def bits_per_byte(state: State) -> float:
+        """Of the first held-out documents, `training.evaluate_bytes` in all, with the model's own k."""
+        [scored] = likelihood.score_documents(
+            state.whole(),
+            text.held_out_tokens[:count],
+            [MODEL_OWN],
+            execution,
+            context=training.sequence_length,
+            batch_size=config.evaluation.batch_size,
+        )
+        return float(scored.bits_J.sum() / sizes[:count].sum())
+
+    task = loop.Task(
+        start(execution, training, config.run.seed),
+        NOTHING_FIXED,
+        make_step(execution, training, config.objective),
+        lambda step: live,
+        bits_per_byte,
+        text.packed,
+        {"text.sources": text.corpus.sha256},
+    )
+    return loop.run(config, folder, task).state.whole()

@@ -1,0 +1,91 @@
+"""What trains: which parameters the optimizer moves, and which it leaves as they are."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config.finetuning import FinetuneConfig
+from moe_jax.model.decoder import Params
+from moe_jax.model.low_rank import LowRank, merge
+
+_STACKED = "LEI"  # letters of the axes that are no matrix's: layers, experts, gate and up
+_ADAPTED = ("attention", "experts", "shared")  # modules whose matrices LoRA adapts
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a parameter is one or more matrices: what decays, and what LoRA may adapt."""
+    return "norm" not in name and "bias" not in name
+
+
+def divide(params: Params, config: FinetuneConfig, dtype: str, seed: int) -> tuple[Params, Params]:
+    """Divides parameters, the selection bias left out, into those that train and those that do not.
+
+    Args:
+        params: nested dicts of arrays, as loaded.
+        config: `train` says which.
+        dtype: of those that train; norms, routers and LoRA's factors are float32.
+        seed: of LoRA's first factor.
+
+    Returns:
+        The trained, which share no memory with what was given, and the frozen, which are what was given. With LoRA a
+        trained matrix is {"down", "up"}, and its base is among the frozen.
+    """
+    keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(params))))
+
+    def of(value, name: str, path: tuple[str, ...]):
+        if isinstance(value, dict):
+            parts = {key: of(part, key, (*path, name)) for key, part in value.items()}
+            return tuple({key: part[side] for key, part in parts.items() if part[side] is not None} for side in (0, 1))
+        key = next(keys)
+        if config.train == "lora":
+            adapted = is_matrix(name) and any(module in path for module in _ADAPTED)
+            return (_factors(name, value, config.lora_rank, key) if adapted else None), value
+        in_float32 = "norm" in name or "router" in path
+        trains = config.train == "all" or "router" in path or (config.train == "router_and_norms" and "norm" in name)
+        if not trains:
+            return None, value
+        return jnp.array(value, jnp.float32 if in_float32 else dtype, copy=True), None
+
+    trained, frozen = of(params, "", ())
+    return _without_empty(trained), _without_empty(frozen)
+
+
+def _factors(name: str, weight: jax.Array, rank: int, key: jax.Array) -> dict[str, jax.Array]:
+    """The first factor random, the second zero: the product begins as nothing."""
+    letters = name.rsplit("_", 1)[1]
+    num_stacked = len(letters) - len(letters.lstrip(_STACKED))
+    num_inputs = 2 if name.startswith("output") else 1  # attention's output reads heads and their channels
+    stacked, inputs = weight.shape[:num_stacked], weight.shape[weight.ndim - num_inputs :]
+    outputs = weight.shape[num_stacked : weight.ndim - num_inputs]
+    down = jax.random.normal(key, (*stacked, rank, *inputs), jnp.float32) * math.prod(inputs) ** -0.5
+    return {"down": down, "up": jnp.zeros((*stacked, *outputs, rank), jnp.float32)}
+
+
+def _without_empty(params: Params) -> Params:
+    parts = {name: _without_empty(part) if isinstance(part, dict) else part for name, part in params.items()}
+    return {name: part for name, part in parts.items() if not isinstance(part, dict) or part}
+
+
+def join(trained: Params, frozen: Params, lora_scale: float) -> Params:
+    """The inverse of `divide`; matrices that LoRA adapts are `LowRank`, at `lora_scale` = alpha / rank."""
+    joined = dict(frozen)
+    for name, part in trained.items():
+        base = frozen.get(name)
+        if base is None:
+            joined[name] = part
+        elif isinstance(base, dict):
+            joined[name] = join(part, base, lora_scale)
+        else:
+            joined[name] = LowRank(base, part["down"], part["up"], lora_scale)
+    return joined
+
+
+def whole(trained: Params, frozen: Params, lora_scale: float) -> Params:
+    """All parameters as plain arrays, LoRA merged."""
+    return merge(join(trained, frozen, lora_scale))
+
+
+def num_bytes(params: Params) -> int:
+    """What arrays take."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))
