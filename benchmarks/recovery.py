@@ -1,4 +1,4 @@
-"""Fine-tunes the demo again and again: what wins back what fewer experts cost, at which k, with how many tokens.
+"""Fine-tunes the demo again and again: what wins back the cost of fewer experts, at which k, with how many tokens.
 
     python benchmarks/recovery.py --config configs/finetune_demo.gin --out out/recovery
     python benchmarks/recovery.py --out out/recovery --runs table --runs long
@@ -19,43 +19,65 @@ from moe_jax import command
 
 ROOT = pathlib.Path(__file__).parents[1]
 TOKENS = 8192  # of a step
-MEASURED = ("model", "topk:4", "topk:2")
+FEW, MANY = ("model", "topk:4", "topk:2"), ("model", "topk:6", "topk:4", "topk:3", "topk:2")  # what is measured
 PLAIN = {"objective.language_model": 1.0, "objective.distillation": 0.0}
-CONTROL = {"policy.spec": "model", **PLAIN}  # the same steps of plain training with all experts
-SPEC = {"policy.spec": "topk:4"}
+RATE, SPEC, POLICIES = "training.learning_rate", "policy.spec", "evaluation.policies"
+BEST_CONTROL_RATE = 3e-4  # of those in "control_rates"
+SEEDS = (0, 1, 2)
 
 
 def _steps(millions: float) -> dict[str, int]:
     steps = round(millions * 1e6 / TOKENS)
-    return {"training.steps": steps, "training.evaluate_every": max(10, -(-steps // 5))}
+    return {"training.steps": steps, "training.evaluate_every": -(-steps // 5)}
 
 
-def _of_table() -> dict[str, dict]:
-    short = SPEC | _steps(0.5)
-    distilled = {"objective.language_model": 0.0, "objective.distillation": 1.0}
-    rate = "training.learning_rate"
-    return {
-        "distilled_6e-4": short | distilled | {rate: 6e-4},
-        "plain_6e-4": short | PLAIN | {rate: 6e-4},
-        "both_6e-4": short | {rate: 6e-4},
-        "distilled_1.2e-3": short | distilled | {rate: 1.2e-3},
-        "router_3e-3": short | distilled | {rate: 3e-3, "finetune.train": "router"},
-        "lora_3e-3": short | distilled | {rate: 3e-3, "finetune.train": "lora"},
-        "reverse_6e-4": short | distilled | {rate: 6e-4, "objective.direction": "reverse"},
-        "router_and_norms_3e-3": short | distilled | {rate: 3e-3, "finetune.train": "router_and_norms"},
-        "hidden_6e-4": short | distilled | {rate: 6e-4, "objective.hidden": 0.5},
-        "distilled_3e-4": short | distilled | {rate: 3e-4},
-    }
+def _plain(rate: float, millions: float, seed: int = 0) -> dict:
+    """The control: the same steps of plain training with all experts."""
+    return {SPEC: "model", RATE: rate, "run.seed": seed, POLICIES: MANY} | PLAIN | _steps(millions)
 
 
+def _at(k: int, millions: float, seed: int = 0) -> dict:
+    """The configured objective and learning rate."""
+    return {SPEC: f"topk:{k}", "run.seed": seed, POLICIES: MANY} | _steps(millions)
+
+
+SHORT = {SPEC: "topk:4", POLICIES: FEW, RATE: 6e-4} | _steps(0.5)
+BOTH = {"objective.language_model": 0.5, "objective.distillation": 0.5}
 GROUPS = {
-    # what trains, what is minimised, how fast: k = 4, half a million tokens each
-    "table": _of_table(),
-    # plain training with all experts at several learning rates: the control has the best of them
-    "control_rates": {
-        f"control_{rate:g}_short": CONTROL | _steps(0.5) | {"training.learning_rate": rate}
-        for rate in (1e-4, 3e-4, 6e-4)
+    # what is minimised, what trains, how fast: k = 4, half a million tokens each
+    "table": {
+        "distilled_6e-4": SHORT,
+        "plain_6e-4": SHORT | PLAIN,
+        "both_6e-4": SHORT | BOTH,
+        "distilled_1.2e-3": SHORT | {RATE: 1.2e-3},
+        "router_3e-3": SHORT | {RATE: 3e-3, "finetune.train": "router"},
+        "lora_3e-3": SHORT | {RATE: 3e-3, "finetune.train": "lora"},
+        "reverse_6e-4": SHORT | {"objective.direction": "reverse"},
+        "router_and_norms_3e-3": SHORT | {RATE: 3e-3, "finetune.train": "router_and_norms"},
+        "hidden_6e-4": SHORT | {"objective.hidden": 0.5},
+        "distilled_3e-4": SHORT | {RATE: 3e-4},
+        "rollouts_6e-4": SHORT | {"finetune.rollouts": 976},
     },
+    # the control's learning rate is tuned like the others'
+    "control_rates": {f"control_{rate:g}_short": _plain(rate, 0.5) for rate in (1e-4, 3e-4, 6e-4)},
+    # two million tokens each
+    "long": {
+        "k4_seed0": _at(4, 2.0),
+        "control_seed0": _plain(BEST_CONTROL_RATE, 2.0),
+        "k2": _at(2, 2.0),
+        "elastic": _at(8, 2.0) | {"finetune.elastic": True, "finetune.k_min": 2},
+    },
+    "seeds": {
+        name: settings
+        for seed in SEEDS[1:]
+        for name, settings in {
+            f"k4_seed{seed}": _at(4, 2.0, seed),
+            f"control_seed{seed}": _plain(BEST_CONTROL_RATE, 2.0, seed),
+        }.items()
+    },
+    # beside the elastic checkpoint
+    "specialists": {"k3": _at(3, 2.0), "k6": _at(6, 2.0)},
+    "longer": {"k4_4M": _at(4, 4.0), "control_4M": _plain(BEST_CONTROL_RATE, 4.0)},
 }
 RUNS = flags.DEFINE_multi_string("runs", [], f"Groups or names of runs: {', '.join(GROUPS)}; repeat it; none: all.")
 
@@ -82,8 +104,7 @@ def main(run: command.Command) -> None:
     execution = execution_of(architecture)
     configs = {}
     for name in chosen:
-        settings = {"evaluation.policies": MEASURED} | named[name]
-        overrides = [*flags.FLAGS["set"].value, *(f"{setting}={value!r}" for setting, value in settings.items())]
+        overrides = [*flags.FLAGS["set"].value, *(f"{setting}={value!r}" for setting, value in named[name].items())]
         configs[name] = gin.read_config(flags.FLAGS["config"].value, overrides)
         recover.plan(configs[name], architecture)
     held_out = str(command.in_repository(base.text.held_out, "text.held_out"))
@@ -91,7 +112,9 @@ def main(run: command.Command) -> None:
         prepared = dataclasses.replace(base, text=dataclasses.replace(base.text, held_out=held_out))
         text = finetuning.prepare_text(prepared, path, load_tokenizer(path), architecture.decoder.max_context)
     params = moe_jax.load(path, dtype=base.training.weights, calibration=None).params
-    compared = recover.plan(configs[chosen[0]], architecture).compared
+    compared = list(
+        dict.fromkeys(policy for config in configs.values() for policy in recover.plan(config, architecture).compared)
+    )
     with run.timed("before"):
         before = dict(zip(compared, recover.measure(base, params, text, compared, execution, "before")))
     for name, config in configs.items():

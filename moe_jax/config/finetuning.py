@@ -47,6 +47,7 @@ class FinetuneConfig:
     k_min: int = 1  # the least that is drawn; the most is the model's own k
     k_weights: tuple[float, ...] = ()  # of each k from k_min on; (): all alike
     k_drawn_per: str = "layer"  # "step": one for all; "row": one for each sequence; "layer": for each of both
+    rollouts: int = 0  # texts that the full model writes, to be trained on instead of text.sources; 0: none
     patience: int = 0  # evaluations without a better one after which training ends; 0: it goes on to the last step
     held_out_fraction: float = 0.05  # of the documents, where text.held_out is ""
 
@@ -55,7 +56,8 @@ class FinetuneConfig:
         require_one_of("finetune", self, "k_drawn_per", DRAWN_PER)
         require_positive("finetune", self, "lora_rank", "lora_alpha", "k_min")
         require_fraction("finetune", self, "held_out_fraction")
-        require(self.patience >= 0, "finetune.patience", self.patience, "0 (never) or more")
+        for field in ("patience", "rollouts"):
+            require(getattr(self, field) >= 0, f"finetune.{field}", getattr(self, field), "0 or more")
         weights = self.k_weights
         good = all(math.isfinite(weight) and weight >= 0 for weight in weights) and (not weights or sum(weights) > 0)
         require(good, "finetune.k_weights", weights, "numbers of 0 or more, not all of them 0")

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 from tqdm import tqdm
 
 from moe_jax.checkpoint import huggingface
@@ -17,7 +18,10 @@ from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.base import Policy
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
-from moe_jax.training import finetuning
+from moe_jax.text.batches import Packed
+from moe_jax.text.tokenizer import load_tokenizer
+from moe_jax.training import finetuning, rollouts
+from moe_jax.training.elastic import Draws
 from moe_jax.training.finetuning import Text
 
 
@@ -45,9 +49,12 @@ def plan(config: Config, architecture: Architecture, calibration: Calibration | 
     """The policies of a run: the full model, the one that is trained under, and `evaluation.policies`.
 
     Raises:
-        ValueError: one does not fit the model, or there is nothing to recover, see `finetuning.trained_policy`.
+        ValueError: one does not fit the model, or there is nothing to recover, see `finetuning.trained_policy`; or k
+            cannot be drawn as asked for, see `elastic.Draws`.
     """
     trained = finetuning.trained_policy(config, architecture, calibration)
+    if config.finetune.elastic:
+        Draws(config.finetune, architecture, config.training.batch_size, config.run.seed)
     given = [parse(spec, calibration) for spec in config.evaluation.policies]
     compared = list(dict.fromkeys([MODEL_OWN, trained, *given]))
     policies.settings(compared, architecture, max(config.policy.k_max, architecture.moe.k))
@@ -90,6 +97,8 @@ def recover(
         execution: how the full model runs.
         before: what `measure` gave of the policies of the plan.
     """
+    if config.finetune.rollouts:
+        text = text._replace(packed=_rollouts(config, folder / "rollouts", model, params, text, execution))
     tuned = finetuning.finetune(config, folder, params, text, planned.trained, execution)
     beside = huggingface.read_beside(model)
     huggingface.write_checkpoint(
@@ -107,3 +116,11 @@ def recover(
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     speed = statistics.median(line["tokens_per_s"] for line in lines if "tokens_per_s" in line)
     return Finished(*planned, before, after, text, tuned.step, tuned.steps, speed)
+
+
+def _rollouts(
+    config: Config, folder: pathlib.Path, model: pathlib.Path, params: Params, text: Text, execution: Execution
+) -> Packed:
+    end_ids = np.atleast_1d(huggingface.read_token_ids(model).get("eos_token_id", [])).tolist()
+    settings = {"count": config.finetune.rollouts, "seed": config.run.seed, "folder": folder}
+    return rollouts.write(params, load_tokenizer(model), end_ids, execution, text.packed, **settings)

@@ -84,7 +84,7 @@ def prepare_text(config: Config, model: pathlib.Path, tokenizer: tokenizers.Toke
     """Collects the text, holds some of it out, and packs the rest.
 
     Args:
-        config: `text` and `training` are read.
+        config: `text` and `training` are read, and `evaluation.documents`, of the half that is reported.
         model: the folder of the model, whose files say what stands around a text and around a conversation.
         tokenizer: of the model.
         context: tokens that the model takes.
@@ -109,7 +109,8 @@ def prepare_text(config: Config, model: pathlib.Path, tokenizer: tokenizers.Toke
             "training.batch_size"
         )
     logging.info("%d documents, %.2f M tokens", len(documents), packed.num_tokens / 1e6)
-    halves = [corpora.half(held_out, which) for which in ("even", "odd")]
+    watched, reported = corpora.half(held_out, "even"), corpora.half(held_out, "odd")
+    halves = watched, reported[: config.evaluation.documents or None]
     held = [Held(documents, frame_documents(tokenizer, documents, begin_id, end_id)) for documents in halves]
     return Text(packed, digest, len(documents), *held)
 

@@ -190,13 +190,15 @@ def test_every_annotation_of_the_schema_can_be_read():
 ODD_TEXT = strategies.text(strategies.characters(exclude_characters="\0")) | strategies.sampled_from(
     ["\r\n", "'\"", "%K", "@f", "\\", "\ud800", "\u2028"]
 )
+FLOATS = strategies.floats(allow_nan=False, allow_infinity=False) | strategies.integers(-9, 9).map(float)
 VALUES = {
     bool: strategies.booleans(),
     int: strategies.integers(-(2**63) + 1, 2**63 - 1),
-    float: strategies.floats(allow_nan=False, allow_infinity=False) | strategies.integers(-9, 9).map(float),
+    float: FLOATS,
     str: ODD_TEXT,
     tuple[str, ...]: strategies.lists(ODD_TEXT, max_size=3).map(tuple),
     tuple[int, ...]: strategies.lists(strategies.integers(-(2**63) + 1, 2**63 - 1), max_size=3).map(tuple),
+    tuple[float, ...]: strategies.lists(FLOATS, max_size=3).map(tuple),
 }
 
 

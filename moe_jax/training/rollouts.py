@@ -1,0 +1,81 @@
+"""Text that the full model writes itself, to be trained on: what it is asked for at inference is what it has written.
+
+Found to matter for skipping experts (arXiv 2605.18643), and measured in benchmarks/results/recovery.
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+import tokenizers
+from tqdm import tqdm
+
+from moe_jax.config.schema import SamplingConfig
+from moe_jax.engine.generate import Engine
+from moe_jax.engine.request import make_requests
+from moe_jax.evaluation.journal import Journal
+from moe_jax.model.decoder import Execution, Params
+from moe_jax.text.batches import Packed, pack
+
+PROMPT = 16  # tokens of a text that the model continues
+_AT_ONCE = 64  # texts
+
+
+def write(
+    params: Params,
+    tokenizer: tokenizers.Tokenizer,
+    end_ids: list[int],
+    execution: Execution,
+    packed: Packed,
+    *,
+    count: int,
+    seed: int,
+    folder: pathlib.Path,
+) -> Packed:
+    """Has texts continued to a row's length, each from the beginning of a row of the training text.
+
+    Sampled at a temperature of 1, from the distribution that the full model is distilled from. Finished parts are kept
+    in the folder, so that a killed run goes on.
+
+    Args:
+        params: of the full model.
+        tokenizer: of the model.
+        end_ids: ids that end a text.
+        execution: how the full model runs.
+        packed: the training text; its rows are as long as what is written.
+        count: texts.
+        seed: of the choice of rows and of the draws.
+        folder: of the parts.
+
+    Returns:
+        The texts, packed as the training text is.
+    """
+    begin_id = int(packed.tokens[-1])
+    random = np.random.default_rng(seed)
+    chosen = random.choice(packed.num_rows, count, replace=count > packed.num_rows)
+    engine = Engine(params, tokenizer, end_ids)
+    sampling = SamplingConfig(packed.sequence_length - PROMPT, temperature=1.0)
+    journal = Journal(folder, {"count": count, "seed": seed, "length": packed.sequence_length})
+    texts = []
+    with tqdm(total=count, desc="rollouts", unit="text", file=sys.stderr, disable=None) as bar:
+        for first in range(0, count, _AT_ONCE):
+            prompts = [_beginning(packed, row) for row in chosen[first : first + _AT_ONCE]]
+
+            def compute(prompts=prompts, first=first):
+                seeds = [(seed + first + number) % 2**32 for number in range(len(prompts))]
+                requests = make_requests(prompts, tokenizer, execution, sampling=sampling, seed=seeds)
+                made = engine.run(requests, execution).completions
+                ids = [[*prompt, *one.ids] for prompt, one in zip(prompts, made)]
+                return {"ids": np.concatenate(ids).astype(np.int32), "lengths": [len(one) for one in ids]}
+
+            part = journal.once(f"rollouts-{first:06d}", compute)
+            texts += np.split(part["ids"], np.cumsum(part["lengths"])[:-1])
+            bar.update(len(prompts))
+    opened = [text if text[0] == begin_id else np.concatenate([[begin_id], text]) for text in texts]
+    return pack([np.asarray(text, np.int32) for text in opened], packed.sequence_length, begin_id)
+
+
+def _beginning(packed: Packed, row: int) -> list[int]:
+    """The first tokens of a row's first piece, at least one."""
+    made = packed.row(int(row))
+    return made.tokens_BT[: max(1, int((made.segments_BT[:PROMPT] == 1).sum()))].tolist()

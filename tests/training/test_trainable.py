@@ -1,0 +1,197 @@
+"""What trains, what stays as it is to the last bit, and LoRA against its definition."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.checkpoint.huggingface import flattened
+from moe_jax.config.finetuning import FinetuneConfig, ObjectiveConfig
+from moe_jax.config.schema import TrainingConfig
+from moe_jax.engine.request import execution_of
+from moe_jax.model import decoder
+from moe_jax.routing.policies import base as policies
+from moe_jax.routing.policies.parse import parse
+from moe_jax.training import trainable
+from moe_jax.training.optimizer import without_selection_bias
+from moe_jax.training.step import Fixed, make_step, state_of
+from tests import family_variants
+from tests.tiny_model import ARCHITECTURE, random_params
+
+ROWS, LENGTH = 2, 16
+TRAINING = TrainingConfig(
+    steps=10,
+    batch_size=ROWS,
+    sequence_length=LENGTH,
+    learning_rate=1e-2,
+    warmup_steps=0,
+    balance_bias_rate=0.0,
+    balance_loss=0.0,
+)
+LATENT = family_variants.VARIANTS["deepseek_v2"]
+
+
+def batch_of(architecture, rows=ROWS):
+    tokens = np.random.default_rng(3).integers(0, architecture.decoder.vocab_size, (rows, LENGTH + 1), np.int32)
+    places = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (rows, LENGTH))
+    return {
+        "tokens_BT": tokens[:, :-1],
+        "labels_BT": tokens[:, 1:],
+        "segments_BT": np.ones_like(places),
+        "positions_BT": places,
+    }
+
+
+def trained(config, steps=2, training=TRAINING, architecture=ARCHITECTURE, params=None, spec="topk:3"):
+    """The whole model before and after some steps, and the state."""
+    before = jax.tree.map(jnp.asarray, random_params(architecture) if params is None else params)
+    without, bias_LE = without_selection_bias(before)
+    parts, frozen = trainable.divide(without, config, training.weights, seed=0)
+    scale = config.lora_alpha / config.lora_rank
+    execution = execution_of(architecture)
+    live = policies.settings([parse(spec)] * ROWS, architecture, execution.k_max)
+    step = make_step(execution, training, ObjectiveConfig(), scale)
+    state = state_of(parts, None if bias_LE is None else bias_LE + 0, training)
+    for _ in range(steps):
+        state, metrics = step(state, Fixed(frozen, None), batch_of(architecture, ROWS * training.accumulation), live)
+    after, bias_LE = trainable.whole(state.params, frozen, scale), state.bias_LE
+    return dict(flattened(without)), dict(flattened(after)), state, metrics
+
+
+def changed(before, after):
+    assert before.keys() == after.keys()
+    assert all(before[name].dtype == after[name].dtype for name in before)
+    return {name for name in before if not np.array_equal(before[name], after[name])}
+
+
+def test_all_trains_everything():
+    before, after, *_ = trained(FinetuneConfig(train="all"))
+    assert changed(before, after) == set(before)
+
+
+@pytest.mark.parametrize("train", ["router", "router_and_norms"])
+def test_what_is_frozen_stays_bit_identical(train):
+    before, after, *_ = trained(FinetuneConfig(train=train))
+    wanted = {name for name in before if "router" in name or (train == "router_and_norms" and "norm" in name)}
+    assert changed(before, after) == wanted and wanted
+
+
+@pytest.mark.parametrize("architecture", [ARCHITECTURE, LATENT.architecture], ids=["grouped", "latent"])
+def test_lora_trains_the_matrices_of_attention_and_experts_alone(architecture):
+    params = None if architecture is ARCHITECTURE else family_variants.random_params(LATENT)
+    before, after, state, _ = trained(
+        FinetuneConfig(train="lora", lora_rank=2), architecture=architecture, params=params
+    )
+    wanted = {
+        name
+        for name in before
+        if any(module in name.split("/") for module in ("attention", "experts", "shared"))
+        and "norm" not in name
+        and "bias" not in name
+    }
+    assert changed(before, after) == wanted and {"moe/experts/gate_up_LEIFD", "moe/experts/down_LEDF"} < wanted
+    assert state.params["moe"]["experts"].keys() == {"gate_up_LEIFD", "down_LEDF"}
+
+
+def test_lora_reaches_every_routed_expert_that_a_token_went_to():
+    _, _, state, _ = trained(FinetuneConfig(train="lora"), steps=1)
+    execution, batch = execution_of(ARCHITECTURE), batch_of(ARCHITECTURE)
+    live = policies.settings([parse("topk:3")] * ROWS, ARCHITECTURE, execution.k_max)
+    rows = batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"]
+    _, traffic = decoder.hidden(jax.tree.map(jnp.asarray, random_params()), *rows, live, execution)
+    for name in ("gate_up_LEIFD", "down_LEDF"):
+        up = np.asarray(state.params["moe"]["experts"][name]["up"])
+        moved_LE = np.abs(up.reshape(*up.shape[:2], -1)).max(axis=2) > 0
+        np.testing.assert_array_equal(moved_LE, np.asarray(traffic.load_E) > 0)
+    assert 0 < moved_LE.sum() < moved_LE.size
+
+
+def test_lora_begins_as_the_model_itself():
+    params = jax.tree.map(jnp.asarray, without_selection_bias(random_params())[0])
+    parts, frozen = trainable.divide(params, FinetuneConfig(train="lora"), "float32", seed=0)
+    whole = trainable.whole(parts, frozen, 2.0)
+    assert changed(dict(flattened(params)), dict(flattened(whole))) == set()
+
+
+def test_lora_merged_is_lora_applied_to_what_passes():
+    """Against the definition, W x + scale * B (A x), matrix by matrix, in float64."""
+    random = np.random.default_rng(0)
+    params = jax.tree.map(jnp.asarray, without_selection_bias(random_params())[0])
+    parts, frozen = trainable.divide(params, FinetuneConfig(train="lora", lora_rank=3), "float32", seed=0)
+    parts = jax.tree.map(lambda leaf: leaf + random.standard_normal(leaf.shape).astype(np.float32) / 10, parts)
+    merged = trainable.whole(parts, frozen, 1.7)
+
+    def check(weight, part, whole, num_inputs):
+        inputs = weight.shape[-num_inputs:]
+        x = random.standard_normal(inputs)
+        axes = tuple(range(-num_inputs, 0))
+        through = np.tensordot(np.asarray(part["down"], np.float64), x, (axes, axes))  # [.., R]
+        up = np.asarray(part["up"], np.float64)
+        through = through.reshape(*through.shape[:-1], *(1,) * (up.ndim - through.ndim), through.shape[-1])
+        wanted = np.tensordot(np.asarray(weight, np.float64), x, (axes, axes)) + 1.7 * (up * through).sum(-1)
+        np.testing.assert_allclose(np.tensordot(np.asarray(whole, np.float64), x, (axes, axes)), wanted, atol=1e-5)
+
+    experts = params["moe"]["experts"]
+    for name, num_inputs in {"gate_up_LEIFD": 1, "down_LEDF": 1}.items():
+        check(experts[name], parts["moe"]["experts"][name], merged["moe"]["experts"][name], num_inputs)
+    attention = params["moe"]["attention"]
+    for name, num_inputs in {"query_LHAD": 1, "key_LGAD": 1, "value_LGAD": 1, "output_LDHA": 2}.items():
+        check(attention[name], parts["moe"]["attention"][name], merged["moe"]["attention"][name], num_inputs)
+
+
+def test_hidden_reads_unmerged_lora_as_the_merged_model():
+    params = jax.tree.map(jnp.asarray, random_params())
+    without, bias_LE = without_selection_bias(params)
+    parts, frozen = trainable.divide(without, FinetuneConfig(train="lora"), "float32", seed=0)
+    parts = jax.tree.map(lambda leaf: leaf + 0.05, parts)
+    execution = execution_of(ARCHITECTURE)
+    live = policies.settings([parse("topk:4")] * ROWS, ARCHITECTURE, execution.k_max)
+    batch = batch_of(ARCHITECTURE)
+    rows = batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"]
+    found = []
+    for whole in (trainable.join(parts, frozen, 2.0), trainable.whole(parts, frozen, 2.0)):
+        whole = trainable.join({}, whole, 2.0)
+        whole["moe"] = whole["moe"] | {"router": whole["moe"]["router"] | {"bias_LE": bias_LE}}
+        found.append(decoder.hidden(whole, *rows, live, execution)[0])
+    np.testing.assert_allclose(*found, atol=1e-5)
+
+
+def test_gradients_accumulate_to_those_of_one_batch():
+    config, twice = FinetuneConfig(), TrainingConfig(**{**TRAINING.__dict__, "accumulation": 2})
+    execution = execution_of(ARCHITECTURE)
+    without, bias_LE = without_selection_bias(jax.tree.map(jnp.asarray, random_params()))
+    found = []
+    for training, rows in ((TrainingConfig(**{**TRAINING.__dict__, "batch_size": 2 * ROWS}), 2 * ROWS), (twice, ROWS)):
+        live = policies.settings([parse("topk:3")] * rows, ARCHITECTURE, execution.k_max)
+        parts, frozen = trainable.divide(without, config, "float32", seed=0)
+        step = make_step(execution, training, ObjectiveConfig())
+        state = state_of(parts, bias_LE + 0, training)
+        _, metrics = step(state, Fixed(frozen, None), batch_of(ARCHITECTURE, 2 * ROWS), live)
+        found.append(metrics)
+    for name in ("loss", "gradient_norm", "load_max_over_mean"):
+        np.testing.assert_allclose(found[0][name], found[1][name], rtol=1e-5)
+
+
+def test_weights_in_bfloat16_have_float32_moments_and_move_by_less_than_their_last_bit():
+    """Updates of a tenth of the last bit: rounding to the nearest would lose every one of them."""
+    training = TrainingConfig(
+        **{**TRAINING.__dict__, "weights": "bfloat16", "learning_rate": 2e-5, "weight_decay": 0.0, "steps": 100000}
+    )
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), random_params())
+    before, after, state, _ = trained(FinetuneConfig(), steps=20, training=training, params=params)
+    adam = state.optimizer[1][0]
+    assert {leaf.dtype for leaf in jax.tree.leaves((adam.mu, adam.nu))} == {jnp.dtype(jnp.float32)}
+    assert state.params["embedding_VD"].dtype == jnp.bfloat16 and state.params["norm_D"].dtype == jnp.float32
+    name = "moe/attention/query_LHAD"
+    moved = np.asarray(after[name], np.float64) - np.asarray(before[name], np.float64)
+    assert 0.02 < (moved != 0).mean() < 0.9
+    direction = -np.sign(np.asarray(adam.mu["moe"]["attention"]["query_LHAD"], np.float64))
+    assert (moved * direction).sum() > 0.5 * 20 * 2e-5 * moved.size * 0.5
+
+
+def test_the_selection_bias_moves_where_balancing_asks_for_it_and_not_otherwise():
+    for rate, moves in ((0.0, False), (1e-2, True)):
+        training = TrainingConfig(**{**TRAINING.__dict__, "balance_bias_rate": rate})
+        bias_LE = random_params()["moe"]["router"]["bias_LE"]
+        *_, state, _ = trained(FinetuneConfig(), training=training)
+        assert np.array_equal(state.bias_LE, bias_LE) != moves
