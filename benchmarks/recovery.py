@@ -131,7 +131,44 @@ def main(run: command.Command) -> None:
         files.write_atomically(folder / "config.gin", gin.to_gin(config))
         files.write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
         print(f"{name}: {run.seconds[name]:.0f} s\n{finetuned.table(rows)}\n", flush=True)
-    run.finish({})
+    text, figures = summary(run.out, named)
+    files.write_atomically(run.out / "table.md", text + "\n")
+    run.finish(figures, text=text)
+
+
+def summary(folder: pathlib.Path, names) -> tuple[str, dict]:
+    """The tables of all finished runs, and their figures."""
+    import recovery_tables as tables
+
+    runs = tables.read_runs(folder, list(names))
+
+    def finished(*wanted):
+        return [runs[name] for name in wanted if name in runs]
+
+    parts = [tables.short_runs(runs, GROUPS["table"]), tables.short_runs(runs, GROUPS["control_rates"], "model")]
+    figures = {}
+    controls = [f"control_seed{seed}" for seed in SEEDS]
+    long = {
+        "topk:4": finished(*(f"k4_seed{seed}" for seed in SEEDS)),
+        **{f"topk:{k}": finished(f"k{k}") for k in (2, 3, 6)},
+    }
+    of_longer = finished("k4_4M"), finished("control_4M")
+    for name, tuned, control in (
+        ("2M", long, {policy: finished(*controls) if policy == "topk:4" else finished(controls[0]) for policy in long}),
+        ("4M", {"topk:4": of_longer[0]}, {"topk:4": of_longer[1]}),
+    ):
+        table, found = tables.against_control(tuned, control)
+        parts.append(table)
+        for policy, share in found.items():
+            figures[f"recovered_{policy}_{name}"] = {"value": share.value, "unit": "1", "ci95": share.ci95}
+    specialists = {policy: of[0] for policy, of in sorted(long.items()) if of}
+    if "elastic" in runs and specialists:
+        table, found = tables.elastic(runs["elastic"], specialists)
+        parts.append(table)
+        figures |= {
+            f"elastic_over_specialist_{policy}": {"value": share, "unit": "1"} for policy, share in found.items()
+        }
+    return "\n\n".join(parts), figures
 
 
 if __name__ == "__main__":

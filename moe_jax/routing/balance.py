@@ -34,9 +34,9 @@ def effective_experts(selection: Selection, valid_N: jax.Array) -> jax.Array:
     """
     weight_NK = selection.weight_NK
     squared_N = (weight_NK * weight_NK).sum(axis=1)
-    ratio_N = weight_NK.sum(axis=1) ** 2 / jnp.maximum(squared_N, 1e-20)
-    valid_N = valid_N.astype(jnp.float32)
-    return (ratio_N * valid_N).sum() / jnp.maximum(valid_N.sum(), 1.0)
+    counts_N = valid_N & (squared_N > 0)  # padding has no weights, and a quotient of nothing no gradient
+    ratio_N = weight_NK.sum(axis=1) ** 2 / jnp.where(counts_N, squared_N, 1.0)
+    return jnp.where(counts_N, ratio_N, 0.0).sum() / jnp.maximum(valid_N.sum(), 1)
 
 
 def update_bias(bias_LE: jax.Array, load_LE: jax.Array, rate: float) -> jax.Array:

@@ -179,7 +179,7 @@ def objective(
     for name, (weight, value) in of_layers.items():
         if value is not None:
             terms[name] = value
-            total = total + weight * value
+            total = total + weight * value if weight else total
     return total, Measured(terms, traffic.load_E)
 
 

@@ -15,6 +15,7 @@ from moe_jax.checkpoint.families import FAMILIES
 from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 from moe_jax.dims import LETTERS
 from moe_jax.model.decoder import Decoder
+from tests import tiny_model
 
 TINY = Architecture(
     DecoderConfig(
@@ -239,6 +240,25 @@ def test_shards_read_as_one_file_does(folder):
     parts = flattened(huggingface.read_checkpoint(folder)[1])
     for name, array in whole.items():
         np.testing.assert_array_equal(parts[name], array, err_msg=name)
+
+
+def test_the_stored_dtype_is_that_of_most_numbers(tmp_path):
+    """The selection bias is float32 in any case."""
+    for dtype in ("bfloat16", "float16", "float32"):
+        tiny_model.write_model(tmp_path / dtype, dtype=dtype)
+        assert huggingface.stored_dtype(tmp_path / dtype) == dtype
+
+
+def test_another_k_in_each_layer_is_written_and_read(tmp_path):
+    architecture = tiny_model.changed(moe={"k": 5, "k_of_layers": (5, 2)})
+    path = tiny_model.write_model(tmp_path / "model", architecture)
+    assert huggingface.read_architecture(path) == architecture
+    fields = json.loads((path / "config.json").read_text())
+    assert fields["num_experts_per_tok"] == 5
+    for wrong in ([5, 2, 2], [5], [3, 2], [5, 0], "5,2", [5.0, 2]):
+        (path / "config.json").write_text(json.dumps(fields | {"num_experts_per_tok_of_layers": wrong}))
+        with pytest.raises(ValueError, match=r"config.json: .*(k_of_layers|tok_of_layers)"):
+            huggingface.read_architecture(path)
 
 
 def test_mixed_dtypes_of_one_parameter_become_float32(folder):

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from moe_jax.evaluation.intervals import paired_difference, paired_ratio, ratio
+from moe_jax.evaluation.intervals import paired_difference, paired_ratio, ratio, recovered
 
 RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results" / "evaluate_demo"
 
@@ -55,3 +55,14 @@ def test_intervals_of_half_the_held_out_files_hold_the_figure_of_all(policy):
         low, high = paired_ratio(bits[half], first[half]).ci95
         held_paired += low <= bits.sum() / first.sum() - 1 <= high
     assert len(lines) == 304 and held >= 17 and held_paired >= 17
+
+
+def test_recovered_is_the_share_of_the_loss_that_is_gone():
+    rng = np.random.default_rng(0)
+    full = rng.uniform(1e3, 1e5, size=50)
+    before, after = full * 1.04, full * 1.01
+    share = recovered(before, after, full)
+    np.testing.assert_allclose([share.value, *share.ci95], 0.75, rtol=1e-9)
+    assert recovered(before, before, full).value == 0 and recovered(before, full * 0.99, full).value > 1
+    noisy = recovered(before, after + rng.normal(0, 300, size=50), full)
+    assert noisy.ci95[0] < noisy.value < noisy.ci95[1]

@@ -12,6 +12,7 @@ from moe_jax.routing import balance
 from moe_jax.routing.policies import base
 from moe_jax.routing.policies.parse import parse
 from moe_jax.routing.router import route
+from moe_jax.routing.selection import Selection
 from tests import tiny_model
 
 BASE = MoEConfig(num_experts=16, k=4)
@@ -119,3 +120,16 @@ def test_load_loss_is_one_when_even_and_its_gradient_evens():
 def test_bias_moves_toward_even_loads():
     moved = balance.update_bias(jnp.zeros((1, 4)), jnp.array([[10.0, 2.0, 5.0, 3.0]]), 0.1)
     np.testing.assert_allclose(moved, [[-0.1, 0.1, 0.0, 0.1] - np.mean([-0.1, 0.1, 0.0, 0.1])], atol=1e-7)
+
+
+def test_effective_experts_counts_by_weight():
+    """One expert, two alike, and weights of 3 to 1: 1, 2 and 16/10 experts; padding counts nowhere."""
+    weight = jnp.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.75, 0.25, 0.0], [0.4, 0.3, 0.3]])
+    slots = Selection(jnp.zeros((4, 3), jnp.int32), weight, weight > 0)
+    counted = balance.effective_experts(slots, jnp.array([True, True, True, False]))
+    np.testing.assert_allclose(counted, (1 + 2 + 1.6) / 3, rtol=1e-6)
+    nothing = Selection(slots.expert_NK, weight * 0, weight < 0)
+    gradient = jax.grad(lambda w: balance.effective_experts(nothing._replace(weight_NK=w), jnp.ones(4, bool)))(
+        weight * 0
+    )
+    assert np.isfinite(gradient).all()

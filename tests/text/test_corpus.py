@@ -407,3 +407,10 @@ def test_other_distributions_are_refused(lines, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"the licence of 'madeup' is .*; wanted a permissive one") as error:
         corpus.collect(["madeup"], ())
     assert "\n" not in str(error.value)
+
+
+def test_halves_are_every_second_document():
+    documents = [corpus.Document("source", str(number), "text") for number in range(5)]
+    assert [document.name for document in corpus.half(documents, "even")] == ["0", "2", "4"]
+    assert [document.name for document in corpus.half(documents, "odd")] == ["1", "3"]
+    assert list(corpus.half(documents, "")) == documents

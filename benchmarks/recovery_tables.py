@@ -1,0 +1,130 @@
+"""What the finished runs of recovery.py say together, as Markdown and as figures."""
+
+import csv
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from moe_jax.evaluation.intervals import Estimate, paired_ratio, ratio, recovered
+
+FULL = "model"
+
+
+class Run(NamedTuple):
+    """A finished run: its settings, and the bits of each reported document before and after, by policy."""
+
+    result: dict[str, Any]
+    sizes_J: np.ndarray
+    before: Mapping[str, np.ndarray]
+    after: Mapping[str, np.ndarray]
+
+
+def read_runs(folder: pathlib.Path, names: Sequence[str]) -> dict[str, Run]:
+    """The runs of these names that are finished."""
+    runs = {}
+    for name in names:
+        if not (folder / name / "result.json").exists():
+            continue
+        with open(folder / name / "documents.csv", newline="") as file:
+            head, *lines = csv.reader(file)
+        columns = {
+            title: np.array([float(line[place]) for line in lines]) for place, title in enumerate(head) if place > 1
+        }
+        of = [
+            {title.removeprefix(f"{when} "): bits for title, bits in columns.items() if title.startswith(f"{when} ")}
+            for when in ("before", "after")
+        ]
+        result = json.loads((folder / name / "result.json").read_text())
+        runs[name] = Run(result, columns["bytes"], *of)
+    return runs
+
+
+def _percent(estimate: Estimate, signed: bool = True) -> str:
+    form = "{:+.2%}" if signed else "{:.0%}"
+    return "{} ({} to {})".format(*map(form.format, (estimate.value, *estimate.ci95)))
+
+
+def _bits(estimate: Estimate) -> str:
+    return f"{estimate.value:.4f}"
+
+
+def _minutes(run: Run) -> str:
+    return f"{run.result['seconds'] / 60:.0f}"
+
+
+def short_runs(runs: Mapping[str, Run], names: Sequence[str], policy: str = "topk:4") -> str:
+    """One line for each run of the table: what it does at its own k and with all experts; the best first."""
+    rows = []
+    for name in (name for name in names if name in runs):
+        run = runs[name]
+        share = recovered(run.before[policy], run.after[policy], run.before[FULL])
+        cells = [
+            f"`{name}`",
+            _bits(ratio(run.after[policy], run.sizes_J)),
+            _percent(share, signed=False),
+            _percent(paired_ratio(run.after[FULL], run.before[FULL])),
+            _minutes(run),
+        ]
+        rows.append((-share.value, f"| {' | '.join(cells)} |"))
+    head = f"| run | bits per byte at `{policy}` | won back of what it cost | change with all experts | minutes |"
+    return "\n".join([head, "|---|---|---|---|---|", *(line for _, line in sorted(rows))])
+
+
+def _pooled(runs: Sequence[Run], policy: str) -> np.ndarray:
+    """The mean over seeds of each document's bits."""
+    return np.mean([run.after[policy] for run in runs], axis=0)
+
+
+def against_control(
+    tuned: Mapping[str, Sequence[Run]], control: Mapping[str, Sequence[Run]]
+) -> tuple[str, dict[str, Estimate]]:
+    """(control - tuned) / (control - full) at each k, full being the better of control and original with all experts.
+
+    Args:
+        tuned: policy -> runs that differ in their seed alone.
+        control: policy -> the runs of plain training of as many tokens.
+
+    Returns:
+        One line for each policy, of means over seeds; and the estimates.
+    """
+    head = "| k | original | control | tuned | full | recovered | of each seed |\n|---|---|---|---|---|---|---|"
+    lines, found = [head], {}
+    for policy, runs in tuned.items():
+        controls = control[policy]
+        if not runs or not controls:
+            continue
+        original = runs[0].before[FULL]
+        full = min(original, _pooled(controls, FULL), key=np.sum)
+        found[policy] = recovered(_pooled(controls, policy), _pooled(runs, policy), full)
+        each = [
+            recovered(one.after[policy], run.after[policy], min(original, one.after[FULL], key=np.sum)).value
+            for run, one in zip(runs, controls)
+        ]
+        bits = (runs[0].before[policy], _pooled(controls, policy), _pooled(runs, policy), full)
+        cells = [_bits(ratio(one, runs[0].sizes_J)) for one in bits]
+        shares = [_percent(found[policy], signed=False), ", ".join(f"{share:.0%}" for share in each)]
+        lines.append(f"| `{policy}` | {' | '.join([*cells, *shares])} |")
+    return "\n".join(lines), found
+
+
+def elastic(one: Run, specialists: Mapping[str, Run]) -> tuple[str, dict[str, float]]:
+    """What one checkpoint wins back at every k, over what the specialist of that k does with as many tokens.
+
+    Returns:
+        One line for each k, and the ratios of what the two win back of the original's loss.
+    """
+    lines, found = ["| k | original | elastic | specialist | elastic over specialist |\n|---|---|---|---|---|"], {}
+    for policy, specialist in {FULL: None, **specialists}.items():
+        bits = [one.before[policy], one.after[policy]] + ([] if specialist is None else [specialist.after[policy]])
+        cells = [_bits(ratio(part, one.sizes_J)) for part in bits]
+        if specialist is None:
+            cells += ["", _percent(paired_ratio(one.after[policy], one.before[policy])) + " more bits"]
+        else:
+            won = [(one.before[policy] - run.after[policy]).sum() for run in (one, specialist)]
+            found[policy] = float(won[0] / won[1])
+            cells.append(f"{found[policy]:.2f}")
+        lines.append(f"| `{policy}` | {' | '.join(cells)} |")
+    return "\n".join(lines), found
