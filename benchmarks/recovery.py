@@ -26,9 +26,14 @@ BEST_CONTROL_RATE = 3e-4  # of those in "control_rates"
 SEEDS = (0, 1, 2)
 
 
-def _steps(millions: float) -> dict[str, int]:
-    steps = round(millions * 1e6 / TOKENS)
+def _steps(millions: float, tokens: int = TOKENS) -> dict[str, int]:
+    steps = round(millions * 1e6 / tokens)
     return {"training.steps": steps, "training.evaluate_every": -(-steps // 5)}
+
+
+def _batch(rows: int, millions: float) -> dict[str, int]:
+    """Smaller steps, and more of them."""
+    return {"training.batch_size": rows, "training.accumulation": 1} | _steps(millions, rows * 512)
 
 
 def _plain(rate: float, millions: float, seed: int = 0) -> dict:
@@ -50,13 +55,15 @@ GROUPS = {
         "plain_6e-4": SHORT | PLAIN,
         "both_6e-4": SHORT | BOTH,
         "distilled_1.2e-3": SHORT | {RATE: 1.2e-3},
-        "router_3e-3": SHORT | {RATE: 3e-3, "finetune.train": "router"},
-        "lora_3e-3": SHORT | {RATE: 3e-3, "finetune.train": "lora"},
-        "reverse_6e-4": SHORT | {"objective.direction": "reverse"},
-        "router_and_norms_3e-3": SHORT | {RATE: 3e-3, "finetune.train": "router_and_norms"},
-        "hidden_6e-4": SHORT | {"objective.hidden": 0.5},
+        "half_batch_6e-4": SHORT | _batch(8, 0.5),
+        "quarter_batch_4e-4": SHORT | _batch(4, 0.5) | {RATE: 4e-4},
         "distilled_3e-4": SHORT | {RATE: 3e-4},
+        "lora_3e-3": SHORT | {RATE: 3e-3, "finetune.train": "lora"},
+        "router_and_norms_3e-3": SHORT | {RATE: 3e-3, "finetune.train": "router_and_norms"},
+        "router_3e-3": SHORT | {RATE: 3e-3, "finetune.train": "router"},
+        "reverse_6e-4": SHORT | {"objective.direction": "reverse"},
         "rollouts_6e-4": SHORT | {"finetune.rollouts": 976},
+        "hidden_6e-4": SHORT | {"objective.hidden": 0.5},
     },
     # the control's learning rate is tuned like the others'
     "control_rates": {f"control_{rate:g}_short": _plain(rate, 0.5) for rate in (1e-4, 3e-4, 6e-4)},
