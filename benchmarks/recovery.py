@@ -88,6 +88,8 @@ GROUPS = {
 }
 RUNS = flags.DEFINE_multi_string("runs", [], f"Groups or names of runs: {', '.join(GROUPS)}; repeat it; none: all.")
 
+JUDGE = flags.DEFINE_bool("judge", False, "Measure choices and completions of the long runs too.")
+
 
 def main(run: command.Command) -> None:
     """Runs what is not finished, one after the other, then sums up all that is."""
@@ -98,6 +100,7 @@ def main(run: command.Command) -> None:
     from moe_jax.engine.request import execution_of
     from moe_jax.report import finetuned
     from moe_jax.study import recover
+    from moe_jax.text.corpus import load_held_out
     from moe_jax.text.tokenizer import load_tokenizer
     from moe_jax.training import finetuning
 
@@ -139,8 +142,27 @@ def main(run: command.Command) -> None:
         files.write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
         print(f"{name}: {run.seconds[name]:.0f} s\n{finetuned.table(rows)}\n", flush=True)
     text, figures = summary(run.out, named)
+    if JUDGE.value:
+        with run.timed("judge"):
+            text += "\n\n" + _judged(base, run.out, path, load_held_out(held_out))
     files.write_atomically(run.out / "table.md", text + "\n")
     run.finish(figures, text=text)
+
+
+def _judged(config, out: pathlib.Path, original: pathlib.Path, documents) -> str:
+    """Choices and completions on the reported half, of the original and of whichever runs are finished."""
+    import recovery_judged
+
+    half = dataclasses.replace(config.evaluation, half="odd", completion_headers=104)
+    config = dataclasses.replace(config, evaluation=half)
+    models = {"original, all experts": (original, "model")}
+    for k, runs in ((4, ("control_seed0", "k4_seed0")), (2, ("control_seed0", "k2"))):
+        models[f"original, {k}"] = original, f"topk:{k}"
+        models |= {
+            f"{name}, {k}": (out / name / "model", f"topk:{k}") for name in runs if (out / name / "model").exists()
+        }
+    judged = {name: recovery_judged.judge(config, out, *of, documents) for name, of in models.items()}
+    return recovery_judged.table(judged, next(iter(judged)))
 
 
 def summary(folder: pathlib.Path, names) -> tuple[str, dict]:
