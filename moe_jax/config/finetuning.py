@@ -43,6 +43,7 @@ class FinetuneConfig:
     train: str = "all"  # which weights: one of "all", "router", "router_and_norms", "lora"
     lora_rank: int = 8  # of every expert's matrices, and of attention's
     lora_alpha: float = 16.0  # the product counts lora_alpha / lora_rank times
+    mask: bool = False  # train a mask of experts too; objective.sparsity says what an expert has to be worth
     elastic: bool = False  # draw k anew in every step, instead of policy.spec, for one model that serves every k
     k_min: int = 1  # the least that is drawn; the most is the model's own k
     k_weights: tuple[float, ...] = ()  # of each k from k_min on; (): all alike

@@ -11,6 +11,7 @@ from moe_jax.dispatch import local
 from moe_jax.kernels.grouped_matmul.api import grouped_matmul
 from moe_jax.model.layers import draw, feed_forward, swiglu
 from moe_jax.routing import balance
+from moe_jax.routing.mask import masked
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.router import route
 
@@ -71,8 +72,8 @@ def moe_layer(
 
     Args:
         x_ND: normed activations.
-        weights: this layer's, names without the leading L; `router` and, where there are any, `shared` and
-            `shared_gate_D` are read.
+        weights: this layer's, names without the leading L; `router` (which has a `mask_E` while one is trained) and,
+            where there are any, `shared` and `shared_gate_D` are read.
         experts: the stack that holds the routed experts.
         layer: int32 scalar, where in that stack this layer stands.
         live: settings of the policy.
@@ -88,6 +89,8 @@ def moe_layer(
         routing = route(x_ND, weights["router"]["weight_ED"], weights["router"].get("bias_E"), moe)
     with jax.named_scope("select"):
         selection = policies.select(routing, live, context, moe, k_max)
+        if "mask_E" in weights["router"]:
+            selection = masked(selection, weights["router"]["mask_E"])
     y_ND, load_E = local.dispatch(
         x_ND,
         selection,

@@ -44,6 +44,7 @@ def figures(finished: Finished, rows: Sequence[dict[str, Any]]) -> dict[str, Any
         "training_tokens_per_s": {"value": finished.tokens_per_s, "unit": "token/s"},
         "steps": {"value": finished.steps, "unit": "1"},
         "best_step": {"value": finished.step, "unit": "1"},
+        "masked_experts": {"value": finished.masked_experts, "unit": "experts"},
     }
 
 

@@ -42,6 +42,7 @@ class Finished(NamedTuple):
     text: Text
     step: int  # after which the model was best on the watched half
     steps: int  # that the run took
+    masked_experts: int  # in all layers
     tokens_per_s: float  # median over the run
 
 
@@ -115,7 +116,7 @@ def recover(
     after = measure(config, exported, text, planned.compared, execution, "after")
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     speed = statistics.median(line["tokens_per_s"] for line in lines if "tokens_per_s" in line)
-    return Finished(*planned, before, after, text, tuned.step, tuned.steps, speed)
+    return Finished(*planned, before, after, text, tuned.step, tuned.steps, tuned.masked_experts, speed)
 
 
 def _rollouts(

@@ -17,6 +17,7 @@ from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import Config, TextConfig
 from moe_jax.evaluation import likelihood
 from moe_jax.model.decoder import Execution, Params
+from moe_jax.routing import mask
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.base import Policy
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
@@ -52,9 +53,10 @@ class Text(NamedTuple):
 class Tuned(NamedTuple):
     """A finished run."""
 
-    params: Params  # the best ones, LoRA merged
+    params: Params  # the best ones, LoRA and mask merged
     step: int  # after which they were
     steps: int  # that the run took
+    masked_experts: int  # in all layers
 
 
 def trained_policy(config: Config, architecture: Architecture, calibration=None) -> Policy:
@@ -231,7 +233,9 @@ def finetune(
         patience=config.finetune.patience,
     )
     outcome = loop.run(config, folder, task)
-    return Tuned(whole(outcome.state), outcome.step, outcome.steps)
+    best = whole(outcome.state)
+    masked_experts = int((best["moe"]["router"].get("mask_LE", np.ones(1)) <= 0).sum())
+    return Tuned(mask.merge(best), outcome.step, outcome.steps, masked_experts)
 
 
 def _judged_by(config: Config, policy: Policy, architecture: Architecture) -> list[Policy]:

@@ -15,7 +15,7 @@ _ADAPTED = ("attention", "experts", "shared")  # modules whose matrices LoRA ada
 
 def is_matrix(name: str) -> bool:
     """Whether a parameter is one or more matrices: what decays, and what LoRA may adapt."""
-    return "norm" not in name and "bias" not in name
+    return not any(other in name for other in ("norm", "bias", "mask"))
 
 
 def divide(params: Params, config: FinetuneConfig, dtype: str, seed: int) -> tuple[Params, Params]:
@@ -29,7 +29,7 @@ def divide(params: Params, config: FinetuneConfig, dtype: str, seed: int) -> tup
 
     Returns:
         The trained, which share no memory with what was given, and the frozen, which are what was given. With LoRA a
-        trained matrix is {"down", "up"}, and its base is among the frozen.
+        trained matrix is {"down", "up"}, and its base is among the frozen. A mask of experts is one more that trains.
     """
     keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(params))))
 
@@ -47,8 +47,11 @@ def divide(params: Params, config: FinetuneConfig, dtype: str, seed: int) -> tup
             return None, value
         return jnp.array(value, jnp.float32 if in_float32 else dtype, copy=True), None
 
-    trained, frozen = of(params, "", ())
-    return _without_empty(trained), _without_empty(frozen)
+    trained, frozen = (_without_empty(part) for part in of(params, "", ()))
+    if config.mask:
+        router = trained.setdefault("moe", {}).setdefault("router", {})
+        router["mask_LE"] = jnp.ones(params["moe"]["router"]["weight_LED"].shape[:2], jnp.float32)  # nothing is masked
+    return trained, frozen
 
 
 def _factors(name: str, weight: jax.Array, rank: int, key: jax.Array) -> dict[str, jax.Array]:
@@ -71,7 +74,7 @@ def join(trained: Params, frozen: Params, lora_scale: float) -> Params:
     """The inverse of `divide`; matrices that LoRA adapts are `LowRank`, at `lora_scale` = alpha / rank."""
     joined = dict(frozen)
     for name, part in trained.items():
-        base = frozen.get(name)
+        base = joined.get(name)
         if base is None:
             joined[name] = part
         elif isinstance(base, dict):

@@ -195,3 +195,10 @@ def test_the_selection_bias_moves_where_balancing_asks_for_it_and_not_otherwise(
         bias_LE = random_params()["moe"]["router"]["bias_LE"]
         *_, state, _ = trained(FinetuneConfig(), training=training)
         assert np.array_equal(state.bias_LE, bias_LE) != moves
+
+
+def test_a_mask_is_trained_beside_whatever_else_trains():
+    for train in ("all", "router", "lora"):
+        _, after, state, _ = trained(FinetuneConfig(train=train, mask=True), steps=1)
+        mask_LE = np.asarray(state.params["moe"]["router"]["mask_LE"])
+        assert mask_LE.shape == (2, 16) and (mask_LE != 1).any() and "moe/router/mask_LE" in after
