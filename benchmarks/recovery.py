@@ -18,7 +18,7 @@ from absl import flags
 from moe_jax import command
 
 ROOT = pathlib.Path(__file__).parents[1]
-TOKENS = 8192  # of a step
+TOKENS = 2048  # of a step, as configured
 FEW, MANY = ("model", "topk:4", "topk:2"), ("model", "topk:6", "topk:4", "topk:3", "topk:2")  # what is measured
 PLAIN = {"objective.language_model": 1.0, "objective.distillation": 0.0}
 RATE, SPEC, POLICIES = "training.learning_rate", "policy.spec", "evaluation.policies"
@@ -46,7 +46,8 @@ def _at(k: int, millions: float, seed: int = 0) -> dict:
     return {SPEC: f"topk:{k}", "run.seed": seed, POLICIES: MANY} | _steps(millions)
 
 
-SHORT = {SPEC: "topk:4", POLICIES: FEW, RATE: 6e-4} | _steps(0.5)
+WIDE = {"training.batch_size": 8, "training.accumulation": 2}
+SHORT = {SPEC: "topk:4", POLICIES: FEW, RATE: 6e-4} | WIDE | _steps(0.5, 8192)
 BOTH = {"objective.language_model": 0.5, "objective.distillation": 0.5}
 GROUPS = {
     # what is minimised, what trains, how fast: k = 4, half a million tokens each
@@ -174,7 +175,7 @@ def summary(folder: pathlib.Path, names) -> tuple[str, dict]:
     def finished(*wanted):
         return [runs[name] for name in wanted if name in runs]
 
-    parts = [tables.short_runs(runs, GROUPS["table"]), tables.short_runs(runs, GROUPS["control_rates"], "model")]
+    parts = [tables.short_runs(runs, GROUPS["table"]), tables.control_rates(runs, GROUPS["control_rates"])]
     figures = {}
     controls = [f"control_seed{seed}" for seed in SEEDS]
     long = {
@@ -197,7 +198,7 @@ def summary(folder: pathlib.Path, names) -> tuple[str, dict]:
         figures |= {
             f"elastic_over_specialist_{policy}": {"value": share, "unit": "1"} for policy, share in found.items()
         }
-    return "\n\n".join(parts), figures
+    return "\n\n".join(part for part in parts if part.count("\n") > 1), figures
 
 
 if __name__ == "__main__":

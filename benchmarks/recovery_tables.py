@@ -73,6 +73,16 @@ def short_runs(runs: Mapping[str, Run], names: Sequence[str], policy: str = "top
     return "\n".join([head, "|---|---|---|---|---|", *(line for _, line in sorted(rows))])
 
 
+def control_rates(runs: Mapping[str, Run], names: Sequence[str]) -> str:
+    """One line for each run of plain training with all experts: what it does with all; the best first."""
+    found = [(ratio(runs[name].after[FULL], runs[name].sizes_J).value, name) for name in names if name in runs]
+    lines = ["| control | bits per byte with all experts | change |", "|---|---|---|"]
+    for bits, name in sorted(found):
+        change = _percent(paired_ratio(runs[name].after[FULL], runs[name].before[FULL]))
+        lines.append(f"| `{name}` | {bits:.4f} | {change} |")
+    return "\n".join(lines)
+
+
 def _pooled(runs: Sequence[Run], policy: str) -> np.ndarray:
     """The mean over seeds of each document's bits."""
     return np.mean([run.after[policy] for run in runs], axis=0)
