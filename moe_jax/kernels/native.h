@@ -132,6 +132,11 @@ struct Padded {
 };
 
 template <typename T>
+Floats WidenSome(const typename T::Number* from, int64_t count) {
+  return count >= kLanes ? T::Widen(from) : T::Widen(Padded<T, kLanes>(from, count).numbers);
+}
+
+template <typename T>
 Words LoadWords(const typename T::Number* from, int64_t count) {
   constexpr int kNumbers = kLanes * T::kPerWord;
   if (count >= kNumbers) return T::LoadWords(from);

@@ -5,7 +5,6 @@ rotation), whose result mixes positions: `causal` over whole sequences, `step` a
 """
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
@@ -14,11 +13,11 @@ from flax import nnx
 
 from moe_jax.config.architecture import Architecture, AttentionConfig
 from moe_jax.kernels.cached_attention.api import cached_attention
+from moe_jax.kernels.causal_attention.api import causal_attention
 from moe_jax.model import rope
 from moe_jax.model.layers import Stacked, draw, ones, project, rms_norm
 
 OUTPUT = "output_DHA"  # the weight that projects mixed heads back
-QUERY_BLOCK = 128  # queries that attend at once: keys beyond the block are never multiplied
 
 
 class Attention(nnx.Module):
@@ -71,9 +70,11 @@ class Heads:
         """What later positions will read."""
         return Kept(self.key_BTGA, self.value_BTGX)
 
-    def causal(self, segments_BT: jax.Array) -> jax.Array:
-        """Mixes positions of whole sequences: mixed_BTHX, see `causal`."""
-        return causal(self.query_BTHA, self.key_BTGA, self.value_BTGX, segments_BT, self.scale)
+    def causal(self, segments_BT: jax.Array, implementation: str) -> jax.Array:
+        """Mixes positions of whole sequences: mixed_BTHX, see `causal_attention`."""
+        return causal_attention(
+            self.query_BTHA, self.key_BTGA, self.value_BTGX, segments_BT, self.scale, implementation
+        )
 
     def step(
         self, cache: Cache, layer: jax.Array | int, position_B: jax.Array, implementation: str
@@ -144,41 +145,3 @@ def heads(
 def _norm_of_all(x_BTHA: jax.Array, scale_HA: jax.Array, eps: float) -> jax.Array:
     together = rms_norm(x_BTHA.reshape(*x_BTHA.shape[:2], -1), scale_HA.reshape(-1), eps)
     return together.reshape(x_BTHA.shape)
-
-
-def mix(
-    query_BTHA: jax.Array, key_BMGA: jax.Array, value_BMGX: jax.Array, mask_BTM: jax.Array, scale: float
-) -> jax.Array:
-    """Softmax attention in float32. Every query must see a key.
-
-    Returns:
-        mixed_BTHX in the dtype of the values.
-    """
-    batch, num_queries, heads, head_dim = query_BTHA.shape
-    query_BTGQA = query_BTHA.reshape(batch, num_queries, key_BMGA.shape[2], -1, head_dim)
-    score_BGQTM = jnp.einsum("btgqa,bmga->bgqtm", query_BTGQA, key_BMGA, preferred_element_type=jnp.float32)
-    score_BGQTM = jnp.where(mask_BTM[:, None, None], score_BGQTM * scale, -1e30)
-    share_BGQTM = jax.nn.softmax(score_BGQTM, axis=-1).astype(value_BMGX.dtype)
-    return jnp.einsum("bgqtm,bmgx->btgqx", share_BGQTM, value_BMGX).reshape(batch, num_queries, heads, -1)
-
-
-def causal(
-    query_BTHA: jax.Array, key_BTGA: jax.Array, value_BTGX: jax.Array, segments_BT: jax.Array, scale: float
-) -> jax.Array:
-    """Attention over whole sequences: a position sees itself, and earlier positions of its segment or of a prefix.
-
-    The number of a prefix segment is negative: every later segment of its row goes on from it.
-
-    Goes by blocks of queries, so that the keys behind a block are not multiplied, and recomputes the scores in the
-    gradient rather than keep them.
-    """
-    length = query_BTHA.shape[1]
-    mix_block = jax.checkpoint(functools.partial(mix, scale=scale))
-    blocks = []
-    for first in range(0, length, QUERY_BLOCK):
-        last = min(first + QUERY_BLOCK, length)
-        order_TM = jnp.arange(first, last)[:, None] >= jnp.arange(last)[None, :]
-        key_segments_B1M = segments_BT[:, None, :last]
-        mask_BTM = ((segments_BT[:, first:last, None] == key_segments_B1M) | (key_segments_B1M < 0)) & order_TM[None]
-        blocks.append(mix_block(query_BTHA[:, first:last], key_BTGA[:, :last], value_BTGX[:, :last], mask_BTM))
-    return jnp.concatenate(blocks, axis=1)

@@ -89,9 +89,18 @@ class Execution:
         return "native" if self.grouped_matmul == "native" else "xla"
 
     @property
+    def causal_attention(self) -> str:
+        """The same, over whole sequences."""
+        return "native" if self.grouped_matmul == "native" else "blocked"
+
+    @property
     def implementations(self) -> dict[str, str]:
         """Of the operations that have several, as results name them."""
-        return {"grouped_matmul": self.grouped_matmul, "cached_attention": self.cached_attention}
+        return {
+            "grouped_matmul": self.grouped_matmul,
+            "cached_attention": self.cached_attention,
+            "causal_attention": self.causal_attention,
+        }
 
 
 def split(decoder: Decoder) -> Params:
@@ -199,7 +208,7 @@ def _whole(params, tokens_BT, positions_BT, segments_BT, live, execution, side_b
     x_BTD = params["embedding_VD"][tokens_BT]
 
     def core(heads):
-        return heads.causal(segments_BT), None
+        return heads.causal(segments_BT, execution.causal_attention), None
 
     for layer in range(architecture.decoder.num_dense_layers):
         weights = merge(_one_layer(params["dense"], layer))
@@ -274,7 +283,7 @@ def extend(
                 def write(all_layers, new):
                     return lax.dynamic_update_slice(all_layers, new[None], (layer, 0, 0, 0, 0))
 
-                mixed_BTHX = heads.causal(jnp.ones_like(tokens_BT))
+                mixed_BTHX = heads.causal(jnp.ones_like(tokens_BT), execution.causal_attention)
                 return mixed_BTHX, Cache(*jax.tree.map(write, tuple(cache), tuple(heads.kept)))
 
             return heads.step(cache, layer, start_B, execution.cached_attention)

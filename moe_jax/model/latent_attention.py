@@ -13,8 +13,9 @@ from flax import nnx
 
 from moe_jax.config.architecture import Architecture, AttentionConfig
 from moe_jax.kernels.cached_attention.api import cached_attention
+from moe_jax.kernels.causal_attention.api import causal_attention
 from moe_jax.model import rope
-from moe_jax.model.attention import Cache, Kept, causal
+from moe_jax.model.attention import Cache, Kept
 from moe_jax.model.layers import Stacked, draw, one_layer, ones, project, rms_norm
 
 OUTPUT = "output_DHX"  # the weight that projects mixed heads back
@@ -59,14 +60,14 @@ class Heads:
     def _scale(self) -> float:
         return rope.score_scale(self.attention, self.query_BTHA.shape[-1])
 
-    def causal(self, segments_BT: jax.Array) -> jax.Array:
-        """Mixes positions of whole sequences: mixed_BTHX, see `attention.causal`."""
+    def causal(self, segments_BT: jax.Array, implementation: str) -> jax.Array:
+        """Mixes positions of whole sequences: mixed_BTHX, see `causal_attention`."""
         latent_BTGZ, rotary_BTGA = jnp.split(self.key_BTGA, [self.attention.latent_rank], axis=-1)
         expanded_BTHO = jnp.einsum("btz,hoz->btho", latent_BTGZ[:, :, 0], self.up_HOZ)
         key_BTHA, value_BTHX = jnp.split(expanded_BTHO, [self.attention.nope_head_dim], axis=-1)
         rotary_BTHA = jnp.broadcast_to(rotary_BTGA, (*key_BTHA.shape[:3], rotary_BTGA.shape[-1]))
         key_BTHA = jnp.concatenate([key_BTHA, rotary_BTHA], axis=-1)
-        return causal(self.query_BTHA, key_BTHA, value_BTHX, segments_BT, self._scale)
+        return causal_attention(self.query_BTHA, key_BTHA, value_BTHX, segments_BT, self._scale, implementation)
 
     def step(
         self, cache: Cache, layer: jax.Array | int, position_B: jax.Array, implementation: str

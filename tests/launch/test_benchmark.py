@@ -74,8 +74,12 @@ def test_as_a_user_runs_it_with_a_profile(tmp_path):
         first_ms, third_ms = result["figures"][f"{case}_ms"]["quartiles"]
         assert first_ms <= result["figures"][f"{case}_ms"]["value"] <= third_ms
     assert set(result["seconds"]) == {"load", "machine", "compile", "run"}
-    attention = "native" if resolve("auto", "cpu") == "native" else "xla"
-    assert result["implementations"] == {"grouped_matmul": resolve("auto", "cpu"), "cached_attention": attention}
+    native = resolve("auto", "cpu") == "native"
+    assert result["implementations"] == {
+        "grouped_matmul": resolve("auto", "cpu"),
+        "cached_attention": "native" if native else "xla",
+        "causal_attention": "native" if native else "blocked",
+    }
     check_profile(tmp_path / "out" / "trace")
 
 

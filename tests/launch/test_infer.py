@@ -82,8 +82,12 @@ def test_json_is_all_that_standard_output_holds(folder):
     assert result == json.loads((folder.parent / "out" / "result.json").read_text())
     assert set(result["figures"]) == FIGURES and result["command"] == "infer"
     assert result["figures"]["experts_per_token"] == {"value": 3, "unit": "experts"}
-    attention = "native" if resolve("auto", "cpu") == "native" else "xla"
-    assert result["implementations"] == {"grouped_matmul": resolve("auto", "cpu"), "cached_attention": attention}
+    native = resolve("auto", "cpu") == "native"
+    assert result["implementations"] == {
+        "grouped_matmul": resolve("auto", "cpu"),
+        "cached_attention": "native" if native else "xla",
+        "causal_attention": "native" if native else "blocked",
+    }
     assert set(result["seconds"]) == {"load", "compile", "run", "prefill", "decode"}
     (line,) = (folder.parent / "out" / "completions.jsonl").read_text().splitlines()
     completion = json.loads(line)

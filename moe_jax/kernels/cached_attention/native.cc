@@ -21,11 +21,6 @@ constexpr int64_t kPositions = 64;  // read at once: they stay in the nearest ca
 constexpr int kVectors = 8;         // of a value, added up at once
 
 template <typename T>
-Floats WidenSome(const typename T::Number* from, int64_t count) {
-  return count >= kLanes ? T::Widen(from) : T::Widen(Padded<T, kLanes>(from, count).numbers);
-}
-
-template <typename T>
 float Dot(const float* query, const typename T::Number* key, int64_t channels) {
   Floats even = {}, odd = {};
   int64_t a = 0;

@@ -1,0 +1,57 @@
+"""Attention over whole sequences in C++ (`native.cc`), for CPUs: no scores outside the caches, and its own gradient."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.kernels import compiled
+
+_SOURCE = pathlib.Path(__file__).with_suffix(".cc")
+
+
+def forward(query_BTHA, key_BTGA, value_BTGX, segments_BT, scale):
+    """As `api.causal_attention`; also the logarithm of the sum of every query's softmax, base 2, float32 [B, H, T].
+
+    Raises:
+        ValueError: something is not float32, bfloat16 or float16, or nothing can compile the source.
+    """
+    dtype = _dtype(query_BTHA, key_BTGA, value_BTGX)
+    batch, length, heads, _ = query_BTHA.shape
+    call = jax.ffi.ffi_call(
+        compiled.register(_SOURCE, "moe_jax_causal_attention"),
+        (
+            jax.ShapeDtypeStruct((batch, length, heads, value_BTGX.shape[-1]), dtype),
+            jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+        ),
+    )
+    operands = (x.astype(dtype) for x in (query_BTHA, key_BTGA, value_BTGX))
+    mixed_BTHX, log_sum_exp_BHT = call(*operands, segments_BT.astype(jnp.int32), scale=np.float32(scale))
+    return mixed_BTHX.astype(value_BTGX.dtype), log_sum_exp_BHT
+
+
+def backward(query_BTHA, key_BTGA, value_BTGX, segments_BT, scale, mixed_BTHX, log_sum_exp_BHT, mixed_grad_BTHX):
+    """The gradients for queries, keys and values."""
+    inputs = (query_BTHA, key_BTGA, value_BTGX)
+    dtype = _dtype(*inputs)
+    call = jax.ffi.ffi_call(
+        compiled.register(_SOURCE, "moe_jax_causal_attention_gradient"),
+        tuple(jax.ShapeDtypeStruct(x.shape, dtype) for x in inputs),
+    )
+    grads = call(
+        *(x.astype(dtype) for x in inputs),
+        segments_BT.astype(jnp.int32),
+        mixed_BTHX.astype(dtype),
+        log_sum_exp_BHT,
+        mixed_grad_BTHX.astype(dtype),
+        scale=np.float32(scale),
+    )
+    return tuple(grad.astype(x.dtype) for grad, x in zip(grads, inputs))
+
+
+def _dtype(*inputs):
+    dtype = jnp.result_type(*inputs)
+    if dtype not in map(jnp.dtype, ("float32", "bfloat16", "float16")):
+        raise ValueError(f"causal_attention: queries, keys and values are {dtype}: wanted one of three floats")
+    return dtype
