@@ -31,6 +31,21 @@ SMALL = {
     "training.log_every": 1,
     "evaluation.policies": ("model", "topk:1"),
 }
+FINETUNING = {
+    "policy.spec": "topk:3",
+    "training.steps": 12,
+    "training.batch_size": 4,
+    "training.sequence_length": 32,
+    "training.warmup_steps": 2,
+    "training.weight_decay": 0.0,
+    "training.balance_bias_rate": 0.0,
+    "training.balance_loss": 0.0,
+    "training.checkpoint_every": 3,
+    "training.evaluate_every": 6,
+    "training.evaluate_bytes": 2000,
+    "training.log_every": 1,
+}
+TAUGHT = {"objective.language_model": 0.5, "objective.distillation": 0.5, "training.accumulation": 2}
 
 
 def write_sources(folder: pathlib.Path) -> pathlib.Path:
@@ -49,5 +64,14 @@ def write_sources(folder: pathlib.Path) -> pathlib.Path:
 
 def overrides(sources: pathlib.Path, **more) -> list[str]:
     """What --set takes: the small run on these sources, with some settings changed."""
-    folders = {"text.sources": (str(sources / "train"),), "text.held_out": str(sources / "held_out")}
-    return [f"{name}={value!r}" for name, value in (SMALL | folders | more).items()]
+    return [f"{name}={value!r}" for name, value in (SMALL | _folders(sources) | more).items()]
+
+
+def finetuning_overrides(sources: pathlib.Path, model: pathlib.Path, **more) -> list[str]:
+    """The same of a short fine-tuning of a model, such as `tiny_model.write_model` makes."""
+    settings = FINETUNING | _folders(sources) | {"model.path": str(model)} | more
+    return [f"{name}={value!r}" for name, value in settings.items()]
+
+
+def _folders(sources: pathlib.Path) -> dict:
+    return {"text.sources": (str(sources / "train"),), "text.held_out": str(sources / "held_out")}

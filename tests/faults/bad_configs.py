@@ -56,6 +56,17 @@ OUT_OF_RANGE = {
     "sampling.stop": ["['']", "('a', '')"],
     "sampling.max_new_tokens": ["0", "-200"],
     "run.seed": ["-1", "4294967296"],
+    "training.accumulation": ["0", "-1"],
+    "training.weights": ["'float16'", "''"],
+    "objective.direction": ["'backward'", "''"],
+    **{name: ["-1.0", "-0.001"] for name in ["objective.distillation", "objective.hidden", "objective.sparsity"]},
+    "objective.temperature": ["0.0", "-2.0"],
+    "finetune.train": ["'routers'", "'LoRA'", "''"],
+    "finetune.k_drawn_per": ["'token'", "''"],
+    **{name: ["0", "-1"] for name in ["finetune.lora_rank", "finetune.lora_alpha", "finetune.k_min"]},
+    "finetune.k_weights": ["[0.0]", "(0.0, 0.0)", "(1.0, -1.0)"],
+    "finetune.patience": ["-1"],
+    "finetune.held_out_fraction": ["-0.1", "1.5"],
 }
 IMPOSSIBLE = [
     ("moe.k = 9\nmoe.num_experts = 8", "more experts chosen than there are"),
@@ -69,6 +80,7 @@ IMPOSSIBLE = [
     ("decoder.num_dense_layers = 1\ndecoder.dense_hidden = 0", "a dense layer without width"),
     ("training.steps = 10\ntraining.warmup_steps = 11", "a warm-up longer than the run"),
     ("training.sequence_length = 513\ndecoder.max_context = 512", "sequences longer than the context"),
+    ("objective.language_model = 0.0\nobjective.sparsity = 1.0", "nothing that says what is right"),
 ]
 BROKEN_LINES = [
     *("moe.k", "moe.k =", "= 3", "moe.k == 3", "moe.k = = 3", "moe.k = 3 4", "moe.k = 1 +", "moe.k = 1 + 1"),

@@ -1,3 +1,6 @@
+import pathlib
+from typing import NamedTuple
+
 import pytest
 
 from tests import tiny_model, tiny_training
@@ -31,3 +34,35 @@ def trained(training_flags, tmp_path_factory):
     ended = launched.run("train", *training_flags, "--out=out", folder=folder)
     assert ended.status == 0, ended.stderr
     return folder / "out"
+
+
+@pytest.fixture(scope="session")
+def finetuning_flags(sources, model):
+    """Nine steps with a teacher; an evaluation and a checkpoint at every third."""
+    few = {"training.steps": 9, "training.evaluate_every": 3, "evaluation.policies": ("model", "topk:1")}
+    overrides = tiny_training.finetuning_overrides(sources, model, **tiny_training.TAUGHT, **few)
+    return [f"--set={override}" for override in overrides]
+
+
+@pytest.fixture(scope="session")
+def finetuned(finetuning_flags, tmp_path_factory):
+    """The same of fine-tuning."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    ended = launched.run("finetune", *finetuning_flags, "--out=out", folder=folder)
+    assert ended.status == 0, ended.stderr
+    return folder / "out"
+
+
+class Undisturbed(NamedTuple):
+    """A launcher that trains, its flags, and the folder of a run that nothing disturbed."""
+
+    launcher: str
+    flags: list[str]
+    out: pathlib.Path
+
+
+@pytest.fixture(scope="session", params=["train", "finetune"])
+def training_run(request):
+    """Each launcher that trains."""
+    names = {"train": ("training_flags", "trained"), "finetune": ("finetuning_flags", "finetuned")}[request.param]
+    return Undisturbed(request.param, *map(request.getfixturevalue, names))

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from tests.faults import launched
@@ -78,6 +79,26 @@ def storm(
     assert ended.status == 0, f"after {been.kills} kills: {ended.stderr}"
     been.partial = sum(name.endswith(".partial") for name in launched.entries(out))
     return been
+
+
+def steps(out: pathlib.Path) -> list[dict[str, Any]]:
+    """What metrics.jsonl says, less what the clock says."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "tokens_per_s"} for line in lines]
+
+
+def wait_for_lines(process: subprocess.Popen, out: pathlib.Path, count: int) -> None:
+    """Waits until metrics.jsonl has so many lines, or the process has ended."""
+    metrics = out / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= count):
+        time.sleep(0.002)
+
+
+def assert_same(out: pathlib.Path, wanted: pathlib.Path, files: Sequence[str]) -> None:
+    """Two finished runs have the same figures, and the same bytes in some files."""
+    assert figures(out) == figures(wanted)
+    for file in files:
+        assert (out / file).read_bytes() == (wanted / file).read_bytes(), file
 
 
 def figures(out: pathlib.Path) -> list[dict[str, Any]]:

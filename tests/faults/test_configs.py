@@ -25,7 +25,7 @@ def refused_by_launchers(tmp_path, no_jax, configs):
         folder = tmp_path / str(number)
         folder.mkdir()
         config.write(folder)
-        launcher = ("infer", "train")[number % 2]
+        launcher = ("infer", "train", "finetune")[number % 3]
         before = launched.entries(folder)
         ended = launched.run(launcher, *config.flags(), "--out=out", folder=folder, path=[no_jax], timeout=30)
         problem = launched.not_refused(ended)

@@ -1,6 +1,5 @@
 """A storm of kills: what comes out in the end is what an undisturbed run gives, to the last bit."""
 
-import json
 import random
 import signal
 import time
@@ -14,11 +13,12 @@ LAUNCHERS = {
     "train": (["model/model.safetensors", "model/training_curve.png"], 10),
     "evaluate": (["documents.csv", "expert_load.csv"], 10),
     "infer": (["completions.jsonl"], 5),
+    "finetune": (["model/model.safetensors", "model/training_curve.png", "documents.csv"], 5),
 }
 
 
 @pytest.fixture(scope="module")
-def undisturbed(training_flags, model, sources, tmp_path_factory):
+def undisturbed(training_flags, finetuning_flags, model, sources, tmp_path_factory):
     """Launcher -> its flags, the folder of a run that nothing disturbed, and the seconds that it took."""
     done = {}
 
@@ -27,6 +27,7 @@ def undisturbed(training_flags, model, sources, tmp_path_factory):
             loading = [f"--set=model.path={model}", "--set=model.dtype=float32"]
             flags = {
                 "train": training_flags,
+                "finetune": [*finetuning_flags, "--set=finetune.rollouts=70"],
                 "infer": [
                     *loading,
                     "--prompt=The quick",
@@ -61,30 +62,20 @@ def test_a_storm_of_kills_changes_nothing(undisturbed, tmp_path, record_property
     been = kills.storm(launcher, flags, tmp_path / "out", kills=count, within_s=seconds, seed=1)
     record_property("storm", repr(been))
     print(launcher, been, f"{seconds:.1f} s undisturbed")
-    assert kills.figures(tmp_path / "out") == kills.figures(wanted)
-    for file in files:
-        assert (tmp_path / "out" / file).read_bytes() == (wanted / file).read_bytes(), file
+    kills.assert_same(tmp_path / "out", wanted, files)
 
 
-def steps(out):
-    """What metrics.jsonl says, less what the clock says."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "tokens_per_s"} for line in lines]
-
-
-def test_training_killed_once_goes_on_bit_identically(training_flags, trained, tmp_path):
+def test_training_killed_once_goes_on_bit_identically(training_run, tmp_path):
     """At a random step behind its first checkpoint, or soon after the last."""
+    launcher, flags, wanted = training_run
     out, wait_for = tmp_path / "out", random.randrange(4, 9)
-    with kills.started("train", training_flags, out) as process:
-        metrics = out / "metrics.jsonl"
-        while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= wait_for):
-            time.sleep(0.002)
+    with kills.started(launcher, flags, out) as process:
+        kills.wait_for_lines(process, out, wait_for)
         time.sleep(random.random() * 0.05)
         process.kill()
     assert process.returncode == -signal.SIGKILL, "the run was over before it was killed: nothing was tested"
     assert not (out / "result.json").exists()
-    ended = launched.run("train", *training_flags, f"--out={out}", folder=tmp_path)
+    ended = launched.run(launcher, *flags, f"--out={out}", folder=tmp_path)
     assert ended.status == 0, f"killed after {wait_for} lines: {ended.stderr}"
-    assert steps(out) == steps(trained)
-    assert kills.figures(out) == kills.figures(trained)
-    assert (out / "model" / "model.safetensors").read_bytes() == (trained / "model" / "model.safetensors").read_bytes()
+    assert kills.steps(out) == kills.steps(wanted)
+    kills.assert_same(out, wanted, ["model/model.safetensors"])

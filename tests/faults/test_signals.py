@@ -9,11 +9,12 @@ import time
 
 import pytest
 
-from tests.faults import launched
+from tests.faults import kills, launched
 
 LONG = {
     "infer": ["--prompt=The", "--set=sampling.max_new_tokens=100"],
     "train": ["--set=training.steps=100000"],
+    "finetune": ["--set=training.steps=100000"],
 }
 
 
@@ -53,10 +54,11 @@ def interrupted(launcher, flags, folder, number, delay_s):
 
 
 @pytest.fixture(scope="module")
-def long_flags(model, training_flags):
+def long_flags(model, training_flags, finetuning_flags):
     return {
         "infer": [f"--set=model.path={model}", *LONG["infer"]],
         "train": [*training_flags, *LONG["train"]],
+        "finetune": [*finetuning_flags, *LONG["finetune"]],
     }
 
 
@@ -85,6 +87,23 @@ def test_a_signal_ends_a_launcher_in_one_line(long_flags, tmp_path, launcher, nu
     print(launcher, number, ends)
     assert [end for end in ends if end] == []
     assert ends.count(None) <= count // 2, "most runs were over before the signal came: nothing was tested"
+
+
+def test_an_interrupted_finetuning_has_saved_where_it_stood_and_goes_on(finetuning_flags, finetuned, tmp_path):
+    """At a random step, with no checkpoint due before the last."""
+    out, wait_for = tmp_path / "out", random.randrange(1, 7)
+    with kills.started("finetune", [*finetuning_flags, "--set=training.checkpoint_every=1000"], out) as process:
+        kills.wait_for_lines(process, out, wait_for)
+        process.send_signal(signal.SIGTERM)
+        stderr = process.stderr.read().decode()
+    assert process.returncode == 143 and stderr.splitlines()[-1] == "interrupted", stderr
+    saved = max(int(path.name) for path in (out / "checkpoints").iterdir() if path.name.isdigit())
+    assert saved == kills.steps(out)[-1]["step"]
+    assert not (out / "result.json").exists()
+    ended = launched.run("finetune", *finetuning_flags, f"--out={out}", folder=tmp_path)
+    assert ended.status == 0, f"interrupted at step {saved}: {ended.stderr}"
+    assert kills.steps(out) == kills.steps(finetuned)
+    kills.assert_same(out, finetuned, ["model/model.safetensors", "documents.csv"])
 
 
 def test_a_reader_that_leaves_ends_infer_quietly(model, tmp_path):

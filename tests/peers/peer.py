@@ -70,14 +70,14 @@ def logits(model, tokens_BT, valid_BT, moe, k=None):
     return logits_BTV.numpy(), np.logical_and.accumulate(clear_BT, axis=1)
 
 
-def clear_tokens(model, architecture, shape):
+def clear_tokens(model, architecture, shape, k=None):
     """Tokens whose every choice is clear: else one choice that falls the other way is another gradient.
 
     Token 1 is left out: the peer takes it for OLMoE's padding, whose embedding it gives no gradient.
     """
     for seed in range(200):
         tokens_BT = np.random.default_rng(seed).integers(2, architecture.decoder.vocab_size, shape, dtype=np.int32)
-        _, clear_BT = logits(model, tokens_BT, np.ones(shape, bool), architecture.moe)
+        _, clear_BT = logits(model, tokens_BT, np.ones(shape, bool), architecture.moe, k)
         if clear_BT.all():
             return tokens_BT
     raise AssertionError("no tokens are clear")

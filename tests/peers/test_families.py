@@ -7,17 +7,18 @@ import json
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import moe_jax
 from moe_jax.checkpoint import huggingface
 from moe_jax.checkpoint.families import FAMILIES
+from moe_jax.config.finetuning import ObjectiveConfig
 from moe_jax.engine.request import execution_of
-from moe_jax.model import decoder
 from moe_jax.routing.policies import base as policies
-from moe_jax.routing.policies.parse import MODEL_OWN
+from moe_jax.routing.policies.parse import parse
+from moe_jax.text.batches import Batch
+from moe_jax.training.objective import objective
 from tests.family_variants import VARIANTS, write
 from tests.peers import peer
 
@@ -121,21 +122,24 @@ def gradients_of_the_peer(model, tokens_BT):
     return gradient
 
 
-def test_gradients(transformers, tiny):
+@pytest.mark.parametrize("fewer", [0, 1])
+def test_gradients(transformers, tiny, fewer):
+    """Of what fine-tuning minimises, under the model's own k and under one fewer."""
     path, (model_type, architecture) = tiny
-    model = load_peer(transformers, path)
-    tokens_BT = peer.clear_tokens(model, architecture, (3, 10))
+    k = architecture.moe.k - fewer
+    model = load_peer(transformers, path, num_experts_per_tok=k)
+    tokens_BT = peer.clear_tokens(model, architecture, (3, 10), k)
     wanted_of = gradients_of_the_peer(model, tokens_BT)
-    execution = execution_of(architecture)
-    live = policies.settings([MODEL_OWN] * 3, architecture, execution.k_max)
+    execution = execution_of(architecture, k)
+    live = policies.settings([parse(f"topk:{k}")] * 3, architecture, k)
+    given_BT = tokens_BT[:, :-1]  # nothing is to follow the last token
+    positions_BT = np.broadcast_to(np.arange(given_BT.shape[1], dtype=np.int32), given_BT.shape)
+    batch = Batch(given_BT, tokens_BT[:, 1:], np.ones_like(given_BT), positions_BT)._asdict()
 
     @jax.jit
     @jax.grad
     def gradient(params):
-        positions_BT = jnp.tile(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), (3, 1))
-        x_BTD, _ = decoder.hidden(params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT), live, execution)
-        share_BTV = jax.nn.log_softmax(decoder.logits(params, x_BTD)[:, :-1])
-        return -jnp.take_along_axis(share_BTV, tokens_BT[:, 1:, None], axis=2).mean()
+        return objective(params, batch, live, execution, ObjectiveConfig(), balance_loss=0.0)[0]
 
     got = dict(huggingface.flattened(gradient(moe_jax.load(path, dtype="float32").params)))
     for rule in FAMILIES[model_type].rules(architecture):

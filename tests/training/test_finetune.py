@@ -1,0 +1,431 @@
+"""launch/finetune.py on a tiny model: what it measures, exports and refuses. `faults/` kills it, `peers/` load it."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import pathlib
+import random
+import shutil
+from typing import NamedTuple
+
+import numpy as np
+import psutil
+import pytest
+from safetensors.numpy import load_file
+
+import moe_jax
+from moe_jax import command
+from moe_jax.checkpoint.huggingface import read_architecture
+from moe_jax.checkpoint.orbax import Checkpoints
+from moe_jax.config.gin import read_config
+from moe_jax.engine.request import execution_of
+from moe_jax.evaluation.likelihood import score_documents
+from moe_jax.routing.policies.parse import MODEL_OWN, parse
+from moe_jax.study import recover
+from moe_jax.text import corpus
+from moe_jax.text.tokenizer import encode_documents, load_tokenizer
+from moe_jax.training import finetuning
+from tests import launcher_module, tiny_model, tiny_training
+from tests.faults import launched
+
+IDLE = 5  # an expert that no token chooses: LoRA leaves it as it is
+NOTHING_MOVES = {"training.learning_rate": 1e-30}  # no float32 weight of the model is so small that it would
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    return tiny_training.write_sources(tmp_path_factory.mktemp("sources"))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """In float32, as it is tuned, so that what was not trained comes back bit for bit."""
+    params = tiny_model.random_params()
+    params["moe"]["router"]["bias_LE"][:, IDLE] = -100
+    return tiny_model.write_model(tmp_path_factory.mktemp("models") / "tiny", params=params)
+
+
+def finetune(model, sources, out, **settings):
+    """Calls the launcher's main; returns the output folder."""
+    config = read_config(None, tiny_training.finetuning_overrides(sources, model, **settings))
+    out.mkdir(exist_ok=True)
+    launcher_module.load("finetune").main(command.Command("finetune", config, out, False, io.StringIO()))
+    return out
+
+
+def figures_of(out):
+    """Policy -> its figures."""
+    return {row["policy"]: row["figures"] for row in json.loads((out / "result.json").read_text())["rows"]}
+
+
+def changed_tensors(model, out):
+    """Names of the tensors of the exported model that are not those of the model that was tuned."""
+    before, after = (load_file(folder / "model.safetensors") for folder in (model, out / "model"))
+    assert before.keys() == after.keys()
+    assert {tensor.dtype for tensor in after.values()} == {np.dtype(np.float32)}
+    return {name for name, tensor in before.items() if tensor.tobytes() != after[name].tobytes()}
+
+
+def with_own_k(out, folder):
+    """The exported weights beside the configuration of the model that was tuned: its k is 8 again."""
+    shutil.copytree(out / "model", folder)
+    fields = json.loads((folder / "config.json").read_text())
+    fields.pop("num_experts_per_tok_of_layers", None)
+    (folder / "config.json").write_text(json.dumps(fields | {"num_experts_per_tok": tiny_model.ARCHITECTURE.moe.k}))
+    return moe_jax.load(folder)
+
+
+def assert_own_k_is(out, folder, policy):
+    """What was exported does by itself what the same weights do under the policy with the k that they came with."""
+    tokens_BT = np.random.default_rng(0).integers(1, 320, (5, 30))
+    exported, as_trained = moe_jax.load(out / "model"), with_own_k(out, folder)
+    logits_BTV = exported.logits(tokens_BT)
+    np.testing.assert_array_equal(logits_BTV, as_trained.logits(tokens_BT, policy=policy))
+    assert (logits_BTV != as_trained.logits(tokens_BT)).any()
+
+
+class Done(NamedTuple):
+    """A run in a process of its own, with a teacher, and batches accumulated."""
+
+    out: pathlib.Path
+    printed: str
+
+
+@pytest.fixture(scope="module")
+def done(model, sources, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finetune")
+    (folder / "plain.gin").write_text("")
+    settings = {**tiny_training.TAUGHT, "evaluation.policies": ("model", "topk:1")}
+    flags = [f"--set={override}" for override in tiny_training.finetuning_overrides(sources, model, **settings)]
+    ended = launched.run("finetune", "--config=plain.gin", "--out=out", *flags, folder=folder)
+    assert ended.status == 0, ended.stderr
+    return Done(folder / "out", ended.stdout)
+
+
+def test_it_measures_trains_exports_and_measures_again(done):
+    result = json.loads((done.out / "result.json").read_text())
+    rows = figures_of(done.out)
+    assert list(rows) == ["model", "topk:3", "topk:1"]
+    for name, figures in rows.items():
+        before, after = figures["bits_per_byte_before"]["value"], figures["bits_per_byte"]["value"]
+        full = rows["model"]["bits_per_byte_before"]["value"]
+        assert after < before - 0.1, f"{name} has learnt nothing"
+        assert figures["change"]["value"] == pytest.approx(after / before - 1)
+        assert figures["bits_per_byte_increase"]["value"] == pytest.approx(after / full - 1)
+        low, high = figures["change"]["ci95"]
+        assert low <= figures["change"]["value"] <= high < 0
+        assert f"| `{name}` | {before:.4f} (" in done.printed and f"| {after:.4f} (" in done.printed
+    assert "recovered" in rows["topk:3"] and "recovered" not in rows["model"]
+    own = {name: figure for name, figure in result["figures"].items() if name in rows["topk:3"]}
+    assert own == rows["topk:3"]
+    assert result["figures"]["steps"]["value"] == result["figures"]["best_step"]["value"] == 12
+    assert result["figures"]["training_tokens_per_s"]["value"] > 0
+    assert set(result["seconds"]) == {"text", "load", "before", "run"}
+    card = (done.out / "model" / "MODEL_CARD.md").read_text()
+    assert all(line in card for line in done.printed.strip().splitlines())
+    assert "under policy `topk:3`; trained: all" in card and "12 steps of 256 tokens" in card
+    assert "objective: language_model 0.5, distillation 0.5 (forward, temperature 1)" in card
+    assert (done.out / "model" / "training_curve.png").read_bytes().startswith(b"\x89PNG")
+    terms = json.loads((done.out / "metrics.jsonl").read_text().splitlines()[0])
+    assert terms["loss"] > 0 and terms["divergence"] > 0
+
+
+def test_what_is_reported_is_what_the_two_models_give(done, model, sources):
+    """Document by document, of the half that nothing was chosen by, with the model as it was and as it was exported."""
+    reported = corpus.half(corpus.load_held_out(sources / "held_out"), "odd")
+    with open(done.out / "documents.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["name"] for line in lines] == [document.name for document in reported]
+    of_policies = {"model": MODEL_OWN, "topk:3": parse("topk:3"), "topk:1": parse("topk:1")}
+    sizes = [int(line["bytes"]) for line in lines]
+    rows = figures_of(done.out)
+    for when, folder, compared, suffix in (
+        ("before", model, of_policies, "_before"),
+        ("after", done.out / "model", {"topk:3": MODEL_OWN, "topk:1": parse("topk:1")}, ""),
+    ):
+        tokens = encode_documents(load_tokenizer(folder), reported)
+        loaded = moe_jax.load(folder)
+        options = {"context": 32, "batch_size": 16}
+        scored = score_documents(
+            loaded.params, tokens, list(compared.values()), execution_of(loaded.architecture), **options
+        )
+        for name, likelihood in zip(compared, scored):
+            told = [float(line[f"{when} {name}"]) for line in lines]
+            np.testing.assert_allclose(told, likelihood.bits_J, rtol=1e-5)
+            assert rows[name]["bits_per_byte" + suffix]["value"] == pytest.approx(sum(told) / sum(sizes), rel=1e-6)
+
+
+def test_the_k_of_the_policy_is_the_exported_models_own(done, tmp_path):
+    fields = json.loads((done.out / "model" / "config.json").read_text())
+    assert fields["num_experts_per_tok"] == 3 and "num_experts_per_tok_of_layers" not in fields
+    assert read_architecture(done.out / "model") == tiny_model.changed(moe={"k": 3})
+    assert_own_k_is(done.out, tmp_path / "as_trained", "topk:3")
+
+
+def test_another_k_in_each_layer_while_routers_alone_train(model, sources, tmp_path):
+    out = finetune(model, sources, tmp_path / "out", **{"policy.spec": "layers:4,2", "finetune.train": "router"})
+    fields = json.loads((out / "model" / "config.json").read_text())
+    assert (fields["num_experts_per_tok"], fields["num_experts_per_tok_of_layers"]) == (4, [4, 2])
+    assert read_architecture(out / "model").moe.k_of_layers == (4, 2)
+    assert_own_k_is(out, tmp_path / "as_trained", "layers:4,2")
+    assert changed_tensors(model, out) == {f"model.layers.{layer}.mlp.gate.weight" for layer in (1, 2)}
+
+
+def test_routers_and_norms_alone(model, sources, tmp_path):
+    out = finetune(model, sources, tmp_path / "out", **{"finetune.train": "router_and_norms"})
+    names = load_file(model / "model.safetensors")
+    wanted = {name for name in names if "norm" in name or name.endswith("mlp.gate.weight")}
+    assert len(wanted) == 3 * 4 + 1 + 2  # two norms of each layer, two of its heads, the last; two routers
+    assert changed_tensors(model, out) == wanted
+
+
+def test_lora_changes_attention_and_the_experts_that_got_tokens(model, sources, tmp_path):
+    settings = {"finetune.train": "lora", "finetune.lora_rank": 2, "training.learning_rate": 0.03}
+    out = finetune(model, sources, tmp_path / "out", **settings)
+    names = load_file(model / "model.safetensors")
+    adapted = {name for name in names if "self_attn" in name and "norm" not in name}
+    adapted |= {name for name in names if ".experts." in name and f".experts.{IDLE}." not in name}
+    adapted |= {name for name in names if ".shared_experts." in name}
+    assert changed_tensors(model, out) == adapted
+    assert figures_of(out)["topk:3"]["change"]["value"] < -0.01
+
+
+def test_one_model_for_every_k_keeps_its_own(model, sources, tmp_path):
+    settings = {"finetune.elastic": True, "policy.spec": "topk:2", "evaluation.policies": ("topk:1", "topk:8")}
+    out = finetune(model, sources, tmp_path / "out", **settings)
+    assert read_architecture(out / "model") == tiny_model.ARCHITECTURE
+    assert list(figures_of(out)) == ["model", "topk:1", "topk:8"]
+    assert all(figures["change"]["value"] < -0.01 for figures in figures_of(out).values())
+    figures = json.loads((out / "result.json").read_text())["figures"]
+    assert figures["bits_per_byte"] == figures_of(out)["model"]["bits_per_byte"]
+    assert "under k drawn per layer from 1 on" in (out / "model" / "MODEL_CARD.md").read_text()
+    used = [json.loads(line).get("effective_experts") for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(set(used)) > 6 and max(filter(None, used)) - min(filter(None, used)) > 1  # k is another in each step
+
+
+def test_it_stops_when_patience_is_over_and_keeps_the_best(model, sources, tmp_path):
+    """No step changes the model: the first evaluation stays the best."""
+    settings = {"training.evaluate_every": 2, "finetune.patience": 2, **NOTHING_MOVES}
+    out = finetune(model, sources, tmp_path / "out", **settings)
+    figures = json.loads((out / "result.json").read_text())["figures"]
+    assert (figures["steps"]["value"], figures["best_step"]["value"]) == (6, 2)
+    assert figures["change"]["value"] == 0
+    assert changed_tensors(model, out) == set()
+    again = finetune(model, sources, out, **settings)  # what is over stays over
+    assert json.loads((again / "result.json").read_text())["figures"]["steps"]["value"] == 6
+
+
+def write_lines(path, lines):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
+
+
+def texts(count, words=150):
+    """Texts that have no sequence of words in common."""
+    known = [a + b for a in "bcdfglmnprst" for b in ("ake", "ing", "ound", "ly", "est", "ool")]
+    return [" ".join(random.Random(number).choices(known, k=words)) for number in range(count)]
+
+
+def test_documents_are_drawn_where_none_are_held_out(model, sources, tmp_path):
+    """From lines of JSON. What nearly repeats a text that is held out is not trained on."""
+    lines, path = texts(40), tmp_path / "lines.jsonl"
+    settings = {"text.sources": (str(path),), "text.held_out": "", "finetune.held_out_fraction": 0.25}
+    config = read_config(None, tiny_training.finetuning_overrides(sources, model, **settings))
+
+    def prepared(lines):
+        write_lines(path, lines)
+        text = finetuning.prepare_text(config, model, load_tokenizer(model), 32)
+        return text, [document.name for held in (text.watched, text.reported) for document in held.documents]
+
+    text, held = prepared(lines)
+    assert len(held) == len(set(held)) == 10 and set(held) <= {f"lines.jsonl:{number}" for number in range(1, 41)}
+    assert text.num_documents == 30
+    tokens = sum(map(len, encode_documents(load_tokenizer(model), [corpus.Document("", "", one) for one in lines])))
+    held_tokens = sum(len(ids) for half in (text.watched, text.reported) for ids in half.tokens)
+    assert text.packed.num_tokens + held_tokens == tokens
+    twin = text.reported.documents[-1]
+    for number in range(20):  # until one of the two is held out, and the other is not
+        more, held = prepared([*lines, f"{twin.text}\n# copy {number}\n"])
+        if (twin.name in held) != ("lines.jsonl:41" in held):
+            break
+    assert more.num_documents == 41 - len(held) - 1 and more.digest != text.digest
+
+    write_lines(path, lines)
+    out = finetune(model, sources, tmp_path / "out", **settings, **NOTHING_MOVES, **{"training.steps": 3})
+    with open(out / "documents.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["source"], row["name"]) for row in rows] == [
+        (str(path), document.name) for document in text.reported.documents
+    ]
+
+
+WITHOUT_LANGUAGE = {"objective.language_model": 0.0, "objective.distillation": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"policy.spec": "topk:8"} | WITHOUT_LANGUAGE, r"policy.spec = 'topk:8' keeps all 8 experts, .* wanted fewer"),
+        ({"policy.spec": "model"} | WITHOUT_LANGUAGE, r"policy.spec = 'model' keeps all 8 experts, .* wanted fewer"),
+        ({"policy.spec": "opportunistic:3"}, r"policy.spec = 'opportunistic:3' looks at all rows of a decode step"),
+        ({"policy.spec": "layers:3,2,1"}, r"policy.spec = 'layers:3,2,1': .*the model's 2"),
+        ({"evaluation.policies": ("topk:1", "oportunistic:3")}, r'did you mean "opportunistic:3"'),
+        ({"finetune.elastic": True, "finetune.k_min": 9}, r"finetune.k_min = 9: wanted at most the model's own 8"),
+        ({"finetune.elastic": True, "finetune.k_weights": (1.0, 2.0)}, r"finetune.k_weights has 2 numbers: wanted 8"),
+        ({"training.sequence_length": 64}, r"training.sequence_length = 64: .* the model's context of 32"),
+        ({"text.held_out": "nowhere"}, r"text.held_out = '.*nowhere'"),
+        ({"model.path": "nowhere"}, r"model.path = 'nowhere' does not exist"),
+        ({"moe.k": 4}, r"moe.k = 4: the model's own is 8.*policy.spec=topk:4"),
+    ],
+)
+def test_refused_before_the_weights_are_read(model, sources, tmp_path, settings, says):
+    """The model's weights are gone: whoever reads them says another thing. Nothing is left behind."""
+    shape = tmp_path / "shape"
+    shutil.copytree(model, shape)
+    os.remove(shape / "model.safetensors")
+    with pytest.raises(ValueError, match=says) as refusal:
+        finetune(shape, sources, tmp_path / "out", **settings)
+    assert len(str(refusal.value).splitlines()) == 1
+    assert launched.entries(tmp_path / "out") == set()
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"training.learning_rate": 0.0}, r"training.learning_rate = 0.0: wanted a positive number"),
+        ({"finetune.train": "rooter"}, r"finetune.train = 'rooter': wanted one of all, router, "),
+        ({"policy.spec": "opportunistic:3"}, r"policy.spec = 'opportunistic:3' looks at all rows"),
+    ],
+)
+def test_a_process_ends_with_one_line_and_status_2(model, sources, tmp_path, settings, says):
+    """As above, and before JAX is imported where the configuration alone says it (`faults/test_configs.py`)."""
+    flags = [f"--set={override}" for override in tiny_training.finetuning_overrides(sources, model, **settings)]
+    ended = launched.run("finetune", *flags, "--out=out", folder=tmp_path)
+    assert launched.not_refused(ended, says) == ""
+    assert launched.entries(tmp_path) == set()
+
+
+def test_text_shorter_than_a_batch_is_refused(model, sources, tmp_path):
+    path = tmp_path / "short.jsonl"
+    write_lines(path, texts(1, 50))
+    with pytest.raises(
+        ValueError, match=r"text.sources has \d+ tokens, \d rows .* wanted at least the 32 rows"
+    ) as said:
+        more = {"training.batch_size": 8, "training.accumulation": 4}
+        finetune(model, sources, tmp_path / "out", **{"text.sources": (str(path),)}, **more)
+    assert len(str(said.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_text_that_leaves_nothing_to_train_on_is_refused(model, sources, tmp_path, count):
+    path = tmp_path / "few.jsonl"
+    write_lines(path, texts(count))
+    with pytest.raises(ValueError, match=rf"text.sources has {count} documents, .* wanted at least 2 of these"):
+        finetune(model, sources, tmp_path / "out", **{"text.sources": (str(path),), "text.held_out": ""})
+
+
+def test_a_damaged_line_is_named(model, sources, tmp_path):
+    path = tmp_path / "damaged.jsonl"
+    path.write_text('{"text": "as it should be"}\n{"text": "cut\n')
+    with pytest.raises(ValueError, match=r"damaged.jsonl, line 2 is not JSON"):
+        finetune(model, sources, tmp_path / "out", **{"text.sources": (str(path),)})
+
+
+class Memory(NamedTuple):
+    """As psutil tells it."""
+
+    available: int
+
+
+def test_what_does_not_fit_in_memory_is_refused(model, sources, tmp_path, monkeypatch):
+    """Counted by hand: a copy, gradients and two moments of what trains, and every layer's input."""
+    weights = sum(tensor.size for name, tensor in load_file(model / "model.safetensors").items() if "bias" not in name)
+    routers = 2 * 16 * 64
+    batch_bytes = 4 * 4 * 32 * 2 * 64
+    needed = {"all": 16 * weights + batch_bytes, "router": 16 * routers + batch_bytes}
+    settings = {name: {"finetune.train": name} for name in needed}
+    config = {
+        name: read_config(None, tiny_training.finetuning_overrides(sources, model, **one))
+        for name, one in settings.items()
+    }
+    params = moe_jax.load(model).params
+    for name, size_bytes in needed.items():
+        monkeypatch.setattr(psutil, "virtual_memory", lambda size_bytes=size_bytes: Memory(size_bytes))
+        finetuning.require_memory(config[name], params)
+        monkeypatch.setattr(psutil, "virtual_memory", lambda size_bytes=size_bytes: Memory(size_bytes - 1))
+        with pytest.raises(ValueError, match=rf"finetune.train = '{name}' needs .* GB available: wanted fewer"):
+            finetuning.require_memory(config[name], params)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"needs [\d,.]+ GB beside the model's [\d,.]+, [\d,.]+ GB available") as said:
+        rows = {"training.batch_size": 10**8}
+        finetuning.require_memory(read_config(None, tiny_training.finetuning_overrides(sources, model, **rows)), params)
+    assert len(str(said.value).splitlines()) == 1
+
+
+def test_divergence_stops_and_keeps_the_last_good_checkpoint(model, sources, tmp_path):
+    out = tmp_path / "out"
+    settings = {"training.learning_rate": 1e25, "training.checkpoint_every": 1, "training.evaluate_every": 12}
+    with pytest.raises(ValueError, match=r"step \d+ is not finite .* lower training.learning_rate") as said:
+        finetune(model, sources, out, **settings)
+    assert len(str(said.value).splitlines()) == 1
+    checkpoints = Checkpoints(out / "checkpoints", 2)
+    last = checkpoints.latest_step
+    checkpoints.close()
+    assert 1 <= last < 12 and f"the last good checkpoint is that of step {last};" in str(said.value)
+    assert not (out / "model").exists() and not (out / "result.json").exists()
+
+
+@pytest.fixture
+def refused(done, model, sources, monkeypatch):
+    """Goes on with the finished run, some settings changed, and is refused with the folder as it was."""
+    monkeypatch.setattr(recover, "measure", lambda *_: None)  # no part of it, and most of the time
+
+    def refused(says, model=model, **settings):
+        before = {path: path.stat().st_mtime_ns for path in done.out.rglob("*")}
+        with pytest.raises(ValueError, match=says) as said:
+            finetune(model, sources, done.out, **(tiny_training.TAUGHT | settings))
+        assert len(str(said.value).splitlines()) == 1
+        assert {path: path.stat().st_mtime_ns for path in done.out.rglob("*")} == before
+
+    return refused
+
+
+@pytest.fixture
+def other(tmp_path):
+    return tiny_model.write_model(tmp_path / "other", params=tiny_model.random_params(seed=1))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "started_with"),
+    [
+        ("training.learning_rate", 0.1, 0.003),
+        ("policy.spec", "topk:2", "topk:3"),
+        ("finetune.train", "lora", "all"),
+        ("objective.hidden", 1.0, 0.0),
+    ],
+)
+def test_another_configuration_in_the_same_folder_is_refused(refused, setting, value, started_with):
+    refused(rf"{setting} = {value!r}: the run in .* was started with {started_with!r}; give", **{setting: value})
+
+
+def test_another_model_in_the_same_folder_is_refused(refused, other):
+    refused(r"model.path = '.*other': the run in .* was started with '.*tiny'", other)
+
+
+@contextlib.contextmanager
+def replaced(path, data):
+    """A file with other contents, for a while."""
+    before = path.read_bytes()
+    path.write_bytes(data)
+    yield
+    path.write_bytes(before)
+
+
+def test_another_model_or_text_of_the_same_name_is_refused(refused, model, sources, other):
+    differs = r": what it names differs from what the run in .* was started with; restore those files, or give another"
+    with replaced(model / "model.safetensors", (other / "model.safetensors").read_bytes()):
+        refused("model.path" + differs)
+    changed = sources / "train" / "cmd.py"
+    with replaced(changed, changed.read_bytes() + b"# the end\n"):
+        refused("text.sources" + differs)
