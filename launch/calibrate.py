@@ -34,7 +34,7 @@ def main(run: command.Command) -> None:
     architecture = read_architecture(path)
     command.refuse_other_shape(config, architecture)
     execution = execution_of(architecture, 0, config.kernels.grouped_matmul)
-    run.implementations["grouped_matmul"] = execution.grouped_matmul
+    run.implementations |= execution.implementations
     with run.timed("text"):
         held_out = corpus.load_held_out(command.in_repository(config.text.held_out, "text.held_out"))
         documents = encode_documents(load_tokenizer(path), corpus.collect(config.text.sources, held_out).documents)

@@ -36,7 +36,7 @@ def main(run: command.Command) -> None:
     command.refuse_other_shape(config, architecture)
     planned = recover.plan(config, architecture, calibrations.find(config.policy.calibration, path))
     execution = execution_of(architecture, config.policy.k_max, config.kernels.grouped_matmul)
-    run.implementations["grouped_matmul"] = execution.grouped_matmul
+    run.implementations |= execution.implementations
     with run.timed("text"):
         text = finetuning.prepare_text(config, path, load_tokenizer(path), architecture.decoder.max_context)
     with run.timed("load"):

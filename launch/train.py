@@ -22,7 +22,7 @@ def main(run: command.Command) -> None:
 
     config = run.config
     execution = execution_of(config.architecture, config.policy.k_max, config.kernels.grouped_matmul)
-    run.implementations["grouped_matmul"] = execution.grouped_matmul
+    run.implementations |= execution.implementations
     trained.require_policies(config, execution)
     pretraining.require_possible(config)
     with run.timed("text"):

@@ -157,7 +157,7 @@ def _write_orbax(folder: pathlib.Path, held: Held, dtype: str) -> None:
         filling.require_finite(given, rule.parameter)
         params[rule.parameter] = given
     texts = {
-        "config.json": family.config_json(held.architecture) | held.token_ids,
+        "config.json": huggingface.config_fields(family, held.architecture) | held.token_ids,
         "generation_config.json": held.token_ids,
         _DTYPES: {name: array.dtype.name for name, array in params.items()},
     }

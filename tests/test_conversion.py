@@ -93,7 +93,7 @@ def test_the_last_checkpoint_of_a_run(run_folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"policy": "layers:8,4"}, r"policy\.spec = 'layers:8,4': a checkpoint says one k for all tokens and layers"),
+        ({"policy": "mass:0.5"}, r"policy\.spec = 'mass:0\.5': a checkpoint has one k for all tokens"),
         ({"policy": "topk:17"}, r"moe\.k = 17: wanted at most moe\.num_experts = 16"),
         ({"policy": "tpok:2"}, "did you mean"),
         ({"layout": "gguf"}, "layout = 'gguf'"),
@@ -104,6 +104,13 @@ def test_what_cannot_be_said_is_refused_and_nothing_written(folder, tmp_path, op
     with pytest.raises(ValueError, match=words):
         conversion.convert(folder, tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("layout", conversion.LAYOUTS)
+def test_another_k_in_each_layer_goes_through_both_layouts(folder, tmp_path, layout):
+    conversion.convert(folder, tmp_path / "out", layout=layout, policy="layers:8,4")
+    conversion.convert(tmp_path / "out", tmp_path / "back")
+    assert moe_jax.load(tmp_path / "back").architecture == tiny_model.changed(moe={"k_of_layers": (8, 4)})
 
 
 def test_nothing_is_overwritten_and_damage_is_told(folder, tmp_path):

@@ -134,6 +134,14 @@ def read_checkpoint(folder: str | os.PathLike, dtype: str = "auto") -> tuple[Arc
     return architecture, nested(flat)
 
 
+def config_fields(family: Family, architecture: Architecture) -> dict[str, Any]:
+    """What `config.json` says of an architecture; ValueError names a setting that the family lacks."""
+    fields = family.config_json(architecture)
+    if architecture.moe.k_of_layers:
+        fields[_K_OF_LAYERS] = list(architecture.moe.k_of_layers)
+    return fields
+
+
 def write_checkpoint(
     folder: str | os.PathLike,
     architecture: Architecture,
@@ -171,7 +179,7 @@ def write_checkpoint(
     if unknown := sorted(set(token_ids or {}) - set(_TOKEN_IDS)):
         raise ValueError(f"token_ids has {unknown[0]}: wanted some of {', '.join(_TOKEN_IDS)}")
     family = family_of({"model_type": model_type})
-    fields = family.config_json(architecture)
+    fields = config_fields(family, architecture)
     rules = family.rules(architecture)
     arrays = {path: np.asarray(array) for path, array in flattened(params)}
     _require_same_names(folder, {rule.parameter for rule in rules}, set(arrays))
@@ -192,8 +200,6 @@ def write_checkpoint(
                 filling.require_finite(tensor, name)
                 yield tensor
 
-    if architecture.moe.k_of_layers:
-        fields[_K_OF_LAYERS] = list(architecture.moe.k_of_layers)
     fields |= {"dtype": dtypes[rules[0]].name, **(token_ids or {})}
     texts = {"config.json": _json_text(fields), "generation_config.json": _json_text(dict(token_ids or {}))}
     shards = _shards(shapes, shard_bytes)
