@@ -150,5 +150,9 @@ def test_gradients(transformers, tiny, fewer):
         wanted = np.zeros_like(ours)
         for name, index in rule.placements(architecture):
             wanted[index] = wanted_of(name).reshape(wanted[index].shape)
+        if rule.parameter == "moe/router/weight_LED" and k == 1 and architecture.moe.normalize:
+            # one expert has all the weight, whatever the router says: both are rounding alone
+            assert max(np.linalg.norm(ours), np.linalg.norm(wanted)) < 1e-6
+            continue
         assert np.linalg.norm(wanted) > 0, rule.parameter
         assert np.linalg.norm(ours - wanted) <= GRADIENT_TOLERANCE * np.linalg.norm(wanted), rule.parameter
