@@ -228,7 +228,7 @@ def finetune(
         live,
         judge,
         text.packed,
-        {"text.sources": text.digest, "model.path": _digest(params)},
+        {"text.sources": text.digest, "model.path": trainable.digest(params)},
         keep_best=True,
         patience=config.finetune.patience,
     )
@@ -251,8 +251,3 @@ def _first_bytes(held: Held, num_bytes: int) -> Held:
     sizes = np.cumsum([len(document.text.encode()) for document in held.documents])
     count = int(np.searchsorted(sizes, num_bytes)) + 1
     return Held(held.documents[:count], held.tokens[:count])
-
-
-def _digest(params: Params) -> str:
-    """Of the routers, which are small, and unlike in any two models."""
-    return hashlib.sha256(np.asarray(params["moe"]["router"]["weight_LED"]).tobytes()).hexdigest()

@@ -170,7 +170,7 @@ def run(config: Config, folder: pathlib.Path, task: Task) -> Outcome:
     def evaluate():
         bits_per_byte = task.judge(state)
         metrics.write(step=done, bits_per_byte=bits_per_byte)
-        if bits_per_byte >= best.bits_per_byte:
+        if not bits_per_byte < best.bits_per_byte:  # NaN is no better
             return best._replace(since=best.since + 1)
         if best_kept is not None:
             best_kept.save(done, state._replace(optimizer=None), {})

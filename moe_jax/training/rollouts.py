@@ -3,6 +3,7 @@
 Found to matter for skipping experts (arXiv 2605.18643), and measured in benchmarks/results/recovery.
 """
 
+import hashlib
 import pathlib
 import sys
 
@@ -16,6 +17,7 @@ from moe_jax.engine.request import make_requests
 from moe_jax.evaluation.journal import Journal
 from moe_jax.model.decoder import Execution, Params
 from moe_jax.text.batches import Packed, pack
+from moe_jax.training.trainable import digest
 
 PROMPT = 16  # tokens of a text that the model continues
 _AT_ONCE = 64  # texts
@@ -55,7 +57,8 @@ def write(
     chosen = random.choice(packed.num_rows, count, replace=count > packed.num_rows)
     engine = Engine(params, tokenizer, end_ids)
     sampling = SamplingConfig(packed.sequence_length - PROMPT, temperature=1.0)
-    journal = Journal(folder, {"count": count, "seed": seed, "length": packed.sequence_length})
+    depends_on = {"model": digest(params), "text": hashlib.sha256(packed.tokens.tobytes()).hexdigest()}
+    journal = Journal(folder, depends_on | {"count": count, "seed": seed, "length": packed.sequence_length})
     texts = []
     with tqdm(total=count, desc="rollouts", unit="text", file=sys.stderr, disable=None) as bar:
         for first in range(0, count, _AT_ONCE):

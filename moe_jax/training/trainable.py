@@ -1,9 +1,11 @@
 """What trains: which parameters the optimizer moves, and which it leaves as they are."""
 
+import hashlib
 import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.config.finetuning import FinetuneConfig
 from moe_jax.model.decoder import Params
@@ -87,6 +89,11 @@ def join(trained: Params, frozen: Params, lora_scale: float) -> Params:
 def whole(trained: Params, frozen: Params, lora_scale: float) -> Params:
     """All parameters as plain arrays, LoRA merged."""
     return merge(join(trained, frozen, lora_scale))
+
+
+def digest(params: Params) -> str:
+    """Of the routers, which are small, and unlike in any two models."""
+    return hashlib.sha256(np.asarray(params["moe"]["router"]["weight_LED"]).tobytes()).hexdigest()
 
 
 def num_bytes(params: Params) -> int:
