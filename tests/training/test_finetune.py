@@ -186,9 +186,14 @@ def test_lora_changes_attention_and_the_experts_that_got_tokens(model, sources, 
     out = finetune(model, sources, tmp_path / "out", **settings)
     names = load_file(model / "model.safetensors")
     adapted = {name for name in names if "self_attn" in name and "norm" not in name}
-    adapted |= {name for name in names if ".experts." in name and f".experts.{IDLE}." not in name}
     adapted |= {name for name in names if ".shared_experts." in name}
-    assert changed_tensors(model, out) == adapted
+    changed = changed_tensors(model, out)
+    routed = {name.rsplit(".", 2)[0] for name in changed if ".experts." in name}  # layer and expert
+    assert not any(name.endswith(f".{IDLE}") for name in routed)
+    # which others no token chose hangs on the text; test_trainable.py compares them one by one
+    assert 0.8 * 2 * (tiny_model.ARCHITECTURE.moe.num_experts - 1) <= len(routed)
+    of_routed = {name for name in names if ".experts." in name and name.rsplit(".", 2)[0] in routed}
+    assert changed == adapted | of_routed
     assert figures_of(out)["topk:3"]["change"]["value"] < -0.01
 
 
