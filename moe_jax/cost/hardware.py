@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import psutil
 
 from moe_jax.cost.roofline import Machine
 
@@ -86,3 +87,11 @@ def kind() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.machine()
+
+
+def available_bytes() -> int:
+    """Memory of the local devices together; what the machine has left where a device does not tell (a CPU)."""
+    return sum(
+        (device.memory_stats() or {}).get("bytes_limit") or psutil.virtual_memory().available
+        for device in jax.local_devices()
+    )

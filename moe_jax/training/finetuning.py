@@ -8,13 +8,13 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import psutil
 import tokenizers
 from absl import logging
 
 from moe_jax.checkpoint import huggingface
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import Config, TextConfig
+from moe_jax.cost import hardware
 from moe_jax.evaluation import likelihood
 from moe_jax.model.decoder import Execution, Params
 from moe_jax.routing import mask
@@ -149,10 +149,7 @@ def require_memory(config: Config, params: Params) -> None:
     layers, d_model = params["moe"]["ffn_norm_LD"].shape
     batch_bytes = training.batch_size * training.sequence_length * layers * d_model * params["norm_D"].dtype.itemsize
     needed_bytes = copies_bytes + 12 * weights + batch_bytes
-    available_bytes = sum(
-        (device.memory_stats() or {}).get("bytes_limit") or psutil.virtual_memory().available
-        for device in jax.local_devices()
-    )
+    available_bytes = hardware.available_bytes()
     model_bytes = trainable.num_bytes(params)
     logging.info(
         "training takes %.2f GB beside the model's %.2f: %.1f M weights train%s",

@@ -5,15 +5,14 @@ import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import numpy as np
-import psutil
 import tokenizers
 from absl import logging
 
 from moe_jax import files
 from moe_jax.checkpoint.families import FAMILIES
 from moe_jax.config.schema import Config
+from moe_jax.cost import hardware
 from moe_jax.evaluation import likelihood
 from moe_jax.model import decoder
 from moe_jax.routing.policies import base as policies
@@ -40,18 +39,13 @@ def require_possible(config: Config) -> None:
     )
     weights_bytes = 16 * parameters
     batch_bytes = 4 * training.batch_size * training.sequence_length * decoder.d_model * decoder.num_layers
-    available_bytes = sum(_memory_bytes(device) for device in jax.local_devices())
+    available_bytes = hardware.available_bytes()
     if weights_bytes + batch_bytes > available_bytes:
         raise ValueError(
             f"{parameters / 1e6:,.1f} M parameters need {weights_bytes / 1e9:,.1f} GB to train, and a batch of "
             f"training.batch_size = {training.batch_size} at least {batch_bytes / 1e9:,.1f} GB: wanted at most the "
             f"{available_bytes / 1e9:,.1f} GB available"
         )
-
-
-def _memory_bytes(device: jax.Device) -> int:
-    """What a device has, or what the machine has left where the device does not tell (a CPU)."""
-    return (device.memory_stats() or {}).get("bytes_limit") or psutil.virtual_memory().available
 
 
 class Text(NamedTuple):

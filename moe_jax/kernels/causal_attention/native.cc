@@ -194,14 +194,9 @@ ffi::Error Backward(ffi::ThreadPool& pool, ffi::AnyBuffer& query, ffi::AnyBuffer
   return ffi::Error::Success();
 }
 
-ffi::Error CausalAttention(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
-                           ffi::Buffer<ffi::S32> segments, float scale, ffi::Result<ffi::AnyBuffer> mixed,
-                           ffi::Result<ffi::Buffer<ffi::F32>> log_sum_exp) {
-  const auto run = [&](auto dtype) {
-    return Forward<decltype(dtype)>(pool, query, key, value, segments.typed_data(), scale, *mixed,
-                                    log_sum_exp->typed_data());
-  };
-  switch (query.element_type()) {
+template <typename Run>
+ffi::Error ByDtype(ffi::DataType dtype, const Run& run) {
+  switch (dtype) {
     case ffi::F32:
       return run(Float32());
     case ffi::F16:
@@ -213,6 +208,16 @@ ffi::Error CausalAttention(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyB
   }
 }
 
+ffi::Error CausalAttention(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
+                           ffi::Buffer<ffi::S32> segments, float scale, ffi::Result<ffi::AnyBuffer> mixed,
+                           ffi::Result<ffi::Buffer<ffi::F32>> log_sum_exp) {
+  const auto run = [&](auto dtype) {
+    return Forward<decltype(dtype)>(pool, query, key, value, segments.typed_data(), scale, *mixed,
+                                    log_sum_exp->typed_data());
+  };
+  return ByDtype(query.element_type(), run);
+}
+
 ffi::Error CausalAttentionGradient(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key,
                                    ffi::AnyBuffer value, ffi::Buffer<ffi::S32> segments, ffi::AnyBuffer mixed,
                                    ffi::Buffer<ffi::F32> log_sum_exp, ffi::AnyBuffer mixed_grad, float scale,
@@ -222,16 +227,7 @@ ffi::Error CausalAttentionGradient(ffi::ThreadPool pool, ffi::AnyBuffer query, f
     return Backward<decltype(dtype)>(pool, query, key, value, segments.typed_data(), mixed, log_sum_exp.typed_data(),
                                      mixed_grad, scale, *query_grad, *key_grad, *value_grad);
   };
-  switch (query.element_type()) {
-    case ffi::F32:
-      return run(Float32());
-    case ffi::F16:
-      return run(Float16());
-    case ffi::BF16:
-      return run(BFloat16());
-    default:
-      return ffi::Error::InvalidArgument("causal_attention: wanted float32, float16 or bfloat16");
-  }
+  return ByDtype(query.element_type(), run);
 }
 
 }  // namespace
