@@ -1,4 +1,7 @@
-"""Grouped matmul defined by a plain loop over the experts, in numpy."""
+"""Grouped matmul defined by a plain loop over the experts, in numpy.
+
+Sums are float64, so that a difference is the rounding of what is compared with it.
+"""
 
 import numpy as np
 
@@ -20,7 +23,7 @@ def forward(rows_SD, weights_LEFD, group_sizes_E, layer):
     first = 0
     for expert, size in enumerate(np.asarray(group_sizes_E)):
         last = first + int(size)
-        out_SF[first:last] = rows_SD[first:last].astype(np.float32) @ weights_LEFD[layer, expert].astype(np.float32).T
+        out_SF[first:last] = rows_SD[first:last].astype(np.float64) @ weights_LEFD[layer, expert].astype(np.float64).T
         first = last
     return out_SF
 
@@ -33,8 +36,8 @@ def backward(rows_SD, weights_LEFD, group_sizes_E, layer, out_grad_SF):
     first = 0
     for expert, size in enumerate(np.asarray(group_sizes_E)):
         last = first + int(size)
-        out_grad = out_grad_SF[first:last].astype(np.float32)
-        rows_grad_SD[first:last] = out_grad @ weights_LEFD[layer, expert].astype(np.float32)
-        weights_grad_LEFD[layer, expert] = out_grad.T @ rows_SD[first:last].astype(np.float32)
+        out_grad = out_grad_SF[first:last].astype(np.float64)
+        rows_grad_SD[first:last] = out_grad @ weights_LEFD[layer, expert].astype(np.float64)
+        weights_grad_LEFD[layer, expert] = out_grad.T @ rows_SD[first:last].astype(np.float64)
         first = last
     return rows_grad_SD, weights_grad_LEFD
