@@ -5,13 +5,14 @@
 
 Each run is what launch/finetune.py does with the settings named here, in a folder of its own below --out; text is
 prepared, and the model measured before, once for all. Killed and started again, it goes on; runs that are finished are
-not run again. OUT/table.md holds what all finished runs of the folder say together.
+not run again. OUT/text.pickle keeps the prepared text. OUT/table.md holds what all finished runs of the folder say together.
 """
 
 import dataclasses
 import json
 import os
 import pathlib
+import pickle
 
 from absl import flags
 
@@ -66,8 +67,20 @@ GROUPS = {
         "rollouts_6e-4": SHORT | {"finetune.rollouts": 976},
         "hidden_6e-4": SHORT | {"objective.hidden": 0.5},
     },
+    # the same at two million tokens
+    "long_table": {
+        "k4_2e-4": _at(4, 2.0) | {RATE: 2e-4},
+        "k4_8e-4": _at(4, 2.0) | {RATE: 8e-4},
+        "k4_quarter_plain": _at(4, 2.0) | {"objective.language_model": 0.25, "objective.distillation": 0.75},
+        "k4_both": _at(4, 2.0) | BOTH,
+        "k4_both_8e-4": _at(4, 2.0) | BOTH | {RATE: 8e-4},
+        "k4_plain": _at(4, 2.0) | PLAIN,
+        "k4_hidden": _at(4, 2.0) | {"objective.hidden": 0.5},
+        "k4_rows_2": _at(4, 2.0) | _batch(2, 2.0),
+        "k4_rows_8_8e-4": _at(4, 2.0) | _batch(8, 2.0) | {RATE: 8e-4},
+    },
     # the control's learning rate is tuned like the others'
-    "control_rates": {f"control_{rate:g}_short": _plain(rate, 0.5) for rate in (1e-4, 3e-4, 6e-4)},
+    "control_rates": {f"control_{rate:g}": _plain(rate, 2.0) for rate in (1e-4, 2e-4, 4e-4, 8e-4)},
     # two million tokens each
     "long": {
         "k4_seed0": _at(4, 2.0),
@@ -102,8 +115,6 @@ def main(run: command.Command) -> None:
     from moe_jax.report import finetuned
     from moe_jax.study import recover
     from moe_jax.text.corpus import load_held_out
-    from moe_jax.text.tokenizer import load_tokenizer
-    from moe_jax.training import finetuning
 
     base = run.config
     named = {name: settings for group in GROUPS.values() for name, settings in group.items()}
@@ -120,8 +131,7 @@ def main(run: command.Command) -> None:
         recover.plan(configs[name], architecture)
     held_out = str(command.in_repository(base.text.held_out, "text.held_out"))
     with run.timed("text"):
-        prepared = dataclasses.replace(base, text=dataclasses.replace(base.text, held_out=held_out))
-        text = finetuning.prepare_text(prepared, path, load_tokenizer(path), architecture.decoder.max_context)
+        text = _prepared(base, run.out / "text.pickle", path, held_out, architecture.decoder.max_context)
     params = moe_jax.load(path, dtype=base.training.weights, calibration=None).params
     compared = list(
         dict.fromkeys(policy for config in configs.values() for policy in recover.plan(config, architecture).compared)
@@ -148,6 +158,20 @@ def main(run: command.Command) -> None:
             text += "\n\n" + _judged(base, run.out, path, load_held_out(held_out))
     files.write_atomically(run.out / "table.md", text + "\n")
     run.finish(figures, text=text)
+
+
+def _prepared(config, kept: pathlib.Path, model: pathlib.Path, held_out: str, context: int):
+    """The text, from the file that an earlier start left where there is one."""
+    if kept.exists():
+        return pickle.loads(kept.read_bytes())
+    from moe_jax import files
+    from moe_jax.text.tokenizer import load_tokenizer
+    from moe_jax.training import finetuning
+
+    config = dataclasses.replace(config, text=dataclasses.replace(config.text, held_out=held_out))
+    text = finetuning.prepare_text(config, model, load_tokenizer(model), context)
+    files.write_atomically(kept, pickle.dumps(text))
+    return text
 
 
 def _judged(config, out: pathlib.Path, original: pathlib.Path, documents) -> str:

@@ -6,10 +6,10 @@ import jax
 from absl import logging
 
 from moe_jax.kernels import compiled
-from moe_jax.kernels.grouped_matmul import blocked, native, ragged_dot
+from moe_jax.kernels.grouped_matmul import blocked, native, padded, ragged_dot
 
-IMPLEMENTATIONS = {"native": native, "blocked": blocked, "ragged_dot": ragged_dot}
-BY_PLATFORM = {"cpu": "native", "tpu": "ragged_dot"}
+IMPLEMENTATIONS = {"native": native, "blocked": blocked, "padded": padded, "ragged_dot": ragged_dot}
+BY_PLATFORM = {"cpu": "native", "gpu": "padded", "tpu": "ragged_dot"}
 
 
 def resolve(name: str, platform: str) -> str:
