@@ -4,8 +4,9 @@
     python benchmarks/recovery.py --out out/recovery --runs table --runs long
 
 Each run is what launch/finetune.py does with the settings named here, in a folder of its own below --out; text is
-prepared, and the model measured before, once for all. Killed and started again, it goes on; runs that are finished are
-not run again. OUT/text.pickle keeps the prepared text. OUT/table.md holds what all finished runs of the folder say together.
+prepared, and the model measured before, once for all: both are kept in OUT, and several processes may share the runs.
+Killed and started again, it goes on; runs that are finished are not run again. OUT/table.md holds what all finished
+runs of the folder say together.
 """
 
 import dataclasses
@@ -21,10 +22,21 @@ from moe_jax import command
 ROOT = pathlib.Path(__file__).parents[1]
 TOKENS = 2048  # of a step, as configured
 FEW, MANY = ("model", "topk:4", "topk:2"), ("model", "topk:6", "topk:4", "topk:3", "topk:2")  # what is measured
-PLAIN = {"objective.language_model": 1.0, "objective.distillation": 0.0}
 RATE, SPEC, POLICIES = "training.learning_rate", "policy.spec", "evaluation.policies"
-BEST_CONTROL_RATE = 3e-4  # of those in "control_rates"
+BEST_CONTROL_RATE = 2e-4  # of those in "control_rates"
 SEEDS = (0, 1, 2)
+
+
+def _mix(language_model: float, hidden: float = 0.0) -> dict[str, float]:
+    """The next token so much, and for the rest what the full model says."""
+    return {
+        "objective.language_model": language_model,
+        "objective.distillation": 1 - language_model,
+        "objective.hidden": hidden,
+    }
+
+
+DISTILLED, MIXED, BOTH, PLAIN = _mix(0.0), _mix(0.25), _mix(0.5), _mix(1.0)
 
 
 def _steps(millions: float, tokens: int = TOKENS) -> dict[str, int]:
@@ -48,8 +60,9 @@ def _at(k: int, millions: float, seed: int = 0) -> dict:
 
 
 WIDE = {"training.batch_size": 8, "training.accumulation": 2}
-SHORT = {SPEC: "topk:4", POLICIES: FEW, RATE: 6e-4} | WIDE | _steps(0.5, 8192)
-BOTH = {"objective.language_model": 0.5, "objective.distillation": 0.5}
+SHORT = {SPEC: "topk:4", POLICIES: FEW, RATE: 6e-4} | DISTILLED | WIDE | _steps(0.5, 8192)
+LONG = _at(4, 2.0)
+ELASTIC = _at(8, 2.0) | {"finetune.elastic": True, "finetune.k_min": 2}
 GROUPS = {
     # what is minimised, what trains, how fast: k = 4, half a million tokens each
     "table": {
@@ -59,6 +72,7 @@ GROUPS = {
         "distilled_1.2e-3": SHORT | {RATE: 1.2e-3},
         "half_batch_6e-4": SHORT | _batch(8, 0.5),
         "quarter_batch_4e-4": SHORT | _batch(4, 0.5) | {RATE: 4e-4},
+        "quarter_batch_mixed_4e-4": SHORT | MIXED | _batch(4, 0.5) | {RATE: 4e-4},
         "distilled_3e-4": SHORT | {RATE: 3e-4},
         "lora_3e-3": SHORT | {RATE: 3e-3, "finetune.train": "lora"},
         "router_and_norms_3e-3": SHORT | {RATE: 3e-3, "finetune.train": "router_and_norms"},
@@ -67,26 +81,21 @@ GROUPS = {
         "rollouts_6e-4": SHORT | {"finetune.rollouts": 976},
         "hidden_6e-4": SHORT | {"objective.hidden": 0.5},
     },
-    # the same at two million tokens
+    # the same at two million tokens; k4_seed0 is another
     "long_table": {
-        "k4_2e-4": _at(4, 2.0) | {RATE: 2e-4},
-        "k4_8e-4": _at(4, 2.0) | {RATE: 8e-4},
-        "k4_quarter_plain": _at(4, 2.0) | {"objective.language_model": 0.25, "objective.distillation": 0.75},
-        "k4_both": _at(4, 2.0) | BOTH,
-        "k4_both_8e-4": _at(4, 2.0) | BOTH | {RATE: 8e-4},
-        "k4_plain": _at(4, 2.0) | PLAIN,
-        "k4_hidden": _at(4, 2.0) | {"objective.hidden": 0.5},
-        "k4_rows_2": _at(4, 2.0) | _batch(2, 2.0),
-        "k4_rows_8_8e-4": _at(4, 2.0) | _batch(8, 2.0) | {RATE: 8e-4},
+        "k4_distilled_2e-4": LONG | DISTILLED | {RATE: 2e-4},
+        "k4_distilled_4e-4": LONG | DISTILLED,
+        "k4_distilled_rows_2_4e-4": LONG | DISTILLED | _batch(2, 2.0),
+        "k4_distilled_rows_8_8e-4": LONG | DISTILLED | _batch(8, 2.0) | {RATE: 8e-4},
+        "k4_both_4e-4": LONG | BOTH,
     },
     # the control's learning rate is tuned like the others'
-    "control_rates": {f"control_{rate:g}": _plain(rate, 2.0) for rate in (1e-4, 2e-4, 4e-4, 8e-4)},
+    "control_rates": {f"control_{rate:g}": _plain(rate, 2.0) for rate in (1e-4, 2e-4, 4e-4)},
     # two million tokens each
-    "long": {
-        "k4_seed0": _at(4, 2.0),
-        "control_seed0": _plain(BEST_CONTROL_RATE, 2.0),
-        "k2": _at(2, 2.0),
-        "elastic": _at(8, 2.0) | {"finetune.elastic": True, "finetune.k_min": 2},
+    "long": {"k4_seed0": LONG, "k2": _at(2, 2.0)},
+    "elastic": {
+        "elastic": ELASTIC,
+        "elastic_rows": ELASTIC | {"finetune.k_drawn_per": "row", "finetune.k_weights": (1, 1, 1, 1, 2, 2, 2)},
     },
     "seeds": {
         name: settings
@@ -100,6 +109,7 @@ GROUPS = {
     "specialists": {"k3": _at(3, 2.0), "k6": _at(6, 2.0)},
     "longer": {"k4_4M": _at(4, 4.0), "control_4M": _plain(BEST_CONTROL_RATE, 4.0)},
 }
+CONTROLS = (f"control_{BEST_CONTROL_RATE:g}", *(f"control_seed{seed}" for seed in SEEDS[1:]))
 RUNS = flags.DEFINE_multi_string("runs", [], f"Groups or names of runs: {', '.join(GROUPS)}; repeat it; none: all.")
 
 JUDGE = flags.DEFINE_bool("judge", False, "Measure choices and completions of the long runs too.")
@@ -137,7 +147,11 @@ def main(run: command.Command) -> None:
         dict.fromkeys(policy for config in configs.values() for policy in recover.plan(config, architecture).compared)
     )
     with run.timed("before"):
-        before = dict(zip(compared, recover.measure(base, params, text, compared, execution, "before")))
+        before = _before(
+            run.out / "before.pickle",
+            compared,
+            lambda missing: recover.measure(base, params, text, missing, execution, "before"),
+        )
     for name, config in configs.items():
         folder = run.out / name
         if (folder / "result.json").exists():
@@ -174,6 +188,17 @@ def _prepared(config, kept: pathlib.Path, model: pathlib.Path, held_out: str, co
     return text
 
 
+def _before(kept: pathlib.Path, compared, measure) -> dict:
+    """What the model gives under each policy; those that an earlier start has measured are read."""
+    from moe_jax import files
+
+    before = pickle.loads(kept.read_bytes()) if kept.exists() else {}
+    if missing := [policy for policy in compared if policy not in before]:
+        before |= zip(missing, measure(missing))
+        files.write_atomically(kept, pickle.dumps(before))
+    return before
+
+
 def _judged(config, out: pathlib.Path, original: pathlib.Path, documents) -> str:
     """Choices and completions on the reported half, of the original and of whichever runs are finished."""
     import recovery_judged
@@ -181,7 +206,7 @@ def _judged(config, out: pathlib.Path, original: pathlib.Path, documents) -> str
     half = dataclasses.replace(config.evaluation, half="odd", completion_headers=104)
     config = dataclasses.replace(config, evaluation=half)
     models = {"original, all experts": (original, "model")}
-    for k, runs in ((4, ("control_seed0", "k4_seed0")), (2, ("control_seed0", "k2"))):
+    for k, runs in ((4, (CONTROLS[0], "k4_seed0")), (2, (CONTROLS[0], "k2"))):
         models[f"original, {k}"] = original, f"topk:{k}"
         models |= {
             f"{name}, {k}": (out / name / "model", f"topk:{k}") for name in runs if (out / name / "model").exists()
@@ -201,14 +226,13 @@ def summary(folder: pathlib.Path, names) -> tuple[str, dict]:
 
     parts = [tables.short_runs(runs, GROUPS["table"]), tables.control_rates(runs, GROUPS["control_rates"])]
     figures = {}
-    controls = [f"control_seed{seed}" for seed in SEEDS]
     long = {
         "topk:4": finished(*(f"k4_seed{seed}" for seed in SEEDS)),
         **{f"topk:{k}": finished(f"k{k}") for k in (2, 3, 6)},
     }
     of_longer = finished("k4_4M"), finished("control_4M")
     for name, tuned, control in (
-        ("2M", long, {policy: finished(*controls) if policy == "topk:4" else finished(controls[0]) for policy in long}),
+        ("2M", long, {policy: finished(*CONTROLS) if policy == "topk:4" else finished(CONTROLS[0]) for policy in long}),
         ("4M", {"topk:4": of_longer[0]}, {"topk:4": of_longer[1]}),
     ):
         table, found = tables.against_control(tuned, control)
