@@ -21,11 +21,12 @@ def main(run: command.Command) -> None:
     import moe_jax
     from moe_jax.checkpoint.huggingface import read_architecture
     from moe_jax.engine.request import execution_of
+    from moe_jax.evaluation.journal import Journal, identity
     from moe_jax.report import finetuned
     from moe_jax.routing import calibration as calibrations
     from moe_jax.study import recover
     from moe_jax.text.tokenizer import load_tokenizer
-    from moe_jax.training import finetuning
+    from moe_jax.training import finetuning, loop
 
     config = run.config
     path = command.in_repository(config.model.path)
@@ -37,18 +38,23 @@ def main(run: command.Command) -> None:
     planned = recover.plan(config, architecture, calibrations.find(config.policy.calibration, path))
     execution = execution_of(architecture, config.policy.k_max, config.kernels.grouped_matmul)
     run.implementations |= execution.implementations
+    loop.require_same_run(config, run.out)
     with run.timed("text"):
         text = finetuning.prepare_text(config, path, load_tokenizer(path), architecture.decoder.max_context)
     with run.timed("load"):
         params = moe_jax.load(path, dtype=config.training.weights, calibration=None).params
     finetuning.require_memory(config, params)
+    places = [path, *([pathlib.Path(config.text.held_out)] if config.text.held_out else [])]
+    depends_on = identity(config, places, run.implementations) | {"text": text.digest}
+    journal = Journal(run.out / "before", depends_on)
     with run.timed("before"):
-        before = recover.measure(config, params, text, planned.compared, execution, "before")
+        before = recover.measure(config, params, text, planned.compared, execution, "before", journal)
     with run.timed("run"):
         finished = recover.recover(config, run.out, path, params, text, planned, execution, before)
     rows = finetuned.finish(config, run.out, finished)
     figures = finetuned.figures(finished, rows)
     run.finish(figures, rows=rows, text=finetuned.table(rows))
+    journal.forget()
 
 
 if __name__ == "__main__":

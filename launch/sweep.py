@@ -3,7 +3,8 @@
     python launch/sweep.py --config configs/sweep_demo.gin --out out/sweep
 
 Quality is measured on the model of model.path, on held-out text; speed on the model of sweep.timed_config, which takes
-the routing that the policies made, or on the same one. Started again with the same --out, it goes on where it was
+the routing that the policies made, or on the same one. A model that was fine-tuned for fewer experts is compared with
+all experts of the one it was made from, sweep.original. Started again with the same --out, it goes on where it was
 killed. OUT/frontier.html needs no network; OUT/frontier.csv has every point.
 """
 
@@ -43,7 +44,11 @@ def main(run: command.Command) -> None:
 
     architecture = read_architecture(path)
     command.refuse_other_shape(config, architecture)
-    execution = execution_of(architecture, config.policy.k_max, config.kernels.grouped_matmul)
+    original_path = command.in_repository(sweep.original, "sweep.original") if sweep.original else path
+    original_architecture = read_architecture(original_path)
+    study.require_alike(original_architecture, architecture, "sweep.original")
+    k_max = max(config.policy.k_max or architecture.moe.k, original_architecture.moe.k)
+    execution = execution_of(architecture, k_max, config.kernels.grouped_matmul)
     run.implementations |= execution.implementations
     compared = study.parsed(sweep, calibrations.find(config.policy.calibration, path), execution)
     if sweep.context > architecture.decoder.max_context:
@@ -52,13 +57,20 @@ def main(run: command.Command) -> None:
     with run.timed("text"):
         documents = load_held_out(held_out)[: config.evaluation.documents or None]
         tokenizer = load_tokenizer(path)
+        if load_tokenizer(original_path).to_str() != tokenizer.to_str():
+            raise ValueError(f"sweep.original = {sweep.original!r}: wanted a model with the tokenizer of model.path")
         tokens = encode_documents(tokenizer, documents)
         windows = concurrent.cut(tokens, tokenizer, sweep.context, sweep.windows, config.run.seed)
     with run.timed("load"):
         model = moe_jax.load(path, dtype=config.model.dtype, calibration=config.policy.calibration)
+        candidates = [study.Candidate(policy, model.params, execution) for policy in compared]
+        if sweep.original:
+            original = moe_jax.load(original_path, dtype=config.model.dtype, calibration=None)
+            original_execution = dataclasses.replace(execution, architecture=original_architecture)
+            candidates[0] = study.Candidate(compared[0], original.params, original_execution)
 
     given = (config.policy.calibration, timed.model.path and command.in_repository(timed.model.path))
-    places = [path, held_out, *(pathlib.Path(place) for place in given if place)]
+    places = [path, original_path, held_out, *(pathlib.Path(place) for place in given if place)]
     depends_on = identity(config, places, run.implementations) | {"timed": dataclasses.asdict(timed)}
     journal = Journal(run.out / "parts", depends_on)
     total = study.num_qualities(compared, sweep) + sweep.rounds * len(sweep.concurrencies)
@@ -66,14 +78,15 @@ def main(run: command.Command) -> None:
         with run.timed("quality"):
             progress.set_description("quality")
             shared = {"config": sweep, "journal": journal, "advance": progress.update}
-            qualities = study.measure_quality(model.params, windows, compared, execution, **shared)
+            qualities = study.measure_quality(candidates, windows, **shared)
         with run.timed("speed"):
             progress.set_description("speed")
             subject, in_words = subject_of(config, timed, model, execution)
             speeds = study.measure_speed(subject, compared, qualities, **shared)
     found = Frontier(
         study.points(windows, compared, qualities, speeds, architecture),
-        f"{config.model.path}, {config.model.dtype}, {len(windows.bytes_J)} windows of {sweep.context} tokens "
+        f"{config.model.path}{f' (`model` is {sweep.original})' if sweep.original else ''}, {config.model.dtype}, "
+        f"{len(windows.bytes_J)} windows of {sweep.context} tokens "
         f"({windows.bytes_J.sum() / 1e3:.0f} kB) of {config.text.held_out}",
         in_words,
         hardware.in_words(),
@@ -95,7 +108,7 @@ def timed_config(config, architecture):
         own = timed.architecture
     if timed is not config and timed.model.path:
         own = read_architecture(command.in_repository(timed.model.path))
-    require_alike(own, architecture)
+    require_alike(own, architecture, "sweep.timed_config")
     if own.decoder.max_context < config.sweep.cached_tokens + 2:
         raise ValueError(
             f"sweep.cached_tokens = {config.sweep.cached_tokens}: wanted at most {own.decoder.max_context - 2}, two "

@@ -18,13 +18,14 @@ def main(run: command.Command) -> None:
     """Prepares the text, trains, exports and measures."""
     from moe_jax.engine.request import execution_of
     from moe_jax.report import trained
-    from moe_jax.training import pretraining
+    from moe_jax.training import loop, pretraining
 
     config = run.config
     execution = execution_of(config.architecture, config.policy.k_max, config.kernels.grouped_matmul)
     run.implementations |= execution.implementations
     trained.require_policies(config, execution)
     pretraining.require_possible(config)
+    loop.require_same_run(config, run.out)
     with run.timed("text"):
         held_out = str(command.in_repository(config.text.held_out, "text.held_out"))
         found = dataclasses.replace(config, text=dataclasses.replace(config.text, held_out=held_out))

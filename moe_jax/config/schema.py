@@ -99,10 +99,10 @@ class TrainingConfig:
         for field in ("weight_decay", "balance_bias_rate", "balance_loss"):
             require(getattr(self, field) >= 0, f"training.{field}", getattr(self, field), "0 or more")
         require(
-            0 <= self.warmup_steps <= self.steps,
+            0 <= self.warmup_steps < self.steps,
             "training.warmup_steps",
             self.warmup_steps,
-            f"0 to training.steps = {self.steps}",
+            f"0 or more, and less than training.steps = {self.steps}",
         )
 
 
@@ -176,6 +176,7 @@ class SweepConfig:
     """Policies by loads: what each costs on the model of model.path, and how fast a step is under it."""
 
     policies: tuple[str, ...] = ("model", "topk:4")
+    original: str = ""  # what model.path was fine-tuned from: it is then `model`, and all is compared with it
     concurrencies: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)  # rows of a decode step
     windows: int = 128  # of held-out text, on which quality is measured
     context: int = 512  # tokens of a window
@@ -235,14 +236,6 @@ class Config:
     benchmark: BenchmarkConfig = BenchmarkConfig()
     sweep: SweepConfig = SweepConfig()
     run: RunConfig = RunConfig()
-
-    def __post_init__(self):
-        require(
-            self.training.sequence_length <= self.decoder.max_context,
-            "training.sequence_length",
-            self.training.sequence_length,
-            f"at most decoder.max_context = {self.decoder.max_context}",
-        )
 
     @property
     def architecture(self) -> Architecture:

@@ -19,7 +19,7 @@ def rows(finished: Finished) -> list[dict[str, Any]]:
 
     `bits_per_byte_increase` is relative to the full model before, `change` to the same policy before, both paired by
     document; `recovered` is the share of what the policy cost that is won back, with the better of the full models
-    before and after as the goal.
+    before and after as the goal, for policies that cost something beyond doubt.
     """
     sizes = np.array([len(document.text.encode()) for document in finished.text.reported.documents])
     full = min(finished.before[0].bits_J, finished.after[0].bits_J, key=np.sum)
@@ -31,7 +31,7 @@ def rows(finished: Finished) -> list[dict[str, Any]]:
             "change": figure(paired_ratio(after.bits_J, before.bits_J), "1"),
             "bits_per_byte_increase": figure(paired_ratio(after.bits_J, finished.before[0].bits_J), "1"),
         }
-        if number and before.bits_J.sum() > full.sum():
+        if number and paired_ratio(before.bits_J, full).ci95[0] > 0:
             figures["recovered"] = figure(recovered(before.bits_J, after.bits_J, full), "1")
         found.append({"policy": policy.spec, "figures": figures})
     return found

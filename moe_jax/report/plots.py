@@ -5,24 +5,26 @@ import json
 import math
 import pathlib
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 
 def draw_training_curve(metrics: pathlib.Path) -> bytes:
-    """Training loss in bits per token beside held-out bits per byte, over steps, from `metrics.jsonl`."""
+    """Loss of training in bits per token beside held-out bits per byte, over steps, from `metrics.jsonl`.
+
+    The loss is that of the next token and, where the full model teaches, the divergence from it.
+    """
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    trained = [(line["step"], line["loss"] / math.log(2)) for line in lines if "loss" in line]
     held_out = [(line["step"], line["bits_per_byte"]) for line in lines if "bits_per_byte" in line]
-    figure, left = plt.subplots(figsize=(7, 4), layout="constrained")
-    left.plot(*zip(*trained), linewidth=0.8, color="0.6")
-    left.set(xlabel="step", ylabel="training loss, bits per token (grey)")
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    left = figure.subplots()
+    for name, label, color in (("loss", "next token", "0.6"), ("divergence", "divergence", "tab:orange")):
+        if trained := [(line["step"], line[name] / math.log(2)) for line in lines if name in line]:
+            left.plot(*zip(*trained), linewidth=0.8, color=color, label=label)
+    left.legend(loc="upper right", frameon=False)
+    left.set(xlabel="step", ylabel="training, bits per token", yscale="log")
     right = left.twinx()
     right.plot(*zip(*held_out), marker=".", color="tab:blue")
     right.set_ylabel("held-out bits per byte (blue)")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
-    plt.close(figure)
     return image.getvalue()

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from moe_jax.checkpoint import huggingface
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import Config
+from moe_jax.evaluation.journal import Journal
 from moe_jax.evaluation.likelihood import Likelihood, num_windows, score_documents
 from moe_jax.model.decoder import Execution, Params
 from moe_jax.routing.calibration import Calibration
@@ -51,8 +52,13 @@ def plan(config: Config, architecture: Architecture, calibration: Calibration | 
 
     Raises:
         ValueError: one does not fit the model, or there is nothing to recover, see `finetuning.trained_policy`; or k
-            cannot be drawn as asked for, see `elastic.Draws`.
+            cannot be drawn as asked for, see `elastic.Draws`; or rows are too short to be written by the model.
     """
+    if config.finetune.rollouts and config.training.sequence_length <= rollouts.PROMPT:
+        raise ValueError(
+            f"training.sequence_length = {config.training.sequence_length}: wanted more than the {rollouts.PROMPT} "
+            "tokens that the model continues, since finetune.rollouts asks for texts"
+        )
     trained = finetuning.trained_policy(config, architecture, calibration)
     if config.finetune.elastic:
         Draws(config.finetune, architecture, config.training.batch_size, config.run.seed)
@@ -63,12 +69,22 @@ def plan(config: Config, architecture: Architecture, calibration: Calibration | 
 
 
 def measure(
-    config: Config, params: Params, text: Text, compared: Sequence[Policy], execution: Execution, name: str
+    config: Config,
+    params: Params,
+    text: Text,
+    compared: Sequence[Policy],
+    execution: Execution,
+    name: str,
+    journal: Journal | None = None,
 ) -> list[Likelihood]:
-    """The likelihood of the reported half of the held-out text under each policy; `name` stands at the progress bar."""
+    """The likelihood of the reported half of the held-out text under each policy.
+
+    `name` stands at the progress bar; finished parts are kept in the journal, if there is one.
+    """
     documents, context = text.reported.tokens, config.training.sequence_length
     with tqdm(total=num_windows(documents, context), desc=name, unit="window", disable=None) as bar:
         settings = {"context": context, "batch_size": config.evaluation.batch_size, "advance": bar.update}
+        settings["journal"] = journal
         return score_documents(params, documents, compared, execution, **settings)
 
 

@@ -18,6 +18,14 @@ from moe_jax.routing.policies.parse import MODEL_OWN, parse
 from moe_jax.study import frontier, loads
 
 
+class Candidate(NamedTuple):
+    """A policy, and the model whose quality under it is measured."""
+
+    policy: policies.Policy
+    params: Params
+    execution: Execution
+
+
 class Subject(NamedTuple):
     """A model whose steps are timed."""
 
@@ -36,19 +44,18 @@ def parsed(config: SweepConfig, calibration: Calibration | None, execution: Exec
     return [MODEL_OWN, *(policy for policy in found if policy.parts != MODEL_OWN.parts)]
 
 
-def require_alike(timed: Architecture, model: Architecture) -> None:
-    """Refuses to time one model with the routing of another that has other layers or experts.
+def require_alike(other: Architecture, model: Architecture, setting: str) -> None:
+    """Refuses a model that takes the routing of another, or is compared with it, and has other layers or experts.
 
     Raises:
-        ValueError: saying what it should have.
+        ValueError: saying what the model that the setting names should have.
     """
-    for name, own, other in (
-        ("MoE layers", timed.decoder.num_moe_layers, model.decoder.num_moe_layers),
-        ("moe.num_experts", timed.moe.num_experts, model.moe.num_experts),
-        ("moe.k", timed.moe.k, model.moe.k),
+    for name, own, wanted in (
+        ("MoE layers", other.decoder.num_moe_layers, model.decoder.num_moe_layers),
+        ("moe.num_experts", other.moe.num_experts, model.moe.num_experts),
     ):
-        if own != other:
-            raise ValueError(f"sweep.timed_config: {name} = {own}; wanted {other}, as the model whose routing it takes")
+        if own != wanted:
+            raise ValueError(f"{setting}: {name} = {own}; wanted {wanted}, as the model that is swept")
 
 
 def num_qualities(compared: Sequence[policies.Policy], config: SweepConfig) -> int:
@@ -57,26 +64,26 @@ def num_qualities(compared: Sequence[policies.Policy], config: SweepConfig) -> i
 
 
 def measure_quality(
-    params: Params,
+    candidates: Sequence[Candidate],
     windows: concurrent.Windows,
-    compared: Sequence[policies.Policy],
-    execution: Execution,
     config: SweepConfig,
     journal: Journal,
     advance: Callable[[], object],
 ) -> dict[tuple[int, int], dict[str, np.ndarray]]:
-    """Reads the windows under every policy: at every load where the policy is batch-aware, else once.
+    """Reads the windows with every candidate: at every load where its policy is batch-aware, else once.
 
     Returns:
-        By number of the policy and load: `bits_J`, `kept_L`, `distinct`, and `chosen_SLBK`, the steps to be timed.
+        By number of the candidate and load: `bits_J`, `kept_L`, `distinct`, and `chosen_SLBK`, the steps to be timed.
     """
     found = {}
-    for number, policy in enumerate(compared):
-        reads = [[load] for load in config.concurrencies] if policy.batch_aware else [list(config.concurrencies)]
+    for number, candidate in enumerate(candidates):
+        batch_aware = candidate.policy.batch_aware
+        reads = [[load] for load in config.concurrencies] if batch_aware else [list(config.concurrencies)]
         for at in reads:
-            together = at[0] if policy.batch_aware else 1
+            together = at[0] if batch_aware else 1
 
-            def compute(policy=policy, at=at, together=together):
+            def compute(candidate=candidate, at=at, together=together):
+                policy, params, execution = candidate
                 seen = concurrent.read(params, windows, policy, execution, side_by_side(together), together)
                 kept_L = (seen.chosen_LJTK >= 0).sum(axis=3).mean(axis=(1, 2))
                 part = {"bits_J": seen.bits_J, "kept_L": kept_L}

@@ -57,11 +57,14 @@ class _Best(NamedTuple):
     since: int = 0  # evaluations after it
 
 
-def _require_same_run(config: Config, folder: pathlib.Path) -> None:
-    """Refuses to go on with another configuration than the run was started with."""
+def require_same_run(config: Config, folder: pathlib.Path) -> None:
+    """Refuses to go on with another configuration than the run in the folder, if there is one, was started with.
+
+    Raises:
+        ValueError: naming the setting that differs.
+    """
     path = folder / "run.gin"
     if not path.exists():
-        files.write_atomically(path, gin.to_gin(config))
         return
 
     def essence(config: Config):
@@ -148,12 +151,14 @@ def run(config: Config, folder: pathlib.Path, task: Task) -> Outcome:
     again with the same configuration, it goes through bit-identical states.
 
     Raises:
-        ValueError: the folder holds another run, its text or model has changed, or the loss or gradient is not finite:
-            then the last good checkpoint stays.
+        ValueError: the folder holds another run, its text or model has changed, or the loss or gradient is not finite,
+            or no evaluation is: then the last good checkpoint stays.
         KeyboardInterrupt: on SIGINT or SIGTERM, after saving where it stands.
     """
     training = config.training
-    _require_same_run(config, folder)
+    require_same_run(config, folder)
+    if not (folder / "run.gin").exists():
+        files.write_atomically(folder / "run.gin", gin.to_gin(config))
     stream = iter(batches(task.packed, training.batch_size * training.accumulation, config.run.seed))
     checkpoints = Checkpoints(folder / "checkpoints", training.checkpoints_kept)
     best_kept = Checkpoints(folder / "best", 1) if task.keep_best else None
@@ -210,6 +215,8 @@ def run(config: Config, folder: pathlib.Path, task: Task) -> Outcome:
                 save()
         if best_kept is None:
             return Outcome(state, done, done)
+        if not best.step:
+            raise ValueError(f"no evaluation of the {done} steps was finite: lower training.learning_rate")
         kept, _ = best_kept.restore(best.step, state._replace(optimizer=None))
         return Outcome(kept, best.step, done)
     finally:

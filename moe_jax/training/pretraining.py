@@ -11,6 +11,7 @@ from absl import logging
 
 from moe_jax import files
 from moe_jax.checkpoint.families import FAMILIES
+from moe_jax.config.checks import require
 from moe_jax.config.schema import Config
 from moe_jax.cost import hardware
 from moe_jax.evaluation import likelihood
@@ -33,6 +34,12 @@ def require_possible(config: Config) -> None:
     if config.objective.has_teacher:
         raise ValueError("objective.distillation and objective.hidden need a full model: launch/finetune.py has one")
     decoder, training = config.decoder, config.training
+    require(
+        training.sequence_length <= decoder.max_context,
+        "training.sequence_length",
+        training.sequence_length,
+        f"at most decoder.max_context = {decoder.max_context}",
+    )
     rules = FAMILIES["glm4_moe"].rules(config.architecture)
     parameters = sum(
         math.prod(rule.stored_shape(config.architecture)) * rule.num_tensors(config.architecture) for rule in rules

@@ -119,9 +119,39 @@ def test_speed_of_another_shape(model, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "random weights of the shape of" in (tmp_path / "out" / "frontier.html").read_text()
-    shape.write_text("\n".join([*lines, "moe.k = 4"]))
+    shape.write_text("\n".join(line.replace("16", "8") for line in lines))
     done = sweep(model, tmp_path / "out2", f"--set=sweep.timed_config={shape}")
-    assert done.returncode == 2 and "moe.k = 4; wanted 8" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "moe.num_experts = 8; wanted 16" in done.stderr.splitlines()[-1]
+
+
+def test_a_tuned_model_is_compared_with_all_experts_of_the_original(model, done, tmp_path):
+    fewer = tiny_model.changed(moe={"k": 4})
+    tuned = tiny_model.write_model(tmp_path / "tuned", fewer, tiny_model.random_params(seed=1))
+    policies = '--set=sweep.policies=("topk:4", "topk:8")'
+    compared = sweep(tuned, tmp_path / "out", f"--set=sweep.original={model}", policies)
+    assert compared.returncode == 0, compared.stderr
+
+    def bits(folder):
+        rows = json.loads((folder / "result.json").read_text())["rows"]
+        return {row["policy"]: row["figures"] for row in rows if row["concurrency"] == 4}
+
+    found, alone = bits(tmp_path / "out"), bits(done[1])
+    assert found["model"]["bits_per_byte"] == alone["model"]["bits_per_byte"]
+    assert [found[policy]["experts_per_token"]["value"] for policy in found] == [8, 4, 8]
+    for policy in ("topk:4", "topk:8"):
+        ratio = found[policy]["bits_per_byte"]["value"] / found["model"]["bits_per_byte"]["value"] - 1
+        assert ratio != 0 and found[policy]["bits_per_byte_increase"]["value"] == pytest.approx(ratio, abs=1e-9)
+
+
+def test_an_original_of_another_tokenizer_is_refused(model, tmp_path):
+    done = sweep(model, tmp_path / "out", "--set=sweep.original=assets/demo")
+    assert done.returncode == 2 and "sweep.original: MoE layers = 5; wanted 2" in done.stderr.splitlines()[-1]
+    other = tiny_model.write_model(tmp_path / "other")
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"add_prefix_space": false', '"add_prefix_space": true'))
+    assert (other / "tokenizer.json").read_text() != text
+    done = sweep(model, tmp_path / "out", f"--set=sweep.original={other}")
+    assert done.returncode == 2 and "wanted a model with the tokenizer of model.path" in done.stderr.splitlines()[-1]
 
 
 def test_a_calibration_of_another_model_is_refused(model, tmp_path):
