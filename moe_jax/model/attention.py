@@ -1,7 +1,8 @@
-"""Grouped-query attention: whole sequences, and one step against a cache.
+"""Grouped-query attention: whole sequences, and against a cache, one position of every row or many.
 
 Every kind of attention is a module with an `Attention` (its weights) and a function `heads` (projections, norms and
-rotation), whose result mixes positions: `causal` over whole sequences, `step` against a cache, which it extends.
+rotation), whose result mixes positions: `causal` over whole sequences; `extend` and `step` against a cache, to which
+they add them.
 """
 
 import dataclasses
@@ -10,12 +11,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from moe_jax.config.architecture import Architecture, AttentionConfig
 from moe_jax.kernels.cached_attention.api import cached_attention
 from moe_jax.kernels.causal_attention.api import causal_attention
 from moe_jax.model import rope
-from moe_jax.model.layers import Stacked, draw, ones, project, rms_norm
+from moe_jax.model.layers import Stacked, draw, one_layer, ones, project, rms_norm
 
 OUTPUT = "output_DHA"  # the weight that projects mixed heads back
 
@@ -42,18 +44,38 @@ class Attention(nnx.Module):
             self.key_norm_LA = ones(num_layers, head_dim)
 
 
+class Kept(NamedTuple):
+    """What one layer adds to the cache."""
+
+    key_BTGA: jax.Array
+    value_BTGX: jax.Array | None
+
+
 class Cache(NamedTuple):
     """What attention keeps of the positions seen so far, all layers: the dense prefix first."""
 
     key_LBMGA: jax.Array
     value_LBMGX: jax.Array | None  # None where the keys hold the values
 
+    def opened(self, kept: Kept, layer: jax.Array | int) -> "Cache":
+        """With the first positions of every row in one layer."""
 
-class Kept(NamedTuple):
-    """What one layer adds to the cache."""
+        def write(all_layers, new):
+            return lax.dynamic_update_slice(all_layers, new[None], (layer, 0, 0, 0, 0))
 
-    key_BTGA: jax.Array
-    value_BTGX: jax.Array | None
+        return Cache(*jax.tree.map(write, tuple(self), tuple(kept)))
+
+    def extended(self, kept: Kept, layer: jax.Array | int, start_B: jax.Array) -> "Cache":
+        """With the positions from `start_B` on in one layer: row after row, since XLA's scatter on a CPU is slow."""
+
+        def write(all_layers, new):
+            def write_row(row, all_layers):
+                of_row = lax.dynamic_slice_in_dim(new, row, 1)[None]
+                return lax.dynamic_update_slice(all_layers, of_row, (layer, row, start_B[row], 0, 0))
+
+            return lax.fori_loop(0, len(new), write_row, all_layers)
+
+        return Cache(*jax.tree.map(write, tuple(self), tuple(kept)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +94,30 @@ class Heads:
 
     def causal(self, segments_BT: jax.Array, implementation: str) -> jax.Array:
         """Mixes positions of whole sequences: mixed_BTHX, see `causal_attention`."""
+        start_B = jnp.zeros(len(segments_BT), jnp.int32)
         return causal_attention(
-            self.query_BTHA, self.key_BTGA, self.value_BTGX, segments_BT, self.scale, implementation
+            self.query_BTHA, self.key_BTGA, self.value_BTGX, segments_BT, start_B, self.scale, implementation
         )
+
+    def extend(
+        self, cache: Cache, layer: jax.Array | int, start_B: jax.Array, implementation: str
+    ) -> tuple[jax.Array, Cache]:
+        """Adds several positions of every row to the cache and mixes what each sees there: itself and all before it.
+
+        Args:
+            cache: of all layers.
+            layer: which of them.
+            start_B: int32, the place of the first in the cache, in which there is room for all.
+            implementation: of `causal_attention`.
+
+        Returns:
+            mixed_BTHX and the cache.
+        """
+        cache = cache.extended(self.kept, layer, start_B)
+        key_BMGA, value_BMGX = (one_layer(all_layers, layer) for all_layers in cache)
+        places = jnp.ones(key_BMGA.shape[:2], jnp.int32), start_B
+        mixed_BTHX = causal_attention(self.query_BTHA, key_BMGA, value_BMGX, *places, self.scale, implementation)
+        return mixed_BTHX, cache
 
     def step(
         self, cache: Cache, layer: jax.Array | int, position_B: jax.Array, implementation: str

@@ -248,21 +248,21 @@ def extend(
     params: Params,
     cache: Cache,
     tokens_BT: jax.Array,
-    start_B: jax.Array,
+    start_B: jax.Array | None,
     valid_BT: jax.Array,
     live: Settings,
     execution: Execution,
 ) -> tuple[jax.Array, Cache, Traffic]:
-    """Appends tokens to the cached sequences: a prompt to empty ones (prefill), or one token each (decode).
+    """Appends tokens to the cached sequences: a prompt, or the next part of one (prefill), or one token each (decode).
 
     Experts are read out of the whole stack by layer index; the loop never takes a layer's experts out of it.
 
     Args:
         params: as `split` gives them.
         cache: what attention kept of the earlier positions.
-        tokens_BT: int32 ids; rows may be padded at their end. T > 1 is a prefill: every start must be 0, and no policy
-            is batch-aware.
-        start_B: int32, the position of each row's first token.
+        tokens_BT: int32 ids; rows may be padded at their end. T > 1 is a prefill, in which no policy is batch-aware.
+        start_B: int32, the position of each row's first token; the cache has room for T from there on. None: a prefill
+            of empty sequences, which reads nothing of the cache.
         valid_BT: bool, False for padding and for finished rows.
         live: settings of the policy.
         execution: the static half.
@@ -272,21 +272,22 @@ def extend(
     """
     architecture = execution.architecture
     batch, length = tokens_BT.shape
-    positions_BT = start_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
+    positions_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens_BT.shape)
+    if start_B is not None:
+        positions_BT = start_B[:, None] + positions_BT
+    is_step = start_B is not None and length == 1
     turn = _turn(positions_BT, architecture)
     x_BTD = params["embedding_VD"][tokens_BT]
 
     def core(layer, cache):
         def run(heads):
-            if length > 1:  # a prefill sees nothing but itself, and what its padding writes is overwritten in time
-
-                def write(all_layers, new):
-                    return lax.dynamic_update_slice(all_layers, new[None], (layer, 0, 0, 0, 0))
-
-                mixed_BTHX = heads.causal(jnp.ones_like(tokens_BT), execution.causal_attention)
-                return mixed_BTHX, Cache(*jax.tree.map(write, tuple(cache), tuple(heads.kept)))
-
-            return heads.step(cache, layer, start_B, execution.cached_attention)
+            if is_step:
+                return heads.step(cache, layer, start_B, execution.cached_attention)
+            # what padding writes is overwritten in time
+            if start_B is not None:
+                return heads.extend(cache, layer, start_B, execution.causal_attention)
+            mixed_BTHX = heads.causal(jnp.ones_like(tokens_BT), execution.causal_attention)
+            return mixed_BTHX, cache.opened(heads.kept, layer)
 
         return run
 
@@ -301,7 +302,7 @@ def extend(
     def moe_step(column, carried):
         x_BTD, cache, traffic = carried
         weights = _one_layer(stack, column, execution.in_place)
-        context = _context(column, valid_BT, 1 if length == 1 else 0)
+        context = _context(column, valid_BT, 1 if is_step else 0)
         ffn = _moe_ffn(weights, experts, column, live, context, execution)
         x_BTD, cache, new = _layer(x_BTD, weights, turn, core(num_dense + column, cache), ffn, architecture)
         return x_BTD, cache, jax.tree.map(lambda all_L, one: all_L.at[column].set(one), traffic, new)

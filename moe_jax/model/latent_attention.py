@@ -1,8 +1,8 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values are made of a narrow latent.
 
-Whole sequences expand the latent to a key and a value for every head. A step against the cache does not: it moves the
-projection of the keys to the query and that of the values behind the mixing, and so reads nothing but latents and
-rotary keys, as multi-query attention whose one key is both and whose one value is the latent.
+Many positions at once expand the latent to a key and a value for every head. A step against the cache does not: it
+moves the projection of the keys to the query and that of the values behind the mixing, and so reads nothing but latents
+and rotary keys, as multi-query attention whose one key is both and whose one value is the latent.
 """
 
 import dataclasses
@@ -62,12 +62,29 @@ class Heads:
 
     def causal(self, segments_BT: jax.Array, implementation: str) -> jax.Array:
         """Mixes positions of whole sequences: mixed_BTHX, see `causal_attention`."""
-        latent_BTGZ, rotary_BTGA = jnp.split(self.key_BTGA, [self.attention.latent_rank], axis=-1)
-        expanded_BTHO = jnp.einsum("btz,hoz->btho", latent_BTGZ[:, :, 0], self.up_HOZ)
-        key_BTHA, value_BTHX = jnp.split(expanded_BTHO, [self.attention.nope_head_dim], axis=-1)
-        rotary_BTHA = jnp.broadcast_to(rotary_BTGA, (*key_BTHA.shape[:3], rotary_BTGA.shape[-1]))
-        key_BTHA = jnp.concatenate([key_BTHA, rotary_BTHA], axis=-1)
-        return causal_attention(self.query_BTHA, key_BTHA, value_BTHX, segments_BT, self._scale, implementation)
+        return self._causal(self.key_BTGA, segments_BT, jnp.zeros(len(segments_BT), jnp.int32), implementation)
+
+    def extend(
+        self, cache: Cache, layer: jax.Array | int, start_B: jax.Array, implementation: str
+    ) -> tuple[jax.Array, Cache]:
+        """Adds several positions of every row to the cache and mixes what each sees there, as `attention.Heads.extend`.
+
+        Expands the latents of the whole cache.
+        """
+        cache = cache.extended(self.kept, layer, start_B)
+        key_BMGA = one_layer(cache.key_LBMGA, layer)
+        segments_BM = jnp.ones(key_BMGA.shape[:2], jnp.int32)
+        return self._causal(key_BMGA, segments_BM, start_B, implementation), cache
+
+    def _causal(self, key_BMGA, segments_BM, start_B, implementation):
+        latent_BMGZ, rotary_BMGA = jnp.split(key_BMGA, [self.attention.latent_rank], axis=-1)
+        expanded_BMHO = jnp.einsum("bmz,hoz->bmho", latent_BMGZ[:, :, 0], self.up_HOZ)
+        key_BMHA, value_BMHX = jnp.split(expanded_BMHO, [self.attention.nope_head_dim], axis=-1)
+        rotary_BMHA = jnp.broadcast_to(rotary_BMGA, (*key_BMHA.shape[:3], rotary_BMGA.shape[-1]))
+        key_BMHA = jnp.concatenate([key_BMHA, rotary_BMHA], axis=-1)
+        return causal_attention(
+            self.query_BTHA, key_BMHA, value_BMHX, segments_BM, start_B, self._scale, implementation
+        )
 
     def step(
         self, cache: Cache, layer: jax.Array | int, position_B: jax.Array, implementation: str

@@ -1,4 +1,4 @@
-"""Causal attention over whole sequences: the contract, and the implementations."""
+"""Causal attention over sequences, whole or from any position on: the contract, and the implementations."""
 
 import functools
 
@@ -9,19 +9,21 @@ from moe_jax.kernels.causal_attention import blocked, native
 IMPLEMENTATIONS = {"native": native, "blocked": blocked}
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def causal_attention(
     query_BTHA: jax.Array,
-    key_BTGA: jax.Array,
-    value_BTGX: jax.Array,
-    segments_BT: jax.Array,
+    key_BMGA: jax.Array,
+    value_BMGX: jax.Array,
+    segments_BM: jax.Array,
+    start_B: jax.Array,
     scale: float,
     implementation: str,
 ) -> jax.Array:
     """Mixes what a position sees: itself, and earlier positions of its segment or of a prefix.
 
-    The number of a prefix segment is negative: every later segment of its row goes on from it. Softmax and sums are
-    float32. Head h of the queries reads head h * G // H of keys and values.
+    The number of a prefix segment is negative: every later segment of its row goes on from it. Queries may be fewer
+    than keys: query t of a row stands at position start + t, and the keys after the last one are seen by none. Softmax
+    and sums are float32. Head h of the queries reads head h * G // H of keys and values.
 
     Differentiable in queries, keys and values; the gradient recomputes the scores rather than keep them. Results and
     gradients are the same, bit for bit, from run to run, whatever the number of threads. Runs on local arrays, inside
@@ -29,27 +31,28 @@ def causal_attention(
 
     Args:
         query_BTHA: queries, rotated; H is a multiple of G.
-        key_BTGA: keys, rotated.
-        value_BTGX: values.
-        segments_BT: int32, the segment of every position; padding is a segment like others.
+        key_BMGA: keys, rotated; M is at least T.
+        value_BMGX: values.
+        segments_BM: int32, the segment of every position; padding is a segment like others.
+        start_B: int32, the position of each row's first query, from 0 to M - T, which is not checked.
         scale: of the scores, static.
         implementation: a name from `IMPLEMENTATIONS`, static.
 
     Returns:
         mixed_BTHX in the dtype of the values.
     """
-    return _forward(query_BTHA, key_BTGA, value_BTGX, segments_BT, scale, implementation)[0]
+    return _forward(query_BTHA, key_BMGA, value_BMGX, segments_BM, start_B, scale, implementation)[0]
 
 
-def _forward(query_BTHA, key_BTGA, value_BTGX, segments_BT, scale, implementation):
-    inputs = (query_BTHA, key_BTGA, value_BTGX, segments_BT)
+def _forward(query_BTHA, key_BMGA, value_BMGX, segments_BM, start_B, scale, implementation):
+    inputs = (query_BTHA, key_BMGA, value_BMGX, segments_BM, start_B)
     mixed_BTHX, log_sum_exp_BHT = IMPLEMENTATIONS[implementation].forward(*inputs, scale)
     return mixed_BTHX, (inputs, mixed_BTHX, log_sum_exp_BHT)
 
 
 def _backward(scale, implementation, residuals, mixed_grad_BTHX):
     inputs, *outputs = residuals
-    return *IMPLEMENTATIONS[implementation].backward(*inputs, scale, *outputs, mixed_grad_BTHX), None
+    return *IMPLEMENTATIONS[implementation].backward(*inputs, scale, *outputs, mixed_grad_BTHX), None, None
 
 
 causal_attention.defvjp(_forward, _backward)

@@ -1,4 +1,4 @@
-"""Attention over whole sequences in plain JAX, on any platform (flash attention: arXiv 2307.08691).
+"""Causal attention in plain JAX, on any platform (flash attention: arXiv 2307.08691).
 
 Scores exist for one block of queries and one of keys at a time; blocks beyond the diagonal are not computed. Both loops
 are loops of the compiled program, whose size does not depend on the length. The gradient recomputes the scores from the
@@ -22,7 +22,7 @@ class _Queries(NamedTuple):
 
     query_BGQTA: jax.Array
     segment_BT: jax.Array
-    position_T: jax.Array
+    position_BT: jax.Array
 
 
 class _Keys(NamedTuple):
@@ -38,11 +38,11 @@ class _Keys(NamedTuple):
         return _Keys(*(lax.dynamic_index_in_dim(x, index, keepdims=False) for x in self))
 
 
-def forward(query_BTHA, key_BTGA, value_BTGX, segments_BT, scale):
+def forward(query_BTHA, key_BMGA, value_BMGX, segments_BM, start_B, scale):
     """As `api.causal_attention`; also the natural logarithm of the sum of every query's softmax, float32 [B, H, T]."""
     batch, length, heads, _ = query_BTHA.shape
     longest = LONG_BLOCK if batch * heads <= FEW_HEADS else BLOCK
-    queries, keys = _in_blocks(query_BTHA, key_BTGA, value_BTGX, segments_BT, longest)
+    queries, keys = _in_blocks(query_BTHA, key_BMGA, value_BMGX, segments_BM, start_B, longest)
 
     def mix(_, queries):
         def add(index, so_far):
@@ -52,23 +52,25 @@ def forward(query_BTHA, key_BTGA, value_BTGX, segments_BT, scale):
             new_max_BGQT = jnp.maximum(max_BGQT, score_BGQTM.max(axis=-1))
             share_BGQTM = jnp.exp(score_BGQTM - new_max_BGQT[..., None])
             factor_BGQT = jnp.exp(max_BGQT - new_max_BGQT)
-            new_BGQTX = _product("bgqtm,bgmx->bgqtx", share_BGQTM.astype(value_BTGX.dtype), block.value_BGMX)
+            new_BGQTX = _product("bgqtm,bgmx->bgqtx", share_BGQTM.astype(value_BMGX.dtype), block.value_BGMX)
             sum_BGQT = factor_BGQT * sum_BGQT + share_BGQTM.sum(axis=-1)
             return new_max_BGQT, sum_BGQT, factor_BGQT[..., None] * mixed_BGQTX + new_BGQTX
 
         shape = queries.query_BGQTA.shape[:-1]
-        nothing = jnp.full(shape, HIDDEN), jnp.zeros(shape), jnp.zeros((*shape, value_BTGX.shape[-1]))
+        nothing = jnp.full(shape, HIDDEN), jnp.zeros(shape), jnp.zeros((*shape, value_BMGX.shape[-1]))
         max_BGQT, sum_BGQT, mixed_BGQTX = lax.fori_loop(0, _blocks_seen(queries, keys), add, nothing)
-        return None, ((mixed_BGQTX / sum_BGQT[..., None]).astype(value_BTGX.dtype), max_BGQT + jnp.log(sum_BGQT))
+        return None, ((mixed_BGQTX / sum_BGQT[..., None]).astype(value_BMGX.dtype), max_BGQT + jnp.log(sum_BGQT))
 
     _, (mixed, log_sum_exp) = lax.scan(mix, None, queries)
     log_sum_exp_BHT = jnp.moveaxis(log_sum_exp, 0, 3).reshape(batch, heads, -1)[:, :, :length]
     return _joined(mixed, length), log_sum_exp_BHT
 
 
-def backward(query_BTHA, key_BTGA, value_BTGX, segments_BT, scale, mixed_BTHX, log_sum_exp_BHT, mixed_grad_BTHX):
+def backward(
+    query_BTHA, key_BMGA, value_BMGX, segments_BM, start_B, scale, mixed_BTHX, log_sum_exp_BHT, mixed_grad_BTHX
+):
     """The gradients for queries, keys and values."""
-    queries, keys = _in_blocks(query_BTHA, key_BTGA, value_BTGX, segments_BT, BLOCK)
+    queries, keys = _in_blocks(query_BTHA, key_BMGA, value_BMGX, segments_BM, start_B, BLOCK)
     delta_BTH = jnp.einsum("bthx,bthx->bth", mixed_BTHX, mixed_grad_BTHX, preferred_element_type=jnp.float32)
 
     def pull(key_grads, given):
@@ -100,21 +102,30 @@ def backward(query_BTHA, key_BTGA, value_BTGX, segments_BT, scale, mixed_BTHX, l
     )
     nothing = jnp.zeros(keys.key_BGMA.shape), jnp.zeros(keys.value_BGMX.shape)
     key_grads, query_grad = lax.scan(pull, nothing, (queries, *given))
-    key_grad_BTGA, value_grad_BTGX = (_joined(x[:, :, :, None], key_BTGA.shape[1]) for x in key_grads)
+    key_grad_BMGA, value_grad_BMGX = (_joined(x[:, :, :, None], key_BMGA.shape[1]) for x in key_grads)
     query_grad_BTHA = _joined(query_grad, query_BTHA.shape[1])
-    return query_grad_BTHA, key_grad_BTGA.astype(key_BTGA.dtype), value_grad_BTGX.astype(value_BTGX.dtype)
+    return query_grad_BTHA, key_grad_BMGA.astype(key_BMGA.dtype), value_grad_BMGX.astype(value_BMGX.dtype)
 
 
-def _in_blocks(query_BTHA, key_BTGA, value_BTGX, segments_BT, longest: int) -> tuple[_Queries, _Keys]:
+def _in_blocks(query_BTHA, key_BMGA, value_BMGX, segments_BM, start_B, longest: int) -> tuple[_Queries, _Keys]:
     """Blocks as even as can be: the padding at the end is less than a position for each."""
-    length, kv_heads = key_BTGA.shape[1:3]
-    count = -(-length // longest)
-    block = -(-length // count)
+    memory, kv_heads = key_BMGA.shape[1:3]
+    count, block = _even(memory, longest)
     position = jnp.arange(count * block).reshape(count, block)
-    segment = _split(segments_BT, count, block)
-    key, value = (jnp.swapaxes(_split(x, count, block), 2, 3) for x in (key_BTGA, value_BTGX))
-    query = _of_queries(query_BTHA, count, block, kv_heads)
-    return _Queries(query, segment, position), _Keys(key, value, segment, position)
+    key, value = (jnp.swapaxes(_split(x, count, block), 2, 3) for x in (key_BMGA, value_BMGX))
+    keys = _Keys(key, value, _split(segments_BM, count, block), position)
+
+    count, block = _even(query_BTHA.shape[1], longest)
+    position_BT = jnp.minimum(start_B[:, None] + jnp.arange(count * block)[None, :], memory - 1)
+    segment_BT = jnp.take_along_axis(segments_BM, position_BT, axis=1)
+    places = (_split(x, count, block) for x in (segment_BT, position_BT))
+    return _Queries(_of_queries(query_BTHA, count, block, kv_heads), *places), keys
+
+
+def _even(length: int, longest: int) -> tuple[int, int]:
+    """How many blocks, and how long one is."""
+    count = -(-length // longest)
+    return count, -(-length // count)
 
 
 def _split(x_BT, count: int, block: int) -> jax.Array:
@@ -140,14 +151,14 @@ def _joined(blocks, length: int) -> jax.Array:
 
 def _blocks_seen(queries: _Queries, keys: _Keys) -> jax.Array:
     """The blocks of keys up to the diagonal, of which queries of one block see something."""
-    return queries.position_T.max() // keys.position_M.shape[1] + 1
+    return queries.position_BT.max() // keys.position_M.shape[1] + 1
 
 
 def _scores(queries: _Queries, keys: _Keys, scale: float) -> jax.Array:
     """float32."""
     key_segment_B1M = keys.segment_BM[:, None, :]
     in_sight_BTM = (queries.segment_BT[:, :, None] == key_segment_B1M) | (key_segment_B1M < 0)
-    seen_BTM = in_sight_BTM & (queries.position_T[:, None] >= keys.position_M[None, :])[None]
+    seen_BTM = in_sight_BTM & (queries.position_BT[:, :, None] >= keys.position_M[None, None, :])
     score_BGQTM = _product("bgqta,bgma->bgqtm", queries.query_BGQTA, keys.key_BGMA)
     return jnp.where(seen_BTM[:, None, None], scale * score_BGQTM, HIDDEN)
 

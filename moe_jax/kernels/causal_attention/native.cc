@@ -1,4 +1,4 @@
-// Attention over whole sequences for CPUs (flash attention: arXiv 2205.14135). Scores exist for a block of queries and
+// Causal attention for CPUs (flash attention: arXiv 2205.14135). Scores exist for a block of queries and
 // one of keys at a time; blocks of which nothing is seen are passed over. The gradient recomputes them from the
 // log-sum-exp of every query. Sums are float32, and their order does not depend on the threads.
 //
@@ -39,26 +39,45 @@ struct Heads {
   }
 };
 
+// The positions [start, end) of a row's queries, in the blocks of its keys: the last block of keys that a block of
+// queries sees has a key for each of them.
+struct Place {
+  int64_t start, end;
+
+  int64_t first_block() const { return start / kBlock; }
+  int64_t end_block() const { return (end - 1) / kBlock + 1; }
+  Span QueriesOf(int64_t block) const {
+    const int64_t first = std::max(start, block * kBlock);
+    return {first, std::min(end, (block + 1) * kBlock) - first};
+  }
+};
+
 template <typename T>
 ffi::Error Forward(ffi::ThreadPool& pool, ffi::AnyBuffer& query, ffi::AnyBuffer& key, ffi::AnyBuffer& value,
-                   const int32_t* all_segments, float scale, ffi::AnyBuffer& mixed, float* log_sum_exp) {
+                   const int32_t* all_segments, const int32_t* starts, float scale, ffi::AnyBuffer& mixed,
+                   float* log_sum_exp) {
   using Number = typename T::Number;
   const auto q = Heads<Number>::Of(query), k = Heads<Number>::Of(key), v = Heads<Number>::Of(value);
   const auto out = Heads<Number>::Of(mixed);
   const int64_t batch = query.dimensions()[0], length = q.length, key_width = q.width, value_width = v.width;
-  const int64_t of_kv_head = q.heads / k.heads, chunks = (of_kv_head + kHeads - 1) / kHeads;
-  const int64_t blocks = (length + kBlock - 1) / kBlock;
+  const int64_t memory = k.length, of_kv_head = q.heads / k.heads, chunks = (of_kv_head + kHeads - 1) / kHeads;
+  const auto place_of = [=](int64_t row) { return Place{starts[row], starts[row] + length}; };
+  int64_t blocks = 0;  // of the row that has the most
+  for (int64_t b = 0; b < batch; b++)
+    blocks = std::max(blocks, place_of(b).end_block() - place_of(b).first_block());
   const int64_t key_stride = Whole(key_width), value_stride = Whole(value_width);
 
   RunPieces(pool, batch * k.heads * chunks * blocks, [=](int64_t piece) {
-    const int64_t block = blocks - 1 - piece % blocks;  // the longest piece first; keys and values are still at hand
     const int64_t chunk = piece / blocks % chunks, g = piece / (blocks * chunks) % k.heads;
     const int64_t b = piece / (blocks * chunks * k.heads);
+    const Place place = place_of(b);
+    const int64_t block = place.end_block() - 1 - piece % blocks;  // the longest first: keys and values are at hand
+    if (block < place.first_block()) return;
     const int64_t first_head = g * of_kv_head + chunk * kHeads;
     const int64_t count = std::min(kHeads, of_kv_head - chunk * kHeads);
-    const int32_t* segments = all_segments + b * length;
-    const Span queries = BlockOf(block, length);
-    const int64_t lanes = Whole(queries.count);
+    const int32_t* segments = all_segments + b * memory;
+    const Span queries = place.QueriesOf(block);
+    const int64_t first_query = queries.first - place.start, lanes = Whole(queries.count);
 
     Room room(kBlock * (key_stride + value_stride + std::max(key_stride, value_stride) + kBlock +
                         count * (key_width + value_width)));
@@ -71,14 +90,14 @@ ffi::Error Forward(ffi::ThreadPool& pool, ffi::AnyBuffer& query, ffi::AnyBuffer&
     for (int64_t h = 0; h < count; h++) {
       turned_query[h] = room.Take(kBlock * key_width);
       turned_mixed[h] = room.Take(kBlock * value_width);
-      Widen<T>(q.At(b, first_head + h, queries.first), q.stride(), queries.count, key_width, query_rows, key_stride);
+      Widen<T>(q.At(b, first_head + h, first_query), q.stride(), queries.count, key_width, query_rows, key_stride);
       for (int64_t i = 0; i < queries.count * key_stride; i++) query_rows[i] *= scale * kLog2E;
       Turn(query_rows, key_stride, queries.count, key_width, turned_query[h], kBlock);
       std::fill_n(turned_mixed[h], kBlock * value_width, 0.0f);
     }
 
     for (int64_t j = block; j >= 0; j--) {  // every query sees itself: the first of its scores are finite
-      const Span keys = BlockOf(j, length);
+      const Span keys = BlockOf(j, place.end);
       const Sight sight = See(segments, queries, keys);
       if (sight == Sight::kNothing) continue;
       Widen<T>(k.At(b, g, keys.first), k.stride(), keys.count, key_width, keys_rows, key_stride);
@@ -98,8 +117,8 @@ ffi::Error Forward(ffi::ThreadPool& pool, ffi::AnyBuffer& query, ffi::AnyBuffer&
       Turn(turned_mixed[h], kBlock, value_width, queries.count, mixed_rows, value_stride);
       for (int64_t i = 0; i < queries.count; i++) {
         Narrow<T>(mixed_rows + i * value_stride, 0, 1, value_width, 1 / softmax[h].sum[i],
-                  out.At(b, first_head + h, queries.first + i), 0);
-        log_sum_exp[(b * q.heads + first_head + h) * length + queries.first + i] = softmax[h].LogSumExp(i);
+                  out.At(b, first_head + h, first_query + i), 0);
+        log_sum_exp[(b * q.heads + first_head + h) * length + first_query + i] = softmax[h].LogSumExp(i);
       }
     }
   });
@@ -108,21 +127,22 @@ ffi::Error Forward(ffi::ThreadPool& pool, ffi::AnyBuffer& query, ffi::AnyBuffer&
 
 template <typename T>
 ffi::Error Backward(ffi::ThreadPool& pool, ffi::AnyBuffer& query, ffi::AnyBuffer& key, ffi::AnyBuffer& value,
-                    const int32_t* all_segments, ffi::AnyBuffer& mixed, const float* log_sum_exp,
-                    ffi::AnyBuffer& mixed_grad, float scale, ffi::AnyBuffer& query_grad, ffi::AnyBuffer& key_grad,
-                    ffi::AnyBuffer& value_grad) {
+                    const int32_t* all_segments, const int32_t* starts, ffi::AnyBuffer& mixed,
+                    const float* log_sum_exp, ffi::AnyBuffer& mixed_grad, float scale, ffi::AnyBuffer& query_grad,
+                    ffi::AnyBuffer& key_grad, ffi::AnyBuffer& value_grad) {
   using Number = typename T::Number;
   const auto q = Heads<Number>::Of(query), k = Heads<Number>::Of(key), v = Heads<Number>::Of(value);
   const auto out = Heads<Number>::Of(mixed), d_out = Heads<Number>::Of(mixed_grad);
   const auto d_q = Heads<Number>::Of(query_grad), d_k = Heads<Number>::Of(key_grad);
   const auto d_v = Heads<Number>::Of(value_grad);
   const int64_t batch = query.dimensions()[0], length = q.length, key_width = q.width, value_width = v.width;
-  const int64_t of_kv_head = q.heads / k.heads, blocks = (length + kBlock - 1) / kBlock;
+  const int64_t memory = k.length, of_kv_head = q.heads / k.heads, blocks = (memory + kBlock - 1) / kBlock;
   const int64_t key_stride = Whole(key_width), value_stride = Whole(value_width);
 
   RunPieces(pool, batch * k.heads, [=](int64_t piece) {
     const int64_t b = piece / k.heads, g = piece % k.heads;
-    const int32_t* segments = all_segments + b * length;
+    const Place place{starts[b], starts[b] + length};
+    const int32_t* segments = all_segments + b * memory;
     Room room(kBlock * (2 * blocks * (key_stride + value_stride) + 2 * key_stride + value_stride + key_width +
                         value_width + 2 * kBlock));
     float* keys_rows = room.Take(blocks * kBlock * key_stride);
@@ -136,34 +156,34 @@ ffi::Error Backward(ffi::ThreadPool& pool, ffi::AnyBuffer& query, ffi::AnyBuffer
     float* turned_d_mixed = room.Take(kBlock * value_width);
     float* shares = room.Take(kBlock * kBlock);
     float* d_scores = room.Take(kBlock * kBlock);
-    Widen<T>(k.At(b, g, 0), k.stride(), length, key_width, keys_rows, key_stride);
-    Widen<T>(v.At(b, g, 0), v.stride(), length, value_width, values_rows, value_stride);
-    std::fill_n(d_keys, length * key_stride, 0.0f);
-    std::fill_n(d_values, length * value_stride, 0.0f);
+    Widen<T>(k.At(b, g, 0), k.stride(), memory, key_width, keys_rows, key_stride);
+    Widen<T>(v.At(b, g, 0), v.stride(), memory, value_width, values_rows, value_stride);
+    std::fill_n(d_keys, memory * key_stride, 0.0f);
+    std::fill_n(d_values, memory * value_stride, 0.0f);
 
-    for (int64_t block = 0; block < blocks; block++)
+    for (int64_t block = place.first_block(); block < place.end_block(); block++)
       for (int64_t h = g * of_kv_head; h < (g + 1) * of_kv_head; h++) {
-        const Span queries = BlockOf(block, length);
-        const int64_t lanes = Whole(queries.count);
+        const Span queries = place.QueriesOf(block);
+        const int64_t first_query = queries.first - place.start, lanes = Whole(queries.count);
         alignas(64) float of_query[kBlock] = {}, delta[kBlock] = {};  // log-sum-exp, and mixed times its gradient
-        std::copy_n(log_sum_exp + (b * q.heads + h) * length + queries.first, queries.count, of_query);
+        std::copy_n(log_sum_exp + (b * q.heads + h) * length + first_query, queries.count, of_query);
         // d_query serves as room for what was mixed, and for scaled queries, before it is summed
-        Widen<T>(d_out.At(b, h, queries.first), d_out.stride(), queries.count, value_width, d_mixed, value_stride);
+        Widen<T>(d_out.At(b, h, first_query), d_out.stride(), queries.count, value_width, d_mixed, value_stride);
         Turn(d_mixed, value_stride, queries.count, value_width, turned_d_mixed, kBlock);
         for (int64_t i = 0; i < queries.count; i++) {
-          const Number* of_mixed = out.At(b, h, queries.first + i);
+          const Number* of_mixed = out.At(b, h, first_query + i);
           Floats sums = {};
           for (int64_t x = 0; x < value_width; x += kLanes)
             sums += WidenSome<T>(of_mixed + x, value_width - x) * At(d_mixed + i * value_stride + x);
           delta[i] = Sum(sums);
         }
-        Widen<T>(q.At(b, h, queries.first), q.stride(), queries.count, key_width, query_rows, key_stride);
+        Widen<T>(q.At(b, h, first_query), q.stride(), queries.count, key_width, query_rows, key_stride);
         for (int64_t i = 0; i < queries.count * key_stride; i++) d_query[i] = query_rows[i] * (scale * kLog2E);
         Turn(d_query, key_stride, queries.count, key_width, turned_query, kBlock);
         std::fill_n(d_query, queries.count * key_stride, 0.0f);
 
         for (int64_t j = 0; j <= block; j++) {
-          const Span keys = BlockOf(j, length);
+          const Span keys = BlockOf(j, place.end);
           const Sight sight = See(segments, queries, keys);
           if (sight == Sight::kNothing) continue;
           const float* some_keys = keys_rows + keys.first * key_stride;
@@ -186,10 +206,10 @@ ffi::Error Backward(ffi::ThreadPool& pool, ffi::AnyBuffer& query, ffi::AnyBuffer
           Multiply<Left::kTurned, Out::kAdded>(d_scores, kBlock, queries.count, some_keys, key_stride, keys.count,
                                                d_query, key_stride, key_stride);
         }
-        Narrow<T>(d_query, key_stride, queries.count, key_width, scale, d_q.At(b, h, queries.first), d_q.stride());
+        Narrow<T>(d_query, key_stride, queries.count, key_width, scale, d_q.At(b, h, first_query), d_q.stride());
       }
-    Narrow<T>(d_keys, key_stride, length, key_width, scale, d_k.At(b, g, 0), d_k.stride());
-    Narrow<T>(d_values, value_stride, length, value_width, 1, d_v.At(b, g, 0), d_v.stride());
+    Narrow<T>(d_keys, key_stride, memory, key_width, scale, d_k.At(b, g, 0), d_k.stride());
+    Narrow<T>(d_values, value_stride, memory, value_width, 1, d_v.At(b, g, 0), d_v.stride());
   });
   return ffi::Error::Success();
 }
@@ -209,23 +229,24 @@ ffi::Error ByDtype(ffi::DataType dtype, const Run& run) {
 }
 
 ffi::Error CausalAttention(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key, ffi::AnyBuffer value,
-                           ffi::Buffer<ffi::S32> segments, float scale, ffi::Result<ffi::AnyBuffer> mixed,
-                           ffi::Result<ffi::Buffer<ffi::F32>> log_sum_exp) {
+                           ffi::Buffer<ffi::S32> segments, ffi::Buffer<ffi::S32> starts, float scale,
+                           ffi::Result<ffi::AnyBuffer> mixed, ffi::Result<ffi::Buffer<ffi::F32>> log_sum_exp) {
   const auto run = [&](auto dtype) {
-    return Forward<decltype(dtype)>(pool, query, key, value, segments.typed_data(), scale, *mixed,
+    return Forward<decltype(dtype)>(pool, query, key, value, segments.typed_data(), starts.typed_data(), scale, *mixed,
                                     log_sum_exp->typed_data());
   };
   return ByDtype(query.element_type(), run);
 }
 
 ffi::Error CausalAttentionGradient(ffi::ThreadPool pool, ffi::AnyBuffer query, ffi::AnyBuffer key,
-                                   ffi::AnyBuffer value, ffi::Buffer<ffi::S32> segments, ffi::AnyBuffer mixed,
+                                   ffi::AnyBuffer value, ffi::Buffer<ffi::S32> segments,
+                                   ffi::Buffer<ffi::S32> starts, ffi::AnyBuffer mixed,
                                    ffi::Buffer<ffi::F32> log_sum_exp, ffi::AnyBuffer mixed_grad, float scale,
                                    ffi::Result<ffi::AnyBuffer> query_grad, ffi::Result<ffi::AnyBuffer> key_grad,
                                    ffi::Result<ffi::AnyBuffer> value_grad) {
   const auto run = [&](auto dtype) {
-    return Backward<decltype(dtype)>(pool, query, key, value, segments.typed_data(), mixed, log_sum_exp.typed_data(),
-                                     mixed_grad, scale, *query_grad, *key_grad, *value_grad);
+    return Backward<decltype(dtype)>(pool, query, key, value, segments.typed_data(), starts.typed_data(), mixed,
+                                     log_sum_exp.typed_data(), mixed_grad, scale, *query_grad, *key_grad, *value_grad);
   };
   return ByDtype(query.element_type(), run);
 }
@@ -239,6 +260,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_jax_causal_attention, CausalAttention,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Attr<float>("scale")
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::Buffer<ffi::F32>>());
@@ -249,6 +271,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(moe_jax_causal_attention_gradient, CausalAttention
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::Buffer<ffi::S32>>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::Buffer<ffi::F32>>()

@@ -1,4 +1,4 @@
-"""Attention over whole sequences in C++ (`native.cc`), for CPUs: no scores outside the caches, and its own gradient."""
+"""Causal attention in C++ (`native.cc`), for CPUs: no scores outside the caches, and its own gradient."""
 
 import pathlib
 
@@ -11,29 +11,32 @@ from moe_jax.kernels import compiled
 _SOURCE = pathlib.Path(__file__).with_suffix(".cc")
 
 
-def forward(query_BTHA, key_BTGA, value_BTGX, segments_BT, scale):
+def forward(query_BTHA, key_BMGA, value_BMGX, segments_BM, start_B, scale):
     """As `api.causal_attention`; also the logarithm of the sum of every query's softmax, base 2, float32 [B, H, T].
 
     Raises:
         ValueError: something is not float32, bfloat16 or float16, or nothing can compile the source.
     """
-    dtype = _dtype(query_BTHA, key_BTGA, value_BTGX)
+    dtype = _dtype(query_BTHA, key_BMGA, value_BMGX)
     batch, length, heads, _ = query_BTHA.shape
     call = jax.ffi.ffi_call(
         compiled.register(_SOURCE, "moe_jax_causal_attention"),
         (
-            jax.ShapeDtypeStruct((batch, length, heads, value_BTGX.shape[-1]), dtype),
+            jax.ShapeDtypeStruct((batch, length, heads, value_BMGX.shape[-1]), dtype),
             jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
         ),
     )
-    operands = (x.astype(dtype) for x in (query_BTHA, key_BTGA, value_BTGX))
-    mixed_BTHX, log_sum_exp_BHT = call(*operands, segments_BT.astype(jnp.int32), scale=np.float32(scale))
-    return mixed_BTHX.astype(value_BTGX.dtype), log_sum_exp_BHT
+    operands = (x.astype(dtype) for x in (query_BTHA, key_BMGA, value_BMGX))
+    places = (segments_BM.astype(jnp.int32), start_B.astype(jnp.int32))
+    mixed_BTHX, log_sum_exp_BHT = call(*operands, *places, scale=np.float32(scale))
+    return mixed_BTHX.astype(value_BMGX.dtype), log_sum_exp_BHT
 
 
-def backward(query_BTHA, key_BTGA, value_BTGX, segments_BT, scale, mixed_BTHX, log_sum_exp_BHT, mixed_grad_BTHX):
+def backward(
+    query_BTHA, key_BMGA, value_BMGX, segments_BM, start_B, scale, mixed_BTHX, log_sum_exp_BHT, mixed_grad_BTHX
+):
     """The gradients for queries, keys and values."""
-    inputs = (query_BTHA, key_BTGA, value_BTGX)
+    inputs = (query_BTHA, key_BMGA, value_BMGX)
     dtype = _dtype(*inputs)
     call = jax.ffi.ffi_call(
         compiled.register(_SOURCE, "moe_jax_causal_attention_gradient"),
@@ -41,7 +44,8 @@ def backward(query_BTHA, key_BTGA, value_BTGX, segments_BT, scale, mixed_BTHX, l
     )
     grads = call(
         *(x.astype(dtype) for x in inputs),
-        segments_BT.astype(jnp.int32),
+        segments_BM.astype(jnp.int32),
+        start_B.astype(jnp.int32),
         mixed_BTHX.astype(dtype),
         log_sum_exp_BHT,
         mixed_grad_BTHX.astype(dtype),
