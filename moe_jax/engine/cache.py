@@ -14,13 +14,14 @@ from moe_jax.model.attention import Cache
 from moe_jax.model.decoder import ATTENTION
 
 SHORTEST = 16  # positions of the smallest bucket
+CHUNK = 2048  # positions of a longer prompt that are read at once
 
 
 class Shape(NamedTuple):
     """The static shape of one batch of requests: what its programs are compiled for."""
 
     batch: int  # rows, a power of two
-    length: int  # positions of the longest prompt, rounded up
+    length: int  # positions of the longest prompt, rounded up: one chunk, or several whole ones
     memory: int  # positions of the cache: prompt and continuation, rounded up
 
 
@@ -44,7 +45,9 @@ def shape_of(prompts: Sequence[int], continuations: Sequence[int], max_context: 
     """
     longest = max(prompt + continuation for prompt, continuation in zip(prompts, continuations))
     length, memory = length_bucket(max(prompts), max_context), length_bucket(longest, max_context)
-    return Shape(round_up(len(prompts)), length, memory)
+    if length > CHUNK:
+        length = -(-length // CHUNK) * CHUNK  # which the context may cut short
+    return Shape(round_up(len(prompts)), length, max(length, memory))
 
 
 def allocate(architecture: Architecture, batch: int, memory: int, dtype: jnp.dtype) -> Cache:

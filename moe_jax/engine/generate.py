@@ -1,19 +1,19 @@
 """Generation: a batch of requests, each with its own policy and sampling, to completions."""
 
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
 from moe_jax.engine import cache as caches
+from moe_jax.engine import steps
 from moe_jax.engine.request import Request
-from moe_jax.engine.sampling import Sampling, draw
+from moe_jax.engine.sampling import Sampling
+from moe_jax.engine.steps import Drawn, Live
 from moe_jax.engine.stopping import StoppingText
 from moe_jax.model import decoder
 from moe_jax.routing.policies import base as policies
@@ -90,50 +90,6 @@ class Generated(NamedTuple):
 
     completions: list[Completion]
     measured: Measured
-
-
-class Drawn(NamedTuple):
-    """What a step hands to the host."""
-
-    token_B: jax.Array  # int32
-    log_probability_B: jax.Array  # float32
-    chosen_LNK: jax.Array  # int32: the expert of each slot; -1: not kept
-
-
-class Live(NamedTuple):
-    """The live settings of a batch, one row per request."""
-
-    policy: policies.Settings
-    sampling: Sampling
-
-
-@functools.partial(jax.jit, static_argnames=("execution", "memory"))
-def _prefill(params, tokens_BT, length_B, valid_BT, live: Live, *, execution, memory):
-    """Reads the prompts into a new cache, and draws the first token of each."""
-    batch = tokens_BT.shape[0]
-    cache = caches.allocate(execution.architecture, batch, memory, params["embedding_VD"].dtype)
-    start_B = jnp.zeros_like(length_B)
-    with jax.named_scope("prefill"):
-        x_BTD, cache, traffic = decoder.extend(params, cache, tokens_BT, start_B, valid_BT, live.policy, execution)
-        last_BD = x_BTD[jnp.arange(batch), length_B - 1]
-    return _draw(params, last_BD, length_B, traffic, live, execution), cache
-
-
-@functools.partial(jax.jit, static_argnames="execution", donate_argnames="cache")
-def _decode(params, cache, token_B, position_B, alive_B, live: Live, *, execution):
-    """Reads the last token of each row that is alive, and draws the next."""
-    with jax.named_scope("decode"):
-        x_BTD, cache, traffic = decoder.extend(
-            params, cache, token_B[:, None], position_B, alive_B[:, None], live.policy, execution
-        )
-    return _draw(params, x_BTD[:, 0], position_B + 1, traffic, live, execution), cache
-
-
-def _draw(params, x_BD, position_B, traffic, live, execution):
-    with jax.named_scope("sample"):
-        logits_BV = decoder.logits(params, x_BD, execution.in_place)
-        token_B, log_probability_B = draw(logits_BV, live.sampling, position_B)
-    return Drawn(token_B, log_probability_B, traffic.chosen_NK)
 
 
 class Engine:
@@ -240,7 +196,7 @@ class Engine:
         key = (execution, shape, jax.tree.structure(batch.live))
         if key not in self._programs:
             arguments = (self.params, batch.tokens_BT, batch.length_B, batch.valid_BT, batch.live)
-            lowered = _prefill.lower(*arguments, execution=execution, memory=shape.memory)
+            lowered = steps.prefill.lower(*arguments, execution=execution, memory=shape.memory, chunk=caches.CHUNK)
             self._programs[key] = lowered.compile()
         return self._programs[key]
 
@@ -255,7 +211,7 @@ class Engine:
         if key not in self._programs:
             cache = jax.eval_shape(lambda: caches.allocate(execution.architecture, shape.batch, shape.memory, dtype))
             rows = (batch.length_B, batch.length_B, batch.valid_BT[:, 0], batch.live)
-            self._programs[key] = _decode.lower(self.params, cache, *rows, execution=execution).compile()
+            self._programs[key] = steps.decode.lower(self.params, cache, *rows, execution=execution).compile()
         return self._programs[key]
 
 

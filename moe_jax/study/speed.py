@@ -17,8 +17,9 @@ import numpy as np
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.cost import roofline
 from moe_jax.engine import cache as caches
-from moe_jax.engine.generate import Batch, Engine, Live, batch_of
+from moe_jax.engine.generate import Batch, Engine, batch_of
 from moe_jax.engine.request import AnyPolicy, make_requests
+from moe_jax.engine.steps import Live
 from moe_jax.model.decoder import Execution
 from moe_jax.routing.policies.base import Replay
 from moe_jax.routing.selection import distinct_experts

@@ -22,6 +22,16 @@ def test_a_shape_holds_every_request():
     assert cache.shape_of([500] * 9, [12] * 9, 512) == (16, 512, 512)
 
 
+def test_long_prompts_are_whole_chunks_for_which_the_cache_has_room():
+    chunk = cache.CHUNK
+    assert cache.shape_of([chunk], [9], 16 * chunk) == (1, chunk, 2 * chunk)
+    assert cache.shape_of([chunk + 1, 7], [9] * 2, 16 * chunk) == (2, 2 * chunk, 2 * chunk)
+    assert cache.shape_of([3 * chunk], [2 * chunk], 16 * chunk) == (1, 4 * chunk, 8 * chunk)
+    context = 2 * chunk + 100
+    assert cache.shape_of([2 * chunk + 9], [9], context) == (1, 3 * chunk, 3 * chunk)
+    assert cache.shape_of([9], [2 * chunk + 9], context) == (1, 16, context)
+
+
 def test_a_cache_beyond_the_memory_is_refused(monkeypatch):
     memory = collections.namedtuple("memory", "available")
     shape = cache.Shape(batch=4, length=32, memory=64)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from moe_jax.config.schema import SamplingConfig
-from moe_jax.engine.generate import Engine
+from moe_jax.engine import cache, steps
+from moe_jax.engine.generate import Engine, batch_of
 from moe_jax.engine.request import execution_of, make_requests, policy_of_each
 from moe_jax.engine.stopping import StoppingText
 from moe_jax.model import decoder
@@ -109,6 +110,35 @@ def test_within_a_bucket_nothing_compiles(engine, compilations):
     assert compiled_by(prompts, temperature=0.7, top_k=5, top_p=0.9, seed=[1, 2, 3], stop=("x",)) == (0, 8)
     assert compiled_by([*prompts, [4] * 16], max_new_tokens=16) == (0, 8)
     assert compiled_by([[5] * 17] * 3, policy="topk:10") == (1, 10)  # the prefill of another bucket
+
+
+def test_a_prompt_read_in_chunks_is_continued_as_one_read_at_once(params, engine, monkeypatch):
+    """Prompts that end within every chunk and at the end of one, a policy for each, and a row without a request."""
+    prompts = [list(range(5, 5 + length)) for length in (3, 26, 16)]
+    settings = {"policy": ["topk:3", None, "layers:2,5"], "max_new_tokens": 6}
+    wanted, at_once = run(engine, prompts, **settings)
+    monkeypatch.setattr(cache, "CHUNK", 8)
+    got, in_chunks = run(Engine(params, tiny_model.tokenizer(), end_ids=()), prompts, **settings)
+    for one, other in zip(got, wanted, strict=True):
+        assert (one.ids, one.experts_per_token) == (other.ids, other.experts_per_token)
+        np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, rtol=1e-5, atol=1e-5)
+    assert in_chunks.kept_slots == at_once.kept_slots
+    first, _ = run(Engine(params, tiny_model.tokenizer(), end_ids=()), prompts, **settings | {"max_new_tokens": 1})
+    assert [one.experts_per_token for one in first] == [3, 8, 3.5]  # of the prompt
+
+
+def test_a_longer_prompt_is_no_longer_program(params):
+    context = 16 * cache.CHUNK
+    architecture = tiny_model.changed(decoder={"max_context": context})
+    execution = execution_of(architecture)
+
+    def lines(length):
+        batch = batch_of(requests([[1] * length], execution=execution, max_new_tokens=1), execution)
+        given = (params, batch.tokens_BT, batch.length_B, batch.valid_BT, batch.live)
+        static = {"execution": execution, "memory": batch.shape.memory, "chunk": cache.CHUNK}
+        return len(steps.prefill.lower(*given, **static).as_text().splitlines())
+
+    assert lines(context - 1) <= 1.05 * lines(2 * cache.CHUNK)
 
 
 def test_a_request_draws_the_same_beside_others_and_alone(engine):

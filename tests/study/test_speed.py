@@ -9,8 +9,9 @@ from flax import nnx
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.cost import roofline
 from moe_jax.engine import cache as caches
-from moe_jax.engine.generate import Drawn, Engine
+from moe_jax.engine.generate import Engine
 from moe_jax.engine.request import execution_of, make_requests
+from moe_jax.engine.steps import Drawn
 from moe_jax.model import decoder
 from moe_jax.routing.trace import Trace
 from moe_jax.study import random_model, speed
@@ -75,6 +76,15 @@ def test_a_prefill_wakes_the_experts_of_its_tokens(engine, trace, seen, policy, 
     wanted_LE = np.stack([load_of(of_layer[..., :k]) for of_layer in expert_LBTK])
     np.testing.assert_array_equal([load_of(of_layer[of_layer >= 0]) for of_layer in seen[0]], wanted_LE)
     assert sample.step == roofline.Step([0], [length], length * k * LAYERS, np.count_nonzero(wanted_LE))
+
+
+def test_a_prefill_in_chunks_wakes_the_experts_of_its_tokens(engine, trace, seen, monkeypatch):
+    monkeypatch.setattr(caches, "CHUNK", 8)
+    subject = speed.Subject(Engine(engine.params, None, ()), EXECUTION, "topk:3", SamplingConfig(), trace)
+    sample = speed.Prefill(subject, tokens(1, 21)[0]).step()
+    expert_LBTK = trace.replay(LAYERS, 16, 8, 1, 21)
+    np.testing.assert_array_equal(seen[0][:, :21, :3], expert_LBTK[:, 0, :, :3])
+    assert sample.step.kept_slots == 21 * 3 * LAYERS
 
 
 def test_decode_steps_are_those_of_the_engine(engine, seen):
