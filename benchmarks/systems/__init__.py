@@ -1,4 +1,4 @@
-"""The systems that `benchmarks/peers.py` compares: each a class in a process of its own, all with the same methods.
+"""The systems that are compared: each a class in a process of its own, all with the same methods.
 
 System(folder, threads, **options): loads the checkpoint.
 
@@ -8,4 +8,10 @@ prefill(tokens_T): seconds until the logits behind the last token are there; Non
 
 decode(tokens_BT, prompt, steps): seconds of each step, which reads the next token of every row. The first call of a
 number of rows reads the prompts, later ones go on where it stood.
+
+For `benchmarks/long_prompts.py`, which llama.cpp has no part in:
+
+whole(tokens_T): seconds until the logits behind every position are on the host, and those of some positions.
+
+peak_memory_bytes(): the most memory that the process has held.
 """

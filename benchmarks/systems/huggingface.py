@@ -1,5 +1,6 @@
 """transformers on torch, with each of its implementations of experts."""
 
+import resource
 import time
 
 import numpy as np
@@ -41,6 +42,15 @@ class System:
 
     def logits(self, tokens_T: np.ndarray) -> np.ndarray:
         return self._read(tokens_T[None]).logits[0, -1].float().numpy()
+
+    def whole(self, tokens_T: np.ndarray) -> tuple[float, np.ndarray]:
+        tokens = self._torch.tensor(np.asarray(tokens_T[None], np.int64))
+        began = time.perf_counter()
+        logits_TV = self._model(input_ids=tokens, use_cache=False).logits[0].numpy()
+        return time.perf_counter() - began, logits_TV[:: len(tokens_T) // 64].copy()
+
+    def peak_memory_bytes(self) -> int:
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def prefill(self, tokens_T: np.ndarray) -> float | None:
         return None if self._experts == _FEW_ROWS else self._call(tokens_T[None])[0]

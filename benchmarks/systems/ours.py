@@ -1,32 +1,58 @@
 """moe_jax, through the programs that its engine runs."""
 
+import functools
 import os
+import resource
+import time
 
 import numpy as np
 
 
 class System:
-    """As `systems` says."""
+    """As `systems` says.
 
-    def __init__(self, folder: str, threads: int):
+    Args:
+        folder: of the checkpoint.
+        threads: those of the machine.
+        compiler: whether there is one for C++; otherwise all is plain JAX.
+        keep_compiled: whether programs of an earlier run may be used.
+    """
+
+    def __init__(self, folder: str, threads: int, compiler: bool = True, keep_compiled: bool = True):
         assert threads == os.cpu_count(), "XLA takes every core"
+        if not compiler:
+            os.environ.pop("CXX", None)
+            os.environ["PATH"] = ""
         import moe_jax
         from moe_jax import command
         from moe_jax.config.schema import SamplingConfig
-        from moe_jax.cost import hardware
         from moe_jax.engine.request import execution_of
         from moe_jax.study import speed
 
-        command.configure_jax()
+        if keep_compiled:
+            command.configure_jax()
         self._speed = speed
         self._model = moe_jax.load(folder)
         self._execution = execution_of(self._model.architecture)
         self._subject = speed.Subject(self._model.engine, self._execution, "model", SamplingConfig())
         self._cases = {}
-        self._probe = hardware.Probe(self._model.params["embedding_VD"].dtype)
+
+    @functools.cached_property
+    def _probe(self):
+        from moe_jax.cost import hardware
+
+        return hardware.Probe(self._model.params["embedding_VD"].dtype)
 
     def logits(self, tokens_T: np.ndarray) -> np.ndarray:
         return self._model.logits(tokens_T[None])[0, -1]
+
+    def whole(self, tokens_T: np.ndarray) -> tuple[float, np.ndarray]:
+        began = time.perf_counter()
+        [logits_TV] = self._model.logits(tokens_T[None])
+        return time.perf_counter() - began, logits_TV[:: len(tokens_T) // 64].copy()
+
+    def peak_memory_bytes(self) -> int:
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
     def prefill(self, tokens_T: np.ndarray) -> float:
         if len(tokens_T) not in self._cases:

@@ -46,7 +46,7 @@ def shape_of(prompts: Sequence[int], continuations: Sequence[int], max_context: 
     longest = max(prompt + continuation for prompt, continuation in zip(prompts, continuations))
     length, memory = length_bucket(max(prompts), max_context), length_bucket(longest, max_context)
     if length > CHUNK:
-        length = -(-length // CHUNK) * CHUNK  # which the context may cut short
+        length = -(-length // CHUNK) * CHUNK  # a context may end within a chunk
     return Shape(round_up(len(prompts)), length, max(length, memory))
 
 
