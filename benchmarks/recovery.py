@@ -91,6 +91,8 @@ GROUPS = {
     },
     # the control's learning rate is tuned like the others'
     "control_rates": {f"control_{rate:g}": _plain(rate, 2.0) for rate in (1e-4, 2e-4, 4e-4)},
+    # beside quarter_batch_mixed_4e-4
+    "short_control": {"control_0.5M": _plain(BEST_CONTROL_RATE, 0.5)},
     # two million tokens each
     "long": {"k4_seed0": LONG, "k2": _at(2, 2.0)},
     "elastic": {
@@ -224,28 +226,32 @@ def summary(folder: pathlib.Path, names) -> tuple[str, dict]:
     def finished(*wanted):
         return [runs[name] for name in wanted if name in runs]
 
-    parts = [tables.short_runs(runs, GROUPS["table"]), tables.control_rates(runs, GROUPS["control_rates"])]
+    parts = [tables.short_runs(runs, GROUPS["table"]), tables.short_runs(runs, [*GROUPS["long_table"], "k4_seed0"])]
+    parts += [tables.control_rates(runs, GROUPS["control_rates"])]
     figures = {}
-    long = {
-        "topk:4": finished(*(f"k4_seed{seed}" for seed in SEEDS)),
-        **{f"topk:{k}": finished(f"k{k}") for k in (2, 3, 6)},
+    seeds, controls = finished(*(f"k4_seed{seed}" for seed in SEEDS)), finished(*CONTROLS)
+    one_seed = {f"topk:{k}": finished(f"k{k}") for k in (2, 3, 6)}
+    by_k = {"topk:4": tables.Pair("topk:4", seeds, controls)}
+    by_k |= {policy: tables.Pair(policy, of, finished(CONTROLS[0])) for policy, of in one_seed.items()}
+    by_tokens = {
+        "0.5 M": tables.Pair("topk:4", finished("quarter_batch_mixed_4e-4"), finished("control_0.5M")),
+        "2 M": by_k["topk:4"],
+        "4 M": tables.Pair("topk:4", finished("k4_4M"), finished("control_4M")),
     }
-    of_longer = finished("k4_4M"), finished("control_4M")
-    for name, tuned, control in (
-        ("2M", long, {policy: finished(*CONTROLS) if policy == "topk:4" else finished(CONTROLS[0]) for policy in long}),
-        ("4M", {"topk:4": of_longer[0]}, {"topk:4": of_longer[1]}),
-    ):
-        table, found = tables.against_control(tuned, control)
+    for of, pairs in (("after 2 M tokens", by_k), ("`topk:4` after", by_tokens)):
+        table, found = tables.against_control(pairs, of)
         parts.append(table)
-        for policy, share in found.items():
-            figures[f"recovered_{policy}_{name}"] = {"value": share.value, "unit": "1", "ci95": share.ci95}
+        for name, share in found.items():
+            figures[f"recovered_{name.replace(' ', '')}"] = {"value": share.value, "unit": "1", "ci95": share.ci95}
+    long = {"topk:4": seeds} | one_seed
     specialists = {policy: of[0] for policy, of in sorted(long.items()) if of}
-    if "elastic" in runs and specialists:
-        table, found = tables.elastic(runs["elastic"], specialists)
-        parts.append(table)
-        figures |= {
-            f"elastic_over_specialist_{policy}": {"value": share, "unit": "1"} for policy, share in found.items()
-        }
+    for name in GROUPS["elastic"] if specialists else ():
+        for one in finished(name):
+            table, found = tables.elastic(one, name, specialists)
+            parts.append(table)
+            figures |= {
+                f"{name}_over_specialist_{policy}": {"value": share, "unit": "1"} for policy, share in found.items()
+            }
     return "\n\n".join(part for part in parts if part.count("\n") > 1), figures
 
 

@@ -88,45 +88,50 @@ def _pooled(runs: Sequence[Run], policy: str) -> np.ndarray:
     return np.mean([run.after[policy] for run in runs], axis=0)
 
 
-def against_control(
-    tuned: Mapping[str, Sequence[Run]], control: Mapping[str, Sequence[Run]]
-) -> tuple[str, dict[str, Estimate]]:
-    """(control - tuned) / (control - full) at each k, full being the better of control and original with all experts.
+class Pair(NamedTuple):
+    """Runs that differ in their seed alone, and the runs of plain training of as many tokens; measured at one k."""
+
+    policy: str
+    tuned: Sequence[Run]
+    control: Sequence[Run]
+
+
+def against_control(pairs: Mapping[str, Pair], of: str) -> tuple[str, dict[str, Estimate]]:
+    """(control - tuned) / (control - full), full being the better of control and original with all experts.
 
     Args:
-        tuned: policy -> runs that differ in their seed alone.
-        control: policy -> the runs of plain training of as many tokens.
+        pairs: by what tells them apart; those that are not run yet are left out.
+        of: what that is, for the head of its column.
 
     Returns:
-        One line for each policy, of means over seeds; and the estimates.
+        One line for each pair, of means over seeds; and the estimates.
     """
-    head = "| k | original | control | tuned | full | recovered | of each seed |\n|---|---|---|---|---|---|---|"
-    lines, found = [head], {}
-    for policy, runs in tuned.items():
-        controls = control[policy]
+    lines = [f"| {of} | original | control | tuned | full | recovered | of each seed |\n|---|---|---|---|---|---|---|"]
+    found = {}
+    for name, (policy, runs, controls) in pairs.items():
         if not runs or not controls:
             continue
         original = runs[0].before[FULL]
         full = min(original, _pooled(controls, FULL), key=np.sum)
-        found[policy] = recovered(_pooled(controls, policy), _pooled(runs, policy), full)
+        found[name] = recovered(_pooled(controls, policy), _pooled(runs, policy), full)
         each = [
             recovered(one.after[policy], run.after[policy], min(original, one.after[FULL], key=np.sum)).value
             for run, one in zip(runs, controls)
         ]
         bits = (runs[0].before[policy], _pooled(controls, policy), _pooled(runs, policy), full)
         cells = [_bits(ratio(one, runs[0].sizes_J)) for one in bits]
-        shares = [_percent(found[policy], signed=False), ", ".join(f"{share:.0%}" for share in each)]
-        lines.append(f"| `{policy}` | {' | '.join([*cells, *shares])} |")
+        shares = [_percent(found[name], signed=False), ", ".join(f"{share:.0%}" for share in each)]
+        lines.append(f"| {name} | {' | '.join([*cells, *shares])} |")
     return "\n".join(lines), found
 
 
-def elastic(one: Run, specialists: Mapping[str, Run]) -> tuple[str, dict[str, float]]:
+def elastic(one: Run, name: str, specialists: Mapping[str, Run]) -> tuple[str, dict[str, float]]:
     """What one checkpoint wins back at every k, over what the specialist of that k does with as many tokens.
 
     Returns:
         One line for each k, and the ratios of what the two win back of the original's loss.
     """
-    lines, found = ["| k | original | elastic | specialist | elastic over specialist |\n|---|---|---|---|---|"], {}
+    lines, found = [f"| k | original | `{name}` | specialist | over specialist |\n|---|---|---|---|---|"], {}
     for policy, specialist in {FULL: None, **specialists}.items():
         bits = [one.before[policy], one.after[policy]] + ([] if specialist is None else [specialist.after[policy]])
         cells = [_bits(ratio(part, one.sizes_J)) for part in bits]
