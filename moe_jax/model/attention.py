@@ -1,45 +1,21 @@
 """Grouped-query attention: whole sequences, and one step against a cache.
 
-Every kind of attention is a module with an `Attention` (its weights) and a function `heads` (projections, norms and
-rotation), whose result mixes positions: `causal` over whole sequences, `step` against a cache, which it extends.
+Every kind of attention is a module with a function `heads` (projections, norms and rotation), whose result mixes
+positions: `causal` over whole sequences, `step` against a cache, which it extends.
 """
 
 import dataclasses
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 
-from moe_jax.config.architecture import Architecture, AttentionConfig
+from moe_jax.config.architecture import AttentionConfig
 from moe_jax.kernels.cached_attention.api import cached_attention
 from moe_jax.kernels.causal_attention.api import causal_attention
 from moe_jax.model import rope
-from moe_jax.model.layers import Stacked, draw, ones, project, rms_norm
+from moe_jax.model.layers import Stacked, project, rms_norm
 
 OUTPUT = "output_DHA"  # the weight that projects mixed heads back
-
-
-class Attention(nnx.Module):
-    """Weights of the attention of every layer of a stack."""
-
-    def __init__(self, architecture: Architecture, num_layers: int, residual_gain: float, rngs: nnx.Rngs):
-        attention, d_model = architecture.attention, architecture.decoder.d_model
-        heads, kv_heads, head_dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
-        self.query_LHAD = draw(rngs, (num_layers, heads, head_dim, d_model), d_model)
-        self.key_LGAD = draw(rngs, (num_layers, kv_heads, head_dim, d_model), d_model)
-        self.value_LGAD = draw(rngs, (num_layers, kv_heads, head_dim, d_model), d_model)
-        self.output_LDHA = draw(rngs, (num_layers, d_model, heads, head_dim), heads * head_dim, residual_gain)
-        if attention.bias:
-            self.query_bias_LHA = nnx.Param(jnp.zeros((num_layers, heads, head_dim), jnp.float32))
-            self.key_bias_LGA = nnx.Param(jnp.zeros((num_layers, kv_heads, head_dim), jnp.float32))
-            self.value_bias_LGA = nnx.Param(jnp.zeros((num_layers, kv_heads, head_dim), jnp.float32))
-        if attention.qk_norm and attention.qk_norm_span == "all":
-            self.query_norm_LHA = ones(num_layers, heads, head_dim)
-            self.key_norm_LGA = ones(num_layers, kv_heads, head_dim)
-        elif attention.qk_norm:
-            self.query_norm_LA = ones(num_layers, head_dim)
-            self.key_norm_LA = ones(num_layers, head_dim)
 
 
 class Cache(NamedTuple):
@@ -120,7 +96,7 @@ def heads(
 
     Args:
         x_BTD: normed activations.
-        weights: one layer of `Attention`, its names without the leading L.
+        weights: one layer of attention's, names without the leading L.
         turn: cosines and sines of the positions.
         attention: the section of the configuration.
         norm_eps: of the query and key norms.

@@ -9,65 +9,50 @@ from flax import nnx
 from jax import lax
 
 from moe_jax.config.architecture import Architecture
-from moe_jax.model import attention, latent_attention, rope
+from moe_jax.kernels.grouped_matmul import api as grouped_matmul
+from moe_jax.model import attention, latent_attention, parameters, rope
 from moe_jax.model.attention import Cache
-from moe_jax.model.layers import FeedForward, Stacked, draw, feed_forward, one_layer, ones, project, rms_norm
+from moe_jax.model.layers import Stacked, feed_forward, one_layer, project, rms_norm
 from moe_jax.model.low_rank import merge
-from moe_jax.model.moe import Experts, Router, Traffic, moe_layer
+from moe_jax.model.moe import Traffic, moe_layer
+from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.base import Context, Settings
+from moe_jax.routing.policies.parse import MODEL_OWN
 
 ATTENTION = {"grouped": attention, "latent": latent_attention}  # by `attention.kind`
 Params = dict[str, Any]  # nested dicts of arrays, as `split` gives them
 
 
-class Layers(nnx.Module):
-    """The norms and the attention that dense and MoE layers have in common."""
-
-    def __init__(self, architecture: Architecture, num_layers: int, residual_gain: float, rngs: nnx.Rngs):
-        d_model = architecture.decoder.d_model
-        self.attention_norm_LD = ones(num_layers, d_model)
-        kind = ATTENTION[architecture.attention.kind]
-        self.attention = kind.Attention(architecture, num_layers, residual_gain, rngs)
-        self.ffn_norm_LD = ones(num_layers, d_model)
+class Weights(nnx.Module):
+    """Parameters that stand together: a stack of layers, or a part of one."""
 
 
-class DenseLayers(Layers):
-    """Weights of the dense prefix."""
+class Decoder(Weights):
+    """All parameters of a model as a Flax module, drawn as `parameters.TABLE` says, with a type for each kind.
 
-    def __init__(self, architecture: Architecture, residual_gain: float, rngs: nnx.Rngs):
-        decoder = architecture.decoder
-        super().__init__(architecture, decoder.num_dense_layers, residual_gain, rngs)
-        self.ffn = FeedForward(decoder.num_dense_layers, decoder.d_model, decoder.dense_hidden, residual_gain, rngs)
-
-
-class MoELayers(Layers):
-    """Weights of the MoE layers."""
-
-    def __init__(self, architecture: Architecture, residual_gain: float, rngs: nnx.Rngs):
-        decoder = architecture.decoder
-        super().__init__(architecture, decoder.num_moe_layers, residual_gain, rngs)
-        moe = architecture.moe
-        self.router = Router(decoder.num_moe_layers, decoder.d_model, moe, rngs)
-        self.experts = Experts(decoder.num_moe_layers, decoder.d_model, moe, residual_gain, rngs)
-        if moe.num_shared_experts:
-            self.shared = FeedForward(decoder.num_moe_layers, decoder.d_model, moe.shared_width, residual_gain, rngs)
-        if moe.shared_gate:
-            self.shared_gate_LD = draw(rngs, (decoder.num_moe_layers, decoder.d_model), decoder.d_model)
-
-
-class Decoder(nnx.Module):
-    """Owns every parameter, float32 as drawn. `split` hands them to the functions below."""
+    `split` hands them to the functions below; called, it runs them on whole sequences with all experts.
+    """
 
     def __init__(self, architecture: Architecture, rngs: nnx.Rngs):
-        decoder = architecture.decoder
-        residual_gain = (2 * decoder.num_layers) ** -0.5  # keeps the residual stream's variance flat over depth
-        self.embedding_VD = draw(rngs, (decoder.vocab_size, decoder.d_model), decoder.d_model, gain=0.5)
-        if decoder.num_dense_layers:
-            self.dense = DenseLayers(architecture, residual_gain, rngs)
-        self.moe = MoELayers(architecture, residual_gain, rngs)
-        self.norm_D = ones(decoder.d_model)
-        if not decoder.tie_embeddings:
-            self.head_VD = draw(rngs, (decoder.vocab_size, decoder.d_model), decoder.d_model)
+        self.architecture = architecture
+        for parameter in parameters.of(architecture):
+            owner = self
+            for module in parameter.modules:
+                if not hasattr(owner, module):
+                    setattr(owner, module, Weights())
+                owner = getattr(owner, module)
+            setattr(owner, parameter.path.rsplit("/", 1)[-1], parameter.draw(architecture, rngs))
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """float32 logits_BTV of whole texts, with the model's own number of experts; differentiable."""
+        architecture, (batch, length) = self.architecture, tokens_BT.shape
+        implementation = grouped_matmul.resolve("auto", jax.default_backend())
+        execution = Execution(architecture, architecture.moe.k, implementation)
+        live = policies.settings([MODEL_OWN] * batch, architecture, architecture.moe.k)
+        positions_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
+        params = split(self)
+        x_BTD, _ = hidden(params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT), live, execution)
+        return logits(params, x_BTD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,19 +93,20 @@ def split(decoder: Decoder) -> Params:
     return nnx.to_pure_dict(nnx.state(decoder))
 
 
-def _one_layer(weights: Params, layer: jax.Array | int, in_place: bool = False) -> Params:
+def _one_layer(weights: Params, modules: tuple[str, ...], layer: jax.Array | int, in_place: bool = False) -> Params:
     """Takes one layer out of every stack, dropping the L of its name.
 
     Args:
         weights: stacks.
+        modules: where they stand in the tree of all parameters.
         layer: which.
         in_place: leaves matrices within their stacks, from which a product reads them.
     """
 
     def of_layer(name, value):
         if isinstance(value, dict):
-            return _one_layer(value, layer, in_place and name != "router")
-        if in_place and value.ndim > 2 and "bias" not in name and "norm" not in name:
+            return _one_layer(value, (*modules, name), layer, in_place and name != "router")
+        if in_place and value.ndim > 2 and parameters.find((*modules, name)).kind is parameters.Matrix:
             return Stacked(value, layer)
         return jax.tree.map(lambda stack: one_layer(stack, layer), value)  # a `LowRank` is three stacks
 
@@ -211,12 +197,12 @@ def _whole(params, tokens_BT, positions_BT, segments_BT, live, execution, side_b
         return heads.causal(segments_BT, execution.causal_attention), None
 
     for layer in range(architecture.decoder.num_dense_layers):
-        weights = merge(_one_layer(params["dense"], layer))
+        weights = merge(_one_layer(params["dense"], ("dense",), layer))
         x_BTD, _, _ = _layer(x_BTD, weights, turn, core, _dense_ffn(weights), architecture)
 
     def moe_step(x_BTD, scanned):
         column, stack = scanned[0], merge(scanned[1])  # a stack of this one layer
-        weights = _one_layer({name: part for name, part in stack.items() if name != "experts"}, 0)
+        weights = _one_layer({name: part for name, part in stack.items() if name != "experts"}, ("moe",), 0)
         context = _context(column, segments_BT != 0, tokens_BT.shape[1] if side_by_side else 0)
         ffn = _moe_ffn(weights, stack["experts"], jnp.int32(0), live, context, execution)
 
@@ -292,7 +278,7 @@ def extend(
 
     num_dense, num_moe = architecture.decoder.num_dense_layers, architecture.decoder.num_moe_layers
     for layer in range(num_dense):
-        weights = _one_layer(params["dense"], layer, execution.in_place)
+        weights = _one_layer(params["dense"], ("dense",), layer, execution.in_place)
         x_BTD, cache, _ = _layer(x_BTD, weights, turn, core(layer, cache), _dense_ffn(weights), architecture)
 
     stack = dict(params["moe"])
@@ -300,7 +286,7 @@ def extend(
 
     def moe_step(column, carried):
         x_BTD, cache, traffic = carried
-        weights = _one_layer(stack, column, execution.in_place)
+        weights = _one_layer(stack, ("moe",), column, execution.in_place)
         context = _context(column, valid_BT, 1 if length == 1 else 0)
         ffn = _moe_ffn(weights, experts, column, live, context, execution)
         x_BTD, cache, new = _layer(x_BTD, weights, turn, core(num_dense + column, cache), ffn, architecture)

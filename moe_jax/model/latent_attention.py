@@ -9,37 +9,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from moe_jax.config.architecture import Architecture, AttentionConfig
+from moe_jax.config.architecture import AttentionConfig
 from moe_jax.kernels.cached_attention.api import cached_attention
 from moe_jax.kernels.causal_attention.api import causal_attention
 from moe_jax.model import rope
 from moe_jax.model.attention import Cache, Kept
-from moe_jax.model.layers import Stacked, draw, one_layer, ones, project, rms_norm
+from moe_jax.model.layers import Stacked, one_layer, project, rms_norm
 
 OUTPUT = "output_DHX"  # the weight that projects mixed heads back
-
-
-class Attention(nnx.Module):
-    """Weights of the attention of every layer of a stack."""
-
-    def __init__(self, architecture: Architecture, num_layers: int, residual_gain: float, rngs: nnx.Rngs):
-        attention, d_model = architecture.attention, architecture.decoder.d_model
-        heads, latent, query_latent = attention.num_heads, attention.latent_rank, attention.query_rank
-        key_dim = attention.nope_head_dim + attention.rope_head_dim
-        if query_latent:
-            self.query_down_LUD = draw(rngs, (num_layers, query_latent, d_model), d_model)
-            self.query_latent_norm_LU = ones(num_layers, query_latent)
-            self.query_up_LHAU = draw(rngs, (num_layers, heads, key_dim, query_latent), query_latent)
-        else:
-            self.query_LHAD = draw(rngs, (num_layers, heads, key_dim, d_model), d_model)
-        self.latent_LWD = draw(rngs, (num_layers, latent + attention.rope_head_dim, d_model), d_model)
-        self.latent_norm_LZ = ones(num_layers, latent)
-        expanded = attention.nope_head_dim + attention.value_head_dim
-        self.key_value_up_LHOZ = draw(rngs, (num_layers, heads, expanded, latent), latent)
-        fan_in = heads * attention.value_head_dim
-        self.output_LDHX = draw(rngs, (num_layers, d_model, heads, attention.value_head_dim), fan_in, residual_gain)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +85,7 @@ def heads(
 
     Args:
         x_BTD: normed activations.
-        weights: one layer of `Attention`, its names without the leading L.
+        weights: one layer of attention's, names without the leading L.
         turn: cosines and sines of the positions.
         attention: the section of the configuration, which has an epsilon of its own for the norms of latents.
         norm_eps: not used.

@@ -1,4 +1,4 @@
-"""The small parts of a layer: norms, products with weights, gated feed-forwards, and how weights are drawn.
+"""The small parts of a layer: norms, products with weights, gated feed-forwards.
 
 Weights lie as checkpoints store them, outputs first: a product sums over the last axes of both factors.
 """
@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from moe_jax.kernels.grouped_matmul import native
 
@@ -58,21 +57,3 @@ def feed_forward(x_ND: jax.Array, weights: dict[str, jax.Array | Stacked]) -> ja
     """A dense gated feed-forward: of the dense prefix, and of the shared experts."""
     gate_up_NIF = project(x_ND, weights["gate_up_IFD"])
     return project(swiglu(gate_up_NIF.reshape(len(x_ND), -1)), weights["down_DF"])
-
-
-def draw(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, gain: float = 1.0) -> nnx.Param:
-    """A weight from a normal distribution of standard deviation gain / sqrt(fan_in)."""
-    return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * (gain / fan_in**0.5))
-
-
-def ones(*shape: int) -> nnx.Param:
-    """The scale of a norm."""
-    return nnx.Param(jnp.ones(shape, jnp.float32))
-
-
-class FeedForward(nnx.Module):
-    """Weights of one dense gated feed-forward per layer."""
-
-    def __init__(self, num_layers: int, d_model: int, hidden: int, residual_gain: float, rngs: nnx.Rngs):
-        self.gate_up_LIFD = draw(rngs, (num_layers, 2, hidden, d_model), d_model)
-        self.down_LDF = draw(rngs, (num_layers, d_model, hidden), hidden, residual_gain)

@@ -94,7 +94,7 @@ def _rules(architecture: Architecture) -> tuple[Rule, ...]:
     mlp = "model.layers.{L}.mlp"
     rules = [Rule("moe/router/weight_LED", f"{mlp}.gate.weight", "E D")]
     if architecture.moe.selection_bias:
-        rules.append(Rule("moe/router/bias_LE", f"{mlp}.gate.e_score_correction_bias", "E", float32=True))
+        rules.append(Rule("moe/router/bias_LE", f"{mlp}.gate.e_score_correction_bias", "E"))
     rules += gated_rules("moe/experts", f"{mlp}.experts.{{E}}")
     if architecture.moe.num_shared_experts:
         rules += gated_rules("moe/shared", f"{mlp}.shared_experts")
