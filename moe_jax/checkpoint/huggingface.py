@@ -122,7 +122,10 @@ def read_checkpoint(folder: str | os.PathLike, dtype: str = "auto") -> tuple[Arc
                     f"{stored[name].path}: {name} has shape {stored[name].shape}: config.json asks for {wanted}"
                 )
     dtypes = {rule: _dtype_of(rule, dtype, stored, architecture) for rule in rules}
-    _require_memory(folder, sum(math.prod(rule.shape(architecture)) * dtypes[rule].itemsize for rule in rules))
+    numbers = {rule: math.prod(rule.shape(architecture)) for rule in rules}
+    needed_bytes = sum(numbers[rule] * dtypes[rule].itemsize for rule in rules)
+    halved_bytes = sum(numbers[rule] * (4 if rule.float32 else 2) for rule in rules)
+    _require_memory(folder, needed_bytes, halved_bytes)
     flat = {rule.parameter: filling.allocate(rule.shape(architecture), dtypes[rule]) for rule in rules}
     filling.fill(
         [
@@ -339,11 +342,15 @@ def _require_dtype(dtype: str) -> None:
         raise ValueError(f"dtype = {dtype!r}: wanted one of {', '.join(DTYPES)}")
 
 
-def _require_memory(folder: pathlib.Path, needed_bytes: int) -> None:
+def _require_memory(folder: pathlib.Path, needed_bytes: int, halved_bytes: int) -> None:
+    """Refuses what does not fit; `halved_bytes` is what the model takes in a dtype of 16 bits."""
     available_bytes = psutil.virtual_memory().available
     if needed_bytes > available_bytes:
         needed, available = f"{needed_bytes / 1e9:.1f} GB", f"{available_bytes / 1e9:.1f} GB"
-        raise ValueError(f"{folder} needs {needed} of memory, {available} available: wanted a smaller model or dtype")
+        wanted = "a smaller model"
+        if halved_bytes <= available_bytes:
+            wanted = f"model.dtype=bfloat16, which needs {halved_bytes / 1e9:.1f} GB"
+        raise ValueError(f"{folder} needs {needed} of memory, {available} available: wanted {wanted}")
 
 
 def _dtype_of(rule: Rule, dtype: str, stored: Mapping[str, StoredTensor], architecture: Architecture) -> np.dtype:
