@@ -10,6 +10,8 @@ runs of the folder say together.
 """
 
 import dataclasses
+import datetime
+import hashlib
 import json
 import os
 import pathlib
@@ -98,6 +100,7 @@ GROUPS = {
     "elastic": {
         "elastic": ELASTIC,
         "elastic_rows": ELASTIC | {"finetune.k_drawn_per": "row", "finetune.k_weights": (1, 1, 1, 1, 2, 2, 2)},
+        "elastic_rows_6": ELASTIC | {"finetune.k_drawn_per": "row", "finetune.k_weights": (2, 1, 1, 1, 6, 1, 2)},
     },
     "seeds": {
         name: settings
@@ -127,6 +130,7 @@ def main(run: command.Command) -> None:
     from moe_jax.report import finetuned
     from moe_jax.study import recover
     from moe_jax.text.corpus import load_held_out
+    from moe_jax.training import trainable
 
     base = run.config
     named = {name: settings for group in GROUPS.values() for name, settings in group.items()}
@@ -143,20 +147,22 @@ def main(run: command.Command) -> None:
         recover.plan(configs[name], architecture)
     held_out = str(command.in_repository(base.text.held_out, "text.held_out"))
     with run.timed("text"):
-        text = _prepared(base, run.out / "text.pickle", path, held_out, architecture.decoder.max_context)
+        text = _prepared(base, run.out, path, held_out, architecture.decoder.max_context)
     params = moe_jax.load(path, dtype=base.training.weights, calibration=None).params
     compared = list(
         dict.fromkeys(policy for config in configs.values() for policy in recover.plan(config, architecture).compared)
     )
     with run.timed("before"):
         before = _before(
-            run.out / "before.pickle",
+            run.out / f"before-{_key(text.digest, trainable.digest(params), base.evaluation.documents)}.pickle",
             compared,
             lambda missing: recover.measure(base, params, text, missing, execution, "before"),
         )
     for name, config in configs.items():
         folder = run.out / name
         if (folder / "result.json").exists():
+            if (folder / "config.gin").read_text() != gin.to_gin(config):
+                raise ValueError(f"{folder} holds a run of other settings: wanted another --out")
             continue
         folder.mkdir(exist_ok=True)
         planned = recover.plan(config, architecture)
@@ -164,7 +170,8 @@ def main(run: command.Command) -> None:
             known = [before[policy] for policy in planned.compared]
             finished = recover.recover(config, folder, path, params, text, planned, execution, known)
         rows = finetuned.finish(config, folder, finished)
-        result = {"figures": finetuned.figures(finished, rows), "rows": rows, "seconds": run.seconds[name]}
+        figures = {"figures": finetuned.figures(finished, rows), "rows": rows, "seconds": run.seconds[name]}
+        result = figures | command.provenance() | {"date": datetime.date.today().isoformat()}
         files.write_atomically(folder / "config.gin", gin.to_gin(config))
         files.write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
         print(f"{name}: {run.seconds[name]:.0f} s\n{finetuned.table(rows)}\n", flush=True)
@@ -176,8 +183,14 @@ def main(run: command.Command) -> None:
     run.finish(figures, text=text)
 
 
-def _prepared(config, kept: pathlib.Path, model: pathlib.Path, held_out: str, context: int):
+def _key(*parts) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _prepared(config, out: pathlib.Path, model: pathlib.Path, held_out: str, context: int):
     """The text, from the file that an earlier start left where there is one."""
+    settings = config.text, config.training.sequence_length, config.evaluation.documents
+    kept = out / f"text-{_key(settings, (model / 'tokenizer.json').read_bytes())}.pickle"
     if kept.exists():
         return pickle.loads(kept.read_bytes())
     from moe_jax import files

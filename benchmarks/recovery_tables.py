@@ -14,9 +14,10 @@ FULL = "model"
 
 
 class Run(NamedTuple):
-    """A finished run: its settings, and the bits of each reported document before and after, by policy."""
+    """A finished run: its figures, and the bits of each reported document before and after, by policy."""
 
     result: dict[str, Any]
+    watched: float  # the least bits per byte of its evaluations, on the half that is chosen by
     sizes_J: np.ndarray
     before: Mapping[str, np.ndarray]
     after: Mapping[str, np.ndarray]
@@ -38,7 +39,9 @@ def read_runs(folder: pathlib.Path, names: Sequence[str]) -> dict[str, Run]:
             for when in ("before", "after")
         ]
         result = json.loads((folder / name / "result.json").read_text())
-        runs[name] = Run(result, columns["bytes"], *of)
+        lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
+        watched = min(line["bits_per_byte"] for line in lines if "bits_per_byte" in line)
+        runs[name] = Run(result, watched, columns["bytes"], *of)
     return runs
 
 
@@ -56,30 +59,34 @@ def _minutes(run: Run) -> str:
 
 
 def short_runs(runs: Mapping[str, Run], names: Sequence[str], policy: str = "topk:4") -> str:
-    """One line for each run of the table: what it does at its own k and with all experts; the best first."""
+    """One line for each run of the table: what it does at its own k and with all experts.
+
+    The best on the watched half comes first; the other columns are of the reported half.
+    """
     rows = []
     for name in (name for name in names if name in runs):
         run = runs[name]
         share = recovered(run.before[policy], run.after[policy], run.before[FULL])
         cells = [
             f"`{name}`",
+            f"{run.watched:.4f}",
             _bits(ratio(run.after[policy], run.sizes_J)),
             _percent(share, signed=False),
             _percent(paired_ratio(run.after[FULL], run.before[FULL])),
             _minutes(run),
         ]
-        rows.append((-share.value, f"| {' | '.join(cells)} |"))
-    head = f"| run | bits per byte at `{policy}` | won back of what it cost | change with all experts | minutes |"
-    return "\n".join([head, "|---|---|---|---|---|", *(line for _, line in sorted(rows))])
+        rows.append((run.watched, f"| {' | '.join(cells)} |"))
+    head = f"| run | watched | bits per byte at `{policy}` | won back | change with all experts | minutes |"
+    return "\n".join([head, "|---|---|---|---|---|---|", *(line for _, line in sorted(rows))])
 
 
 def control_rates(runs: Mapping[str, Run], names: Sequence[str]) -> str:
-    """One line for each run of plain training with all experts: what it does with all; the best first."""
-    found = [(ratio(runs[name].after[FULL], runs[name].sizes_J).value, name) for name in names if name in runs]
-    lines = ["| control | bits per byte with all experts | change |", "|---|---|---|"]
-    for bits, name in sorted(found):
+    """One line for each run of plain training with all experts, the best on the watched half first."""
+    lines = ["| control | watched | bits per byte with all experts | change |", "|---|---|---|---|"]
+    for watched, name in sorted((runs[name].watched, name) for name in names if name in runs):
+        bits = ratio(runs[name].after[FULL], runs[name].sizes_J).value
         change = _percent(paired_ratio(runs[name].after[FULL], runs[name].before[FULL]))
-        lines.append(f"| `{name}` | {bits:.4f} | {change} |")
+        lines.append(f"| `{name}` | {watched:.4f} | {bits:.4f} | {change} |")
     return "\n".join(lines)
 
 

@@ -214,5 +214,6 @@ def _moved_to_device(params: dict[str, Any]) -> decoder.Params:
 @functools.partial(jax.jit, static_argnames="execution")
 def _logits(params, tokens_BT, segments_BT, live, *, execution):
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    x_BTD, _ = decoder.hidden(params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side=True)
-    return decoder.logits(params, x_BTD)
+    rows = (tokens_BT, positions_BT, segments_BT)
+    x_BTD, _ = decoder.hidden(params, *rows, live, execution, side_by_side=True, in_stacks=True)
+    return decoder.logits(params, x_BTD, execution.in_place)

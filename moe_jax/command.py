@@ -86,8 +86,7 @@ class Command:
         result = {
             "command": self.name,
             "config": dataclasses.asdict(self.config),
-            "versions": _versions(),
-            "device": _device(),
+            **provenance(),
             "seed": self.config.run.seed,
             "implementations": {**self.implementations, **(implementations or {})},
             "seconds": self.seconds,
@@ -310,9 +309,10 @@ def configure_jax() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)  # of any size
 
 
-def _versions() -> dict[str, str]:
+def provenance() -> dict[str, Any]:
+    """What a figure was measured with: the versions of packages, and the device."""
     packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy", "moe_jax")}
-    return {**packages, "python": platform.python_version()}
+    return {"versions": {**packages, "python": platform.python_version()}, "device": _device()}
 
 
 def _device() -> dict[str, Any]:

@@ -6,12 +6,17 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import moe_jax
 from moe_jax import api
 from moe_jax.config.schema import Config
+from moe_jax.engine.request import execution_of
+from moe_jax.model import parameters
+from moe_jax.routing.policies import base as policies
+from moe_jax.routing.policies.parse import MODEL_OWN
 from moe_jax.routing.policies.schedule import TopK
 from tests import tiny_model
 
@@ -172,3 +177,19 @@ def test_jax_takes_the_memory_over_in_which_weights_are_read(folder, monkeypatch
             for path, array in jax.tree_util.tree_leaves_with_path(params)
         }
         assert taken == read
+
+
+def test_no_weight_in_half_precision_is_widened_or_copied_out_of_its_stack():
+    """XLA on a CPU may turn a whole stack into float32 before the loop over layers."""
+    architecture = tiny_model.changed(
+        decoder={"num_layers": 9, "num_dense_layers": 1, "d_model": 256, "vocab_size": 512, "max_context": 128},
+        moe={"expert_hidden": 256},
+    )
+    params = parameters.shapes(architecture, jnp.bfloat16)
+    execution = execution_of(architecture)
+    live = policies.settings([MODEL_OWN], architecture, execution.k_max)
+    tokens_BT = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+    compiled = api._logits.lower(params, tokens_BT, tokens_BT, live, execution=execution).compile()
+    layer = parameters.count(architecture, lambda one: one.modules[:1] == ("moe",)) // 8
+    assert layer > 3e6
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * layer

@@ -13,7 +13,7 @@ from moe_jax.kernels.grouped_matmul import api as grouped_matmul
 from moe_jax.model import attention, latent_attention, parameters, rope
 from moe_jax.model.attention import Cache
 from moe_jax.model.layers import Stacked, feed_forward, one_layer, project, rms_norm
-from moe_jax.model.low_rank import merge
+from moe_jax.model.low_rank import KEPT, holds_any, merge
 from moe_jax.model.moe import Traffic, moe_layer
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.base import Context, Settings
@@ -154,6 +154,7 @@ def hidden(
     execution: Execution,
     *,
     side_by_side: bool = False,
+    in_stacks: bool = False,
     remat: bool = False,
 ) -> tuple[jax.Array, Traffic]:
     """Whole sequences, for training and scoring: what the output head reads.
@@ -168,6 +169,8 @@ def hidden(
         execution: the static half.
         side_by_side: whether all rows at one position are a decode step, in which batch-aware policies act; otherwise
             the rows are read as prompts are.
+        in_stacks: whether weights are read within their stacks, which has no gradient. Otherwise every layer is taken
+            out of its stack, whole, and its gradient is no larger; so it is in any case where some are `LowRank`.
         remat: whether a gradient computes each MoE layer again instead of keeping what it made on the way: memory for
             the input of each layer alone, at a third more time.
 
@@ -175,7 +178,7 @@ def hidden(
         normed x_BTD, and the `Traffic` of the MoE layers stacked, L first.
     """
     x_BTD, traffic, _ = _whole(
-        params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side, lambda x_ND: None, remat
+        params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side, lambda x_ND: None, in_stacks, remat
     )
     return rms_norm(x_BTD, params["norm_D"], execution.architecture.decoder.norm_eps), traffic
 
@@ -184,10 +187,12 @@ def moe_inputs(params: Params, tokens_BT: jax.Array, live: Settings, execution: 
     """What the routers and experts of every MoE layer read of whole sequences without padding: normed x_LND."""
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     rows = (tokens_BT, positions_BT, jnp.ones_like(positions_BT))
-    return _whole(params, *rows, live, execution, False, lambda x_ND: x_ND)[2]
+    return _whole(params, *rows, live, execution, False, lambda x_ND: x_ND, True)[2]
 
 
-def _whole(params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side, observe, remat=False):
+def _whole(
+    params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side, observe, in_stacks, remat=False
+):
     """All layers over whole sequences: x_BTD, the traffic, and what is observed of the inputs of the MoE layers."""
     architecture = execution.architecture
     turn = _turn(positions_BT, architecture)
@@ -196,15 +201,20 @@ def _whole(params, tokens_BT, positions_BT, segments_BT, live, execution, side_b
     def core(heads):
         return heads.causal(segments_BT, execution.causal_attention), None
 
+    adapted = holds_any(params)
+    apart = adapted or not in_stacks
+    in_place = execution.in_place and not apart
     for layer in range(architecture.decoder.num_dense_layers):
-        weights = merge(_one_layer(params["dense"], ("dense",), layer))
+        weights = merge(_one_layer(params["dense"], ("dense",), layer, in_place))
         x_BTD, _, _ = _layer(x_BTD, weights, turn, core, _dense_ffn(weights), architecture)
 
     def moe_step(x_BTD, scanned):
-        column, stack = scanned[0], merge(scanned[1])  # a stack of this one layer
-        weights = _one_layer({name: part for name, part in stack.items() if name != "experts"}, ("moe",), 0)
+        column, stack = scanned
+        stack, layer = (merge(stack), jnp.int32(0)) if apart else (params["moe"], column)
+        around = {name: part for name, part in stack.items() if name != "experts"}
+        weights = _one_layer(around, ("moe",), layer, in_place)
         context = _context(column, segments_BT != 0, tokens_BT.shape[1] if side_by_side else 0)
-        ffn = _moe_ffn(weights, stack["experts"], jnp.int32(0), live, context, execution)
+        ffn = _moe_ffn(weights, stack["experts"], layer, live, context, execution)
 
         def observed_ffn(x_ND):
             y_ND, traffic = ffn(x_ND)
@@ -213,9 +223,13 @@ def _whole(params, tokens_BT, positions_BT, segments_BT, live, execution, side_b
         x_BTD, _, seen = _layer(x_BTD, weights, turn, core, observed_ffn, architecture)
         return x_BTD, seen
 
-    stacks = jax.tree.map(lambda weight: weight[:, None], params["moe"])
+    if remat:
+        moe_step = jax.checkpoint(moe_step)
+    elif adapted:
+        moe_step = jax.checkpoint(moe_step, policy=KEPT)
+    stacks = jax.tree.map(lambda weight: weight[:, None], params["moe"]) if apart else None  # each layer one of one
     columns = jnp.arange(architecture.decoder.num_moe_layers, dtype=jnp.int32)
-    x_BTD, (traffic, observed) = lax.scan(jax.checkpoint(moe_step) if remat else moe_step, x_BTD, (columns, stacks))
+    x_BTD, (traffic, observed) = lax.scan(moe_step, x_BTD, (columns, stacks))
     return x_BTD, traffic, observed
 
 

@@ -51,8 +51,9 @@ def plan(config: Config, architecture: Architecture, calibration: Calibration | 
     """The policies of a run: the full model, the one that is trained under, and `evaluation.policies`.
 
     Raises:
-        ValueError: one does not fit the model, or there is nothing to recover, see `finetuning.trained_policy`; or k
-            cannot be drawn as asked for, see `elastic.Draws`; or rows are too short to be written by the model.
+        ValueError: one does not fit the model, or looks at other rows of a decode step; there is nothing to recover,
+            see `finetuning.trained_policy`; k cannot be drawn as asked for, see `elastic.Draws`; rows are too short to
+            be written by the model; or `evaluation.half` is set.
     """
     if config.finetune.rollouts and config.training.sequence_length <= rollouts.PROMPT:
         raise ValueError(
@@ -63,6 +64,14 @@ def plan(config: Config, architecture: Architecture, calibration: Calibration | 
     if config.finetune.elastic:
         Draws(config.finetune, architecture, config.training.batch_size, config.run.seed)
     given = [parse(spec, calibration) for spec in config.evaluation.policies]
+    for policy in given:
+        if policy.batch_aware:
+            raise ValueError(
+                f"evaluation.policies has {policy.spec!r}, which looks at all rows of a decode step, and held-out text "
+                "is read whole: launch/sweep.py measures it"
+            )
+    if config.evaluation.half:
+        raise ValueError(f"evaluation.half = {config.evaluation.half!r}: the odd half is reported, wanted ''")
     compared = list(dict.fromkeys([MODEL_OWN, trained, *given]))
     policies.settings(compared, architecture, max(config.policy.k_max, architecture.moe.k))
     return Plan(trained, compared)

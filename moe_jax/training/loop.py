@@ -161,8 +161,10 @@ def run(config: Config, folder: pathlib.Path, task: Task) -> Outcome:
         files.write_atomically(folder / "run.gin", gin.to_gin(config))
     stream = iter(batches(task.packed, training.batch_size * training.accumulation, config.run.seed))
     checkpoints = Checkpoints(folder / "checkpoints", training.checkpoints_kept)
-    best_kept = Checkpoints(folder / "best", 1) if task.keep_best else None
+    best_kept = Checkpoints(folder / "best", 2) if task.keep_best else None
     state, done, best = _begin(task, checkpoints, folder, stream)
+    if best_kept is not None:
+        best_kept.forget_after(best.step)  # of a run that was killed before a checkpoint named it, or begun again
     metrics = _Log(folder / "metrics.jsonl", done)
     bar = tqdm(total=training.steps, initial=done, unit="step", file=sys.stderr, disable=None)
 
@@ -199,7 +201,7 @@ def run(config: Config, folder: pathlib.Path, task: Task) -> Outcome:
                 tokens += int((batch["segments_BT"] > 0).sum())
                 bar.update()
                 last = done == training.steps
-                if done % training.log_every == 0 or last:
+                if done % training.log_every == 0 or last or done % training.evaluate_every == 0:
                     now = time.perf_counter()
                     tokens_per_s, since, tokens = tokens / (now - since), now, 0
                     bar.set_postfix_str(f"loss {measured['loss']:.3f}, {tokens_per_s:,.0f} tokens/s")

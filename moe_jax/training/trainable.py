@@ -6,11 +6,13 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from moe_jax.config.finetuning import FinetuneConfig
 from moe_jax.model import parameters
 from moe_jax.model.decoder import Params
-from moe_jax.model.low_rank import LowRank, merge
+from moe_jax.model.low_rank import LowRank
+from moe_jax.routing import mask
 
 _ADAPTED = ("attention", "experts", "shared")  # modules whose matrices LoRA adapts
 
@@ -48,7 +50,7 @@ def divide(params: Params, config: FinetuneConfig, dtype: str, seed: int) -> tup
     trained, frozen = (_without_empty(part) for part in of(params, ()))
     if config.mask:
         router = trained.setdefault("moe", {}).setdefault("router", {})
-        router["mask_LE"] = jnp.ones(params["moe"]["router"]["weight_LED"].shape[:2], jnp.float32)  # nothing is masked
+        router["mask_LE"] = jnp.full(params["moe"]["router"]["weight_LED"].shape[:2], mask.START, jnp.float32)
     return trained, frozen
 
 
@@ -81,13 +83,26 @@ def join(trained: Params, frozen: Params, lora_scale: float) -> Params:
 
 
 def whole(trained: Params, frozen: Params, lora_scale: float) -> Params:
-    """All parameters as plain arrays, LoRA merged."""
-    return merge(join(trained, frozen, lora_scale))
+    """All parameters as plain arrays, LoRA merged one layer after another."""
+    return jax.tree.map(
+        lambda weight: _merge_layers(weight) if isinstance(weight, LowRank) else weight,
+        join(trained, frozen, lora_scale),
+        is_leaf=lambda weight: isinstance(weight, LowRank),
+    )
+
+
+@jax.jit
+def _merge_layers(weight: LowRank) -> jax.Array:
+    return lax.map(LowRank.merged, weight)
 
 
 def digest(params: Params) -> str:
-    """Of the routers, which are small, and unlike in any two models."""
-    return hashlib.sha256(np.asarray(params["moe"]["router"]["weight_LED"]).tobytes()).hexdigest()
+    """Of all parameters: their places, dtypes and numbers."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        found.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+    return found.hexdigest()
 
 
 def num_bytes(params: Params) -> int:
