@@ -223,6 +223,7 @@ def _run_main(main: Callable[[Command], int | None]) -> int:
             raise ValueError(f"--out = {error}") from error
     try:
         configure_jax()
+        _require_device()
         as_json = values["json"].value
         redirected = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
         name = pathlib.Path(sys.argv[0]).stem
@@ -307,6 +308,21 @@ def configure_jax() -> None:
     jax.config.update("jax_compilation_cache_dir", folder)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)  # of any size
+
+
+def _require_device() -> None:
+    """ValueError where JAX finds no device of the platforms that it was told to use."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where jaxlib knows the platform and nothing serves it
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"JAX_PLATFORMS = {asked!r}: JAX finds no such device here; wanted cpu, or the extra of requirements that "
+            f"brings it, as in pip install -e .[cuda13]{f' ({reason})' if reason else ''}"
+        ) from error
 
 
 def provenance() -> dict[str, Any]:
