@@ -12,6 +12,7 @@ import numpy as np
 import tokenizers
 
 from moe_jax.checkpoint import huggingface
+from moe_jax.checkpoint.beside import read_beside
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.engine import cache as caches
@@ -184,7 +185,7 @@ def load(path: str | os.PathLike, *, dtype: str = "auto", calibration: str | os.
     architecture, params = huggingface.read_checkpoint(folder, dtype)
     if calibrated is not None:
         calibrated.require(params["moe"]["router"]["weight_LED"])
-    beside = huggingface.read_beside(folder)
+    beside = read_beside(folder)
     return Model(
         architecture,
         _moved_to_device(params),

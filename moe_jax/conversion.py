@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from moe_jax.checkpoint import filling, huggingface
+from moe_jax.checkpoint.beside import read_beside
 from moe_jax.checkpoint.families import FAMILIES
 from moe_jax.checkpoint.orbax import Checkpoints
 from moe_jax.config import gin
@@ -103,7 +104,7 @@ def with_k(architecture: Architecture, policy: str) -> Architecture:
 
 def _beside(folder: pathlib.Path, architecture: Architecture, params: Mapping[str, Any]) -> Held:
     """Joins what lies beside the weights in both layouts."""
-    return Held(architecture, params, *huggingface.read_beside(folder))
+    return Held(architecture, params, *read_beside(folder))
 
 
 def _read_run(folder: pathlib.Path) -> Held:

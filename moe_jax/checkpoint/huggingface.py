@@ -12,7 +12,7 @@ import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -20,24 +20,20 @@ import psutil
 from absl import logging
 
 from moe_jax.checkpoint import filling, safetensors_file
+from moe_jax.checkpoint.beside import TOKEN_IDS, read_token_ids
 from moe_jax.checkpoint.families import Family, family_of
 from moe_jax.checkpoint.names import Rule
 from moe_jax.checkpoint.quantization import FLOAT8, Blocks, blocks_of, take_scales
 from moe_jax.checkpoint.safetensors_file import StoredTensor
+from moe_jax.checkpoint.tables import INDEX, WEIGHTS, read_json, read_tables
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import DTYPES
 from moe_jax.files import replaced_folder
-from moe_jax.text.tokenizer import read_tokenizer_files
 
-_LAYOUT = (
-    "a checkpoint folder in Hugging Face layout: config.json beside model.safetensors or its shards and their index"
-)
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SHARD_BYTES = 5_000_000_000  # of one file, as transformers writes them
 TypeAndShape = tuple[np.dtype, tuple[int, ...]]
 _K_OF_LAYERS = "num_experts_per_tok_of_layers"  # our own: published families have one number for all layers
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def read_architecture(folder: str | os.PathLike) -> Architecture:
@@ -50,42 +46,10 @@ def read_architecture(folder: str | os.PathLike) -> Architecture:
     return _describe(pathlib.Path(folder))[1]
 
 
-def read_token_ids(folder: str | os.PathLike) -> dict[str, int | list[int]]:
-    """Reads `bos_token_id`, `eos_token_id` and `pad_token_id`, where given: those of `generation_config.json` win.
-
-    Raises:
-        ValueError: a file is damaged, or what it gives is neither an integer nor a list of them.
-    """
-    folder = pathlib.Path(folder)
-    fields = _read_json(folder / "config.json")
-    if (folder / "generation_config.json").exists():
-        fields |= {name: x for name, x in _read_json(folder / "generation_config.json").items() if x is not None}
-    token_ids = {name: fields[name] for name in _TOKEN_IDS if fields.get(name) is not None}
-    for name, ids in token_ids.items():
-        if not all(type(one) is int for one in (ids if isinstance(ids, list) else [ids])):
-            raise ValueError(f"{folder}: {name} = {json.dumps(ids)[:100]}: wanted an integer, or a list of them")
-    return token_ids
-
-
-class Beside(NamedTuple):
-    """What a model's folder holds beside its shape and weights."""
-
-    model_type: str
-    token_ids: dict[str, int | list[int]]
-    files: dict[str, bytes]  # of the tokenizer, by name
-
-
-def read_beside(folder: str | os.PathLike) -> Beside:
-    """Reads what is to be written again with a model; ValueError where a file is damaged."""
-    folder = pathlib.Path(folder)
-    model_type = _read_json(folder / "config.json")["model_type"]
-    return Beside(model_type, read_token_ids(folder), read_tokenizer_files(folder))
-
-
 def stored_dtype(folder: str | os.PathLike) -> str:
     """The dtype of most of a checkpoint's numbers; bfloat16 where they are stored in eight bits."""
     counts: dict[str, int] = collections.Counter()
-    for tensor in _read_tables(pathlib.Path(folder)).values():
+    for tensor in read_tables(pathlib.Path(folder)).values():
         name = "bfloat16" if tensor.dtype == FLOAT8 else tensor.dtype.name
         counts[name] += math.prod(tensor.shape)
     return max(counts, key=counts.get)
@@ -109,7 +73,7 @@ def read_checkpoint(folder: str | os.PathLike, dtype: str = "auto") -> tuple[Arc
     folder = pathlib.Path(folder)
     _require_dtype(dtype)
     family, architecture, fields, blocks = _describe(folder)
-    stored = _read_tables(folder)
+    stored = read_tables(folder)
     scales = take_scales(stored, blocks)
     rules = family.rules(architecture)
     _require_enough(folder, rules, architecture, len(stored))
@@ -176,8 +140,8 @@ def write_checkpoint(
     _require_dtype(dtype)
     if folder.exists() and not (folder.is_dir() and (replace or not any(folder.iterdir()))):
         raise ValueError(f"{folder} exists already, and nothing is overwritten: choose another path")
-    if unknown := sorted(set(token_ids or {}) - set(_TOKEN_IDS)):
-        raise ValueError(f"token_ids has {unknown[0]}: wanted some of {', '.join(_TOKEN_IDS)}")
+    if unknown := sorted(set(token_ids or {}) - set(TOKEN_IDS)):
+        raise ValueError(f"token_ids has {unknown[0]}: wanted some of {', '.join(TOKEN_IDS)}")
     family = family_of({"model_type": model_type})
     fields = config_fields(family, architecture)
     rules = family.rules(architecture)
@@ -205,8 +169,8 @@ def write_checkpoint(
     shards = _shards(shapes, shard_bytes)
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
-        texts[_INDEX] = _json_text({"metadata": {"total_size": _bytes_of(shapes)}, "weight_map": weight_map})
-    if taken := sorted(set(extra_files or {}) & {*texts, *shards, _WEIGHTS, _INDEX}):
+        texts[INDEX] = _json_text({"metadata": {"total_size": _bytes_of(shapes)}, "weight_map": weight_map})
+    if taken := sorted(set(extra_files or {}) & {*texts, *shards, WEIGHTS, INDEX}):
         raise ValueError(f"extra_files has {taken[0]}, which is written from the architecture and the parameters")
     with replaced_folder(folder) as partial:
         for name, data in {**texts, **(extra_files or {})}.items():
@@ -215,24 +179,6 @@ def write_checkpoint(
         for file, names in shards.items():
             part = {name: shapes[name] for name in names}
             safetensors_file.write_file(partial / file, part, itertools.islice(made, len(part)))
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    folder = path.parent
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist (a model on a hub is downloaded first)"
-        raise ValueError(f"model.path = {str(folder)!r} {what}: wanted {_LAYOUT}")
-    if not path.is_file():
-        raise ValueError(f"model.path = {str(folder)!r} has no {path.name}: wanted {_LAYOUT}")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a JSON {type(fields).__name__}: wanted an object")
-    return fields
 
 
 def _bytes_of(shapes: Mapping[str, TypeAndShape]) -> int:
@@ -251,7 +197,7 @@ def _shards(shapes: Mapping[str, TypeAndShape], most_bytes: int) -> dict[str, li
         parts[-1][name] = one
         filled_bytes += size_bytes
     if len(parts) == 1:
-        return {_WEIGHTS: list(parts[0])}
+        return {WEIGHTS: list(parts[0])}
     return {f"model-{n:05d}-of-{len(parts):05d}.safetensors": list(part) for n, part in enumerate(parts, start=1)}
 
 
@@ -260,7 +206,7 @@ def _json_text(fields: dict[str, Any]) -> str:
 
 
 def _describe(folder: pathlib.Path) -> tuple[Family, Architecture, dict[str, Any], Blocks | None]:
-    fields = _read_json(folder / "config.json")
+    fields = read_json(folder / "config.json")
     try:
         family = family_of(fields)
         blocks = blocks_of(fields)
@@ -278,29 +224,6 @@ def _with_k_of_layers(architecture: Architecture, k_of_layers: Any) -> Architect
         raise ValueError(f"{_K_OF_LAYERS} = {json.dumps(k_of_layers)[:100]}: wanted a list of integers")
     moe = dataclasses.replace(architecture.moe, k_of_layers=tuple(k_of_layers))
     return dataclasses.replace(architecture, moe=moe)
-
-
-def _read_tables(folder: pathlib.Path) -> dict[str, StoredTensor]:
-    """Reads the tables of all weight files: the single one where there is one, else the shards that the index names."""
-    if (folder / _WEIGHTS).is_file():
-        return safetensors_file.read_table(folder / _WEIGHTS)
-    if not (folder / _INDEX).is_file():
-        raise ValueError(f"model.path = {str(folder)!r} has neither {_WEIGHTS} nor {_INDEX}: wanted {_LAYOUT}")
-    weight_map = _read_json(folder / _INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{folder / _INDEX} has no weight_map from tensors to files")
-    tables: dict[str, StoredTensor] = {}
-    for shard in sorted(set(map(str, weight_map.values()))):
-        if not (folder / shard).is_file():
-            raise ValueError(f"{folder / shard} is missing: {_INDEX} names it")
-        table = safetensors_file.read_table(folder / shard)
-        if twice := sorted(tables.keys() & table.keys()):
-            raise ValueError(f"{folder / shard}: {twice[0]} is also in {tables[twice[0]].path.name}")
-        tables |= table
-    for name, shard in weight_map.items():
-        if name not in tables or tables[name].path.name != shard:
-            raise ValueError(f"{folder / _INDEX} says that {name} is in {shard}: it is not")
-    return tables
 
 
 def _wanted_names(rules: tuple[Rule, ...], architecture: Architecture) -> set[str]:

@@ -16,7 +16,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from moe_jax.checkpoint.huggingface import read_token_ids
+from moe_jax.checkpoint.beside import read_token_ids
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.engine.generate import Engine
 from moe_jax.engine.request import AnyPolicy, Request, make_requests, policy_of_each

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from moe_jax.checkpoint import huggingface
+from moe_jax.checkpoint.beside import read_beside, read_token_ids
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import Config
 from moe_jax.evaluation.journal import Journal
@@ -117,7 +118,7 @@ def recover(
     if config.finetune.rollouts:
         text = text._replace(packed=_rollouts(config, folder / "rollouts", model, params, text, execution))
     tuned = finetuning.finetune(config, folder, params, text, planned.trained, execution)
-    beside = huggingface.read_beside(model)
+    beside = read_beside(model)
     huggingface.write_checkpoint(
         folder / "model",
         policies.with_own(planned.trained, execution.architecture) or execution.architecture,
@@ -138,6 +139,6 @@ def recover(
 def _rollouts(
     config: Config, folder: pathlib.Path, model: pathlib.Path, params: Params, text: Text, execution: Execution
 ) -> Packed:
-    end_ids = np.atleast_1d(huggingface.read_token_ids(model).get("eos_token_id", [])).tolist()
+    end_ids = np.atleast_1d(read_token_ids(model).get("eos_token_id", [])).tolist()
     settings = {"count": config.finetune.rollouts, "seed": config.run.seed, "folder": folder}
     return rollouts.write(params, load_tokenizer(model), end_ids, execution, text.packed, **settings)

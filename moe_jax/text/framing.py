@@ -22,7 +22,7 @@ def outer_ids(
     Args:
       folder: of the model; its `tokenizer_config.json` names the tokens.
       tokenizer: of the model.
-      token_ids: `bos_token_id` and `eos_token_id` as `checkpoint.huggingface.read_token_ids` reads them. Of several,
+      token_ids: `bos_token_id` and `eos_token_id` as `checkpoint.beside.read_token_ids` reads them. Of several,
         the first counts.
 
     Returns:
