@@ -48,11 +48,7 @@ def read_architecture(folder: str | os.PathLike) -> Architecture:
 
 def stored_dtype(folder: str | os.PathLike) -> str:
     """The dtype of most of a checkpoint's numbers; bfloat16 where they are stored in eight bits."""
-    counts: dict[str, int] = collections.Counter()
-    for tensor in read_tables(pathlib.Path(folder)).values():
-        name = "bfloat16" if tensor.dtype == FLOAT8 else tensor.dtype.name
-        counts[name] += math.prod(tensor.shape)
-    return max(counts, key=counts.get)
+    return _most_common(read_tables(pathlib.Path(folder))).name
 
 
 def read_checkpoint(folder: str | os.PathLike, dtype: str = "auto") -> tuple[Architecture, dict[str, Any]]:
@@ -61,7 +57,9 @@ def read_checkpoint(folder: str | os.PathLike, dtype: str = "auto") -> tuple[Arc
     Args:
         folder: the checkpoint; what `model.path` names.
         dtype: of every parameter but those that their family keeps in float32 (the router's selection bias). "auto": as
-            stored, bfloat16 for tensors of eight bits; float32 where the tensors of one stacked parameter differ.
+            stored, where all tensors of a stacked parameter have the dtype of most of the checkpoint's numbers
+            (bfloat16 where those have eight bits), else float32. Nothing is rounded, and what runs the model takes
+            both: see `decoder.dtype_of`.
 
     Returns:
         The architecture, and the parameters: a nested dict of NumPy arrays (bfloat16 is that of `ml_dtypes`).
@@ -85,7 +83,8 @@ def read_checkpoint(folder: str | os.PathLike, dtype: str = "auto") -> tuple[Arc
                 raise ValueError(
                     f"{stored[name].path}: {name} has shape {stored[name].shape}: config.json asks for {wanted}"
                 )
-    dtypes = {rule: _dtype_of(rule, dtype, stored, architecture) for rule in rules}
+    most = _most_common(stored)
+    dtypes = {rule: _dtype_of(rule, dtype, stored, most, architecture) for rule in rules}
     _require_memory(folder, sum(math.prod(rule.shape(architecture)) * dtypes[rule].itemsize for rule in rules))
     flat = {rule.parameter: filling.allocate(rule.shape(architecture), dtypes[rule]) for rule in rules}
     filling.fill(
@@ -269,14 +268,27 @@ def _require_memory(folder: pathlib.Path, needed_bytes: int) -> None:
         raise ValueError(f"{folder} needs {needed} of memory, {available} available: wanted a smaller model or dtype")
 
 
-def _dtype_of(rule: Rule, dtype: str, stored: Mapping[str, StoredTensor], architecture: Architecture) -> np.dtype:
+def _in_memory(dtype: np.dtype) -> np.dtype:
+    return _BFLOAT16 if dtype == FLOAT8 else dtype
+
+
+def _most_common(stored: Mapping[str, StoredTensor]) -> np.dtype:
+    """The dtype of most numbers."""
+    counts: dict[np.dtype, int] = collections.Counter()
+    for tensor in stored.values():
+        counts[_in_memory(tensor.dtype)] += math.prod(tensor.shape)
+    return max(counts, key=counts.get)
+
+
+def _dtype_of(
+    rule: Rule, dtype: str, stored: Mapping[str, StoredTensor], most: np.dtype, architecture: Architecture
+) -> np.dtype:
     if rule.float32:
         return np.dtype(np.float32)
     if dtype != "auto":
         return np.dtype(dtype)
-    dtypes = {stored[placement.tensor].dtype for placement in rule.placements(architecture)}
-    dtypes = {_BFLOAT16 if dtype == FLOAT8 else dtype for dtype in dtypes}
-    return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+    dtypes = {_in_memory(stored[placement.tensor].dtype) for placement in rule.placements(architecture)}
+    return most if dtypes == {most} else np.dtype(np.float32)
 
 
 def _written_dtype(rule: Rule, dtype: str, given: np.dtype) -> np.dtype:

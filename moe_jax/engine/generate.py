@@ -111,7 +111,7 @@ class Live(NamedTuple):
 def _prefill(params, tokens_BT, length_B, valid_BT, live: Live, *, execution, memory):
     """Reads the prompts into a new cache, and draws the first token of each."""
     batch = tokens_BT.shape[0]
-    cache = caches.allocate(execution.architecture, batch, memory, params["embedding_VD"].dtype)
+    cache = caches.allocate(execution.architecture, batch, memory, decoder.dtype_of(params))
     start_B = jnp.zeros_like(length_B)
     with jax.named_scope("prefill"):
         x_BTD, cache, traffic = decoder.extend(params, cache, tokens_BT, start_B, valid_BT, live.policy, execution)
@@ -235,7 +235,7 @@ class Engine:
         Raises:
             ValueError: the cache does not fit in the memory that is available.
         """
-        shape, dtype = batch.shape, self.params["embedding_VD"].dtype
+        shape, dtype = batch.shape, decoder.dtype_of(self.params)
         caches.require_memory(execution.architecture, shape, dtype)
         key = (execution, shape, jax.tree.structure(batch.live))
         if key not in self._programs:
@@ -250,7 +250,7 @@ class Engine:
         It takes (params, cache, token_B, position_B, alive_B, live), and returns a `Drawn` and the cache, which it
         writes in place.
         """
-        shape, dtype = batch.shape, self.params["embedding_VD"].dtype
+        shape, dtype = batch.shape, decoder.dtype_of(self.params)
         key = (execution, shape.batch, shape.memory, jax.tree.structure(batch.live))
         if key not in self._programs:
             cache = jax.eval_shape(lambda: caches.allocate(execution.architecture, shape.batch, shape.memory, dtype))

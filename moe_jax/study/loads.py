@@ -15,7 +15,7 @@ from moe_jax.cost import roofline
 from moe_jax.engine import cache as caches
 from moe_jax.engine.generate import Engine, batch_of
 from moe_jax.engine.request import make_requests
-from moe_jax.model.decoder import Execution
+from moe_jax.model.decoder import Execution, dtype_of
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.selection import distinct_experts
 
@@ -38,7 +38,7 @@ class Load:
         self._engine, self._execution = engine, execution
         sampling = SamplingConfig(max_new_tokens=2)
         self._batch = batch_of(make_requests([[0] * cached] * rows, None, execution, sampling=sampling), execution)
-        dtype, shape = engine.params["embedding_VD"].dtype, self._batch.shape
+        dtype, shape = dtype_of(engine.params), self._batch.shape
         caches.require_memory(execution.architecture, shape, dtype)
         self._cache = caches.allocate(execution.architecture, shape.batch, shape.memory, dtype)
         self._settings: dict[policies.Policy, policies.Settings] = {}
