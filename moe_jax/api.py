@@ -125,7 +125,7 @@ class Model:
             top_p: draw among the best tokens whose probabilities add up to this.
             seed: of the draws; one for all, or one for each prompt. A prompt's draws depend on its seed alone, not on
                 what runs beside it: the same prompt twice wants two seeds.
-            stop: strings that end a completion, itself left out.
+            stop: strings that end a completion, itself left out; one may name special tokens, such as "<|im_end|>".
             k_max: static slots per token, at least what any policy asks for; 0: the model's own k.
             on_text: called with a prompt's index and the next piece of its text, as soon as that is certain.
 

@@ -25,7 +25,8 @@ class Completion:
     """What was made of one prompt.
 
     Attributes:
-        text: the continuation, up to a stop string or the end of text, neither included.
+        text: the continuation, up to a stop string or the end of text, neither included: what decoding it adds to its
+            prompt, the space before its first word included. Special tokens have no text.
         ids: every token drawn, those of a stop string and the end-of-text token included.
         log_probabilities: of each of `ids` under the model itself, in nats, before temperature and cuts.
         experts_per_token: slots that the request kept, mean over MoE layers and this request's decode steps; where it
@@ -33,8 +34,8 @@ class Completion:
         distinct_experts_per_layer_step: experts that one MoE layer ran in one decode step, for all requests of the
             batch together; mean over MoE layers and this request's decode steps. NaN where it took no such step: the
             first token comes from reading the prompt.
-        finish_reason: "stop" (a stop string), "end" (the end-of-text token) or "length" (`max_new_tokens`, or the
-            model's context).
+        finish_reason: "stop" (a stop string, or a special token that one names), "end" (the end-of-text token) or
+            "length" (`max_new_tokens`, or the model's context).
     """
 
     text: str
@@ -302,7 +303,7 @@ class _Row:
         self.finish_reason: str | None = None
         self._request = request
         self._end_ids = end_ids
-        self._stopping = StoppingText(tokenizer, request.sampling.stop)
+        self._stopping = StoppingText(tokenizer, request.sampling.stop, request.ids)
         self._text = ""
         self._ids: list[int] = []
         self._log_probabilities: list[float] = []
@@ -324,7 +325,7 @@ class _Row:
         self._ids.append(token)
         self._log_probabilities.append(log_probability)
         if token in self._end_ids:
-            piece, self.finish_reason = self._stopping.flush(), "end"
+            piece, self.finish_reason = self._stopping.flush(token), "end"
         else:
             piece = self._stopping.push(token)
             if not self._stopping.stopped and len(self._ids) == self._request.max_new_tokens:

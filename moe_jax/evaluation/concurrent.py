@@ -46,7 +46,7 @@ def cut(documents: Sequence[np.ndarray], tokenizer, context: int, count: int, se
     tokens, sizes, owners = [], [], []
     for number, ids in enumerate(documents):
         ends = range(context, len(ids), context)
-        read = [len(tokenizer.decode(ids[1 : end + 1].tolist()).encode()) for end in (0, *ends)]
+        read = [len(tokenizer.decode(ids[: end + 1].tolist()).encode()) for end in (0, *ends)]
         tokens += [ids[end - context : end + 1] for end in ends]
         sizes += np.diff(read).tolist()
         owners += [number] * len(ends)
