@@ -12,7 +12,7 @@ import numpy as np
 import tokenizers
 
 from moe_jax.checkpoint import huggingface
-from moe_jax.checkpoint.beside import read_beside
+from moe_jax.checkpoint.beside import Beside, read_beside
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.engine import cache as caches
@@ -44,14 +44,15 @@ class Model:
         model_type: str,
         token_ids: Mapping[str, int | Sequence[int]],
         tokenizer_files: Mapping[str, bytes],
+        config: Mapping[str, Any] | None = None,
+        generation_config: Mapping[str, Any] | None = None,
         calibration: Calibration | None = None,
     ):
         self.architecture = architecture
         self.tokenizer = tokenizer
         self.calibration = calibration
-        self._model_type = model_type
-        self._token_ids = dict(token_ids)
-        self._tokenizer_files = dict(tokenizer_files)
+        files = dict(tokenizer_files)
+        self._beside = Beside(model_type, dict(token_ids), files, dict(config or {}), dict(generation_config or {}))
         self.engine = Engine(params, tokenizer, np.atleast_1d(token_ids.get("eos_token_id", [])).tolist())
 
     @property
@@ -145,7 +146,10 @@ class Model:
         return self.engine.run(requests, execution, on_text).completions
 
     def save(self, path: str | os.PathLike, *, dtype: str = "auto") -> None:
-        """Writes a folder in Hugging Face layout, tokenizer included, that `load` and other programs read.
+        """Writes a folder in Hugging Face layout that `load` and other programs read.
+
+        Beside the weights it has what the model's folder had: the tokenizer, chat templates, all fields of config.json
+        and generation_config.json, code, licences, and any other file of at most 100 MB.
 
         Args:
             path: where; it must not exist yet, or be an empty folder.
@@ -154,15 +158,7 @@ class Model:
         Raises:
             ValueError: `path` is taken, or a weight is not finite in that dtype.
         """
-        huggingface.write_checkpoint(
-            path,
-            self.architecture,
-            self.params,
-            dtype=dtype,
-            model_type=self._model_type,
-            token_ids=self._token_ids,
-            extra_files=self._tokenizer_files,
-        )
+        huggingface.write_checkpoint(path, self.architecture, self.params, dtype=dtype, **self._beside.options())
 
 
 def load(path: str | os.PathLike, *, dtype: str = "auto", calibration: str | os.PathLike | None = "") -> Model:
@@ -193,6 +189,8 @@ def load(path: str | os.PathLike, *, dtype: str = "auto", calibration: str | os.
         model_type=beside.model_type,
         token_ids=beside.token_ids,
         tokenizer_files=beside.files,
+        config=beside.config,
+        generation_config=beside.generation_config,
         calibration=calibrated,
     )
 

@@ -34,6 +34,7 @@ _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SHARD_BYTES = 5_000_000_000  # of one file, as transformers writes them
 TypeAndShape = tuple[np.dtype, tuple[int, ...]]
 _K_OF_LAYERS = "num_experts_per_tok_of_layers"  # our own: published families have one number for all layers
+_OF_STORED_WEIGHTS = ("quantization_config", "compression_config", _K_OF_LAYERS)  # no fields of what is written
 
 
 def read_architecture(folder: str | os.PathLike) -> Architecture:
@@ -105,6 +106,29 @@ def config_fields(family: Family, architecture: Architecture) -> dict[str, Any]:
     return fields
 
 
+def config_texts(
+    fields: Mapping[str, Any],
+    dtype: np.dtype,
+    token_ids: Mapping[str, int | list[int]],
+    config: Mapping[str, Any],
+    generation_config: Mapping[str, Any],
+) -> dict[str, str]:
+    """The text of `config.json` and of `generation_config.json`.
+
+    Args:
+        fields: as `config_fields` gives them.
+        dtype: of most weights.
+        token_ids: for both files.
+        config: more fields: those of another `config.json` of the same model, quantised or in another dtype perhaps.
+        generation_config: the same.
+    """
+    kept = {name: value for name, value in config.items() if name not in _OF_STORED_WEIGHTS}
+    if "torch_dtype" in kept:  # as transformers 4 calls it
+        kept["torch_dtype"] = dtype.name
+    fields = {**kept, **fields, "dtype": dtype.name, **token_ids}
+    return {"config.json": _json_text(fields), "generation_config.json": _json_text({**generation_config, **token_ids})}
+
+
 def write_checkpoint(
     folder: str | os.PathLike,
     architecture: Architecture,
@@ -113,6 +137,8 @@ def write_checkpoint(
     dtype: str = "bfloat16",
     model_type: str = "glm4_moe",
     token_ids: Mapping[str, int | list[int]] | None = None,
+    config: Mapping[str, Any] | None = None,
+    generation_config: Mapping[str, Any] | None = None,
     extra_files: Mapping[str, bytes | str] | None = None,
     replace: bool = False,
     shard_bytes: int = SHARD_BYTES,
@@ -126,6 +152,8 @@ def write_checkpoint(
         dtype: of every tensor but those that the family keeps in float32. "auto": as in `params`.
         model_type: the family whose names are used.
         token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`, for `config.json` and `generation_config.json`.
+        config: fields of the `config.json` that the model was read from, which stay where nothing else says otherwise.
+        generation_config: the same of `generation_config.json`.
         extra_files: more files by name, such as `tokenizer.json`.
         replace: whether a folder that is already there is replaced, with everything in it.
         shard_bytes: the most that the tensors of one file take; a larger one has a file of its own. Where one file is
@@ -142,7 +170,7 @@ def write_checkpoint(
     if unknown := sorted(set(token_ids or {}) - set(TOKEN_IDS)):
         raise ValueError(f"token_ids has {unknown[0]}: wanted some of {', '.join(TOKEN_IDS)}")
     family = family_of({"model_type": model_type})
-    fields = config_fields(family, architecture)
+    fields = config_fields(family, architecture)  # what the family cannot say is told before anything else
     rules = family.rules(architecture)
     arrays = {path: np.asarray(array) for path, array in flattened(params)}
     _require_same_names(folder, {rule.parameter for rule in rules}, set(arrays))
@@ -163,8 +191,8 @@ def write_checkpoint(
                 filling.require_finite(tensor, name)
                 yield tensor
 
-    fields |= {"dtype": dtypes[rules[0]].name, **(token_ids or {})}
-    texts = {"config.json": _json_text(fields), "generation_config.json": _json_text(dict(token_ids or {}))}
+    most = _most_common({name: StoredTensor(folder, *one, 0) for name, one in shapes.items()})
+    texts = config_texts(fields, most, token_ids or {}, config or {}, generation_config or {})
     shards = _shards(shapes, shard_bytes)
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
@@ -173,6 +201,7 @@ def write_checkpoint(
         raise ValueError(f"extra_files has {taken[0]}, which is written from the architecture and the parameters")
     with replaced_folder(folder) as partial:
         for name, data in {**texts, **(extra_files or {})}.items():
+            (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(data.encode() if isinstance(data, str) else data)
         made = tensors()
         for file, names in shards.items():
