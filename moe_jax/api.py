@@ -19,6 +19,7 @@ from moe_jax.engine import cache as caches
 from moe_jax.engine.generate import Completion, Engine
 from moe_jax.engine.request import AnyPolicy, execution_of, make_requests, policy_of_each
 from moe_jax.model import decoder
+from moe_jax.model.finite import require_finite
 from moe_jax.routing import calibration as calibrations
 from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies import base as policies
@@ -77,6 +78,7 @@ class Model:
 
         Raises:
             ValueError: ids are not of the vocabulary, a row is longer than the context, or a policy does not fit.
+            NotFiniteError: a logit is NaN or infinite; a ValueError too.
         """
         tokens_BT = np.asarray(tokens_BT)
         trunk = self.architecture.decoder
@@ -95,7 +97,9 @@ class Model:
         live = policies.settings(policy_B + policy_B[:1] * (rows - batch), self.architecture, execution.k_max)
         segments_BT = np.pad(np.ones_like(tokens_BT, np.int32), padding)
         tokens_BT = np.pad(tokens_BT.astype(np.int32), padding)
-        return np.asarray(_logits(self.params, tokens_BT, segments_BT, live, execution=execution))[:batch, :length]
+        logits_BTV = np.asarray(_logits(self.params, tokens_BT, segments_BT, live, execution=execution))
+        require_finite(logits_BTV[:batch, :length], "logits", self.params)
+        return logits_BTV[:batch, :length]
 
     def generate(
         self,
@@ -135,6 +139,7 @@ class Model:
 
         Raises:
             ValueError: an argument is refused, the model has no tokenizer, or the cache does not fit in memory.
+            NotFiniteError: a token's log-probability is NaN or infinite; a ValueError too.
         """
         if self.tokenizer is None:
             raise ValueError("the model's folder has no tokenizer.json: wanted one, to generate text")

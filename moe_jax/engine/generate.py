@@ -16,6 +16,7 @@ from moe_jax.engine.request import Request
 from moe_jax.engine.sampling import Sampling, draw
 from moe_jax.engine.stopping import StoppingText
 from moe_jax.model import decoder
+from moe_jax.model.finite import NotFiniteError, require_finite
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.selection import distinct_experts
 
@@ -183,6 +184,7 @@ class Engine:
 
         Raises:
             ValueError: the cache does not fit in the memory that is available.
+            NotFiniteError: a token's log-probability is NaN or infinite; a ValueError too.
         """
         batch, prefill, decode = self._prepared(requests, execution)
         rows = [_Row(request, self._tokenizer, self._end_ids) for request in requests]
@@ -190,6 +192,7 @@ class Engine:
 
         def hand_out(drawn: Drawn, alive_B: np.ndarray) -> np.ndarray:
             """Gives every row that is alive its token; returns those that still are."""
+            self._require_finite(drawn, alive_B, rows)
             for index in np.flatnonzero(alive_B).tolist():
                 piece = rows[index].take(int(drawn.token_B[index]), float(drawn.log_probability_B[index]))
                 if piece:
@@ -217,6 +220,14 @@ class Engine:
             alive_B = hand_out(drawn, alive_B)
         measured.decode_s = time.perf_counter() - began
         return Generated([row.completion() for row in rows], measured)
+
+    def _require_finite(self, drawn: Drawn, alive_B: np.ndarray, rows: Sequence["_Row"]) -> None:
+        for index in np.flatnonzero(alive_B & ~np.isfinite(drawn.log_probability_B)).tolist():
+            try:
+                require_finite(drawn.log_probability_B[index], rows[index].next_token(index + 1), self.params)
+            except NotFiniteError as error:
+                error.completions = tuple(row.completion() for row in rows)
+                raise
 
     def _prepared(
         self, requests: Sequence[Request], execution: decoder.Execution
@@ -335,8 +346,12 @@ class _Row:
         self._text += piece
         return piece
 
+    def next_token(self, prompt: int) -> str:
+        """Names the token that comes next, of a prompt of that number."""
+        return f"the log-probability of token {len(self._ids) + 1} after prompt {prompt}, {self._request.policy.spec!r}"
+
     def completion(self) -> Completion:
-        """What has been made so far."""
+        """What has been made so far; `finish_reason` is None where that is not finished."""
         kept = float(np.mean(self._kept)) if self._kept else self._kept_of_prompt
         distinct = float(np.mean(self._distinct)) if self._distinct else float("nan")
         made = (self._text, tuple(self._ids), tuple(self._log_probabilities))

@@ -16,6 +16,7 @@ from moe_jax.engine import cache as caches
 from moe_jax.engine.generate import Engine, batch_of
 from moe_jax.engine.request import make_requests
 from moe_jax.model.decoder import Execution, dtype_of
+from moe_jax.model.finite import require_finite
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.selection import distinct_experts
 
@@ -61,8 +62,10 @@ class Load:
             jax.block_until_ready(live)
             began = time.perf_counter()
             drawn, self._cache = program(self._engine.params, self._cache, *rows, live)
-            jax.device_get(drawn)
+            drawn = jax.device_get(drawn)
             seconds = time.perf_counter() - began
+            named = f"a step of {self.rows} rows, {policy.spec!r}"
+            require_finite(drawn.log_probability_B[: self.rows], named, self._engine.params)
         return seconds
 
     def work(self, chosen_LBK: np.ndarray, itemsize: int) -> roofline.Work:
