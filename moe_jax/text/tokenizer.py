@@ -15,6 +15,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from moe_jax.text import declared
 from moe_jax.text.corpus import Document
 
 END_OF_TEXT = "<|endoftext|>"
@@ -96,10 +97,10 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: str | os.PathLike, m
 
 
 def load_tokenizer(folder: str | os.PathLike) -> tokenizers.Tokenizer:
-    """Reads `tokenizer.json` from a model's folder (or the file itself).
+    """Reads `tokenizer.json` from a model's folder (or the file itself), and what lies beside it, see `declared.apply`.
 
     Raises:
-      ValueError: it is missing or not a tokenizer.
+      ValueError: it is missing or not a tokenizer, or a file beside it is damaged.
     """
     path = pathlib.Path(folder)
     path = path / "tokenizer.json" if path.is_dir() else path
@@ -111,7 +112,13 @@ def load_tokenizer(folder: str | os.PathLike) -> tokenizers.Tokenizer:
         raise ValueError(f"{path} is not a tokenizer: {' '.join(str(error).split())}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    tokenizer.encode_special_tokens = _splits_special_tokens(path.parent)
+    beside = path.parent / declared.CONFIG
+    try:
+        splits = bool(declared.read_fields(beside).get("split_special_tokens", False))
+    except ValueError as error:
+        raise ValueError(f"{beside} is damaged: {error}") from error
+    tokenizer = declared.apply(tokenizer, path.parent)
+    tokenizer.encode_special_tokens = splits
     return tokenizer
 
 
@@ -213,13 +220,3 @@ def _last_with_text(tokenizer: tokenizers.Tokenizer, ids: Sequence[int]) -> list
             break
         count *= 2
     return list(ids[-count:])
-
-
-def _splits_special_tokens(folder: pathlib.Path) -> bool:
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return False
-    try:
-        return bool(json.loads(path.read_text(encoding="utf-8")).get("split_special_tokens", False))
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
