@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 from absl import logging
 
-from moe_jax.checkpoint import filling, safetensors_file
+from moe_jax.checkpoint import filling, layouts, redundant, safetensors_file
 from moe_jax.checkpoint.beside import TOKEN_IDS, read_token_ids
 from moe_jax.checkpoint.families import Family, family_of
 from moe_jax.checkpoint.names import Rule
@@ -72,18 +72,19 @@ def read_checkpoint(folder: str | os.PathLike, dtype: str = "auto") -> tuple[Arc
     folder = pathlib.Path(folder)
     _require_dtype(dtype)
     family, architecture, fields, blocks = _describe(folder)
-    stored = read_tables(folder)
+    stored = layouts.with_published_names(folder, read_tables(folder))
     scales = take_scales(stored, blocks)
-    rules = family.rules(architecture)
+    rules = layouts.rules_of(folder, family.rules(architecture), architecture, stored)
     _require_enough(folder, rules, architecture, len(stored))
-    _require_same_names(folder, _wanted_names(rules, architecture), _without_skipped(folder, stored, family, fields))
+    wanted_names, given = _wanted_names(rules, architecture), _without_skipped(folder, stored, family, fields)
+    given -= redundant.agreeing(folder, sorted(given - wanted_names), stored, architecture)
+    _require_same_names(folder, wanted_names, given, stored)
     for rule in rules:
         wanted = rule.stored_shape(architecture)
         for name, _ in rule.placements(architecture):
+            stored[name].require_float(name)
             if stored[name].shape != wanted:
-                raise ValueError(
-                    f"{stored[name].path}: {name} has shape {stored[name].shape}: config.json asks for {wanted}"
-                )
+                raise ValueError(layouts.shape_complaint(name, stored[name], wanted))
     most = _most_common(stored)
     dtypes = {rule: _dtype_of(rule, dtype, stored, most, architecture) for rule in rules}
     _require_memory(folder, sum(math.prod(rule.shape(architecture)) * dtypes[rule].itemsize for rule in rules))
@@ -276,11 +277,20 @@ def _without_skipped(folder: pathlib.Path, stored: Mapping, family: Family, fiel
     return names
 
 
-def _require_same_names(folder: pathlib.Path, wanted: set[str], given: set[str]) -> None:
+def _require_same_names(
+    folder: pathlib.Path, wanted: set[str], given: set[str], stored: Mapping[str, StoredTensor] | None = None
+) -> None:
+    def shown(name: str) -> str:
+        tensor = (stored or {}).get(name)
+        return name if tensor is None or tensor.dtype in safetensors_file.FLOATS else f"{name} ({tensor.code})"
+
     complaints = []
     for what, names in (("missing", sorted(wanted - given)), ("unknown", sorted(given - wanted))):
         if names:
-            complaints.append(f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
+            some = ", ".join(map(shown, names[:3]))
+            complaints.append(f"{len(names)} {what}: {some}{', ...' if len(names) > 3 else ''}")
+    if wanted - given == {"lm_head.weight"} and not given - wanted:
+        complaints.append("this is a model without its output head")
     if complaints:
         raise ValueError(f"{folder} does not hold the parameters of its architecture: {'; '.join(complaints)}")
 
@@ -305,7 +315,8 @@ def _most_common(stored: Mapping[str, StoredTensor]) -> np.dtype:
     """The dtype of most numbers."""
     counts: dict[np.dtype, int] = collections.Counter()
     for tensor in stored.values():
-        counts[_in_memory(tensor.dtype)] += math.prod(tensor.shape)
+        if tensor.dtype in safetensors_file.FLOATS:
+            counts[_in_memory(tensor.dtype)] += math.prod(tensor.shape)
     return max(counts, key=counts.get)
 
 
