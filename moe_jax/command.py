@@ -94,7 +94,7 @@ class Command:
             "figures": figures,
             "rows": rows,
         }
-        result_json = json.dumps(_plain(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        result_json = json.dumps(plain(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         if self.out is not None:
             files.write_atomically(self.out / "config.gin", gin.to_gin(self.config))
             files.write_atomically(self.out / "result.json", result_json.encode(errors="backslashreplace"))
@@ -349,16 +349,16 @@ def _peak_memory_bytes() -> int:
     return max(of_devices) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _plain(value):
+def plain(value):
     """What JSON can hold: arrays and their scalars as numbers and lists, paths as text, NaN and infinity as null."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -105,9 +105,9 @@ def heads(
     key_BTGA = project(x_BTD, weights["key_GAD"])
     value_BTGA = project(x_BTD, weights["value_GAD"])
     if attention.bias:
-        query_BTHA = query_BTHA + weights["query_bias_HA"][None, None]
-        key_BTGA = key_BTGA + weights["key_bias_GA"][None, None]
-        value_BTGA = value_BTGA + weights["value_bias_GA"][None, None]
+        query_BTHA = _add(query_BTHA, weights["query_bias_HA"])
+        key_BTGA = _add(key_BTGA, weights["key_bias_GA"])
+        value_BTGA = _add(value_BTGA, weights["value_bias_GA"])
     if attention.qk_norm and attention.qk_norm_span == "all":
         query_BTHA = _norm_of_all(query_BTHA, weights["query_norm_HA"], norm_eps)
         key_BTGA = _norm_of_all(key_BTGA, weights["key_norm_GA"], norm_eps)
@@ -116,6 +116,10 @@ def heads(
         key_BTGA = rms_norm(key_BTGA, weights["key_norm_A"], norm_eps)
     query_BTHA, key_BTGA = (rope.rotate(x, turn, attention.rope_interleaved) for x in (query_BTHA, key_BTGA))
     return Heads(query_BTHA, key_BTGA, value_BTGA, rope.score_scale(attention, attention.head_dim))
+
+
+def _add(x_BTHA: jax.Array, bias_HA: jax.Array) -> jax.Array:
+    return (x_BTHA + bias_HA[None, None]).astype(x_BTHA.dtype)
 
 
 def _norm_of_all(x_BTHA: jax.Array, scale_HA: jax.Array, eps: float) -> jax.Array:

@@ -93,6 +93,14 @@ def split(decoder: Decoder) -> Params:
     return nnx.to_pure_dict(nnx.state(decoder))
 
 
+def dtype_of(params: Params) -> jnp.dtype:
+    """The dtype of activations and caches: the narrowest of the weights.
+
+    Some weights may be wider: their products run in their own dtype, and the results are rounded to this one.
+    """
+    return min((leaf.dtype for leaf in jax.tree.leaves(params)), key=lambda dtype: dtype.itemsize)
+
+
 def _one_layer(weights: Params, modules: tuple[str, ...], layer: jax.Array | int, in_place: bool = False) -> Params:
     """Takes one layer out of every stack, dropping the L of its name.
 
@@ -196,7 +204,7 @@ def _whole(
     """All layers over whole sequences: x_BTD, the traffic, and what is observed of the inputs of the MoE layers."""
     architecture = execution.architecture
     turn = _turn(positions_BT, architecture)
-    x_BTD = params["embedding_VD"][tokens_BT]
+    x_BTD = params["embedding_VD"][tokens_BT].astype(dtype_of(params))
 
     def core(heads):
         return heads.causal(segments_BT, execution.causal_attention), None
@@ -274,7 +282,7 @@ def extend(
     batch, length = tokens_BT.shape
     positions_BT = start_B[:, None] + jnp.arange(length, dtype=jnp.int32)[None, :]
     turn = _turn(positions_BT, architecture)
-    x_BTD = params["embedding_VD"][tokens_BT]
+    x_BTD = params["embedding_VD"][tokens_BT].astype(dtype_of(params))
 
     def core(layer, cache):
         def run(heads):

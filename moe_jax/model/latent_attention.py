@@ -41,7 +41,7 @@ class Heads:
     def causal(self, segments_BT: jax.Array, implementation: str) -> jax.Array:
         """Mixes positions of whole sequences: mixed_BTHX, see `causal_attention`."""
         latent_BTGZ, rotary_BTGA = jnp.split(self.key_BTGA, [self.attention.latent_rank], axis=-1)
-        expanded_BTHO = jnp.einsum("btz,hoz->btho", latent_BTGZ[:, :, 0], self.up_HOZ)
+        expanded_BTHO = _einsum("btz,hoz->btho", latent_BTGZ[:, :, 0], self.up_HOZ)
         key_BTHA, value_BTHX = jnp.split(expanded_BTHO, [self.attention.nope_head_dim], axis=-1)
         rotary_BTHA = jnp.broadcast_to(rotary_BTGA, (*key_BTHA.shape[:3], rotary_BTGA.shape[-1]))
         key_BTHA = jnp.concatenate([key_BTHA, rotary_BTHA], axis=-1)
@@ -53,7 +53,7 @@ class Heads:
         """Adds the one position of every row to the cache and mixes what it sees there, as `attention.Heads.step`."""
         key_up_HAZ, value_up_HXZ = jnp.split(self.up_HOZ, [self.attention.nope_head_dim], axis=1)
         query_BTHA, rotary_BTHA = jnp.split(self.query_BTHA, [self.attention.nope_head_dim], axis=-1)
-        query_BTHZ = jnp.einsum("btha,haz->bthz", query_BTHA, key_up_HAZ)
+        query_BTHZ = _einsum("btha,haz->bthz", query_BTHA, key_up_HAZ)
         query_BTHA = jnp.concatenate([query_BTHZ, rotary_BTHA], axis=-1)
         mixed_BHZ, *extended = cached_attention(
             query_BTHA[:, 0],
@@ -66,7 +66,12 @@ class Heads:
             value_channels=self.attention.latent_rank,
             implementation=implementation,
         )
-        return jnp.einsum("bhz,hxz->bhx", mixed_BHZ, value_up_HXZ)[:, None], Cache(*extended)
+        return _einsum("bhz,hxz->bhx", mixed_BHZ, value_up_HXZ)[:, None], Cache(*extended)
+
+
+def _einsum(sums: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """A product of x and a weight, of which that may be the wider one, in the dtype of x."""
+    return jnp.einsum(sums, x, weight).astype(x.dtype)
 
 
 def cached_widths(attention: AttentionConfig) -> tuple[int, int, int]:

@@ -29,15 +29,20 @@ def one_layer(stack: jax.Array, layer: jax.Array | int) -> jax.Array:
 
 
 def project(x: jax.Array, weight: jax.Array | Stacked, contracted: int = 1, dtype=None) -> jax.Array:
-    """Sums over the last `contracted` axes of x and of a weight; the result is of the dtype of x, or of another."""
+    """Sums over the last `contracted` axes of x and of a weight; the result is of the dtype of x, or of another.
+
+    The product is one in the dtype of the weight, which may be wider than that of x.
+    """
     if not isinstance(weight, Stacked):
-        return jnp.tensordot(x, weight, (tuple(range(-contracted, 0)),) * 2, preferred_element_type=dtype)
+        axes = (tuple(range(-contracted, 0)),) * 2
+        out = jnp.tensordot(x.astype(weight.dtype), weight, axes, preferred_element_type=dtype)
+        return out.astype(dtype or x.dtype)
     shape = weight.stack.shape[1:]
     kept = shape[: len(shape) - contracted]
-    rows = x.reshape(-1, math.prod(shape[len(kept) :]))
+    rows = x.reshape(-1, math.prod(shape[len(kept) :])).astype(weight.stack.dtype)
     all_rows = jnp.array([rows.shape[0]], jnp.int32)  # one expert, which serves everybody
     out = native.forward(rows, weight.stack, all_rows, weight.layer, dtype)
-    return out.reshape(*x.shape[: x.ndim - contracted], *kept)
+    return out.reshape(*x.shape[: x.ndim - contracted], *kept).astype(dtype or x.dtype)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -27,11 +27,19 @@ class Traffic(NamedTuple):
 def run_experts(
     rows_SD: jax.Array, group_sizes_E: jax.Array, layer: jax.Array, weights: dict[str, jax.Array], implementation: str
 ) -> jax.Array:
-    """The routed experts on rows sorted by expert: out_SD, unweighted; rows that nobody holds give zero."""
+    """The routed experts on rows sorted by expert: out_SD, unweighted; rows that nobody holds give zero.
+
+    A product is one in the dtype of its weights, which may be wider than that of the rows.
+    """
+
+    def multiply(rows_SX, weights_LEFX):
+        rows_SX = rows_SX.astype(weights_LEFX.dtype)
+        return grouped_matmul(rows_SX, weights_LEFX, group_sizes_E, layer, implementation)
+
     gate_up_LEIFD = weights["gate_up_LEIFD"]
     gate_up_LEID = gate_up_LEIFD.reshape(*gate_up_LEIFD.shape[:2], -1, gate_up_LEIFD.shape[-1])
-    gate_up_SI = grouped_matmul(rows_SD, gate_up_LEID, group_sizes_E, layer, implementation)
-    return grouped_matmul(swiglu(gate_up_SI), weights["down_LEDF"], group_sizes_E, layer, implementation)
+    gate_up_SI = multiply(rows_SD, gate_up_LEID)
+    return multiply(swiglu(gate_up_SI), weights["down_LEDF"]).astype(rows_SD.dtype)
 
 
 def moe_layer(

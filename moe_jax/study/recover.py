@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from moe_jax.checkpoint import huggingface
+from moe_jax.checkpoint.beside import read_beside, read_token_ids
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import Config
 from moe_jax.evaluation.journal import Journal
@@ -109,7 +110,8 @@ def recover(
 ) -> Finished:
     """Fine-tunes in a folder, from where a killed run stood, exports to `folder/model`, and measures what was exported.
 
-    The export has the layout, dtype and family of the model that was tuned. Where the policy keeps one number of
+    The export has the layout, dtype and family of the model that was tuned, and the files beside its weights but for
+    pages about it. Where the policy keeps one number of
     experts of every token, that is the exported model's own: in config.json as the family has it where it is the same
     in all layers, and as a field of ours where it is not.
 
@@ -126,16 +128,13 @@ def recover(
     if config.finetune.rollouts:
         text = text._replace(packed=_rollouts(config, folder / "rollouts", model, params, text, execution))
     tuned = finetuning.finetune(config, folder, params, text, planned.trained, execution)
-    beside = huggingface.read_beside(model)
     huggingface.write_checkpoint(
         folder / "model",
         policies.with_own(planned.trained, execution.architecture) or execution.architecture,
         tuned.params,
         dtype=huggingface.stored_dtype(model),
-        model_type=beside.model_type,
-        token_ids=beside.token_ids,
-        extra_files=beside.files,
         replace=True,
+        **read_beside(model).of_other_weights().options(),
     )
     _, exported = huggingface.read_checkpoint(folder / "model", config.training.weights)
     after = measure(config, exported, text, planned.compared, execution, "after")
@@ -147,6 +146,6 @@ def recover(
 def _rollouts(
     config: Config, folder: pathlib.Path, model: pathlib.Path, params: Params, text: Text, execution: Execution
 ) -> Packed:
-    end_ids = np.atleast_1d(huggingface.read_token_ids(model).get("eos_token_id", [])).tolist()
+    end_ids = np.atleast_1d(read_token_ids(model).get("eos_token_id", [])).tolist()
     settings = {"count": config.finetune.rollouts, "seed": config.run.seed, "folder": folder}
     return rollouts.write(params, load_tokenizer(model), end_ids, execution, text.packed, **settings)

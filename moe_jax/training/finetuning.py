@@ -11,7 +11,7 @@ import numpy as np
 import tokenizers
 from absl import logging
 
-from moe_jax.checkpoint import huggingface
+from moe_jax.checkpoint.beside import read_token_ids
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import Config, TextConfig
 from moe_jax.cost import hardware
@@ -104,7 +104,7 @@ def prepare_text(config: Config, model: pathlib.Path, tokenizer: tokenizers.Toke
             f"training.sequence_length = {training.sequence_length}: wanted at most the model's context of {context} "
             "tokens"
         )
-    begin_id, end_id = outer_ids(model, tokenizer, huggingface.read_token_ids(model))
+    begin_id, end_id = outer_ids(model, tokenizer, read_token_ids(model))
     documents, digest, held_out = _documents(config.text, config.finetune.held_out_fraction, load_renderer(model))
     packed = pack(
         frame_documents(tokenizer, documents, begin_id, end_id), training.sequence_length, begin_id, begin_id != end_id

@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from absl import logging
 from tqdm import tqdm
 
 from moe_jax import files
 from moe_jax.checkpoint.orbax import Checkpoints
 from moe_jax.config import gin
 from moe_jax.config.schema import Config
+from moe_jax.model.finite import NotFiniteError
 from moe_jax.routing.policies.base import Settings
 from moe_jax.text.batches import Packed, batches
 from moe_jax.training.optimizer import learning_rate
@@ -175,7 +177,12 @@ def run(config: Config, folder: pathlib.Path, task: Task) -> Outcome:
         return done >= training.steps or 0 < task.patience <= best.since
 
     def evaluate():
-        bits_per_byte = task.judge(state)
+        try:
+            bits_per_byte = task.judge(state)
+        except NotFiniteError as error:
+            logging.warning("held-out text after step %d: %s", done, error)
+            metrics.write(step=done, bits_per_byte=None)
+            return best._replace(since=best.since + 1)
         metrics.write(step=done, bits_per_byte=bits_per_byte)
         if not bits_per_byte < best.bits_per_byte:  # NaN is no better
             return best._replace(since=best.since + 1)
