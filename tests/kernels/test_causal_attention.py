@@ -29,6 +29,10 @@ CASES = {
     "more_heads_than_a_piece": (1, 70, 7, 1, 16, 16, "one", 4),
     "narrow_values": (1, 70, 3, 3, 192, 128, "one", 4),
     "wide_values": (1, 70, 2, 1, 6, 50, "several", 4),
+    "one_more_than_a_block": (1, 129, 2, 1, 16, 16, "one", 4),
+    "one_more_than_a_long_block": (1, 257, 4, 2, 16, 16, "several", 4),
+    "one_less_than_several_blocks": (3, 383, 6, 3, 8, 8, "prefix", 4),
+    "several_blocks": (1, 512, 2, 1, 16, 16, "one", 4),
     "large_scores": (2, 100, 4, 2, 16, 16, "several", 1000),
 }
 ROUNDED = 2**-22  # of a score, which is float32: shares are off by as much
@@ -136,6 +140,16 @@ def test_what_a_position_does_not_see_changes_nothing_bit_for_bit(implementation
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_blocks_of_later_positions_are_not_multiplied(implementation):
+    """What is no number there would leave its mark, even times a share of zero."""
+    query, key, value, segments_BT, scale, grad = draw("several_blocks", "float32")
+    value = value.at[:, 384:].set(np.nan)
+    mixed, query_grad, _, _ = run(implementation, query, key, value, segments_BT, scale, grad.at[:, 384:].set(0))
+    for got in (mixed, query_grad):
+        assert np.isnan(got[:, 384:]).all() and np.isfinite(got[:, :256]).all()
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_score_that_is_no_number_is_not_hidden(implementation):
     """Training that diverges has to be seen."""
     query, key, value, segments_BT, scale, grad = draw("not_a_multiple_of_the_block", "float32")
@@ -162,16 +176,34 @@ def test_numbers_that_are_no_floats_are_refused():
         causal_attention(ones, ones, ones, ones[:, :, 0, 0], 1.0, "native")
 
 
-def test_the_gradient_keeps_no_scores():
-    """What it allocates grows with the length, not with its square."""
+def lowered(implementation, length):
+    """The forward pass and the gradient, of so many positions."""
+    x, ones_BT = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32), jnp.ones((1, length), jnp.int32)
+
+    def mix(*inputs):
+        return causal_attention(*inputs, ones_BT, 1.0, implementation)
+
+    def with_gradient(query, key, value, grad):
+        mixed, pull = jax.vjp(mix, query, key, value)
+        return mixed, *pull(grad)
+
+    return jax.jit(with_gradient).lower(x, x, x, x)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_no_scores_are_kept(implementation):
+    """What is allocated grows with the length, not with its square."""
 
     def size(length):
-        x = jnp.ones((1, length, 2, 16))
-        ones = jnp.ones((1, length), jnp.int32)
-        gradient = jax.grad(lambda *inputs: causal_attention(*inputs, ones, 1.0, "native").sum(), argnums=(0, 1, 2))
-        return jax.jit(gradient).lower(x, x, x).compile().memory_analysis().temp_size_in_bytes
+        return lowered(implementation, length).compile().memory_analysis().temp_size_in_bytes
 
     assert size(4096) < 2.2 * size(2048)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_longer_sequence_is_no_longer_program(implementation):
+    lines = [len(lowered(implementation, length).as_text().splitlines()) for length in (2048, 32768)]
+    assert lines[1] <= 1.05 * lines[0]
 
 
 def digest():

@@ -1,43 +1,163 @@
-"""Attention over whole sequences in plain JAX, on any platform.
+"""Attention over whole sequences in plain JAX, on any platform (flash attention: arXiv 2307.08691).
 
-Goes by blocks of queries, so that the keys behind a block are not multiplied, and recomputes the scores in the gradient
-rather than keep them.
+Scores exist for one block of queries and one of keys at a time; blocks beyond the diagonal are not computed. Both loops
+are loops of the compiled program, whose size does not depend on the length. The gradient recomputes the scores from the
+log-sum-exp of every query.
 """
 
-import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-QUERY_BLOCK = 128  # queries that attend at once
+BLOCK = 128  # queries, or keys, at most
+LONG_BLOCK = 256  # the same in the forward pass of few heads: a sixth faster over long sequences on a CPU
+FEW_HEADS = 16  # of all rows together
+HIDDEN = -1e30  # the score of a key that a query does not see
+
+
+class _Queries(NamedTuple):
+    """Queries in blocks, which are the first axis of every array."""
+
+    query_BGQTA: jax.Array
+    segment_BT: jax.Array
+    position_T: jax.Array
+
+
+class _Keys(NamedTuple):
+    """Keys and values in blocks, like `_Queries`."""
+
+    key_BGMA: jax.Array
+    value_BGMX: jax.Array
+    segment_BM: jax.Array
+    position_M: jax.Array
+
+    def block(self, index: jax.Array) -> "_Keys":
+        """One block."""
+        return _Keys(*(lax.dynamic_index_in_dim(x, index, keepdims=False) for x in self))
 
 
 def forward(query_BTHA, key_BTGA, value_BTGX, segments_BT, scale):
-    """As `api.causal_attention`; keeps nothing for the gradient."""
-    length = query_BTHA.shape[1]
-    mix_block = jax.checkpoint(functools.partial(_mix, scale=scale))
-    blocks = []
-    for first in range(0, length, QUERY_BLOCK):
-        last = min(first + QUERY_BLOCK, length)
-        order_TM = jnp.arange(first, last)[:, None] >= jnp.arange(last)[None, :]
-        key_segments_B1M = segments_BT[:, None, :last]
-        mask_BTM = ((segments_BT[:, first:last, None] == key_segments_B1M) | (key_segments_B1M < 0)) & order_TM[None]
-        blocks.append(mix_block(query_BTHA[:, first:last], key_BTGA[:, :last], value_BTGX[:, :last], mask_BTM))
-    return jnp.concatenate(blocks, axis=1), None
+    """As `api.causal_attention`; also the natural logarithm of the sum of every query's softmax, float32 [B, H, T]."""
+    batch, length, heads, _ = query_BTHA.shape
+    longest = LONG_BLOCK if batch * heads <= FEW_HEADS else BLOCK
+    queries, keys = _in_blocks(query_BTHA, key_BTGA, value_BTGX, segments_BT, longest)
+
+    def mix(_, queries):
+        def add(index, so_far):
+            max_BGQT, sum_BGQT, mixed_BGQTX = so_far
+            block = keys.block(index)
+            score_BGQTM = _scores(queries, block, scale)
+            new_max_BGQT = jnp.maximum(max_BGQT, score_BGQTM.max(axis=-1))
+            share_BGQTM = jnp.exp(score_BGQTM - new_max_BGQT[..., None])
+            factor_BGQT = jnp.exp(max_BGQT - new_max_BGQT)
+            new_BGQTX = _product("bgqtm,bgmx->bgqtx", share_BGQTM.astype(value_BTGX.dtype), block.value_BGMX)
+            sum_BGQT = factor_BGQT * sum_BGQT + share_BGQTM.sum(axis=-1)
+            return new_max_BGQT, sum_BGQT, factor_BGQT[..., None] * mixed_BGQTX + new_BGQTX
+
+        shape = queries.query_BGQTA.shape[:-1]
+        nothing = jnp.full(shape, HIDDEN), jnp.zeros(shape), jnp.zeros((*shape, value_BTGX.shape[-1]))
+        max_BGQT, sum_BGQT, mixed_BGQTX = lax.fori_loop(0, _blocks_seen(queries, keys), add, nothing)
+        return None, ((mixed_BGQTX / sum_BGQT[..., None]).astype(value_BTGX.dtype), max_BGQT + jnp.log(sum_BGQT))
+
+    _, (mixed, log_sum_exp) = lax.scan(mix, None, queries)
+    log_sum_exp_BHT = jnp.moveaxis(log_sum_exp, 0, 3).reshape(batch, heads, -1)[:, :, :length]
+    return _joined(mixed, length), log_sum_exp_BHT
 
 
 def backward(query_BTHA, key_BTGA, value_BTGX, segments_BT, scale, mixed_BTHX, log_sum_exp_BHT, mixed_grad_BTHX):
     """The gradients for queries, keys and values."""
-    del mixed_BTHX, log_sum_exp_BHT
-    _, pull = jax.vjp(lambda *inputs: forward(*inputs, segments_BT, scale)[0], query_BTHA, key_BTGA, value_BTGX)
-    return pull(mixed_grad_BTHX)
+    queries, keys = _in_blocks(query_BTHA, key_BTGA, value_BTGX, segments_BT, BLOCK)
+    delta_BTH = jnp.einsum("bthx,bthx->bth", mixed_BTHX, mixed_grad_BTHX, preferred_element_type=jnp.float32)
+
+    def pull(key_grads, given):
+        queries, mixed_grad_BGQTX, delta_BGQT1, log_sum_exp_BGQT1 = given
+
+        def add(index, so_far):
+            query_grad_BGQTA, *key_grads = so_far
+            block = keys.block(index)
+            share_BGQTM = jnp.exp(_scores(queries, block, scale) - log_sum_exp_BGQT1)
+            share_grad_BGQTM = _product("bgqtx,bgmx->bgqtm", mixed_grad_BGQTX, block.value_BGMX)
+            score_grad_BGQTM = scale * share_BGQTM * (share_grad_BGQTM - delta_BGQT1)
+            score_grad_BGQTM = score_grad_BGQTM.astype(query_BTHA.dtype)
+            query_grad_BGQTA += _product("bgqtm,bgma->bgqta", score_grad_BGQTM, block.key_BGMA)
+            of_block = (
+                _product("bgqtm,bgqta->bgma", score_grad_BGQTM, queries.query_BGQTA),
+                _product("bgqtm,bgqtx->bgmx", share_BGQTM.astype(mixed_grad_BTHX.dtype), mixed_grad_BGQTX),
+            )
+            return query_grad_BGQTA, *(_added(grad, index, new) for grad, new in zip(key_grads, of_block))
+
+        nothing = jnp.zeros(queries.query_BGQTA.shape)
+        query_grad_BGQTA, *key_grads = lax.fori_loop(0, _blocks_seen(queries, keys), add, (nothing, *key_grads))
+        return tuple(key_grads), query_grad_BGQTA.astype(query_BTHA.dtype)
+
+    count, _, kv_heads, _, block, _ = queries.query_BGQTA.shape
+    given = (
+        _of_queries(mixed_grad_BTHX, count, block, kv_heads),
+        _of_queries(delta_BTH[..., None], count, block, kv_heads),
+        _of_queries(jnp.swapaxes(log_sum_exp_BHT, 1, 2)[..., None], count, block, kv_heads),
+    )
+    nothing = jnp.zeros(keys.key_BGMA.shape), jnp.zeros(keys.value_BGMX.shape)
+    key_grads, query_grad = lax.scan(pull, nothing, (queries, *given))
+    key_grad_BTGA, value_grad_BTGX = (_joined(x[:, :, :, None], key_BTGA.shape[1]) for x in key_grads)
+    query_grad_BTHA = _joined(query_grad, query_BTHA.shape[1])
+    return query_grad_BTHA, key_grad_BTGA.astype(key_BTGA.dtype), value_grad_BTGX.astype(value_BTGX.dtype)
 
 
-def _mix(query_BTHA, key_BMGA, value_BMGX, mask_BTM, scale):
-    """Softmax attention in float32. Every query must see a key."""
-    batch, num_queries, heads, head_dim = query_BTHA.shape
-    query_BTGQA = query_BTHA.reshape(batch, num_queries, key_BMGA.shape[2], -1, head_dim)
-    score_BGQTM = jnp.einsum("btgqa,bmga->bgqtm", query_BTGQA, key_BMGA, preferred_element_type=jnp.float32)
-    score_BGQTM = jnp.where(mask_BTM[:, None, None], score_BGQTM * scale, -1e30)
-    share_BGQTM = jax.nn.softmax(score_BGQTM, axis=-1).astype(value_BMGX.dtype)
-    return jnp.einsum("bgqtm,bmgx->btgqx", share_BGQTM, value_BMGX).reshape(batch, num_queries, heads, -1)
+def _in_blocks(query_BTHA, key_BTGA, value_BTGX, segments_BT, longest: int) -> tuple[_Queries, _Keys]:
+    """Blocks as even as can be: the padding at the end is less than a position for each."""
+    length, kv_heads = key_BTGA.shape[1:3]
+    count = -(-length // longest)
+    block = -(-length // count)
+    position = jnp.arange(count * block).reshape(count, block)
+    segment = _split(segments_BT, count, block)
+    key, value = (jnp.swapaxes(_split(x, count, block), 2, 3) for x in (key_BTGA, value_BTGX))
+    query = _of_queries(query_BTHA, count, block, kv_heads)
+    return _Queries(query, segment, position), _Keys(key, value, segment, position)
+
+
+def _split(x_BT, count: int, block: int) -> jax.Array:
+    """[B, T, ...] as [count, B, block, ...]; the last block is filled up with zeros."""
+    batch, length, *rest = x_BT.shape
+    x_BT = jnp.pad(x_BT, ((0, 0), (0, count * block - length), *((0, 0) for _ in rest)))
+    return jnp.moveaxis(x_BT.reshape(batch, count, block, *rest), 1, 0)
+
+
+def _of_queries(x_BTHA, count: int, block: int, kv_heads: int) -> jax.Array:
+    """[B, T, H, A] as [count, B, G, Q, block, A]."""
+    split = _split(x_BTHA, count, block)
+    split = split.reshape(*split.shape[:3], kv_heads, -1, split.shape[-1])
+    return jnp.moveaxis(split, 2, 4)
+
+
+def _joined(blocks, length: int) -> jax.Array:
+    """[count, B, G, Q, block, A] as [B, T, H, A], without what the last block was filled up with."""
+    count, batch, kv_heads, of_kv_head, block, width = blocks.shape
+    x_BTHA = blocks.transpose(1, 0, 4, 2, 3, 5).reshape(batch, count * block, kv_heads * of_kv_head, width)
+    return x_BTHA[:, :length]
+
+
+def _blocks_seen(queries: _Queries, keys: _Keys) -> jax.Array:
+    """The blocks of keys up to the diagonal, of which queries of one block see something."""
+    return queries.position_T.max() // keys.position_M.shape[1] + 1
+
+
+def _scores(queries: _Queries, keys: _Keys, scale: float) -> jax.Array:
+    """float32."""
+    key_segment_B1M = keys.segment_BM[:, None, :]
+    in_sight_BTM = (queries.segment_BT[:, :, None] == key_segment_B1M) | (key_segment_B1M < 0)
+    seen_BTM = in_sight_BTM & (queries.position_T[:, None] >= keys.position_M[None, :])[None]
+    score_BGQTM = _product("bgqta,bgma->bgqtm", queries.query_BGQTA, keys.key_BGMA)
+    return jnp.where(seen_BTM[:, None, None], scale * score_BGQTM, HIDDEN)
+
+
+def _product(axes: str, left, right) -> jax.Array:
+    """Sums in float32."""
+    return jnp.einsum(axes, left, right, preferred_element_type=jnp.float32)
+
+
+def _added(blocks, index, new) -> jax.Array:
+    """Adds to one block."""
+    old = lax.dynamic_index_in_dim(blocks, index, keepdims=False)
+    return lax.dynamic_update_index_in_dim(blocks, old + new, index, 0)
