@@ -101,6 +101,8 @@ GROUPS = {
         "elastic": ELASTIC,
         "elastic_rows": ELASTIC | {"finetune.k_drawn_per": "row", "finetune.k_weights": (1, 1, 1, 1, 2, 2, 2)},
         "elastic_rows_6": ELASTIC | {"finetune.k_drawn_per": "row", "finetune.k_weights": (2, 1, 1, 1, 6, 1, 2)},
+        "elastic_rows_middle": ELASTIC
+        | {"finetune.k_drawn_per": "row", "finetune.k_weights": (8, 8, 9, 9, 22, 22, 22)},
         "elastic_rows_high": ELASTIC | {"finetune.k_drawn_per": "row", "finetune.k_weights": (3, 3, 4, 4, 12, 12, 12)},
     },
     "seeds": {
