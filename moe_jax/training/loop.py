@@ -90,7 +90,7 @@ def require_same_run(config: Config, folder: pathlib.Path) -> None:
 
 
 class _Log:
-    """Metrics as JSON lines. What a killed run wrote behind its last checkpoint is dropped when it goes on."""
+    """Metrics as JSON lines. What a killed run wrote after its last checkpoint is dropped when it goes on."""
 
     def __init__(self, path: pathlib.Path, step: int):
         kept = []
@@ -113,7 +113,7 @@ class _Log:
 
 @contextlib.contextmanager
 def _interruption_deferred() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM while the block runs, and delivers the first one behind it.
+    """Collects SIGINT and SIGTERM while the block runs, and delivers the first one after it.
 
     A step donates its state: an exception in the middle of one would leave nothing to save.
     """
