@@ -56,7 +56,7 @@ def rules_of(
     """The rules as these tensors are named: those of a family or, where there are such tensors, stacked ones."""
 
     def is_stored(rule: Rule) -> bool:
-        return next(rule.placements(architecture)).tensor in stored
+        return rule.first_tensor(architecture) in stored
 
     chosen = []
     for rule in rules:

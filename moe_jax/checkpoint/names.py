@@ -76,11 +76,17 @@ class Rule:
         """Yields every tensor of this parameter, with the slice that it fills."""
         named, letters = self._named(), self.letters
         sizes = self._sizes(architecture)
-        first_layer = 0 if self.parameter.startswith("dense/") else architecture.decoder.num_dense_layers
         for position in np.ndindex(*(sizes[letter] for letter in named)):
             at = dict(zip(named, position, strict=True))
-            spelled = {**at, "L": first_layer + at.get("L", 0), "I": self.halves[at.get("I", 0)]}
-            yield Placement(self.tensor.format(**spelled), tuple(at.get(letter, slice(None)) for letter in letters))
+            yield Placement(self._spelled(architecture, at), tuple(at.get(letter, slice(None)) for letter in letters))
+
+    def first_tensor(self, architecture: Architecture) -> str:
+        """The name of its first tensor, however many there are."""
+        return self._spelled(architecture, dict.fromkeys(self._named(), 0))
+
+    def _spelled(self, architecture: Architecture, at: dict[str, int]) -> str:
+        first_layer = 0 if self.parameter.startswith("dense/") else architecture.decoder.num_dense_layers
+        return self.tensor.format(**{**at, "L": first_layer + at.get("L", 0), "I": self.halves[at.get("I", 0)]})
 
 
 def trunk_rules(decoder: DecoderConfig) -> list[Rule]:

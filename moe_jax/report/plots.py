@@ -14,7 +14,7 @@ def draw_training_curve(metrics: pathlib.Path) -> bytes:
     The loss is that of the next token and, where the full model teaches, the divergence from it.
     """
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    held_out = [(line["step"], line["bits_per_byte"]) for line in lines if line.get("bits_per_byte")]
+    held_out = [(line["step"], line["bits_per_byte"]) for line in lines if "bits_per_byte" in line]
     figure = Figure(figsize=(7, 4), layout="constrained")
     left = figure.subplots()
     for name, label, color in (("loss", "next token", "0.6"), ("divergence", "divergence", "tab:orange")):
