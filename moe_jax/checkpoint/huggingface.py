@@ -122,14 +122,15 @@ def config_texts(
     Args:
         fields: as `config_fields` gives them.
         dtype: of most weights.
-        token_ids: for both files.
+        token_ids: for both files; those that `config` has stay in the first, and these in the second win over them.
         config: more fields: those of another `config.json` of the same model, quantised or in another dtype perhaps.
         generation_config: the same.
     """
     kept = {name: value for name, value in config.items() if name not in _OF_STORED_WEIGHTS}
     if "torch_dtype" in kept:  # as transformers 4 calls it
         kept["torch_dtype"] = dtype.name
-    fields = {**kept, **fields, "dtype": dtype.name, **token_ids}
+    missing = {name: ids for name, ids in token_ids.items() if kept.get(name) is None}
+    fields = {**kept, **fields, "dtype": dtype.name, **missing}
     return {"config.json": _json_text(fields), "generation_config.json": _json_text({**generation_config, **token_ids})}
 
 
