@@ -166,7 +166,7 @@ def objective(
     if teacher is not None:
         with jax.named_scope("teacher"):
             own = decoder.Execution(execution.architecture, execution.architecture.moe.k, execution.grouped_matmul)
-            teacher_BTD, _ = decoder.hidden(teacher.params, *rows, teacher.live, own, in_stacks=True)
+            teacher_BTD, _ = decoder.hidden(teacher.params, *rows, teacher.live, own)
         teacher_ND = lax.stop_gradient(teacher_BTD.reshape(x_ND.shape))
         teacher_head_VD = lax.stop_gradient(decoder.head(teacher.params))
     labels_N = batch["labels_BT"].reshape(-1)
