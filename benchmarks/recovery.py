@@ -10,6 +10,8 @@ runs of the folder say together.
 """
 
 import dataclasses
+import datetime
+import hashlib
 import json
 import os
 import pathlib
@@ -91,11 +93,17 @@ GROUPS = {
     },
     # the control's learning rate is tuned like the others'
     "control_rates": {f"control_{rate:g}": _plain(rate, 2.0) for rate in (1e-4, 2e-4, 4e-4)},
+    # beside quarter_batch_mixed_4e-4
+    "short_control": {"control_0.5M": _plain(BEST_CONTROL_RATE, 0.5)},
     # two million tokens each
     "long": {"k4_seed0": LONG, "k2": _at(2, 2.0)},
     "elastic": {
         "elastic": ELASTIC,
         "elastic_rows": ELASTIC | {"finetune.k_drawn_per": "row", "finetune.k_weights": (1, 1, 1, 1, 2, 2, 2)},
+        "elastic_rows_6": ELASTIC | {"finetune.k_drawn_per": "row", "finetune.k_weights": (2, 1, 1, 1, 6, 1, 2)},
+        "elastic_rows_middle": ELASTIC
+        | {"finetune.k_drawn_per": "row", "finetune.k_weights": (8, 8, 9, 9, 22, 22, 22)},
+        "elastic_rows_high": ELASTIC | {"finetune.k_drawn_per": "row", "finetune.k_weights": (3, 3, 4, 4, 12, 12, 12)},
     },
     "seeds": {
         name: settings
@@ -125,6 +133,7 @@ def main(run: command.Command) -> None:
     from moe_jax.report import finetuned
     from moe_jax.study import recover
     from moe_jax.text.corpus import load_held_out
+    from moe_jax.training import trainable
 
     base = run.config
     named = {name: settings for group in GROUPS.values() for name, settings in group.items()}
@@ -141,20 +150,22 @@ def main(run: command.Command) -> None:
         recover.plan(configs[name], architecture)
     held_out = str(command.in_repository(base.text.held_out, "text.held_out"))
     with run.timed("text"):
-        text = _prepared(base, run.out / "text.pickle", path, held_out, architecture.decoder.max_context)
+        text = _prepared(base, run.out, path, held_out, architecture.decoder.max_context)
     params = moe_jax.load(path, dtype=base.training.weights, calibration=None).params
     compared = list(
         dict.fromkeys(policy for config in configs.values() for policy in recover.plan(config, architecture).compared)
     )
     with run.timed("before"):
         before = _before(
-            run.out / "before.pickle",
+            run.out / f"before-{_key(text.digest, trainable.digest(params), base.evaluation.documents)}.pickle",
             compared,
             lambda missing: recover.measure(base, params, text, missing, execution, "before"),
         )
     for name, config in configs.items():
         folder = run.out / name
         if (folder / "result.json").exists():
+            if (folder / "config.gin").read_text() != gin.to_gin(config):
+                raise ValueError(f"{folder} holds a run of other settings: wanted another --out")
             continue
         folder.mkdir(exist_ok=True)
         planned = recover.plan(config, architecture)
@@ -162,7 +173,8 @@ def main(run: command.Command) -> None:
             known = [before[policy] for policy in planned.compared]
             finished = recover.recover(config, folder, path, params, text, planned, execution, known)
         rows = finetuned.finish(config, folder, finished)
-        result = {"figures": finetuned.figures(finished, rows), "rows": rows, "seconds": run.seconds[name]}
+        figures = {"figures": finetuned.figures(finished, rows), "rows": rows, "seconds": run.seconds[name]}
+        result = figures | command.provenance() | {"date": datetime.date.today().isoformat()}
         files.write_atomically(folder / "config.gin", gin.to_gin(config))
         files.write_atomically(folder / "result.json", json.dumps(result, indent=2) + "\n")
         print(f"{name}: {run.seconds[name]:.0f} s\n{finetuned.table(rows)}\n", flush=True)
@@ -174,8 +186,14 @@ def main(run: command.Command) -> None:
     run.finish(figures, text=text)
 
 
-def _prepared(config, kept: pathlib.Path, model: pathlib.Path, held_out: str, context: int):
+def _key(*parts) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _prepared(config, out: pathlib.Path, model: pathlib.Path, held_out: str, context: int):
     """The text, from the file that an earlier start left where there is one."""
+    settings = config.text, config.training.sequence_length, config.evaluation.documents
+    kept = out / f"text-{_key(settings, (model / 'tokenizer.json').read_bytes())}.pickle"
     if kept.exists():
         return pickle.loads(kept.read_bytes())
     from moe_jax import files
@@ -224,28 +242,32 @@ def summary(folder: pathlib.Path, names) -> tuple[str, dict]:
     def finished(*wanted):
         return [runs[name] for name in wanted if name in runs]
 
-    parts = [tables.short_runs(runs, GROUPS["table"]), tables.control_rates(runs, GROUPS["control_rates"])]
+    parts = [tables.short_runs(runs, GROUPS["table"]), tables.short_runs(runs, [*GROUPS["long_table"], "k4_seed0"])]
+    parts += [tables.control_rates(runs, GROUPS["control_rates"])]
     figures = {}
-    long = {
-        "topk:4": finished(*(f"k4_seed{seed}" for seed in SEEDS)),
-        **{f"topk:{k}": finished(f"k{k}") for k in (2, 3, 6)},
+    seeds, controls = finished(*(f"k4_seed{seed}" for seed in SEEDS)), finished(*CONTROLS)
+    one_seed = {f"topk:{k}": finished(f"k{k}") for k in (2, 3, 6)}
+    by_k = {"topk:4": tables.Pair("topk:4", seeds, controls)}
+    by_k |= {policy: tables.Pair(policy, of, finished(CONTROLS[0])) for policy, of in one_seed.items()}
+    by_tokens = {
+        "0.5 M": tables.Pair("topk:4", finished("quarter_batch_mixed_4e-4"), finished("control_0.5M")),
+        "2 M": by_k["topk:4"],
+        "4 M": tables.Pair("topk:4", finished("k4_4M"), finished("control_4M")),
     }
-    of_longer = finished("k4_4M"), finished("control_4M")
-    for name, tuned, control in (
-        ("2M", long, {policy: finished(*CONTROLS) if policy == "topk:4" else finished(CONTROLS[0]) for policy in long}),
-        ("4M", {"topk:4": of_longer[0]}, {"topk:4": of_longer[1]}),
-    ):
-        table, found = tables.against_control(tuned, control)
+    for of, pairs in (("after 2 M tokens", by_k), ("`topk:4` after", by_tokens)):
+        table, found = tables.against_control(pairs, of)
         parts.append(table)
-        for policy, share in found.items():
-            figures[f"recovered_{policy}_{name}"] = {"value": share.value, "unit": "1", "ci95": share.ci95}
+        for name, share in found.items():
+            figures[f"recovered_{name.replace(' ', '')}"] = {"value": share.value, "unit": "1", "ci95": share.ci95}
+    long = {"topk:4": seeds} | one_seed
     specialists = {policy: of[0] for policy, of in sorted(long.items()) if of}
-    if "elastic" in runs and specialists:
-        table, found = tables.elastic(runs["elastic"], specialists)
-        parts.append(table)
-        figures |= {
-            f"elastic_over_specialist_{policy}": {"value": share, "unit": "1"} for policy, share in found.items()
-        }
+    for name in GROUPS["elastic"] if specialists else ():
+        for one in finished(name):
+            table, found = tables.elastic(one, name, specialists)
+            parts.append(table)
+            figures |= {
+                f"{name}_over_specialist_{policy}": {"value": share, "unit": "1"} for policy, share in found.items()
+            }
     return "\n\n".join(part for part in parts if part.count("\n") > 1), figures
 
 

@@ -14,9 +14,10 @@ FULL = "model"
 
 
 class Run(NamedTuple):
-    """A finished run: its settings, and the bits of each reported document before and after, by policy."""
+    """A finished run: its figures, and the bits of each reported document before and after, by policy."""
 
     result: dict[str, Any]
+    watched: float  # the least bits per byte of its evaluations, on the half that is chosen by
     sizes_J: np.ndarray
     before: Mapping[str, np.ndarray]
     after: Mapping[str, np.ndarray]
@@ -38,7 +39,9 @@ def read_runs(folder: pathlib.Path, names: Sequence[str]) -> dict[str, Run]:
             for when in ("before", "after")
         ]
         result = json.loads((folder / name / "result.json").read_text())
-        runs[name] = Run(result, columns["bytes"], *of)
+        lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
+        watched = min(line["bits_per_byte"] for line in lines if "bits_per_byte" in line)
+        runs[name] = Run(result, watched, columns["bytes"], *of)
     return runs
 
 
@@ -56,30 +59,34 @@ def _minutes(run: Run) -> str:
 
 
 def short_runs(runs: Mapping[str, Run], names: Sequence[str], policy: str = "topk:4") -> str:
-    """One line for each run of the table: what it does at its own k and with all experts; the best first."""
+    """One line for each run of the table: what it does at its own k and with all experts.
+
+    The best on the watched half comes first; the other columns are of the reported half.
+    """
     rows = []
     for name in (name for name in names if name in runs):
         run = runs[name]
         share = recovered(run.before[policy], run.after[policy], run.before[FULL])
         cells = [
             f"`{name}`",
+            f"{run.watched:.4f}",
             _bits(ratio(run.after[policy], run.sizes_J)),
             _percent(share, signed=False),
             _percent(paired_ratio(run.after[FULL], run.before[FULL])),
             _minutes(run),
         ]
-        rows.append((-share.value, f"| {' | '.join(cells)} |"))
-    head = f"| run | bits per byte at `{policy}` | won back of what it cost | change with all experts | minutes |"
-    return "\n".join([head, "|---|---|---|---|---|", *(line for _, line in sorted(rows))])
+        rows.append((run.watched, f"| {' | '.join(cells)} |"))
+    head = f"| run | watched | bits per byte at `{policy}` | won back | change with all experts | minutes |"
+    return "\n".join([head, "|---|---|---|---|---|---|", *(line for _, line in sorted(rows))])
 
 
 def control_rates(runs: Mapping[str, Run], names: Sequence[str]) -> str:
-    """One line for each run of plain training with all experts: what it does with all; the best first."""
-    found = [(ratio(runs[name].after[FULL], runs[name].sizes_J).value, name) for name in names if name in runs]
-    lines = ["| control | bits per byte with all experts | change |", "|---|---|---|"]
-    for bits, name in sorted(found):
+    """One line for each run of plain training with all experts, the best on the watched half first."""
+    lines = ["| control | watched | bits per byte with all experts | change |", "|---|---|---|---|"]
+    for watched, name in sorted((runs[name].watched, name) for name in names if name in runs):
+        bits = ratio(runs[name].after[FULL], runs[name].sizes_J).value
         change = _percent(paired_ratio(runs[name].after[FULL], runs[name].before[FULL]))
-        lines.append(f"| `{name}` | {bits:.4f} | {change} |")
+        lines.append(f"| `{name}` | {watched:.4f} | {bits:.4f} | {change} |")
     return "\n".join(lines)
 
 
@@ -88,45 +95,50 @@ def _pooled(runs: Sequence[Run], policy: str) -> np.ndarray:
     return np.mean([run.after[policy] for run in runs], axis=0)
 
 
-def against_control(
-    tuned: Mapping[str, Sequence[Run]], control: Mapping[str, Sequence[Run]]
-) -> tuple[str, dict[str, Estimate]]:
-    """(control - tuned) / (control - full) at each k, full being the better of control and original with all experts.
+class Pair(NamedTuple):
+    """Runs that differ in their seed alone, and the runs of plain training of as many tokens; measured at one k."""
+
+    policy: str
+    tuned: Sequence[Run]
+    control: Sequence[Run]
+
+
+def against_control(pairs: Mapping[str, Pair], of: str) -> tuple[str, dict[str, Estimate]]:
+    """(control - tuned) / (control - full), full being the better of control and original with all experts.
 
     Args:
-        tuned: policy -> runs that differ in their seed alone.
-        control: policy -> the runs of plain training of as many tokens.
+        pairs: by what tells them apart; those that are not run yet are left out.
+        of: what that is, for the head of its column.
 
     Returns:
-        One line for each policy, of means over seeds; and the estimates.
+        One line for each pair, of means over seeds; and the estimates.
     """
-    head = "| k | original | control | tuned | full | recovered | of each seed |\n|---|---|---|---|---|---|---|"
-    lines, found = [head], {}
-    for policy, runs in tuned.items():
-        controls = control[policy]
+    lines = [f"| {of} | original | control | tuned | full | recovered | of each seed |\n|---|---|---|---|---|---|---|"]
+    found = {}
+    for name, (policy, runs, controls) in pairs.items():
         if not runs or not controls:
             continue
         original = runs[0].before[FULL]
         full = min(original, _pooled(controls, FULL), key=np.sum)
-        found[policy] = recovered(_pooled(controls, policy), _pooled(runs, policy), full)
+        found[name] = recovered(_pooled(controls, policy), _pooled(runs, policy), full)
         each = [
             recovered(one.after[policy], run.after[policy], min(original, one.after[FULL], key=np.sum)).value
             for run, one in zip(runs, controls)
         ]
         bits = (runs[0].before[policy], _pooled(controls, policy), _pooled(runs, policy), full)
         cells = [_bits(ratio(one, runs[0].sizes_J)) for one in bits]
-        shares = [_percent(found[policy], signed=False), ", ".join(f"{share:.0%}" for share in each)]
-        lines.append(f"| `{policy}` | {' | '.join([*cells, *shares])} |")
+        shares = [_percent(found[name], signed=False), ", ".join(f"{share:.0%}" for share in each)]
+        lines.append(f"| {name} | {' | '.join([*cells, *shares])} |")
     return "\n".join(lines), found
 
 
-def elastic(one: Run, specialists: Mapping[str, Run]) -> tuple[str, dict[str, float]]:
+def elastic(one: Run, name: str, specialists: Mapping[str, Run]) -> tuple[str, dict[str, float]]:
     """What one checkpoint wins back at every k, over what the specialist of that k does with as many tokens.
 
     Returns:
         One line for each k, and the ratios of what the two win back of the original's loss.
     """
-    lines, found = ["| k | original | elastic | specialist | elastic over specialist |\n|---|---|---|---|---|"], {}
+    lines, found = [f"| k | original | `{name}` | specialist | over specialist |\n|---|---|---|---|---|"], {}
     for policy, specialist in {FULL: None, **specialists}.items():
         bits = [one.before[policy], one.after[policy]] + ([] if specialist is None else [specialist.after[policy]])
         cells = [_bits(ratio(part, one.sizes_J)) for part in bits]

@@ -22,17 +22,17 @@ TRACE = flags.DEFINE_bool("trace", False, "Write a profile of every case to OUT/
 
 def main(run: command.Command) -> None:
     """Measures the machine, readies every case, and times them in turn."""
-    import jax.numpy as jnp
     import tqdm
 
     from moe_jax.cost import hardware
+    from moe_jax.model.decoder import dtype_of
     from moe_jax.study import speed
 
     config = run.config
     subject, tokens_of, routing = prepare(run)
     architecture = subject.execution.architecture
     permitted, left_out = cases_of(config.benchmark, architecture.decoder.max_context)
-    dtype = jnp.dtype(subject.engine.params["embedding_VD"].dtype)
+    dtype = dtype_of(subject.engine.params)
     with run.timed("machine"):
         probe = hardware.Probe(dtype)
         machines = [probe.measure()]

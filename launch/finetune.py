@@ -30,21 +30,21 @@ def main(run: command.Command) -> None:
 
     config = run.config
     path = command.in_repository(config.model.path)
-    if config.text.held_out:
-        held_out = str(command.in_repository(config.text.held_out, "text.held_out"))
-        config = dataclasses.replace(config, text=dataclasses.replace(config.text, held_out=held_out))
+    held_out = config.text.held_out and str(command.in_repository(config.text.held_out, "text.held_out"))
+    found = dataclasses.replace(config, text=dataclasses.replace(config.text, held_out=held_out))
     architecture = read_architecture(path)
     command.refuse_other_shape(config, architecture)
     planned = recover.plan(config, architecture, calibrations.find(config.policy.calibration, path))
-    execution = execution_of(architecture, config.policy.k_max, config.kernels.grouped_matmul)
+    k_max = max(config.policy.k_max, architecture.moe.k)
+    execution = execution_of(architecture, k_max, config.kernels.grouped_matmul)
     run.implementations |= execution.implementations
     loop.require_same_run(config, run.out)
     with run.timed("text"):
-        text = finetuning.prepare_text(config, path, load_tokenizer(path), architecture.decoder.max_context)
+        text = finetuning.prepare_text(found, path, load_tokenizer(path), architecture.decoder.max_context)
     with run.timed("load"):
         params = moe_jax.load(path, dtype=config.training.weights, calibration=None).params
     finetuning.require_memory(config, params)
-    places = [path, *([pathlib.Path(config.text.held_out)] if config.text.held_out else [])]
+    places = [path, *(pathlib.Path(place) for place in (held_out, config.policy.calibration) if place)]
     depends_on = identity(config, places, run.implementations) | {"text": text.digest}
     journal = Journal(run.out / "before", depends_on)
     with run.timed("before"):
@@ -53,7 +53,7 @@ def main(run: command.Command) -> None:
         finished = recover.recover(config, run.out, path, params, text, planned, execution, before)
     rows = finetuned.finish(config, run.out, finished)
     figures = finetuned.figures(finished, rows)
-    run.finish(figures, rows=rows, text=finetuned.table(rows))
+    run.finish(figures, rows=rows, text=f"{finetuned.table(rows)}\n\n{finetuned.note(config)}")
     journal.forget()
 
 

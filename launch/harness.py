@@ -156,7 +156,7 @@ def write_samples(out: pathlib.Path | None, specs: list[str], results: list[dict
             for one in samples:
                 metrics = {name: one[name] for name in one["metrics"]}
                 line = {"policy": spec, "task": task, "document": one["doc_id"], "filter": one["filter"], **metrics}
-                lines.append(json.dumps(line, ensure_ascii=False, default=str) + "\n")
+                lines.append(json.dumps(command.plain(line), ensure_ascii=False, allow_nan=False, default=str) + "\n")
     files.write_atomically(out / "samples.jsonl", "".join(lines).encode(errors="backslashreplace"))
 
 

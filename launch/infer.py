@@ -44,6 +44,7 @@ def main(run: command.Command) -> None:
     import moe_jax
     from moe_jax.checkpoint.huggingface import read_architecture
     from moe_jax.engine.request import execution_of, make_requests
+    from moe_jax.model.finite import NotFiniteError
     from moe_jax.routing import calibration as calibrations
     from moe_jax.text.tokenizer import load_tokenizer
 
@@ -75,6 +76,11 @@ def main(run: command.Command) -> None:
     try:
         with run.timed("run"):
             completions, measured = model.engine.run(requests, execution, show)
+    except NotFiniteError as error:
+        parts = [dataclasses.asdict(one) for one in error.completions]
+        parts = [one | {"finish_reason": one["finish_reason"] or "not finite"} for one in parts]
+        write_completions(run.out, prompts, parts)
+        raise
     except KeyboardInterrupt:
         parts = [{"text": text, "finish_reason": "interrupted"} for text in made]
         write_completions(run.out, prompts, parts)
@@ -157,7 +163,7 @@ def write_completions(out: pathlib.Path | None, prompts: list[str], completions:
         return
     lines = []
     for prompt, completion in zip(prompts, completions):
-        line = {"prompt": prompt, **{name: None if value != value else value for name, value in completion.items()}}
+        line = command.plain({"prompt": prompt, **completion})
         lines.append(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
     files.write_atomically(out / "completions.jsonl", "".join(lines).encode(errors="backslashreplace"))
 

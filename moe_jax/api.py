@@ -12,12 +12,14 @@ import numpy as np
 import tokenizers
 
 from moe_jax.checkpoint import huggingface
+from moe_jax.checkpoint.beside import Beside, read_beside
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.engine import cache as caches
 from moe_jax.engine.generate import Completion, Engine
 from moe_jax.engine.request import AnyPolicy, execution_of, make_requests, policy_of_each
 from moe_jax.model import decoder
+from moe_jax.model.finite import require_finite
 from moe_jax.routing import calibration as calibrations
 from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies import base as policies
@@ -43,14 +45,15 @@ class Model:
         model_type: str,
         token_ids: Mapping[str, int | Sequence[int]],
         tokenizer_files: Mapping[str, bytes],
+        config: Mapping[str, Any] | None = None,
+        generation_config: Mapping[str, Any] | None = None,
         calibration: Calibration | None = None,
     ):
         self.architecture = architecture
         self.tokenizer = tokenizer
         self.calibration = calibration
-        self._model_type = model_type
-        self._token_ids = dict(token_ids)
-        self._tokenizer_files = dict(tokenizer_files)
+        files = dict(tokenizer_files)
+        self._beside = Beside(model_type, dict(token_ids), files, dict(config or {}), dict(generation_config or {}))
         self.engine = Engine(params, tokenizer, np.atleast_1d(token_ids.get("eos_token_id", [])).tolist())
 
     @property
@@ -75,6 +78,7 @@ class Model:
 
         Raises:
             ValueError: ids are not of the vocabulary, a row is longer than the context, or a policy does not fit.
+            NotFiniteError: a logit is NaN or infinite; a ValueError too.
         """
         tokens_BT = np.asarray(tokens_BT)
         trunk = self.architecture.decoder
@@ -93,7 +97,9 @@ class Model:
         live = policies.settings(policy_B + policy_B[:1] * (rows - batch), self.architecture, execution.k_max)
         segments_BT = np.pad(np.ones_like(tokens_BT, np.int32), padding)
         tokens_BT = np.pad(tokens_BT.astype(np.int32), padding)
-        return np.asarray(_logits(self.params, tokens_BT, segments_BT, live, execution=execution))[:batch, :length]
+        logits_BTV = np.asarray(_logits(self.params, tokens_BT, segments_BT, live, execution=execution))
+        require_finite(logits_BTV[:batch, :length], "logits", self.params)
+        return logits_BTV[:batch, :length]
 
     def generate(
         self,
@@ -124,7 +130,7 @@ class Model:
             top_p: draw among the best tokens whose probabilities add up to this.
             seed: of the draws; one for all, or one for each prompt. A prompt's draws depend on its seed alone, not on
                 what runs beside it: the same prompt twice wants two seeds.
-            stop: strings that end a completion, itself left out.
+            stop: strings that end a completion, itself left out; one may name special tokens, such as "<|im_end|>".
             k_max: static slots per token, at least what any policy asks for; 0: the model's own k.
             on_text: called with a prompt's index and the next piece of its text, as soon as that is certain.
 
@@ -133,6 +139,7 @@ class Model:
 
         Raises:
             ValueError: an argument is refused, the model has no tokenizer, or the cache does not fit in memory.
+            NotFiniteError: a token's log-probability is NaN or infinite; a ValueError too.
         """
         if self.tokenizer is None:
             raise ValueError("the model's folder has no tokenizer.json: wanted one, to generate text")
@@ -144,7 +151,10 @@ class Model:
         return self.engine.run(requests, execution, on_text).completions
 
     def save(self, path: str | os.PathLike, *, dtype: str = "auto") -> None:
-        """Writes a folder in Hugging Face layout, tokenizer included, that `load` and other programs read.
+        """Writes a folder in Hugging Face layout that `load` and other programs read.
+
+        Beside the weights it has what the model's folder had: the tokenizer, chat templates, all fields of config.json
+        and generation_config.json, code, licences, and any other file of at most 100 MB.
 
         Args:
             path: where; it must not exist yet, or be an empty folder.
@@ -153,15 +163,7 @@ class Model:
         Raises:
             ValueError: `path` is taken, or a weight is not finite in that dtype.
         """
-        huggingface.write_checkpoint(
-            path,
-            self.architecture,
-            self.params,
-            dtype=dtype,
-            model_type=self._model_type,
-            token_ids=self._token_ids,
-            extra_files=self._tokenizer_files,
-        )
+        huggingface.write_checkpoint(path, self.architecture, self.params, dtype=dtype, **self._beside.options())
 
 
 def load(path: str | os.PathLike, *, dtype: str = "auto", calibration: str | os.PathLike | None = "") -> Model:
@@ -184,7 +186,7 @@ def load(path: str | os.PathLike, *, dtype: str = "auto", calibration: str | os.
     architecture, params = huggingface.read_checkpoint(folder, dtype)
     if calibrated is not None:
         calibrated.require(params["moe"]["router"]["weight_LED"])
-    beside = huggingface.read_beside(folder)
+    beside = read_beside(folder)
     return Model(
         architecture,
         _moved_to_device(params),
@@ -192,6 +194,8 @@ def load(path: str | os.PathLike, *, dtype: str = "auto", calibration: str | os.
         model_type=beside.model_type,
         token_ids=beside.token_ids,
         tokenizer_files=beside.files,
+        config=beside.config,
+        generation_config=beside.generation_config,
         calibration=calibrated,
     )
 
@@ -214,5 +218,6 @@ def _moved_to_device(params: dict[str, Any]) -> decoder.Params:
 @functools.partial(jax.jit, static_argnames="execution")
 def _logits(params, tokens_BT, segments_BT, live, *, execution):
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
-    x_BTD, _ = decoder.hidden(params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side=True)
-    return decoder.logits(params, x_BTD)
+    rows = (tokens_BT, positions_BT, segments_BT)
+    x_BTD, _ = decoder.hidden(params, *rows, live, execution, side_by_side=True, in_stacks=True)
+    return decoder.logits(params, x_BTD, execution.in_place)

@@ -86,8 +86,7 @@ class Command:
         result = {
             "command": self.name,
             "config": dataclasses.asdict(self.config),
-            "versions": _versions(),
-            "device": _device(),
+            **provenance(),
             "seed": self.config.run.seed,
             "implementations": {**self.implementations, **(implementations or {})},
             "seconds": self.seconds,
@@ -95,7 +94,7 @@ class Command:
             "figures": figures,
             "rows": rows,
         }
-        result_json = json.dumps(_plain(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        result_json = json.dumps(plain(result), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         if self.out is not None:
             files.write_atomically(self.out / "config.gin", gin.to_gin(self.config))
             files.write_atomically(self.out / "result.json", result_json.encode(errors="backslashreplace"))
@@ -224,6 +223,7 @@ def _run_main(main: Callable[[Command], int | None]) -> int:
             raise ValueError(f"--out = {error}") from error
     try:
         configure_jax()
+        _require_device()
         as_json = values["json"].value
         redirected = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
         name = pathlib.Path(sys.argv[0]).stem
@@ -310,9 +310,25 @@ def configure_jax() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)  # of any size
 
 
-def _versions() -> dict[str, str]:
+def _require_device() -> None:
+    """ValueError where JAX finds no device of the platforms that it was told to use."""
+    import jax
+
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where jaxlib knows the platform and nothing serves it
+        asked = os.environ.get("JAX_PLATFORMS", "")
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"JAX_PLATFORMS = {asked!r}: JAX finds no such device here; wanted cpu, or the extra of requirements that "
+            f"brings it, as in pip install -e .[cuda13]{f' ({reason})' if reason else ''}"
+        ) from error
+
+
+def provenance() -> dict[str, Any]:
+    """What a figure was measured with: the versions of packages, and the device."""
     packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy", "moe_jax")}
-    return {**packages, "python": platform.python_version()}
+    return {"versions": {**packages, "python": platform.python_version()}, "device": _device()}
 
 
 def _device() -> dict[str, Any]:
@@ -333,16 +349,16 @@ def _peak_memory_bytes() -> int:
     return max(of_devices) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _plain(value):
+def plain(value):
     """What JSON can hold: arrays and their scalars as numbers and lists, paths as text, NaN and infinity as null."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

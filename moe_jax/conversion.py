@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from moe_jax.checkpoint import filling, huggingface
+from moe_jax.checkpoint.beside import Beside, read_beside
 from moe_jax.checkpoint.families import FAMILIES
 from moe_jax.checkpoint.orbax import Checkpoints
 from moe_jax.config import gin
@@ -34,9 +35,7 @@ class Held(NamedTuple):
 
     architecture: Architecture
     params: Mapping[str, Any]
-    model_type: str
-    token_ids: dict[str, int | list[int]]
-    files: Mapping[str, bytes]  # of the tokenizer
+    beside: Beside
 
 
 def convert(
@@ -81,11 +80,12 @@ def convert(
         held = _read_orbax(source)
     else:
         architecture, params = huggingface.read_checkpoint(source, dtype)
-        held = _beside(source, architecture, params)
-    held = held._replace(architecture=changed)
-    options = {"model_type": held.model_type, "token_ids": held.token_ids, "extra_files": held.files}
+        held = Held(architecture, params, read_beside(source))
+    if changed != architecture:
+        held = Held(changed, held.params, held.beside.without_calibration())
     if layout == "huggingface":
-        huggingface.write_checkpoint(destination, changed, held.params, dtype=dtype, shard_bytes=shard_bytes, **options)
+        options = {"dtype": dtype, "shard_bytes": shard_bytes, **held.beside.options()}
+        huggingface.write_checkpoint(destination, changed, held.params, **options)
     else:
         _write_orbax(destination, held, dtype)
     return held
@@ -101,11 +101,6 @@ def with_k(architecture: Architecture, policy: str) -> Architecture:
     return changed
 
 
-def _beside(folder: pathlib.Path, architecture: Architecture, params: Mapping[str, Any]) -> Held:
-    """Joins what lies beside the weights in both layouts."""
-    return Held(architecture, params, *huggingface.read_beside(folder))
-
-
 def _read_run(folder: pathlib.Path) -> Held:
     config = gin.read_config(folder / _RUN)
     tokenizer = load_tokenizer(config.text.tokenizer or folder / "tokenizer")
@@ -114,18 +109,18 @@ def _read_run(folder: pathlib.Path) -> Held:
     state, _ = _restore(folder / "checkpoints", like)
     token_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_TEXT_ID)
     files = tokenizer_files(tokenizer, config.decoder.max_context)
-    return Held(config.architecture, state.whole(), "glm4_moe", token_ids, files)
+    return Held(config.architecture, state.whole(), Beside("glm4_moe", token_ids, files))
 
 
 def _read_orbax(folder: pathlib.Path) -> Held:
     architecture = huggingface.read_architecture(folder)
-    held = _beside(folder, architecture, {})
+    held = Held(architecture, {}, read_beside(folder))
     path = folder / _DTYPES
     try:
         dtypes = json.loads(path.read_text(encoding="utf-8"))
         like = {
             rule.parameter: jax.ShapeDtypeStruct(rule.shape(architecture), np.dtype(dtypes[rule.parameter]))
-            for rule in FAMILIES[held.model_type].rules(architecture)
+            for rule in FAMILIES[held.beside.model_type].rules(architecture)
         }
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is missing or damaged: wanted the dtype of each parameter ({error!r})") from error
@@ -146,7 +141,7 @@ def _restore(folder: pathlib.Path, like: Any) -> tuple[Any, Any]:
 
 
 def _write_orbax(folder: pathlib.Path, held: Held, dtype: str) -> None:
-    family = FAMILIES[held.model_type]
+    family, beside = FAMILIES[held.beside.model_type], held.beside
     arrays, params = dict(huggingface.flattened(held.params)), {}
     for rule in family.rules(held.architecture):
         given = np.asarray(arrays[rule.parameter])
@@ -156,16 +151,14 @@ def _write_orbax(folder: pathlib.Path, held: Held, dtype: str) -> None:
             filling.cast_into(given, values)
         filling.require_finite(given, rule.parameter)
         params[rule.parameter] = given
-    texts = {
-        "config.json": huggingface.config_fields(family, held.architecture) | held.token_ids,
-        "generation_config.json": held.token_ids,
-        _DTYPES: {name: array.dtype.name for name, array in params.items()},
-    }
+    fields = huggingface.config_fields(family, held.architecture)
+    most = np.dtype(max(params.values(), key=lambda array: array.size).dtype)
+    texts = huggingface.config_texts(fields, most, beside.token_ids, beside.config, beside.generation_config)
+    texts[_DTYPES] = json.dumps({name: array.dtype.name for name, array in params.items()}, indent=2) + "\n"
     with replaced_folder(folder) as partial:
-        for name, value in texts.items():
-            (partial / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        for name, data in held.files.items():
-            (partial / name).write_bytes(data)
+        for name, data in {**texts, **beside.files}.items():
+            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).write_bytes(data.encode() if isinstance(data, str) else data)
         checkpoints = Checkpoints(partial / _PARAMS, kept=None)
         try:
             checkpoints.save(0, params, {})

@@ -6,14 +6,19 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import moe_jax
 from moe_jax import api
 from moe_jax.config.schema import Config
+from moe_jax.engine.request import execution_of
+from moe_jax.model import parameters
+from moe_jax.routing.policies import base as policies
+from moe_jax.routing.policies.parse import MODEL_OWN
 from moe_jax.routing.policies.schedule import TopK
-from tests import tiny_model
+from tests import chained_model, tiny_model
 
 TOKENS_BT = np.random.default_rng(0).integers(0, 512, (3, 14), dtype=np.int32)
 
@@ -172,3 +177,56 @@ def test_jax_takes_the_memory_over_in_which_weights_are_read(folder, monkeypatch
             for path, array in jax.tree_util.tree_leaves_with_path(params)
         }
         assert taken == read
+
+
+def test_no_weight_in_half_precision_is_widened_or_copied_out_of_its_stack():
+    """XLA on a CPU may turn a whole stack into float32 before the loop over layers."""
+    architecture = tiny_model.changed(
+        decoder={"num_layers": 9, "num_dense_layers": 1, "d_model": 256, "vocab_size": 512, "max_context": 128},
+        moe={"expert_hidden": 256},
+    )
+    params = parameters.shapes(architecture, jnp.bfloat16)
+    execution = execution_of(architecture)
+    live = policies.settings([MODEL_OWN], architecture, execution.k_max)
+    tokens_BT = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+    compiled = api._logits.lower(params, tokens_BT, tokens_BT, live, execution=execution).compile()
+    layer = parameters.count(architecture, lambda one: one.modules[:1] == ("moe",)) // 8
+    assert layer > 3e6
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * layer
+
+
+# a model whose continuation is known
+
+
+@pytest.mark.parametrize(
+    ("stop", "text", "count"),
+    [
+        ("<|im_end|>", "cdef", 5),
+        (("Question:", "</s>", "<|im_end|>"), "cdef", 5),
+        ("f<|im_end|>", "cde", 5),
+        ("<|im_end|>gh", "cdef", 7),
+        ("<s>", "cdefghij", 9),
+    ],
+)
+def test_a_stop_string_may_be_a_special_token(tmp_path, stop, text, count):
+    tokenizer = chained_model.byte_level()
+    chain = [*tokenizer.encode("abcdef").ids, tokenizer.token_to_id("<|im_end|>"), *tokenizer.encode("ghijk").ids]
+    model = moe_jax.load(chained_model.write(tmp_path / "model", chain, tokenizer))
+    (completion,) = model.generate(["ab"], max_new_tokens=9, stop=stop)
+    reason = "stop" if count < 9 else "length"
+    assert (completion.text, completion.finish_reason) == (text, reason)
+    assert completion.ids == tuple(chain[2 : 2 + count])
+
+
+@pytest.mark.parametrize(("prompt", "words"), [("ha", "▁be ▁c"), ("ha be", "▁c a"), ("☃h", "▁ ▁be")])
+def test_prompt_and_completion_are_one_text(tmp_path, prompt, words):
+    tokenizer = chained_model.sentencepiece_like()
+    ids = tokenizer.encode(prompt).ids
+    after = [*map(tokenizer.token_to_id, words.split()), tokenizer.token_to_id("</s>")]
+    folder = chained_model.write(tmp_path / "model", [ids[-1], *after], tokenizer, token_ids={"eos_token_id": 2})
+    pieces = []
+    (completion,) = moe_jax.load(folder).generate(
+        [prompt], max_new_tokens=3, on_text=lambda index, piece: pieces.append(piece)
+    )
+    assert completion.ids == tuple(after) and completion.finish_reason == "end"
+    assert prompt + completion.text == tokenizer.decode([*ids, *after]) == prompt + "".join(pieces)

@@ -58,7 +58,7 @@ if __name__ == "__main__":
 '''
 # Importing JAX takes a second: where only what surrounds it is tested, a stand-in is imported, or one that must not be.
 STANDINS = {
-    "hollow": "class config:\n    update = staticmethod(lambda name, value: None)\n",
+    "hollow": "class config:\n    update = staticmethod(lambda name, value: None)\ndef devices(): pass\n",
     "forbidden": 'raise RuntimeError("JAX is imported before the command line has been checked")\n',
 }
 
@@ -95,6 +95,13 @@ def refused_in_one_line(process):
     assert (status, stdout, "Traceback" in stderr) == (2, "", False), stderr
     assert last.startswith("error: ") and stderr.count("error: ") == 1
     return last
+
+
+@pytest.mark.parametrize("platform", ["tpu", "a_typo"])
+def test_a_platform_that_is_not_here_is_refused(start, monkeypatch, platform):
+    monkeypatch.setenv("JAX_PLATFORMS", platform)
+    line = refused_in_one_line(start("--out=out", jax="real"))
+    assert f"JAX_PLATFORMS = '{platform}'" in line and not pathlib.Path("out").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,17 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "moe_jax"
 FLOORS = (
-    ("dims", "files", "interruption", "config", "cost"),
+    ("dims", "files", "interruption", "config"),
     ("text", "routing", "kernels"),
     ("dispatch",),
     ("model",),
-    ("checkpoint", "engine"),
+    ("checkpoint", "engine", "cost"),
     ("evaluation", "training"),
     ("study", "report", "conversion"),
     ("api", "command", "__init__"),
 )
 SIDEWAYS = {
     ("training", "evaluation"),  # training evaluates as it goes
-    ("cost", "config"),  # costs are formulas on the shapes that are configured
     ("report", "study"),  # a report shows what a study found
 }
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

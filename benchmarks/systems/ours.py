@@ -27,6 +27,7 @@ class System:
         from moe_jax import command
         from moe_jax.config.schema import SamplingConfig
         from moe_jax.engine.request import execution_of
+        from moe_jax.model.decoder import dtype_of
         from moe_jax.study import speed
 
         if keep_compiled:
@@ -36,12 +37,13 @@ class System:
         self._execution = execution_of(self._model.architecture)
         self._subject = speed.Subject(self._model.engine, self._execution, "model", SamplingConfig())
         self._cases = {}
+        self._dtype = dtype_of(self._model.params)
 
     @functools.cached_property
     def _probe(self):
         from moe_jax.cost import hardware
 
-        return hardware.Probe(self._model.params["embedding_VD"].dtype)
+        return hardware.Probe(self._dtype)
 
     def logits(self, tokens_T: np.ndarray) -> np.ndarray:
         return self._model.logits(tokens_T[None])[0, -1]
@@ -74,6 +76,5 @@ class System:
         from moe_jax.cost import roofline
 
         [sample] = self._steps(tokens_BT, prompt, 1)
-        itemsize = self._model.params["embedding_VD"].dtype.itemsize
-        work = roofline.work(self._execution.architecture, sample.step, itemsize)
+        work = roofline.work(self._execution.architecture, sample.step, self._dtype.itemsize)
         return 1e3 * roofline.floor_s(work, self._probe.measure())

@@ -85,6 +85,15 @@ def fill(sources: Sequence[Source]) -> None:
         pool.shutdown(cancel_futures=True)
 
 
+def read_values(stored: StoredTensor) -> np.ndarray:
+    """The values of one tensor, in its shape, where they lie in the mapped file.
+
+    Raises:
+        ValueError: the file ends within it.
+    """
+    return _values(stored, {stored.path: _mapped(stored.path)}).reshape(stored.shape)
+
+
 def require_finite(values: np.ndarray, name: str) -> None:
     """ValueError, naming the tensor, where a value is NaN or infinite; `values` is contiguous."""
     bits, exponent = EXPONENTS[values.dtype]

@@ -12,32 +12,29 @@ import math
 import os
 import pathlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import psutil
 from absl import logging
 
-from moe_jax.checkpoint import filling, safetensors_file
+from moe_jax.checkpoint import filling, layouts, redundant, safetensors_file
+from moe_jax.checkpoint.beside import TOKEN_IDS, read_token_ids
 from moe_jax.checkpoint.families import Family, family_of
 from moe_jax.checkpoint.names import Rule
 from moe_jax.checkpoint.quantization import FLOAT8, Blocks, blocks_of, take_scales
 from moe_jax.checkpoint.safetensors_file import StoredTensor
+from moe_jax.checkpoint.tables import INDEX, WEIGHTS, read_json, read_tables
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import DTYPES
 from moe_jax.files import replaced_folder
-from moe_jax.text.tokenizer import read_tokenizer_files
 
-_LAYOUT = (
-    "a checkpoint folder in Hugging Face layout: config.json beside model.safetensors or its shards and their index"
-)
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SHARD_BYTES = 5_000_000_000  # of one file, as transformers writes them
 TypeAndShape = tuple[np.dtype, tuple[int, ...]]
 _K_OF_LAYERS = "num_experts_per_tok_of_layers"  # our own: published families have one number for all layers
-_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_OF_STORED_WEIGHTS = ("quantization_config", "compression_config", _K_OF_LAYERS)  # no fields of what is written
 
 
 def read_architecture(folder: str | os.PathLike) -> Architecture:
@@ -50,45 +47,9 @@ def read_architecture(folder: str | os.PathLike) -> Architecture:
     return _describe(pathlib.Path(folder))[1]
 
 
-def read_token_ids(folder: str | os.PathLike) -> dict[str, int | list[int]]:
-    """Reads `bos_token_id`, `eos_token_id` and `pad_token_id`, where given: those of `generation_config.json` win.
-
-    Raises:
-        ValueError: a file is damaged, or what it gives is neither an integer nor a list of them.
-    """
-    folder = pathlib.Path(folder)
-    fields = _read_json(folder / "config.json")
-    if (folder / "generation_config.json").exists():
-        fields |= {name: x for name, x in _read_json(folder / "generation_config.json").items() if x is not None}
-    token_ids = {name: fields[name] for name in _TOKEN_IDS if fields.get(name) is not None}
-    for name, ids in token_ids.items():
-        if not all(type(one) is int for one in (ids if isinstance(ids, list) else [ids])):
-            raise ValueError(f"{folder}: {name} = {json.dumps(ids)[:100]}: wanted an integer, or a list of them")
-    return token_ids
-
-
-class Beside(NamedTuple):
-    """What a model's folder holds beside its shape and weights."""
-
-    model_type: str
-    token_ids: dict[str, int | list[int]]
-    files: dict[str, bytes]  # of the tokenizer, by name
-
-
-def read_beside(folder: str | os.PathLike) -> Beside:
-    """Reads what is to be written again with a model; ValueError where a file is damaged."""
-    folder = pathlib.Path(folder)
-    model_type = _read_json(folder / "config.json")["model_type"]
-    return Beside(model_type, read_token_ids(folder), read_tokenizer_files(folder))
-
-
 def stored_dtype(folder: str | os.PathLike) -> str:
     """The dtype of most of a checkpoint's numbers; bfloat16 where they are stored in eight bits."""
-    counts: dict[str, int] = collections.Counter()
-    for tensor in _read_tables(pathlib.Path(folder)).values():
-        name = "bfloat16" if tensor.dtype == FLOAT8 else tensor.dtype.name
-        counts[name] += math.prod(tensor.shape)
-    return max(counts, key=counts.get)
+    return _most_common(read_tables(pathlib.Path(folder))).name
 
 
 def read_checkpoint(folder: str | os.PathLike, dtype: str = "auto") -> tuple[Architecture, dict[str, Any]]:
@@ -97,7 +58,9 @@ def read_checkpoint(folder: str | os.PathLike, dtype: str = "auto") -> tuple[Arc
     Args:
         folder: the checkpoint; what `model.path` names.
         dtype: of every parameter but those that their family keeps in float32 (the router's selection bias). "auto": as
-            stored, bfloat16 for tensors of eight bits; float32 where the tensors of one stacked parameter differ.
+            stored, where all tensors of a stacked parameter have the dtype of most of the checkpoint's numbers
+            (bfloat16 where those have eight bits), else float32. Nothing is rounded, and what runs the model takes
+            both: see `decoder.dtype_of`.
 
     Returns:
         The architecture, and the parameters: a nested dict of NumPy arrays (bfloat16 is that of `ml_dtypes`).
@@ -109,20 +72,25 @@ def read_checkpoint(folder: str | os.PathLike, dtype: str = "auto") -> tuple[Arc
     folder = pathlib.Path(folder)
     _require_dtype(dtype)
     family, architecture, fields, blocks = _describe(folder)
-    stored = _read_tables(folder)
+    stored = layouts.with_published_names(folder, read_tables(folder))
     scales = take_scales(stored, blocks)
-    rules = family.rules(architecture)
+    rules = layouts.rules_of(folder, family.rules(architecture), architecture, stored)
     _require_enough(folder, rules, architecture, len(stored))
-    _require_same_names(folder, _wanted_names(rules, architecture), _without_skipped(folder, stored, family, fields))
+    wanted_names, given = _wanted_names(rules, architecture), _without_skipped(folder, stored, family, fields)
+    given -= redundant.agreeing(folder, sorted(given - wanted_names), stored, architecture)
+    _require_same_names(folder, wanted_names, given, stored)
     for rule in rules:
         wanted = rule.stored_shape(architecture)
         for name, _ in rule.placements(architecture):
+            stored[name].require_float(name)
             if stored[name].shape != wanted:
-                raise ValueError(
-                    f"{stored[name].path}: {name} has shape {stored[name].shape}: config.json asks for {wanted}"
-                )
-    dtypes = {rule: _dtype_of(rule, dtype, stored, architecture) for rule in rules}
-    _require_memory(folder, sum(math.prod(rule.shape(architecture)) * dtypes[rule].itemsize for rule in rules))
+                raise ValueError(layouts.shape_complaint(name, stored[name], wanted))
+    most = _most_common(stored)
+    dtypes = {rule: _dtype_of(rule, dtype, stored, most, architecture) for rule in rules}
+    numbers = {rule: math.prod(rule.shape(architecture)) for rule in rules}
+    needed_bytes = sum(numbers[rule] * dtypes[rule].itemsize for rule in rules)
+    halved_bytes = sum(numbers[rule] * (4 if rule.float32 else 2) for rule in rules)
+    _require_memory(folder, needed_bytes, halved_bytes)
     flat = {rule.parameter: filling.allocate(rule.shape(architecture), dtypes[rule]) for rule in rules}
     filling.fill(
         [
@@ -142,6 +110,30 @@ def config_fields(family: Family, architecture: Architecture) -> dict[str, Any]:
     return fields
 
 
+def config_texts(
+    fields: Mapping[str, Any],
+    dtype: np.dtype,
+    token_ids: Mapping[str, int | list[int]],
+    config: Mapping[str, Any],
+    generation_config: Mapping[str, Any],
+) -> dict[str, str]:
+    """The text of `config.json` and of `generation_config.json`.
+
+    Args:
+        fields: as `config_fields` gives them.
+        dtype: of most weights.
+        token_ids: for both files; those that `config` has stay in the first, and these in the second win over them.
+        config: more fields: those of another `config.json` of the same model, quantised or in another dtype perhaps.
+        generation_config: the same.
+    """
+    kept = {name: value for name, value in config.items() if name not in _OF_STORED_WEIGHTS}
+    if "torch_dtype" in kept:  # as transformers 4 calls it
+        kept["torch_dtype"] = dtype.name
+    missing = {name: ids for name, ids in token_ids.items() if kept.get(name) is None}
+    fields = {**kept, **fields, "dtype": dtype.name, **missing}
+    return {"config.json": _json_text(fields), "generation_config.json": _json_text({**generation_config, **token_ids})}
+
+
 def write_checkpoint(
     folder: str | os.PathLike,
     architecture: Architecture,
@@ -150,6 +142,8 @@ def write_checkpoint(
     dtype: str = "bfloat16",
     model_type: str = "glm4_moe",
     token_ids: Mapping[str, int | list[int]] | None = None,
+    config: Mapping[str, Any] | None = None,
+    generation_config: Mapping[str, Any] | None = None,
     extra_files: Mapping[str, bytes | str] | None = None,
     replace: bool = False,
     shard_bytes: int = SHARD_BYTES,
@@ -163,6 +157,8 @@ def write_checkpoint(
         dtype: of every tensor but those that the family keeps in float32. "auto": as in `params`.
         model_type: the family whose names are used.
         token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`, for `config.json` and `generation_config.json`.
+        config: fields of the `config.json` that the model was read from, which stay where nothing else says otherwise.
+        generation_config: the same of `generation_config.json`.
         extra_files: more files by name, such as `tokenizer.json`.
         replace: whether a folder that is already there is replaced, with everything in it.
         shard_bytes: the most that the tensors of one file take; a larger one has a file of its own. Where one file is
@@ -176,10 +172,10 @@ def write_checkpoint(
     _require_dtype(dtype)
     if folder.exists() and not (folder.is_dir() and (replace or not any(folder.iterdir()))):
         raise ValueError(f"{folder} exists already, and nothing is overwritten: choose another path")
-    if unknown := sorted(set(token_ids or {}) - set(_TOKEN_IDS)):
-        raise ValueError(f"token_ids has {unknown[0]}: wanted some of {', '.join(_TOKEN_IDS)}")
+    if unknown := sorted(set(token_ids or {}) - set(TOKEN_IDS)):
+        raise ValueError(f"token_ids has {unknown[0]}: wanted some of {', '.join(TOKEN_IDS)}")
     family = family_of({"model_type": model_type})
-    fields = config_fields(family, architecture)
+    fields = config_fields(family, architecture)  # what the family cannot say is told before anything else
     rules = family.rules(architecture)
     arrays = {path: np.asarray(array) for path, array in flattened(params)}
     _require_same_names(folder, {rule.parameter for rule in rules}, set(arrays))
@@ -200,39 +196,22 @@ def write_checkpoint(
                 filling.require_finite(tensor, name)
                 yield tensor
 
-    fields |= {"dtype": dtypes[rules[0]].name, **(token_ids or {})}
-    texts = {"config.json": _json_text(fields), "generation_config.json": _json_text(dict(token_ids or {}))}
+    most = _most_common({name: StoredTensor(folder, *one, 0) for name, one in shapes.items()})
+    texts = config_texts(fields, most, token_ids or {}, config or {}, generation_config or {})
     shards = _shards(shapes, shard_bytes)
     if len(shards) > 1:
         weight_map = {name: file for file, names in shards.items() for name in names}
-        texts[_INDEX] = _json_text({"metadata": {"total_size": _bytes_of(shapes)}, "weight_map": weight_map})
-    if taken := sorted(set(extra_files or {}) & {*texts, *shards, _WEIGHTS, _INDEX}):
+        texts[INDEX] = _json_text({"metadata": {"total_size": _bytes_of(shapes)}, "weight_map": weight_map})
+    if taken := sorted(set(extra_files or {}) & {*texts, *shards, WEIGHTS, INDEX}):
         raise ValueError(f"extra_files has {taken[0]}, which is written from the architecture and the parameters")
     with replaced_folder(folder) as partial:
         for name, data in {**texts, **(extra_files or {})}.items():
+            (partial / name).parent.mkdir(exist_ok=True)
             (partial / name).write_bytes(data.encode() if isinstance(data, str) else data)
         made = tensors()
         for file, names in shards.items():
             part = {name: shapes[name] for name in names}
             safetensors_file.write_file(partial / file, part, itertools.islice(made, len(part)))
-
-
-def _read_json(path: pathlib.Path) -> dict[str, Any]:
-    folder = path.parent
-    if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist (a model on a hub is downloaded first)"
-        raise ValueError(f"model.path = {str(folder)!r} {what}: wanted {_LAYOUT}")
-    if not path.is_file():
-        raise ValueError(f"model.path = {str(folder)!r} has no {path.name}: wanted {_LAYOUT}")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a JSON {type(fields).__name__}: wanted an object")
-    return fields
 
 
 def _bytes_of(shapes: Mapping[str, TypeAndShape]) -> int:
@@ -251,7 +230,7 @@ def _shards(shapes: Mapping[str, TypeAndShape], most_bytes: int) -> dict[str, li
         parts[-1][name] = one
         filled_bytes += size_bytes
     if len(parts) == 1:
-        return {_WEIGHTS: list(parts[0])}
+        return {WEIGHTS: list(parts[0])}
     return {f"model-{n:05d}-of-{len(parts):05d}.safetensors": list(part) for n, part in enumerate(parts, start=1)}
 
 
@@ -260,7 +239,7 @@ def _json_text(fields: dict[str, Any]) -> str:
 
 
 def _describe(folder: pathlib.Path) -> tuple[Family, Architecture, dict[str, Any], Blocks | None]:
-    fields = _read_json(folder / "config.json")
+    fields = read_json(folder / "config.json")
     try:
         family = family_of(fields)
         blocks = blocks_of(fields)
@@ -278,29 +257,6 @@ def _with_k_of_layers(architecture: Architecture, k_of_layers: Any) -> Architect
         raise ValueError(f"{_K_OF_LAYERS} = {json.dumps(k_of_layers)[:100]}: wanted a list of integers")
     moe = dataclasses.replace(architecture.moe, k_of_layers=tuple(k_of_layers))
     return dataclasses.replace(architecture, moe=moe)
-
-
-def _read_tables(folder: pathlib.Path) -> dict[str, StoredTensor]:
-    """Reads the tables of all weight files: the single one where there is one, else the shards that the index names."""
-    if (folder / _WEIGHTS).is_file():
-        return safetensors_file.read_table(folder / _WEIGHTS)
-    if not (folder / _INDEX).is_file():
-        raise ValueError(f"model.path = {str(folder)!r} has neither {_WEIGHTS} nor {_INDEX}: wanted {_LAYOUT}")
-    weight_map = _read_json(folder / _INDEX).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise ValueError(f"{folder / _INDEX} has no weight_map from tensors to files")
-    tables: dict[str, StoredTensor] = {}
-    for shard in sorted(set(map(str, weight_map.values()))):
-        if not (folder / shard).is_file():
-            raise ValueError(f"{folder / shard} is missing: {_INDEX} names it")
-        table = safetensors_file.read_table(folder / shard)
-        if twice := sorted(tables.keys() & table.keys()):
-            raise ValueError(f"{folder / shard}: {twice[0]} is also in {tables[twice[0]].path.name}")
-        tables |= table
-    for name, shard in weight_map.items():
-        if name not in tables or tables[name].path.name != shard:
-            raise ValueError(f"{folder / _INDEX} says that {name} is in {shard}: it is not")
-    return tables
 
 
 def _wanted_names(rules: tuple[Rule, ...], architecture: Architecture) -> set[str]:
@@ -325,11 +281,20 @@ def _without_skipped(folder: pathlib.Path, stored: Mapping, family: Family, fiel
     return names
 
 
-def _require_same_names(folder: pathlib.Path, wanted: set[str], given: set[str]) -> None:
+def _require_same_names(
+    folder: pathlib.Path, wanted: set[str], given: set[str], stored: Mapping[str, StoredTensor] | None = None
+) -> None:
+    def shown(name: str) -> str:
+        tensor = (stored or {}).get(name)
+        return name if tensor is None or tensor.dtype in safetensors_file.FLOATS else f"{name} ({tensor.code})"
+
     complaints = []
     for what, names in (("missing", sorted(wanted - given)), ("unknown", sorted(given - wanted))):
         if names:
-            complaints.append(f"{len(names)} {what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
+            some = ", ".join(map(shown, names[:3]))
+            complaints.append(f"{len(names)} {what}: {some}{', ...' if len(names) > 3 else ''}")
+    if wanted - given == {"lm_head.weight"} and not given - wanted:
+        complaints.append("this is a model without its output head")
     if complaints:
         raise ValueError(f"{folder} does not hold the parameters of its architecture: {'; '.join(complaints)}")
 
@@ -339,21 +304,39 @@ def _require_dtype(dtype: str) -> None:
         raise ValueError(f"dtype = {dtype!r}: wanted one of {', '.join(DTYPES)}")
 
 
-def _require_memory(folder: pathlib.Path, needed_bytes: int) -> None:
+def _require_memory(folder: pathlib.Path, needed_bytes: int, halved_bytes: int) -> None:
+    """Refuses what does not fit; `halved_bytes` is what the model takes in a dtype of 16 bits."""
     available_bytes = psutil.virtual_memory().available
     if needed_bytes > available_bytes:
         needed, available = f"{needed_bytes / 1e9:.1f} GB", f"{available_bytes / 1e9:.1f} GB"
-        raise ValueError(f"{folder} needs {needed} of memory, {available} available: wanted a smaller model or dtype")
+        wanted = "a smaller model"
+        if halved_bytes <= available_bytes:
+            wanted = f"model.dtype=bfloat16, which needs {halved_bytes / 1e9:.1f} GB"
+        raise ValueError(f"{folder} needs {needed} of memory, {available} available: wanted {wanted}")
 
 
-def _dtype_of(rule: Rule, dtype: str, stored: Mapping[str, StoredTensor], architecture: Architecture) -> np.dtype:
+def _in_memory(dtype: np.dtype) -> np.dtype:
+    return _BFLOAT16 if dtype == FLOAT8 else dtype
+
+
+def _most_common(stored: Mapping[str, StoredTensor]) -> np.dtype:
+    """The dtype of most numbers."""
+    counts: dict[np.dtype, int] = collections.Counter()
+    for tensor in stored.values():
+        if tensor.dtype in safetensors_file.FLOATS:
+            counts[_in_memory(tensor.dtype)] += math.prod(tensor.shape)
+    return max(counts, key=counts.get)
+
+
+def _dtype_of(
+    rule: Rule, dtype: str, stored: Mapping[str, StoredTensor], most: np.dtype, architecture: Architecture
+) -> np.dtype:
     if rule.float32:
         return np.dtype(np.float32)
     if dtype != "auto":
         return np.dtype(dtype)
-    dtypes = {stored[placement.tensor].dtype for placement in rule.placements(architecture)}
-    dtypes = {_BFLOAT16 if dtype == FLOAT8 else dtype for dtype in dtypes}
-    return dtypes.pop() if len(dtypes) == 1 else np.dtype(np.float32)
+    dtypes = {_in_memory(stored[placement.tensor].dtype) for placement in rule.placements(architecture)}
+    return most if dtypes == {most} else np.dtype(np.float32)
 
 
 def _written_dtype(rule: Rule, dtype: str, given: np.dtype) -> np.dtype:

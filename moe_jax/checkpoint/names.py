@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig
+from moe_jax.model import parameters
 
 
 class Placement(NamedTuple):
@@ -18,20 +19,6 @@ class Placement(NamedTuple):
 
     tensor: str
     index: tuple[int | slice, ...]
-
-
-def _attention_sizes(attention: AttentionConfig) -> dict[str, int]:
-    """Sizes of the letters that only attention uses."""
-    if attention.kind == "grouped":
-        return {"A": attention.head_dim}
-    return {
-        "A": attention.nope_head_dim + attention.rope_head_dim,
-        "X": attention.value_head_dim,
-        "O": attention.nope_head_dim + attention.value_head_dim,
-        "U": attention.query_rank,
-        "Z": attention.latent_rank,
-        "W": attention.latent_rank + attention.rope_head_dim,
-    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,46 +30,34 @@ class Rule:
         tensor: the name of its tensors, with the letters that the name spells out: `model.layers.{L}...{E}...weight`.
         stored: the remaining letters in stored order; those stored as one dimension stand together: `HA D`. A 1 is a
             dimension of one that the parameter lacks.
-        float32: kept in float32 whatever the dtype of the checkpoint.
         halves: how the name spells the two of letter I.
     """
 
     parameter: str
     tensor: str
     stored: str
-    float32: bool = False
     halves: tuple[str, str] = ("gate_proj", "up_proj")
+
+    @property
+    def _declared(self) -> parameters.Parameter:
+        return parameters.find([self.parameter])
 
     @property
     def letters(self) -> str:
         """The letters of the stacked parameter, in memory order."""
-        return self.parameter.rsplit("_", 1)[1]
+        return self._declared.letters
+
+    @property
+    def float32(self) -> bool:
+        """Whether it is kept in float32 whatever the dtype of the checkpoint."""
+        return self._declared.kind is parameters.SelectionBias
 
     def _sizes(self, architecture: Architecture) -> dict[str, int]:
-        decoder, attention, moe = architecture.decoder, architecture.attention, architecture.moe
-        *parents, _ = self.parameter.split("/")
-        hidden = {
-            "ffn": decoder.dense_hidden,
-            "experts": moe.expert_hidden,
-            "shared": moe.shared_width,
-        }
-        return {
-            "V": decoder.vocab_size,
-            "D": decoder.d_model,
-            "L": decoder.num_dense_layers if parents[:1] == ["dense"] else decoder.num_moe_layers,
-            "E": moe.num_experts,
-            "I": 2,
-            "F": hidden.get(parents[-1], 0) if parents else 0,
-            "H": attention.num_heads,
-            "G": attention.num_kv_heads,
-            "1": 1,
-            **_attention_sizes(attention),
-        }
+        return parameters.sizes_of(architecture, self._declared.modules) | {"1": 1}
 
     def shape(self, architecture: Architecture) -> tuple[int, ...]:
         """Shape of the stacked parameter."""
-        sizes = self._sizes(architecture)
-        return tuple(sizes[letter] for letter in self.letters)
+        return self._declared.shape(architecture)
 
     def stored_shape(self, architecture: Architecture) -> tuple[int, ...]:
         """Shape of each of its tensors in the checkpoint."""
@@ -99,15 +74,19 @@ class Rule:
 
     def placements(self, architecture: Architecture) -> Iterator[Placement]:
         """Yields every tensor of this parameter, with the slice that it fills."""
-        named = self._named()
+        named, letters = self._named(), self.letters
         sizes = self._sizes(architecture)
-        first_layer = 0 if self.parameter.startswith("dense/") else architecture.decoder.num_dense_layers
         for position in np.ndindex(*(sizes[letter] for letter in named)):
             at = dict(zip(named, position, strict=True))
-            spelled = {**at, "L": first_layer + at.get("L", 0), "I": self.halves[at.get("I", 0)]}
-            yield Placement(
-                self.tensor.format(**spelled), tuple(at.get(letter, slice(None)) for letter in self.letters)
-            )
+            yield Placement(self._spelled(architecture, at), tuple(at.get(letter, slice(None)) for letter in letters))
+
+    def first_tensor(self, architecture: Architecture) -> str:
+        """The name of its first tensor, however many there are."""
+        return self._spelled(architecture, dict.fromkeys(self._named(), 0))
+
+    def _spelled(self, architecture: Architecture, at: dict[str, int]) -> str:
+        first_layer = 0 if self.parameter.startswith("dense/") else architecture.decoder.num_dense_layers
+        return self.tensor.format(**{**at, "L": first_layer + at.get("L", 0), "I": self.halves[at.get("I", 0)]})
 
 
 def trunk_rules(decoder: DecoderConfig) -> list[Rule]:

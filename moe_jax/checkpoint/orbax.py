@@ -121,6 +121,11 @@ class Checkpoints:
             raise ValueError(self._damaged(step, error)) from error
         return state, place
 
+    def forget_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps: a run that goes on from this one writes them anew."""
+        for later in [one for one in self._manager.all_steps() if one > step]:
+            self._manager.delete(later)
+
     def _damaged(self, step: int, error: Exception) -> str:
         earlier = max((other for other in self._manager.all_steps() if other < step), default=None)
         instead = "begin again" if earlier is None else f"go on from step {earlier}"

@@ -11,12 +11,14 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from moe_jax.checkpoint.safetensors_file import StoredTensor
+from moe_jax.checkpoint.safetensors_file import FLOATS, StoredTensor
 
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 SCALE_SUFFIX = "_scale_inv"
 # Fields that say how activations were quantised and which tensors were not: their dtypes tell.
 _SILENT = ("activation_scheme", "modules_to_not_convert", "ignored_layers", "scale_fmt")
+# Fields that newer libraries add, with the values that change nothing.
+_NEUTRAL = {"dequantize": False, "expert_dtype": "fp8"}
 
 
 class Blocks(NamedTuple):
@@ -37,7 +39,7 @@ def blocks_of(fields: Mapping[str, Any]) -> Blocks | None:
         ValueError: it describes anything but FP8 with a scale for each block.
     """
     given = fields.get("quantization_config")
-    if given is None:
+    if given is None or given == {}:
         return None
     wanted = 'wanted {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}, or none'
     method = given.get("quant_method") if isinstance(given, dict) else given
@@ -48,6 +50,7 @@ def blocks_of(fields: Mapping[str, Any]) -> Blocks | None:
     size = given.get("weight_block_size")
     if not isinstance(size, list) or len(size) != 2 or not all(type(one) is int and one > 0 for one in size):
         raise ValueError(f"quantization_config.weight_block_size = {_text(size)}: {wanted}")
+    given = {name: x for name, x in given.items() if x is not None and (name not in _NEUTRAL or x != _NEUTRAL[name])}
     if others := sorted(set(given) - {"quant_method", "fmt", "weight_block_size", *_SILENT}):
         raise ValueError(f"quantization_config.{others[0]} = {_text(given[others[0]])}: not implemented; {wanted}")
     return Blocks(*size)
@@ -70,7 +73,7 @@ def take_scales(stored: dict[str, StoredTensor], blocks: Blocks | None) -> dict[
         if name + SCALE_SUFFIX not in stored:
             raise ValueError(f"{one.path}: {name} is F8_E4M3, and its scales {name + SCALE_SUFFIX} are missing")
         scale = stored[name + SCALE_SUFFIX]
-        if scale.dtype == FLOAT8 or scale.shape != blocks.scale_shape(one.shape):
+        if scale.dtype not in FLOATS - {FLOAT8} or scale.shape != blocks.scale_shape(one.shape):
             raise ValueError(
                 f"{scale.path}: {name + SCALE_SUFFIX} has shape {scale.shape} and dtype {scale.dtype.name}: wanted "
                 f"{blocks.scale_shape(one.shape)}, a float32 for each block of {name}"

@@ -20,7 +20,15 @@ _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+FLOATS = frozenset(_DTYPES.values())
+# No weights: they are read into tables, so that what holds one is told by its name.
+_INTEGERS = {
+    **{"BOOL": np.dtype(np.bool_), "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "I16": np.dtype(np.int16)},
+    **{"U16": np.dtype(np.uint16), "I32": np.dtype(np.int32), "U32": np.dtype(np.uint32), "I64": np.dtype(np.int64)},
+    "U64": np.dtype(np.uint64),
+}
+_KNOWN = _DTYPES | _INTEGERS
+_CODES = {dtype: code for code, dtype in _KNOWN.items()}
 _MAX_TABLE_BYTES = 100_000_000  # the library's own limit
 
 
@@ -33,6 +41,16 @@ class StoredTensor(NamedTuple):
     start: int
 
     @property
+    def code(self) -> str:
+        """What the format calls its dtype."""
+        return _CODES[self.dtype]
+
+    def require_float(self, name: str) -> None:
+        """ValueError where it holds integers, which are no weights."""
+        if self.dtype not in FLOATS:
+            raise ValueError(f"{self.path}: tensor {name} is stored as {self.code}: wanted one of {', '.join(_DTYPES)}")
+
+    @property
     def nbytes(self) -> int:
         """Bytes of its values."""
         return math.prod(self.shape) * self.dtype.itemsize
@@ -43,8 +61,8 @@ def read_table(path: Path) -> dict[str, StoredTensor]:
 
     Raises:
         ValueError: the file cannot be read or is truncated, its table is damaged (a name twice, gaps or overlaps), or
-            a tensor has a dtype other than F32, F16, BF16 and F8_E4M3. Changed values cannot be told: there are no
-            checksums.
+            a tensor has a dtype other than F32, F16, BF16, F8_E4M3 and integers. Changed values cannot be told: there
+            are no checksums.
     """
     try:
         file_bytes, table_bytes, text = _read_head(path)
@@ -63,14 +81,14 @@ def read_table(path: Path) -> dict[str, StoredTensor]:
         )
     table, before = {}, 0
     for name, (first, last, code, shape) in sorted(spans.items(), key=lambda item: item[1][:2]):
-        if code not in _DTYPES:
+        if code not in _KNOWN:
             raise ValueError(f"{path}: tensor {name} is stored as {code}: wanted one of {', '.join(_DTYPES)}")
-        if min((first, *shape)) < 0 or last - first != math.prod(shape) * _DTYPES[code].itemsize:
+        if min((first, *shape)) < 0 or last - first != math.prod(shape) * _KNOWN[code].itemsize:
             raise ValueError(f"{path} has a damaged table: {name} takes {last - first} bytes for {list(shape)} {code}")
         if first != before:
             raise ValueError(f"{path} has a damaged table: {name} begins at {first}: wanted {before}, where one ends")
         before = last
-        table[name] = StoredTensor(path, _DTYPES[code], shape, 8 + table_bytes + first)
+        table[name] = StoredTensor(path, _KNOWN[code], shape, 8 + table_bytes + first)
     return table
 
 

@@ -16,10 +16,10 @@ class ObjectiveConfig:
 
     language_model: float = 1.0  # cross-entropy of the next token
     distillation: float = 0.0  # KL divergence between the full model, frozen, and the one that trains
-    direction: str = "forward"  # "forward": of the full model from the trained one; "reverse": the other way around
+    direction: str = "forward"  # "forward": KL(full model || trained one); "reverse": KL(trained one || full model)
     temperature: float = 1.0  # that both are divided by
     hidden: float = 0.0  # squared distance of what the output heads read, relative to the full model's
-    sparsity: float = 0.0  # for each expert that a token uses, counted by weight: see `balance.effective_experts`
+    sparsity: float = 0.0  # times the effective number of experts of a token, see `balance.effective_experts`
 
     def __post_init__(self):
         require_one_of("objective", self, "direction", DIRECTIONS)

@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from moe_jax.config.architecture import Architecture, AttentionConfig
+from moe_jax.model.parameters import Matrix, Parameter, count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +48,27 @@ def floor_s(work: Work, machine: Machine) -> float:
     return max(work.bytes / machine.bytes_per_s, work.flops / machine.flops_per_s)
 
 
+def _routed(parameter: Parameter) -> bool:
+    return "experts" in parameter.modules
+
+
+def _embeds(parameter: Parameter) -> bool:
+    return "V" in parameter.letters
+
+
+def _always_read(parameter: Parameter) -> bool:
+    """By every step, whatever its tokens: all but the embeddings and the routed experts."""
+    return not _routed(parameter) and not _embeds(parameter)
+
+
 def expert_parameters(architecture: Architecture) -> int:
     """Of one routed expert: gate, up and down."""
-    return 3 * architecture.decoder.d_model * architecture.moe.expert_hidden
+    return count(architecture, _routed) // (architecture.decoder.num_moe_layers * architecture.moe.num_experts)
 
 
 def parameters(architecture: Architecture) -> int:
     """Of the whole model, the selection bias included."""
-    trunk, moe = architecture.decoder, architecture.moe
-    embeddings = trunk.vocab_size * trunk.d_model * (1 if trunk.tie_embeddings else 2)
-    routed = trunk.num_moe_layers * moe.num_experts * expert_parameters(architecture)
-    return embeddings + routed + _always_read(architecture)
+    return count(architecture)
 
 
 def active_parameters(architecture: Architecture) -> int:
@@ -92,24 +103,18 @@ def _bytes(architecture: Architecture, step: Step, itemsize: int) -> float:
     experts = step.distinct_experts * expert_parameters(architecture)
     position = trunk.num_layers * _cached_numbers(architecture.attention)
     cache = position * (sum(step.cached_B) + step.tokens)
-    return itemsize * (_always_read(architecture) + head + rows + experts + cache)
+    return itemsize * (count(architecture, _always_read) + head + rows + experts + cache)
 
 
 def _flops(architecture: Architecture, step: Step) -> float:
-    trunk, moe = architecture.decoder, architecture.moe
+    trunk = architecture.decoder
     mixing = trunk.num_layers * sum(
         _mixed_numbers(architecture.attention, new) * (new * cached + new * (new + 1) // 2)
         for cached, new in zip(step.cached_B, step.new_B)
     )
-    products = (
-        step.tokens * trunk.num_layers * _projections(architecture)
-        + mixing
-        + step.tokens * trunk.num_dense_layers * 3 * trunk.d_model * trunk.dense_hidden
-        + step.tokens * trunk.num_moe_layers * trunk.d_model * moe.num_experts
-        + step.tokens * trunk.num_moe_layers * _shared_parameters(architecture)
-        + step.kept_slots * expert_parameters(architecture)
-        + len(step.new_B) * trunk.d_model * trunk.vocab_size
-    )
+    matrices = count(architecture, lambda one: _always_read(one) and one.kind is Matrix)
+    head = len(step.new_B) * trunk.d_model * trunk.vocab_size
+    products = step.tokens * matrices + mixing + step.kept_slots * expert_parameters(architecture) + head
     return 2 * products
 
 
@@ -130,45 +135,3 @@ def _mixed_numbers(attention: AttentionConfig, new: int) -> int:
     if new == 1:
         return attention.num_heads * (2 * attention.latent_rank + attention.rope_head_dim)
     return attention.num_heads * (attention.nope_head_dim + attention.rope_head_dim + attention.value_head_dim)
-
-
-def _projections(architecture: Architecture) -> int:
-    """Weights of the projections of one layer's attention."""
-    attention, d_model = architecture.attention, architecture.decoder.d_model
-    if attention.kind == "grouped":
-        return 2 * d_model * (attention.num_heads + attention.num_kv_heads) * attention.head_dim
-    key_width = attention.num_heads * (attention.nope_head_dim + attention.rope_head_dim)
-    value_width = attention.num_heads * attention.value_head_dim
-    query = attention.query_rank * (d_model + key_width) if attention.query_rank else d_model * key_width
-    latent = d_model * (attention.latent_rank + attention.rope_head_dim)
-    expanded = attention.latent_rank * (attention.num_heads * attention.nope_head_dim + value_width)
-    return query + latent + expanded + value_width * d_model
-
-
-def _attention_norms_and_biases(attention: AttentionConfig) -> int:
-    """Of one layer."""
-    if attention.kind == "latent":
-        return attention.query_rank + attention.latent_rank
-    width, kv_width = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
-    norms = {"head": 2 * attention.head_dim, "all": width + kv_width}[attention.qk_norm_span] * attention.qk_norm
-    return norms + (width + 2 * kv_width) * attention.bias
-
-
-def _shared_parameters(architecture: Architecture) -> int:
-    """Of the shared experts of one layer, and of their gate."""
-    moe, d_model = architecture.moe, architecture.decoder.d_model
-    return 3 * d_model * moe.shared_width + d_model * moe.shared_gate
-
-
-def _always_read(architecture: Architecture) -> int:
-    """Parameters that every step reads, whatever its tokens: all but the embeddings and the routed experts."""
-    trunk, moe = architecture.decoder, architecture.moe
-    layer = _projections(architecture) + _attention_norms_and_biases(architecture.attention) + 2 * trunk.d_model
-    router = trunk.d_model * moe.num_experts + moe.num_experts * moe.selection_bias
-    dense = 3 * trunk.d_model * trunk.dense_hidden
-    return (
-        trunk.num_layers * layer
-        + trunk.num_moe_layers * (router + _shared_parameters(architecture))
-        + trunk.num_dense_layers * dense
-        + trunk.d_model
-    )

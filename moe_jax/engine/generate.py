@@ -16,6 +16,7 @@ from moe_jax.engine.sampling import Sampling
 from moe_jax.engine.steps import Drawn, Live
 from moe_jax.engine.stopping import StoppingText
 from moe_jax.model import decoder
+from moe_jax.model.finite import NotFiniteError, require_finite
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.selection import distinct_experts
 
@@ -25,7 +26,8 @@ class Completion:
     """What was made of one prompt.
 
     Attributes:
-        text: the continuation, up to a stop string or the end of text, neither included.
+        text: the continuation, up to a stop string or the end of text, neither included: what decoding it adds to its
+            prompt, the space before its first word included. Special tokens have no text.
         ids: every token drawn, those of a stop string and the end-of-text token included.
         log_probabilities: of each of `ids` under the model itself, in nats, before temperature and cuts.
         experts_per_token: slots that the request kept, mean over MoE layers and this request's decode steps; where it
@@ -33,8 +35,8 @@ class Completion:
         distinct_experts_per_layer_step: experts that one MoE layer ran in one decode step, for all requests of the
             batch together; mean over MoE layers and this request's decode steps. NaN where it took no such step: the
             first token comes from reading the prompt.
-        finish_reason: "stop" (a stop string), "end" (the end-of-text token) or "length" (`max_new_tokens`, or the
-            model's context).
+        finish_reason: "stop" (a stop string, or a special token that one names), "end" (the end-of-text token) or
+            "length" (`max_new_tokens`, or the model's context).
     """
 
     text: str
@@ -138,6 +140,7 @@ class Engine:
 
         Raises:
             ValueError: the cache does not fit in the memory that is available.
+            NotFiniteError: a token's log-probability is NaN or infinite; a ValueError too.
         """
         batch, prefill, decode = self._prepared(requests, execution)
         rows = [_Row(request, self._tokenizer, self._end_ids) for request in requests]
@@ -145,6 +148,7 @@ class Engine:
 
         def hand_out(drawn: Drawn, alive_B: np.ndarray) -> np.ndarray:
             """Gives every row that is alive its token; returns those that still are."""
+            self._require_finite(drawn, alive_B, rows)
             for index in np.flatnonzero(alive_B).tolist():
                 piece = rows[index].take(int(drawn.token_B[index]), float(drawn.log_probability_B[index]))
                 if piece:
@@ -173,6 +177,14 @@ class Engine:
         measured.decode_s = time.perf_counter() - began
         return Generated([row.completion() for row in rows], measured)
 
+    def _require_finite(self, drawn: Drawn, alive_B: np.ndarray, rows: Sequence["_Row"]) -> None:
+        for index in np.flatnonzero(alive_B & ~np.isfinite(drawn.log_probability_B)).tolist():
+            try:
+                require_finite(drawn.log_probability_B[index], rows[index].next_token(index + 1), self.params)
+            except NotFiniteError as error:
+                error.completions = tuple(row.completion() for row in rows)
+                raise
+
     def _prepared(
         self, requests: Sequence[Request], execution: decoder.Execution
     ) -> tuple["Batch", jax.stages.Compiled, jax.stages.Compiled | None]:
@@ -191,7 +203,7 @@ class Engine:
         Raises:
             ValueError: the cache does not fit in the memory that is available.
         """
-        shape, dtype = batch.shape, self.params["embedding_VD"].dtype
+        shape, dtype = batch.shape, decoder.dtype_of(self.params)
         caches.require_memory(execution.architecture, shape, dtype)
         key = (execution, shape, jax.tree.structure(batch.live))
         if key not in self._programs:
@@ -206,7 +218,7 @@ class Engine:
         It takes (params, cache, token_B, position_B, alive_B, live), and returns a `Drawn` and the cache, which it
         writes in place.
         """
-        shape, dtype = batch.shape, self.params["embedding_VD"].dtype
+        shape, dtype = batch.shape, decoder.dtype_of(self.params)
         key = (execution, shape.batch, shape.memory, jax.tree.structure(batch.live))
         if key not in self._programs:
             cache = jax.eval_shape(lambda: caches.allocate(execution.architecture, shape.batch, shape.memory, dtype))
@@ -258,7 +270,7 @@ class _Row:
         self.finish_reason: str | None = None
         self._request = request
         self._end_ids = end_ids
-        self._stopping = StoppingText(tokenizer, request.sampling.stop)
+        self._stopping = StoppingText(tokenizer, request.sampling.stop, request.ids)
         self._text = ""
         self._ids: list[int] = []
         self._log_probabilities: list[float] = []
@@ -280,7 +292,7 @@ class _Row:
         self._ids.append(token)
         self._log_probabilities.append(log_probability)
         if token in self._end_ids:
-            piece, self.finish_reason = self._stopping.flush(), "end"
+            piece, self.finish_reason = self._stopping.flush(token), "end"
         else:
             piece = self._stopping.push(token)
             if not self._stopping.stopped and len(self._ids) == self._request.max_new_tokens:
@@ -290,8 +302,12 @@ class _Row:
         self._text += piece
         return piece
 
+    def next_token(self, prompt: int) -> str:
+        """Names the token that comes next, of a prompt of that number."""
+        return f"the log-probability of token {len(self._ids) + 1} after prompt {prompt}, {self._request.policy.spec!r}"
+
     def completion(self) -> Completion:
-        """What has been made so far."""
+        """What has been made so far; `finish_reason` is None where that is not finished."""
         kept = float(np.mean(self._kept)) if self._kept else self._kept_of_prompt
         distinct = float(np.mean(self._distinct)) if self._distinct else float("nan")
         made = (self._text, tuple(self._ids), tuple(self._log_probabilities))

@@ -35,7 +35,7 @@ def prefill(params, tokens_BT, length_B, valid_BT, live: Live, *, execution, mem
     Where T is larger than `chunk`, it is a multiple of it.
     """
     batch, length = tokens_BT.shape
-    cache = caches.allocate(execution.architecture, batch, memory, params["embedding_VD"].dtype)
+    cache = caches.allocate(execution.architecture, batch, memory, decoder.dtype_of(params))
     with jax.named_scope("prefill"):
         if length > chunk:
             prompts = (tokens_BT, length_B, valid_BT)
@@ -75,7 +75,7 @@ def _in_chunks(params, cache, tokens_BT, length_B, valid_BT, policy, execution, 
         chosen_LBTK = lax.dynamic_update_slice_in_dim(chosen_LBTK, chosen, first, axis=2)
         return cache, jnp.where(ends_here_B[:, None], ended_BD, last_BD), chosen_LBTK
 
-    last_BD = jnp.zeros((batch, trunk.d_model), params["embedding_VD"].dtype)
+    last_BD = jnp.zeros((batch, trunk.d_model), decoder.dtype_of(params))
     chosen_LBTK = jnp.full((layers, batch, length, execution.k_max), -1, jnp.int32)
     count = -(-length_B.max() // chunk)
     cache, last_BD, chosen_LBTK = lax.fori_loop(0, count, read, (cache, last_BD, chosen_LBTK))

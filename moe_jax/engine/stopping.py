@@ -4,44 +4,75 @@ from collections.abc import Sequence
 
 import tokenizers
 
-from moe_jax.text.tokenizer import TextStream
+from moe_jax.text.tokenizer import TextStream, special_tokens
 
 
 class StoppingText:
     """A `TextStream` that ends before the first stop string to be whole, the longest of those that end together.
 
-    What may be the beginning of a stop string is held back until more text tells.
+    What may be the beginning of a stop string is held back until more text tells. Special tokens have no text; a stop
+    string that names one, such as "<|im_end|>" or "</s>\\n", is looked for in the text with their names in it.
 
     Args:
         tokenizer: of the model.
         stop: strings that end the text; none of them empty.
+        before: ids that the text goes on from.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, stop: Sequence[str]):
-        self._stream = TextStream(tokenizer)
-        self._stop = tuple(stop)
-        self._held = ""
+    def __init__(self, tokenizer: tokenizers.Tokenizer, stop: Sequence[str], before: Sequence[int] = ()):
+        self._stream = TextStream(tokenizer, before)
+        names = special_tokens(tokenizer) if stop else {}
+        self._naming = tuple(one for one in stop if any(name in one for name in names.values()))
+        self._plain = tuple(one for one in stop if one not in self._naming)
+        self._names = names if self._naming else {}
+        self._held = ""  # names of special tokens in it
+        self._has_text: list[bool] = []  # of each held character: False within the name of a special token
         self.stopped = False  # a stop string has come
 
     def push(self, token_id: int) -> str:
         """Takes one more id; returns the text that is now certain."""
-        return self._certain(self._stream.push(token_id))
+        return self._certain(self._stream.push(token_id), self._names.get(int(token_id), ""))
 
-    def flush(self) -> str:
-        """Ends the text; returns what was held back, unless that turns out to hold a stop string."""
+    def flush(self, end_id: int | None = None) -> str:
+        """Ends the text; returns what was held back, unless that turns out to hold a stop string.
+
+        Args:
+            end_id: the end-of-text token, if one came. A stop string that ends with its name is left out, and
+                `stopped` stays as it is: the token has ended the text.
+        """
         text = self._certain(self._stream.flush())
-        held, self._held = self._held, ""
-        return text + held
+        if not self.stopped and end_id is not None:
+            text += self._certain("", self._names.get(int(end_id), ""))
+            self.stopped = False
+        text += _text_of(self._held, self._has_text)
+        self._held, self._has_text = "", []
+        return text
 
-    def _certain(self, piece: str) -> str:
-        text = self._held + piece
-        found = [(text.find(stop) + len(stop), text.find(stop)) for stop in self._stop if stop in text]
+    def _certain(self, piece: str, name: str = "") -> str:
+        whole = self._held + piece + name
+        has_text = self._has_text + [True] * len(piece) + [False] * len(name)
+        text = _text_of(whole, has_text)
+        places = [place for place, has in enumerate(has_text) if has]  # of the characters of `text` within `whole`
+        found = [(places[end - 1] + 1, places[first]) for first, end in _spans(text, self._plain)]
+        found += [(end, first) for first, end in _spans(whole, self._naming)]
         if found:
-            self._held, self.stopped = "", True
-            return text[: min(found)[1]]
-        longest = max((_overlap(text, stop) for stop in self._stop), default=0)
-        self._held = text[len(text) - longest :]
-        return text[: len(text) - longest]
+            first = min(found)[1]
+            self._held, self._has_text, self.stopped = "", [], True
+            return _text_of(whole[:first], has_text[:first])
+        longest = max((_overlap(text, stop) for stop in self._plain), default=0)
+        first = places[-longest] if longest else len(whole)
+        first = min(first, *(len(whole) - _overlap(whole, stop) for stop in self._naming), len(whole))
+        self._held, self._has_text = whole[first:], has_text[first:]
+        return _text_of(whole[:first], has_text[:first])
+
+
+def _text_of(whole: str, has_text: Sequence[bool]) -> str:
+    return "".join(character for character, has in zip(whole, has_text) if has)
+
+
+def _spans(text: str, stop: Sequence[str]) -> list[tuple[int, int]]:
+    """Where each stop string that is in the text first begins and ends."""
+    return [(text.find(one), text.find(one) + len(one)) for one in stop if one in text]
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -139,7 +139,10 @@ def score_options(
 
         def compute(asked=asked):
             laid = _lay_out(asked, batch_size)
-            found = [score(params, laid.batch, [live], execution)[0].nats_Y for live in settings]
+            found = [
+                score(params, laid.batch, [live], execution, specs=[policy.spec])[0].nats_Y
+                for policy, live in zip(compared, settings)
+            ]
             return {"nats": [np.bincount(laid.option_Y, nats_Y, len(asked) * OPTIONS) for nats_Y in found]}
 
         nats = journal.once(f"choices-{first:06d}", compute)["nats"].reshape(len(compared), len(asked), OPTIONS)

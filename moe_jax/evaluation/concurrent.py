@@ -46,7 +46,7 @@ def cut(documents: Sequence[np.ndarray], tokenizer, context: int, count: int, se
     tokens, sizes, owners = [], [], []
     for number, ids in enumerate(documents):
         ends = range(context, len(ids), context)
-        read = [len(tokenizer.decode(ids[1 : end + 1].tolist()).encode()) for end in (0, *ends)]
+        read = [len(tokenizer.decode(ids[: end + 1].tolist()).encode()) for end in (0, *ends)]
         tokens += [ids[end - context : end + 1] for end in ends]
         sizes += np.diff(read).tolist()
         owners += [number] * len(ends)
@@ -86,7 +86,7 @@ def read(
         positions_BT = np.broadcast_to(np.arange(inputs_BT.shape[1], dtype=np.int32), inputs_BT.shape)
         labels_Y = tokens_BT[:, 1:].reshape(-1)
         batch = Batch(inputs_BT, positions_BT, np.ones_like(inputs_BT), source_Y, labels_Y, len(source_Y))
-        [scored] = score(params, batch, [live], execution, side_by_side=True)
+        [scored] = score(params, batch, [live], execution, side_by_side=True, specs=[policy.spec])
         bits.append(scored.nats_Y.reshape(inputs_BT.shape).sum(axis=1, dtype=np.float64) / np.log(2))
         chosen.append(scored.chosen_LBTK.astype(np.int16))
     return AtLoad(np.concatenate(bits), np.concatenate(chosen, axis=1))

@@ -90,7 +90,7 @@ def score_continuations(
         asked = [index for ids in read for index in sharing[ids]]
         row_of = [row for row, ids in enumerate(read) for _ in sharing[ids]]
         laid = _lay_out(read, row_of, [pairs[index].continuation_ids for index in asked], rows, max_context)
-        [scores] = score(params, laid.batch, [live], execution, greedy=True)
+        [scores] = score(params, laid.batch, [live], execution, greedy=True, specs=[policy.spec])
         nats = np.bincount(laid.asked_Y, np.float64(scores.nats_Y), len(asked))
         misses = np.bincount(laid.asked_Y, ~scores.greedy_Y, len(asked))
         for number, index in enumerate(asked):

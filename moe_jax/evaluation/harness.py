@@ -3,6 +3,7 @@
 Importing this file needs the package `lm_eval`; nothing else in `moe_jax` does.
 """
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,7 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from moe_jax.checkpoint.huggingface import read_token_ids
+from moe_jax.checkpoint.beside import read_token_ids
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.engine.generate import Engine
 from moe_jax.engine.request import AnyPolicy, Request, make_requests, policy_of_each
@@ -72,6 +73,7 @@ class LanguageModel(TemplateLM):
         self._engine, self._tokenizer, self._execution = engine, tokenizer, execution
         self._seed = seed
         self._prefix_id, self._end_id = framing.outer_ids(folder, tokenizer, read_token_ids(folder))
+        self._end_text = tuple(filter(None, [tokenizer.decode([self._end_id], skip_special_tokens=False)]))
 
     @property
     def max_length(self) -> int:
@@ -153,9 +155,11 @@ class LanguageModel(TemplateLM):
             )
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continues each context up to a stop string, itself left out.
+        """Continues each context up to a stop string or the end of text, neither included.
 
-        Contexts lose their beginning where the tokens asked for would not fit behind them. A request that samples
+        As lm-eval's own models have it, the text of the token that ends a text is one more stop string, and a
+        continuation is decoded without its context: what the decoder strips at the head of a text is missing. Contexts
+        lose their beginning where the tokens asked for would not fit behind them. A request that samples
         draws by its place among all, not by what shares its batch.
 
         Raises:
@@ -169,13 +173,14 @@ class LanguageModel(TemplateLM):
                 batch = longest_first[first : first + self.batch_size]
                 made = self._engine.run([prepared[number] for number in batch], self._execution).completions
                 for number, completion in zip(batch, made):
-                    texts[number] = completion.text
-                    self.cache_hook.add_partial("generate_until", requests[number].args, completion.text)
+                    texts[number] = self._cut(completion.ids, prepared[number].sampling.stop)
+                    self.cache_hook.add_partial("generate_until", requests[number].args, texts[number])
                 progress.update(len(batch))
         return texts
 
     def _request(self, number: int, context: str, arguments: Mapping[str, Any]) -> Request:
         sampling = sampling_of(arguments)
+        sampling = dataclasses.replace(sampling, stop=(*sampling.stop, *self._end_text))
         room = self.max_length - sampling.max_new_tokens
         if room < 1:
             raise ValueError(
@@ -188,6 +193,12 @@ class LanguageModel(TemplateLM):
         settings = {"sampling": sampling, "policy": self._policy, "seed": seed}
         [request] = make_requests([ids[-room:]], self._tokenizer, self._execution, **settings)
         return request
+
+    def _cut(self, ids: Sequence[int], stop: Sequence[str]) -> str:
+        text = self._tokenizer.decode(list(ids))
+        for one in stop:
+            text = text.split(one)[0]
+        return text
 
 
 def sampling_of(arguments: Mapping[str, Any]) -> SamplingConfig:

@@ -52,6 +52,9 @@ def score_documents(
 
     Returns:
         The likelihood under each policy, in order.
+
+    Raises:
+        NotFiniteError: a token's log-probability is NaN or infinite.
     """
     journal = journal or Journal(None, {})
     cut = _Windows(documents, context)
@@ -65,7 +68,8 @@ def score_documents(
         batch = cut.batch(first, batch_size)
 
         def compute(batch=batch):
-            scores = score(params, batch, settings, execution, reference)
+            specs = [policy.spec for policy in compared]
+            scores = score(params, batch, settings, execution, reference, specs=specs)
             arrays = {"nats_PY": [one.nats_Y for one in scores], "load_PLE": [one.load_LE for one in scores]}
             return arrays | ({} if reference is None else {"kl_PY": [one.kl_Y for one in scores]})
 

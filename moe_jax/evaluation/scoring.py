@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from moe_jax.model import decoder
+from moe_jax.model.finite import require_finite
 from moe_jax.routing.policies import base as policies
 
 CHUNK = 1024  # labels whose logits exist at a time
@@ -40,7 +41,7 @@ class Scores(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("execution", "side_by_side"))
 def _hidden(params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side):
     rows = (tokens_BT, positions_BT, segments_BT)
-    x_BTD, traffic = decoder.hidden(params, *rows, live, execution, side_by_side=side_by_side)
+    x_BTD, traffic = decoder.hidden(params, *rows, live, execution, side_by_side=side_by_side, in_stacks=True)
     return x_BTD.reshape(-1, x_BTD.shape[-1]), traffic.load_E, traffic.chosen_NK
 
 
@@ -81,6 +82,7 @@ def score(
     reference: int | None = None,
     side_by_side: bool = False,
     greedy: bool = False,
+    specs: Sequence[str] = (),
 ) -> list[Scores]:
     """Scores one batch under several policies, each with as many static slots as it keeps.
 
@@ -92,6 +94,10 @@ def score(
         reference: which of them divergences are measured from; None: no divergences.
         side_by_side: as `decoder.hidden` takes it.
         greedy: whether to tell which labels are the likeliest tokens.
+        specs: of the policies, for what is said of one.
+
+    Raises:
+        NotFiniteError: what a policy makes of a label is NaN or infinite.
     """
     rows = (batch.tokens_BT, batch.positions_BT, batch.segments_BT)
     labels = (batch.source_Y, batch.label_Y, batch.num_labels)
@@ -107,6 +113,8 @@ def score(
         x_ND, load_LE, chosen_LNK = from_reference if number == reference else hidden(live)
         found = _of_labels(params, x_ND, reference_ND, *labels, greedy=greedy)
         of_labels = {name: np.asarray(part)[: batch.num_labels] for name, part in found.items()}
+        named = f", {specs[number]!r}" if specs else ""
+        require_finite(of_labels["nats_Y"], f"the log-probabilities of a text{named}", params)
         chosen_LBTK = np.asarray(chosen_LNK).reshape(len(chosen_LNK), *batch.tokens_BT.shape, -1)
         scores.append(Scores(load_LE=np.asarray(load_LE), chosen_LBTK=chosen_LBTK, **of_labels))
     return scores

@@ -1,8 +1,7 @@
 """Grouped-query attention: whole sequences, and against a cache, one position of every row or many.
 
-Every kind of attention is a module with an `Attention` (its weights) and a function `heads` (projections, norms and
-rotation), whose result mixes positions: `causal` over whole sequences; `extend` and `step` against a cache, to which
-they add them.
+Every kind of attention is a module with a function `heads` (projections, norms and rotation), whose result mixes
+positions: `causal` over whole sequences; `extend` and `step` against a cache, to which they add them.
 """
 
 import dataclasses
@@ -10,38 +9,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax import lax
 
-from moe_jax.config.architecture import Architecture, AttentionConfig
+from moe_jax.config.architecture import AttentionConfig
 from moe_jax.kernels.cached_attention.api import cached_attention
 from moe_jax.kernels.causal_attention.api import causal_attention
 from moe_jax.model import rope
-from moe_jax.model.layers import Stacked, draw, one_layer, ones, project, rms_norm
+from moe_jax.model.layers import Stacked, one_layer, project, rms_norm
 
 OUTPUT = "output_DHA"  # the weight that projects mixed heads back
-
-
-class Attention(nnx.Module):
-    """Weights of the attention of every layer of a stack."""
-
-    def __init__(self, architecture: Architecture, num_layers: int, residual_gain: float, rngs: nnx.Rngs):
-        attention, d_model = architecture.attention, architecture.decoder.d_model
-        heads, kv_heads, head_dim = attention.num_heads, attention.num_kv_heads, attention.head_dim
-        self.query_LHAD = draw(rngs, (num_layers, heads, head_dim, d_model), d_model)
-        self.key_LGAD = draw(rngs, (num_layers, kv_heads, head_dim, d_model), d_model)
-        self.value_LGAD = draw(rngs, (num_layers, kv_heads, head_dim, d_model), d_model)
-        self.output_LDHA = draw(rngs, (num_layers, d_model, heads, head_dim), heads * head_dim, residual_gain)
-        if attention.bias:
-            self.query_bias_LHA = nnx.Param(jnp.zeros((num_layers, heads, head_dim), jnp.float32))
-            self.key_bias_LGA = nnx.Param(jnp.zeros((num_layers, kv_heads, head_dim), jnp.float32))
-            self.value_bias_LGA = nnx.Param(jnp.zeros((num_layers, kv_heads, head_dim), jnp.float32))
-        if attention.qk_norm and attention.qk_norm_span == "all":
-            self.query_norm_LHA = ones(num_layers, heads, head_dim)
-            self.key_norm_LGA = ones(num_layers, kv_heads, head_dim)
-        elif attention.qk_norm:
-            self.query_norm_LA = ones(num_layers, head_dim)
-            self.key_norm_LA = ones(num_layers, head_dim)
 
 
 class Kept(NamedTuple):
@@ -163,7 +139,7 @@ def heads(
 
     Args:
         x_BTD: normed activations.
-        weights: one layer of `Attention`, its names without the leading L.
+        weights: one layer of attention's, names without the leading L.
         turn: cosines and sines of the positions.
         attention: the section of the configuration.
         norm_eps: of the query and key norms.
@@ -172,9 +148,9 @@ def heads(
     key_BTGA = project(x_BTD, weights["key_GAD"])
     value_BTGA = project(x_BTD, weights["value_GAD"])
     if attention.bias:
-        query_BTHA = query_BTHA + weights["query_bias_HA"][None, None]
-        key_BTGA = key_BTGA + weights["key_bias_GA"][None, None]
-        value_BTGA = value_BTGA + weights["value_bias_GA"][None, None]
+        query_BTHA = _add(query_BTHA, weights["query_bias_HA"])
+        key_BTGA = _add(key_BTGA, weights["key_bias_GA"])
+        value_BTGA = _add(value_BTGA, weights["value_bias_GA"])
     if attention.qk_norm and attention.qk_norm_span == "all":
         query_BTHA = _norm_of_all(query_BTHA, weights["query_norm_HA"], norm_eps)
         key_BTGA = _norm_of_all(key_BTGA, weights["key_norm_GA"], norm_eps)
@@ -183,6 +159,10 @@ def heads(
         key_BTGA = rms_norm(key_BTGA, weights["key_norm_A"], norm_eps)
     query_BTHA, key_BTGA = (rope.rotate(x, turn, attention.rope_interleaved) for x in (query_BTHA, key_BTGA))
     return Heads(query_BTHA, key_BTGA, value_BTGA, rope.score_scale(attention, attention.head_dim))
+
+
+def _add(x_BTHA: jax.Array, bias_HA: jax.Array) -> jax.Array:
+    return (x_BTHA + bias_HA[None, None]).astype(x_BTHA.dtype)
 
 
 def _norm_of_all(x_BTHA: jax.Array, scale_HA: jax.Array, eps: float) -> jax.Array:

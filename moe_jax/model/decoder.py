@@ -9,65 +9,50 @@ from flax import nnx
 from jax import lax
 
 from moe_jax.config.architecture import Architecture
-from moe_jax.model import attention, latent_attention, rope
+from moe_jax.kernels.grouped_matmul import api as grouped_matmul
+from moe_jax.model import attention, latent_attention, parameters, rope
 from moe_jax.model.attention import Cache
-from moe_jax.model.layers import FeedForward, Stacked, draw, feed_forward, one_layer, ones, project, rms_norm
-from moe_jax.model.low_rank import merge
-from moe_jax.model.moe import Experts, Router, Traffic, moe_layer
+from moe_jax.model.layers import Stacked, feed_forward, one_layer, project, rms_norm
+from moe_jax.model.low_rank import KEPT, holds_any, merge
+from moe_jax.model.moe import Traffic, moe_layer
+from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.base import Context, Settings
+from moe_jax.routing.policies.parse import MODEL_OWN
 
 ATTENTION = {"grouped": attention, "latent": latent_attention}  # by `attention.kind`
 Params = dict[str, Any]  # nested dicts of arrays, as `split` gives them
 
 
-class Layers(nnx.Module):
-    """The norms and the attention that dense and MoE layers have in common."""
-
-    def __init__(self, architecture: Architecture, num_layers: int, residual_gain: float, rngs: nnx.Rngs):
-        d_model = architecture.decoder.d_model
-        self.attention_norm_LD = ones(num_layers, d_model)
-        kind = ATTENTION[architecture.attention.kind]
-        self.attention = kind.Attention(architecture, num_layers, residual_gain, rngs)
-        self.ffn_norm_LD = ones(num_layers, d_model)
+class Weights(nnx.Module):
+    """Parameters that stand together: a stack of layers, or a part of one."""
 
 
-class DenseLayers(Layers):
-    """Weights of the dense prefix."""
+class Decoder(Weights):
+    """All parameters of a model as a Flax module, drawn as `parameters.TABLE` says, with a type for each kind.
 
-    def __init__(self, architecture: Architecture, residual_gain: float, rngs: nnx.Rngs):
-        decoder = architecture.decoder
-        super().__init__(architecture, decoder.num_dense_layers, residual_gain, rngs)
-        self.ffn = FeedForward(decoder.num_dense_layers, decoder.d_model, decoder.dense_hidden, residual_gain, rngs)
-
-
-class MoELayers(Layers):
-    """Weights of the MoE layers."""
-
-    def __init__(self, architecture: Architecture, residual_gain: float, rngs: nnx.Rngs):
-        decoder = architecture.decoder
-        super().__init__(architecture, decoder.num_moe_layers, residual_gain, rngs)
-        moe = architecture.moe
-        self.router = Router(decoder.num_moe_layers, decoder.d_model, moe, rngs)
-        self.experts = Experts(decoder.num_moe_layers, decoder.d_model, moe, residual_gain, rngs)
-        if moe.num_shared_experts:
-            self.shared = FeedForward(decoder.num_moe_layers, decoder.d_model, moe.shared_width, residual_gain, rngs)
-        if moe.shared_gate:
-            self.shared_gate_LD = draw(rngs, (decoder.num_moe_layers, decoder.d_model), decoder.d_model)
-
-
-class Decoder(nnx.Module):
-    """Owns every parameter, float32 as drawn. `split` hands them to the functions below."""
+    `split` hands them to the functions below; called, it runs them on whole sequences with all experts.
+    """
 
     def __init__(self, architecture: Architecture, rngs: nnx.Rngs):
-        decoder = architecture.decoder
-        residual_gain = (2 * decoder.num_layers) ** -0.5  # keeps the residual stream's variance flat over depth
-        self.embedding_VD = draw(rngs, (decoder.vocab_size, decoder.d_model), decoder.d_model, gain=0.5)
-        if decoder.num_dense_layers:
-            self.dense = DenseLayers(architecture, residual_gain, rngs)
-        self.moe = MoELayers(architecture, residual_gain, rngs)
-        self.norm_D = ones(decoder.d_model)
-        if not decoder.tie_embeddings:
-            self.head_VD = draw(rngs, (decoder.vocab_size, decoder.d_model), decoder.d_model)
+        self.architecture = architecture
+        for parameter in parameters.of(architecture):
+            owner = self
+            for module in parameter.modules:
+                if not hasattr(owner, module):
+                    setattr(owner, module, Weights())
+                owner = getattr(owner, module)
+            setattr(owner, parameter.path.rsplit("/", 1)[-1], parameter.draw(architecture, rngs))
+
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        """float32 logits_BTV of whole texts, with the model's own number of experts; differentiable."""
+        architecture, (batch, length) = self.architecture, tokens_BT.shape
+        implementation = grouped_matmul.resolve("auto", jax.default_backend())
+        execution = Execution(architecture, architecture.moe.k, implementation)
+        live = policies.settings([MODEL_OWN] * batch, architecture, architecture.moe.k)
+        positions_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
+        params = split(self)
+        x_BTD, _ = hidden(params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT), live, execution)
+        return logits(params, x_BTD)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,19 +93,28 @@ def split(decoder: Decoder) -> Params:
     return nnx.to_pure_dict(nnx.state(decoder))
 
 
-def _one_layer(weights: Params, layer: jax.Array | int, in_place: bool = False) -> Params:
+def dtype_of(params: Params) -> jnp.dtype:
+    """The dtype of activations and caches: the narrowest of the weights.
+
+    Some weights may be wider: their products run in their own dtype, and the results are rounded to this one.
+    """
+    return min((leaf.dtype for leaf in jax.tree.leaves(params)), key=lambda dtype: dtype.itemsize)
+
+
+def _one_layer(weights: Params, modules: tuple[str, ...], layer: jax.Array | int, in_place: bool = False) -> Params:
     """Takes one layer out of every stack, dropping the L of its name.
 
     Args:
         weights: stacks.
+        modules: where they stand in the tree of all parameters.
         layer: which.
         in_place: leaves matrices within their stacks, from which a product reads them.
     """
 
     def of_layer(name, value):
         if isinstance(value, dict):
-            return _one_layer(value, layer, in_place and name != "router")
-        if in_place and value.ndim > 2 and "bias" not in name and "norm" not in name:
+            return _one_layer(value, (*modules, name), layer, in_place and name != "router")
+        if in_place and value.ndim > 2 and parameters.find((*modules, name)).kind is parameters.Matrix:
             return Stacked(value, layer)
         return jax.tree.map(lambda stack: one_layer(stack, layer), value)  # a `LowRank` is three stacks
 
@@ -168,6 +162,7 @@ def hidden(
     execution: Execution,
     *,
     side_by_side: bool = False,
+    in_stacks: bool = False,
     remat: bool = False,
 ) -> tuple[jax.Array, Traffic]:
     """Whole sequences, for training and scoring: what the output head reads.
@@ -182,6 +177,8 @@ def hidden(
         execution: the static half.
         side_by_side: whether all rows at one position are a decode step, in which batch-aware policies act; otherwise
             the rows are read as prompts are.
+        in_stacks: whether weights are read within their stacks, which has no gradient. Otherwise every layer is taken
+            out of its stack, whole, and its gradient is no larger; so it is in any case where some are `LowRank`.
         remat: whether a gradient computes each MoE layer again instead of keeping what it made on the way: memory for
             the input of each layer alone, at a third more time.
 
@@ -189,7 +186,7 @@ def hidden(
         normed x_BTD, and the `Traffic` of the MoE layers stacked, L first.
     """
     x_BTD, traffic, _ = _whole(
-        params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side, lambda x_ND: None, remat
+        params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side, lambda x_ND: None, in_stacks, remat
     )
     return rms_norm(x_BTD, params["norm_D"], execution.architecture.decoder.norm_eps), traffic
 
@@ -198,27 +195,34 @@ def moe_inputs(params: Params, tokens_BT: jax.Array, live: Settings, execution: 
     """What the routers and experts of every MoE layer read of whole sequences without padding: normed x_LND."""
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     rows = (tokens_BT, positions_BT, jnp.ones_like(positions_BT))
-    return _whole(params, *rows, live, execution, False, lambda x_ND: x_ND)[2]
+    return _whole(params, *rows, live, execution, False, lambda x_ND: x_ND, True)[2]
 
 
-def _whole(params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side, observe, remat=False):
+def _whole(
+    params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side, observe, in_stacks, remat=False
+):
     """All layers over whole sequences: x_BTD, the traffic, and what is observed of the inputs of the MoE layers."""
     architecture = execution.architecture
     turn = _turn(positions_BT, architecture)
-    x_BTD = params["embedding_VD"][tokens_BT]
+    x_BTD = params["embedding_VD"][tokens_BT].astype(dtype_of(params))
 
     def core(heads):
         return heads.causal(segments_BT, execution.causal_attention), None
 
+    adapted = holds_any(params)
+    apart = adapted or not in_stacks
+    in_place = execution.in_place and not apart
     for layer in range(architecture.decoder.num_dense_layers):
-        weights = merge(_one_layer(params["dense"], layer))
+        weights = merge(_one_layer(params["dense"], ("dense",), layer, in_place))
         x_BTD, _, _ = _layer(x_BTD, weights, turn, core, _dense_ffn(weights), architecture)
 
     def moe_step(x_BTD, scanned):
-        column, stack = scanned[0], merge(scanned[1])  # a stack of this one layer
-        weights = _one_layer({name: part for name, part in stack.items() if name != "experts"}, 0)
+        column, stack = scanned
+        stack, layer = (merge(stack), jnp.int32(0)) if apart else (params["moe"], column)
+        around = {name: part for name, part in stack.items() if name != "experts"}
+        weights = _one_layer(around, ("moe",), layer, in_place)
         context = _context(column, segments_BT != 0, tokens_BT.shape[1] if side_by_side else 0)
-        ffn = _moe_ffn(weights, stack["experts"], jnp.int32(0), live, context, execution)
+        ffn = _moe_ffn(weights, stack["experts"], layer, live, context, execution)
 
         def observed_ffn(x_ND):
             y_ND, traffic = ffn(x_ND)
@@ -227,9 +231,13 @@ def _whole(params, tokens_BT, positions_BT, segments_BT, live, execution, side_b
         x_BTD, _, seen = _layer(x_BTD, weights, turn, core, observed_ffn, architecture)
         return x_BTD, seen
 
-    stacks = jax.tree.map(lambda weight: weight[:, None], params["moe"])
+    if remat:
+        moe_step = jax.checkpoint(moe_step)
+    elif adapted:
+        moe_step = jax.checkpoint(moe_step, policy=KEPT)
+    stacks = jax.tree.map(lambda weight: weight[:, None], params["moe"]) if apart else None  # each layer one of one
     columns = jnp.arange(architecture.decoder.num_moe_layers, dtype=jnp.int32)
-    x_BTD, (traffic, observed) = lax.scan(jax.checkpoint(moe_step) if remat else moe_step, x_BTD, (columns, stacks))
+    x_BTD, (traffic, observed) = lax.scan(moe_step, x_BTD, (columns, stacks))
     return x_BTD, traffic, observed
 
 
@@ -277,7 +285,7 @@ def extend(
         positions_BT = start_B[:, None] + positions_BT
     is_step = start_B is not None and length == 1
     turn = _turn(positions_BT, architecture)
-    x_BTD = params["embedding_VD"][tokens_BT]
+    x_BTD = params["embedding_VD"][tokens_BT].astype(dtype_of(params))
 
     def core(layer, cache):
         def run(heads):
@@ -293,7 +301,7 @@ def extend(
 
     num_dense, num_moe = architecture.decoder.num_dense_layers, architecture.decoder.num_moe_layers
     for layer in range(num_dense):
-        weights = _one_layer(params["dense"], layer, execution.in_place)
+        weights = _one_layer(params["dense"], ("dense",), layer, execution.in_place)
         x_BTD, cache, _ = _layer(x_BTD, weights, turn, core(layer, cache), _dense_ffn(weights), architecture)
 
     stack = dict(params["moe"])
@@ -301,7 +309,7 @@ def extend(
 
     def moe_step(column, carried):
         x_BTD, cache, traffic = carried
-        weights = _one_layer(stack, column, execution.in_place)
+        weights = _one_layer(stack, ("moe",), column, execution.in_place)
         context = _context(column, valid_BT, 1 if is_step else 0)
         ffn = _moe_ffn(weights, experts, column, live, context, execution)
         x_BTD, cache, new = _layer(x_BTD, weights, turn, core(num_dense + column, cache), ffn, architecture)

@@ -9,37 +9,15 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from moe_jax.config.architecture import Architecture, AttentionConfig
+from moe_jax.config.architecture import AttentionConfig
 from moe_jax.kernels.cached_attention.api import cached_attention
 from moe_jax.kernels.causal_attention.api import causal_attention
 from moe_jax.model import rope
 from moe_jax.model.attention import Cache, Kept
-from moe_jax.model.layers import Stacked, draw, one_layer, ones, project, rms_norm
+from moe_jax.model.layers import Stacked, one_layer, project, rms_norm
 
 OUTPUT = "output_DHX"  # the weight that projects mixed heads back
-
-
-class Attention(nnx.Module):
-    """Weights of the attention of every layer of a stack."""
-
-    def __init__(self, architecture: Architecture, num_layers: int, residual_gain: float, rngs: nnx.Rngs):
-        attention, d_model = architecture.attention, architecture.decoder.d_model
-        heads, latent, query_latent = attention.num_heads, attention.latent_rank, attention.query_rank
-        key_dim = attention.nope_head_dim + attention.rope_head_dim
-        if query_latent:
-            self.query_down_LUD = draw(rngs, (num_layers, query_latent, d_model), d_model)
-            self.query_latent_norm_LU = ones(num_layers, query_latent)
-            self.query_up_LHAU = draw(rngs, (num_layers, heads, key_dim, query_latent), query_latent)
-        else:
-            self.query_LHAD = draw(rngs, (num_layers, heads, key_dim, d_model), d_model)
-        self.latent_LWD = draw(rngs, (num_layers, latent + attention.rope_head_dim, d_model), d_model)
-        self.latent_norm_LZ = ones(num_layers, latent)
-        expanded = attention.nope_head_dim + attention.value_head_dim
-        self.key_value_up_LHOZ = draw(rngs, (num_layers, heads, expanded, latent), latent)
-        fan_in = heads * attention.value_head_dim
-        self.output_LDHX = draw(rngs, (num_layers, d_model, heads, attention.value_head_dim), fan_in, residual_gain)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +56,7 @@ class Heads:
 
     def _causal(self, key_BMGA, segments_BM, start_B, implementation):
         latent_BMGZ, rotary_BMGA = jnp.split(key_BMGA, [self.attention.latent_rank], axis=-1)
-        expanded_BMHO = jnp.einsum("bmz,hoz->bmho", latent_BMGZ[:, :, 0], self.up_HOZ)
+        expanded_BMHO = _einsum("bmz,hoz->bmho", latent_BMGZ[:, :, 0], self.up_HOZ)
         key_BMHA, value_BMHX = jnp.split(expanded_BMHO, [self.attention.nope_head_dim], axis=-1)
         rotary_BMHA = jnp.broadcast_to(rotary_BMGA, (*key_BMHA.shape[:3], rotary_BMGA.shape[-1]))
         key_BMHA = jnp.concatenate([key_BMHA, rotary_BMHA], axis=-1)
@@ -92,7 +70,7 @@ class Heads:
         """Adds the one position of every row to the cache and mixes what it sees there, as `attention.Heads.step`."""
         key_up_HAZ, value_up_HXZ = jnp.split(self.up_HOZ, [self.attention.nope_head_dim], axis=1)
         query_BTHA, rotary_BTHA = jnp.split(self.query_BTHA, [self.attention.nope_head_dim], axis=-1)
-        query_BTHZ = jnp.einsum("btha,haz->bthz", query_BTHA, key_up_HAZ)
+        query_BTHZ = _einsum("btha,haz->bthz", query_BTHA, key_up_HAZ)
         query_BTHA = jnp.concatenate([query_BTHZ, rotary_BTHA], axis=-1)
         mixed_BHZ, *extended = cached_attention(
             query_BTHA[:, 0],
@@ -105,7 +83,12 @@ class Heads:
             value_channels=self.attention.latent_rank,
             implementation=implementation,
         )
-        return jnp.einsum("bhz,hxz->bhx", mixed_BHZ, value_up_HXZ)[:, None], Cache(*extended)
+        return _einsum("bhz,hxz->bhx", mixed_BHZ, value_up_HXZ)[:, None], Cache(*extended)
+
+
+def _einsum(sums: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """A product of x and a weight, of which that may be the wider one, in the dtype of x."""
+    return jnp.einsum(sums, x, weight).astype(x.dtype)
 
 
 def cached_widths(attention: AttentionConfig) -> tuple[int, int, int]:
@@ -124,7 +107,7 @@ def heads(
 
     Args:
         x_BTD: normed activations.
-        weights: one layer of `Attention`, its names without the leading L.
+        weights: one layer of attention's, names without the leading L.
         turn: cosines and sines of the positions.
         attention: the section of the configuration, which has an epsilon of its own for the norms of latents.
         norm_eps: not used.

@@ -1,4 +1,4 @@
-"""The small parts of a layer: norms, products with weights, gated feed-forwards, and how weights are drawn.
+"""The small parts of a layer: norms, products with weights, gated feed-forwards.
 
 Weights lie as checkpoints store them, outputs first: a product sums over the last axes of both factors.
 """
@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from moe_jax.kernels.grouped_matmul import native
 
@@ -30,15 +29,20 @@ def one_layer(stack: jax.Array, layer: jax.Array | int) -> jax.Array:
 
 
 def project(x: jax.Array, weight: jax.Array | Stacked, contracted: int = 1, dtype=None) -> jax.Array:
-    """Sums over the last `contracted` axes of x and of a weight; the result is of the dtype of x, or of another."""
+    """Sums over the last `contracted` axes of x and of a weight; the result is of the dtype of x, or of another.
+
+    The product is one in the dtype of the weight, which may be wider than that of x.
+    """
     if not isinstance(weight, Stacked):
-        return jnp.tensordot(x, weight, (tuple(range(-contracted, 0)),) * 2, preferred_element_type=dtype)
+        axes = (tuple(range(-contracted, 0)),) * 2
+        out = jnp.tensordot(x.astype(weight.dtype), weight, axes, preferred_element_type=dtype)
+        return out.astype(dtype or x.dtype)
     shape = weight.stack.shape[1:]
     kept = shape[: len(shape) - contracted]
-    rows = x.reshape(-1, math.prod(shape[len(kept) :]))
+    rows = x.reshape(-1, math.prod(shape[len(kept) :])).astype(weight.stack.dtype)
     all_rows = jnp.array([rows.shape[0]], jnp.int32)  # one expert, which serves everybody
     out = native.forward(rows, weight.stack, all_rows, weight.layer, dtype)
-    return out.reshape(*x.shape[: x.ndim - contracted], *kept)
+    return out.reshape(*x.shape[: x.ndim - contracted], *kept).astype(dtype or x.dtype)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
@@ -58,21 +62,3 @@ def feed_forward(x_ND: jax.Array, weights: dict[str, jax.Array | Stacked]) -> ja
     """A dense gated feed-forward: of the dense prefix, and of the shared experts."""
     gate_up_NIF = project(x_ND, weights["gate_up_IFD"])
     return project(swiglu(gate_up_NIF.reshape(len(x_ND), -1)), weights["down_DF"])
-
-
-def draw(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, gain: float = 1.0) -> nnx.Param:
-    """A weight from a normal distribution of standard deviation gain / sqrt(fan_in)."""
-    return nnx.Param(jax.random.normal(rngs.params(), shape, jnp.float32) * (gain / fan_in**0.5))
-
-
-def ones(*shape: int) -> nnx.Param:
-    """The scale of a norm."""
-    return nnx.Param(jnp.ones(shape, jnp.float32))
-
-
-class FeedForward(nnx.Module):
-    """Weights of one dense gated feed-forward per layer."""
-
-    def __init__(self, num_layers: int, d_model: int, hidden: int, residual_gain: float, rngs: nnx.Rngs):
-        self.gate_up_LIFD = draw(rngs, (num_layers, 2, hidden, d_model), d_model)
-        self.down_LDF = draw(rngs, (num_layers, d_model, hidden), hidden, residual_gain)

@@ -5,6 +5,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+_MERGED = "merged"
+KEPT = jax.checkpoint_policies.save_anything_except_these_names(_MERGED)  # for `jax.checkpoint`: all but merged weights
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("base", "down", "up"), meta_fields=("scale",))
@@ -13,7 +17,8 @@ class LowRank:
 
     The axes of a weight are stacked ones (layers, experts, gate and up), then outputs, then inputs; each stacked matrix
     has a product of its own. A layer turns into a plain array when it is taken out of its stack, so that no more than
-    one layer is held twice. This saves the memory of gradients and moments, not arithmetic.
+    one layer is held twice: a gradient merges it again, see `KEPT`. This saves the memory of gradients and moments, not
+    arithmetic.
 
     Attributes:
         base: [stacked.., outputs.., inputs..].
@@ -33,7 +38,14 @@ class LowRank:
         up = self.up.reshape(*stacked, -1, rank)
         down = self.down.reshape(*stacked, rank, math.prod(self.base.shape[self.base.ndim - num_inputs :]))
         product = jnp.matmul(up, down, preferred_element_type=jnp.float32).reshape(self.base.shape)
-        return (self.base.astype(jnp.float32) + self.scale * product).astype(self.base.dtype)
+        merged = (self.base.astype(jnp.float32) + self.scale * product).astype(self.base.dtype)
+        return checkpoint_name(merged, _MERGED)
+
+
+def holds_any(weights) -> bool:
+    """Whether some weight of a tree is a `LowRank`."""
+    leaves = jax.tree.leaves(weights, is_leaf=lambda weight: isinstance(weight, LowRank))
+    return any(isinstance(leaf, LowRank) for leaf in leaves)
 
 
 def merge(weights):

@@ -4,38 +4,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from moe_jax.config.architecture import MoEConfig
 from moe_jax.dispatch import local
 from moe_jax.kernels.grouped_matmul.api import grouped_matmul
-from moe_jax.model.layers import draw, feed_forward, swiglu
+from moe_jax.model.layers import feed_forward, swiglu
 from moe_jax.routing import balance
 from moe_jax.routing.mask import masked
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.router import route
-
-
-class SelectionBias(nnx.Variable):
-    """A bias that balancing moves and no gradient reaches."""
-
-
-class Router(nnx.Module):
-    """Weights of the router of every MoE layer."""
-
-    def __init__(self, num_layers: int, d_model: int, moe: MoEConfig, rngs: nnx.Rngs):
-        self.weight_LED = draw(rngs, (num_layers, moe.num_experts, d_model), d_model)
-        if moe.selection_bias:
-            self.bias_LE = SelectionBias(jnp.zeros((num_layers, moe.num_experts), jnp.float32))
-
-
-class Experts(nnx.Module):
-    """Weights of the routed experts of every MoE layer."""
-
-    def __init__(self, num_layers: int, d_model: int, moe: MoEConfig, residual_gain: float, rngs: nnx.Rngs):
-        stack = (num_layers, moe.num_experts)
-        self.gate_up_LEIFD = draw(rngs, (*stack, 2, moe.expert_hidden, d_model), d_model)
-        self.down_LEDF = draw(rngs, (*stack, d_model, moe.expert_hidden), moe.expert_hidden, residual_gain)
 
 
 class Traffic(NamedTuple):
@@ -50,11 +27,19 @@ class Traffic(NamedTuple):
 def run_experts(
     rows_SD: jax.Array, group_sizes_E: jax.Array, layer: jax.Array, weights: dict[str, jax.Array], implementation: str
 ) -> jax.Array:
-    """The routed experts on rows sorted by expert: out_SD, unweighted; rows that nobody holds give zero."""
+    """The routed experts on rows sorted by expert: out_SD, unweighted; rows that nobody holds give zero.
+
+    A product is one in the dtype of its weights, which may be wider than that of the rows.
+    """
+
+    def multiply(rows_SX, weights_LEFX):
+        rows_SX = rows_SX.astype(weights_LEFX.dtype)
+        return grouped_matmul(rows_SX, weights_LEFX, group_sizes_E, layer, implementation)
+
     gate_up_LEIFD = weights["gate_up_LEIFD"]
     gate_up_LEID = gate_up_LEIFD.reshape(*gate_up_LEIFD.shape[:2], -1, gate_up_LEIFD.shape[-1])
-    gate_up_SI = grouped_matmul(rows_SD, gate_up_LEID, group_sizes_E, layer, implementation)
-    return grouped_matmul(swiglu(gate_up_SI), weights["down_LEDF"], group_sizes_E, layer, implementation)
+    gate_up_SI = multiply(rows_SD, gate_up_LEID)
+    return multiply(swiglu(gate_up_SI), weights["down_LEDF"]).astype(rows_SD.dtype)
 
 
 def moe_layer(

@@ -64,6 +64,17 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def note(config: Config) -> str:
+    """What has to be known of the table: part of the gain may be that of any further training."""
+    weight = config.objective.language_model
+    if not weight:
+        return ""
+    return (
+        f"The next token has a weight of {weight:g} in the objective, so what is recovered includes what more training "
+        "gives any model; a control with --set policy.spec=model --set objective.distillation=0 tells the two apart."
+    )
+
+
 def write_details(folder: pathlib.Path, finished: Finished) -> None:
     """Writes `documents.csv`: the bits of each reported document under each policy, before and after."""
     head = [f"{when} {policy.spec}" for when in ("before", "after") for policy in finished.compared]
@@ -85,6 +96,7 @@ def model_card(config: Config, finished: Finished, table: str) -> str:
     compared = f" ({objective.direction}, temperature {objective.temperature:g})" if objective.has_teacher else ""
     under = f"k drawn per {tuning.k_drawn_per} from {tuning.k_min} on" if tuning.elastic else f"policy `{trained.spec}`"
     tokens = training.batch_size * training.accumulation * training.sequence_length
+    written = f"{tuning.rollouts:,} texts that the full model wrote, begun as those of " if tuning.rollouts else ""
     return f"""# Model card
 
 Fine-tuned by `launch/finetune.py` from `{config.model.path}`, so that it does with fewer experts what it did with all.
@@ -93,12 +105,15 @@ Fine-tuned by `launch/finetune.py` from `{config.model.path}`, so that it does w
 - {finished.steps:,} steps of {tokens:,} tokens, the weights as after step {finished.step:,}; AdamW, peak
   {training.learning_rate:g}, {training.warmup_steps} steps of warm-up, then a cosine; seed {config.run.seed}
 - objective: {weighted}{compared}
-- {text.num_documents:,} documents, {text.packed.num_tokens / 1e6:.1f} M tokens; chosen by {len(text.watched.documents)}
-  held-out documents, measured on {len(text.reported.documents)} others; {finished.tokens_per_s:,.0f} tokens/s (median)
+- {written}{text.num_documents:,} documents, {text.packed.num_tokens / 1e6:.1f} M tokens; chosen by
+  {len(text.watched.documents)} held-out documents, measured on {len(text.reported.documents)} others;
+  {finished.tokens_per_s:,.0f} tokens/s (median)
 
 ![Training curve](training_curve.png)
 
 {table}
+
+{note(config)}
 """
 
 

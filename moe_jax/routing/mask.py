@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from moe_jax.routing.selection import Selection
 
+START = 0.05  # of every expert: above zero, and so near that a learning rate of 1e-4 gets past it in some hundred steps
+
 
 def masked(selection: Selection, mask_E: jax.Array) -> Selection:
     """Takes the weight from slots whose expert is masked, with a straight-through gradient (arXiv 1308.3432).

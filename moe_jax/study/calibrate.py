@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.model import decoder
+from moe_jax.model.finite import require_finite
 from moe_jax.model.layers import swiglu
 from moe_jax.routing.calibration import Calibration, sample_of
 from moe_jax.routing.policies import base as policies
@@ -44,6 +45,9 @@ def measure(params: decoder.Params, tokens_JT: np.ndarray, execution: decoder.Ex
         params: as `decoder.split` gives them.
         tokens_JT: a multiple of `ROWS` rows.
         execution: the static half.
+
+    Raises:
+        NotFiniteError: what is measured is NaN or infinite.
     """
     architecture = execution.architecture
     live = policies.settings([MODEL_OWN] * ROWS, architecture, execution.k_max)
@@ -59,7 +63,9 @@ def measure(params: decoder.Params, tokens_JT: np.ndarray, execution: decoder.Ex
             ratios[layer].append(np.asarray(_ratios(x_LND[layer], router, moe=architecture.moe)))
             gram_LEE[layer] += _gram(x_LND[layer, sample], experts["gate_up_LEIFD"][layer], experts["down_LEDF"][layer])
     norm_LE = np.sqrt(np.maximum(np.einsum("lee->le", gram_LEE), np.finfo(np.float32).tiny))
+    require_finite(gram_LEE, "what experts make of tokens", params)
     medians = [np.median(np.concatenate(of_layer)) if architecture.moe.k > 1 else 1.0 for of_layer in ratios]
+    require_finite(np.array(medians), "the weights of experts", params)
     return Calibration(
         np.array(medians, np.float32),
         (gram_LEE / norm_LE[:, :, None] / norm_LE[:, None, :]).astype(np.float32),

@@ -15,7 +15,8 @@ from moe_jax.cost import roofline
 from moe_jax.engine import cache as caches
 from moe_jax.engine.generate import Engine, batch_of
 from moe_jax.engine.request import make_requests
-from moe_jax.model.decoder import Execution
+from moe_jax.model.decoder import Execution, dtype_of
+from moe_jax.model.finite import require_finite
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.selection import distinct_experts
 
@@ -38,7 +39,7 @@ class Load:
         self._engine, self._execution = engine, execution
         sampling = SamplingConfig(max_new_tokens=2)
         self._batch = batch_of(make_requests([[0] * cached] * rows, None, execution, sampling=sampling), execution)
-        dtype, shape = engine.params["embedding_VD"].dtype, self._batch.shape
+        dtype, shape = dtype_of(engine.params), self._batch.shape
         caches.require_memory(execution.architecture, shape, dtype)
         self._cache = caches.allocate(execution.architecture, shape.batch, shape.memory, dtype)
         self._settings: dict[policies.Policy, policies.Settings] = {}
@@ -61,8 +62,10 @@ class Load:
             jax.block_until_ready(live)
             began = time.perf_counter()
             drawn, self._cache = program(self._engine.params, self._cache, *rows, live)
-            jax.device_get(drawn)
+            drawn = jax.device_get(drawn)
             seconds = time.perf_counter() - began
+            named = f"a step of {self.rows} rows, {policy.spec!r}"
+            require_finite(drawn.log_probability_B[: self.rows], named, self._engine.params)
         return seconds
 
     def work(self, chosen_LBK: np.ndarray, itemsize: int) -> roofline.Work:

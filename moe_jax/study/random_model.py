@@ -5,12 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax import lax
 
 from moe_jax.config.architecture import Architecture
 from moe_jax.engine import cache as caches
-from moe_jax.model import decoder
+from moe_jax.model import decoder, parameters
 
 
 def random_params(architecture: Architecture, dtype: jnp.dtype, seed: int) -> decoder.Params:
@@ -27,8 +26,7 @@ def random_params(architecture: Architecture, dtype: jnp.dtype, seed: int) -> de
     Raises:
         ValueError: the model does not fit in the memory that is available.
     """
-    shapes = jax.eval_shape(lambda: decoder.split(decoder.Decoder(architecture, nnx.Rngs(0))))
-    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
+    leaves, tree = jax.tree_util.tree_flatten_with_path(parameters.shapes(architecture))
     needed_bytes = sum(leaf.size for _, leaf in leaves) * jnp.dtype(dtype).itemsize
     free_bytes = caches.available_bytes()
     if needed_bytes > free_bytes:
@@ -39,8 +37,9 @@ def random_params(architecture: Architecture, dtype: jnp.dtype, seed: int) -> de
     deviation = architecture.decoder.d_model**-0.5
     params = []
     for number, (path, leaf) in enumerate(leaves):
-        if "norm" in path[-1].key or "bias" in path[-1].key:
-            params.append(jnp.full(leaf.shape, "norm" in path[-1].key, dtype))
+        kind = parameters.find_key(path).kind
+        if kind is not parameters.Matrix:
+            params.append(jnp.full(leaf.shape, kind is parameters.Norm, dtype))
         else:
             salt = np.uint32((seed * len(leaves) + number) % 2**32)
             params.append(_noise(salt, deviation, shape=leaf.shape, dtype=jnp.dtype(dtype)).block_until_ready())

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from moe_jax.checkpoint import huggingface
+from moe_jax.checkpoint.beside import read_beside, read_token_ids
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import Config
 from moe_jax.evaluation.journal import Journal
@@ -51,8 +52,9 @@ def plan(config: Config, architecture: Architecture, calibration: Calibration | 
     """The policies of a run: the full model, the one that is trained under, and `evaluation.policies`.
 
     Raises:
-        ValueError: one does not fit the model, or there is nothing to recover, see `finetuning.trained_policy`; or k
-            cannot be drawn as asked for, see `elastic.Draws`; or rows are too short to be written by the model.
+        ValueError: one does not fit the model, or looks at other rows of a decode step; there is nothing to recover,
+            see `finetuning.trained_policy`; k cannot be drawn as asked for, see `elastic.Draws`; rows are too short to
+            be written by the model; or `evaluation.half` is set.
     """
     if config.finetune.rollouts and config.training.sequence_length <= rollouts.PROMPT:
         raise ValueError(
@@ -63,6 +65,14 @@ def plan(config: Config, architecture: Architecture, calibration: Calibration | 
     if config.finetune.elastic:
         Draws(config.finetune, architecture, config.training.batch_size, config.run.seed)
     given = [parse(spec, calibration) for spec in config.evaluation.policies]
+    for policy in given:
+        if policy.batch_aware:
+            raise ValueError(
+                f"evaluation.policies has {policy.spec!r}, which looks at all rows of a decode step, and held-out text "
+                "is read whole: launch/sweep.py measures it"
+            )
+    if config.evaluation.half:
+        raise ValueError(f"evaluation.half = {config.evaluation.half!r}: the odd half is reported, wanted ''")
     compared = list(dict.fromkeys([MODEL_OWN, trained, *given]))
     policies.settings(compared, architecture, max(config.policy.k_max, architecture.moe.k))
     return Plan(trained, compared)
@@ -100,7 +110,8 @@ def recover(
 ) -> Finished:
     """Fine-tunes in a folder, from where a killed run stood, exports to `folder/model`, and measures what was exported.
 
-    The export has the layout, dtype and family of the model that was tuned. Where the policy keeps one number of
+    The export has the layout, dtype and family of the model that was tuned, and the files beside its weights but for
+    pages about it. Where the policy keeps one number of
     experts of every token, that is the exported model's own: in config.json as the family has it where it is the same
     in all layers, and as a field of ours where it is not.
 
@@ -117,16 +128,13 @@ def recover(
     if config.finetune.rollouts:
         text = text._replace(packed=_rollouts(config, folder / "rollouts", model, params, text, execution))
     tuned = finetuning.finetune(config, folder, params, text, planned.trained, execution)
-    beside = huggingface.read_beside(model)
     huggingface.write_checkpoint(
         folder / "model",
         policies.with_own(planned.trained, execution.architecture) or execution.architecture,
         tuned.params,
         dtype=huggingface.stored_dtype(model),
-        model_type=beside.model_type,
-        token_ids=beside.token_ids,
-        extra_files=beside.files,
         replace=True,
+        **read_beside(model).of_other_weights().options(),
     )
     _, exported = huggingface.read_checkpoint(folder / "model", config.training.weights)
     after = measure(config, exported, text, planned.compared, execution, "after")
@@ -138,6 +146,6 @@ def recover(
 def _rollouts(
     config: Config, folder: pathlib.Path, model: pathlib.Path, params: Params, text: Text, execution: Execution
 ) -> Packed:
-    end_ids = np.atleast_1d(huggingface.read_token_ids(model).get("eos_token_id", [])).tolist()
+    end_ids = np.atleast_1d(read_token_ids(model).get("eos_token_id", [])).tolist()
     settings = {"count": config.finetune.rollouts, "seed": config.run.seed, "folder": folder}
     return rollouts.write(params, load_tokenizer(model), end_ids, execution, text.packed, **settings)

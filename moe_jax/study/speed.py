@@ -21,6 +21,7 @@ from moe_jax.engine.generate import Batch, Engine, batch_of
 from moe_jax.engine.request import AnyPolicy, make_requests
 from moe_jax.engine.steps import Live
 from moe_jax.model.decoder import Execution
+from moe_jax.model.finite import require_finite
 from moe_jax.routing.policies.base import Replay
 from moe_jax.routing.selection import distinct_experts
 from moe_jax.routing.trace import Trace
@@ -86,7 +87,9 @@ class Prefill:
         began = time.perf_counter()
         drawn, _ = self._program(self._params, batch.tokens_BT, batch.length_B, batch.valid_BT, batch.live)
         drawn = jax.device_get(drawn)
-        return Sample(time.perf_counter() - began, _step_of([0], [self.tokens], drawn.chosen_LNK))
+        seconds = time.perf_counter() - began
+        require_finite(drawn.log_probability_B[:1], f"a step of {self.name}", self._params)
+        return Sample(seconds, _step_of([0], [self.tokens], drawn.chosen_LNK))
 
 
 class Decode:
@@ -124,6 +127,7 @@ class Decode:
         drawn, self._cache = self._program(self._params, self._cache, token_B, position_B, alive_B, live)
         drawn = jax.device_get(drawn)
         seconds = time.perf_counter() - began
+        require_finite(drawn.log_probability_B[: self.rows], f"a step of {self.name}", self._params)
         step = _step_of([self._place] * self.rows, [1] * self.rows, drawn.chosen_LNK)
         self._place += 1
         return Sample(seconds, step)

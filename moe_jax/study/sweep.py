@@ -11,7 +11,7 @@ from moe_jax.engine.generate import Engine
 from moe_jax.evaluation import concurrent
 from moe_jax.evaluation.intervals import paired_ratio, ratio
 from moe_jax.evaluation.journal import Journal
-from moe_jax.model.decoder import Execution, Params
+from moe_jax.model.decoder import Execution, Params, dtype_of
 from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
@@ -113,7 +113,7 @@ def measure_speed(
 
     The others come in another order in every round, so that none always follows the same one.
     """
-    itemsize = subject.engine.params["embedding_VD"].dtype.itemsize
+    itemsize = dtype_of(subject.engine.params).itemsize
     seconds = {load: [] for load in config.concurrencies}
     work = {}
     ready: dict[int, loads.Load] = {}

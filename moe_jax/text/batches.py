@@ -76,7 +76,12 @@ class Packed:
         return row
 
 
-def pack(token_arrays: Sequence[np.ndarray], sequence_length: int, end_of_text: int = END_OF_TEXT_ID) -> Packed:
+def pack(
+    token_arrays: Sequence[np.ndarray],
+    sequence_length: int,
+    end_of_text: int = END_OF_TEXT_ID,
+    closed: bool = False,
+) -> Packed:
     """Cuts documents into pieces and lays the pieces out in rows.
 
     Pieces shorter than T are packed by best-fit decreasing: the longest first, each into the fullest row that still has
@@ -86,30 +91,32 @@ def pack(token_arrays: Sequence[np.ndarray], sequence_length: int, end_of_text: 
       token_arrays: one int32 array per document, each beginning with `<|endoftext|>` as `encode_documents` gives it.
       sequence_length: T.
       end_of_text: the id of `<|endoftext|>`, or of what another tokenizer puts before a text.
+      closed: whether the last token of each document is only a label: what follows it is no part of the text.
 
     Returns:
-      Rows that cover every token of every document exactly once.
+      Rows that cover every token of every document exactly once, its last one excepted where `closed`.
 
     Raises:
       ValueError: no documents, `sequence_length` is not positive, or a document does not begin with `<|endoftext|>`.
     """
     if sequence_length < 1:
         raise ValueError(f"sequence_length = {sequence_length}: wanted 1 or more")
-    if not len(token_arrays):
-        raise ValueError("no documents to pack")
     for tokens in token_arrays:
         if not len(tokens) or tokens[0] != end_of_text:
             raise ValueError(f"a document does not begin with the end-of-text token (id {end_of_text})")
     rows, tails, begin = [], [], 0
     for tokens in token_arrays:
-        for start in range(begin, begin + len(tokens), sequence_length):
-            length = min(sequence_length, begin + len(tokens) - start)
+        end = begin + len(tokens) - closed
+        for start in range(begin, end, sequence_length):
+            length = min(sequence_length, end - start)
             if length == sequence_length:
                 rows.append([(start, length)])
             else:
                 tails.append((start, length))
         begin += len(tokens)
     rows += _best_fit_decreasing(tails, sequence_length)
+    if not rows:
+        raise ValueError("no documents to pack")
     pieces = np.array([piece for row in rows for piece in row], np.int64)
     closing = np.array([end_of_text], np.int32)
     return Packed(

@@ -15,7 +15,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+from moe_jax.text import declared
 
 
 class _Generation(jinja2.ext.Extension):
@@ -70,40 +70,13 @@ def load_renderer(folder: str | os.PathLike) -> Callable[[Sequence[Mapping[str, 
 
 
 def _find_template(folder: pathlib.Path) -> tuple[str | None, dict[str, str]]:
-    fields = _read_config(folder)
-    template = fields.get("chat_template")
+    template = declared.read_fields(folder / declared.CONFIG).get("chat_template")
     if isinstance(template, list):  # several by name
         named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
         template = named.get("default")
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    return template if isinstance(template, str) else None, _special_tokens(fields)
-
-
-def read_special_tokens(folder: str | os.PathLike) -> dict[str, str]:
-    """The special tokens that `tokenizer_config.json` names, such as `bos_token`; none where there is no such file.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
-    return _special_tokens(_read_config(pathlib.Path(folder)))
-
-
-def _read_config(folder: pathlib.Path) -> dict[str, Any]:
-    path = folder / "tokenizer_config.json"
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a JSON {type(fields).__name__}: wanted an object")
-    return fields
-
-
-def _special_tokens(fields: Mapping[str, Any]) -> dict[str, str]:
-    tokens = {name: fields.get(name) for name in _SPECIAL_TOKENS}
-    tokens = {name: one.get("content") if isinstance(one, dict) else one for name, one in tokens.items()}
-    return {name: one for name, one in tokens.items() if isinstance(one, str)}
+    return template if isinstance(template, str) else None, declared.read_named(folder)
 
 
 def render(template: str, special_tokens: dict[str, str], message: str) -> str:

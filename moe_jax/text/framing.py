@@ -2,12 +2,13 @@
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tokenizers
 
-from moe_jax.text import chat
+from moe_jax.text import declared
 from moe_jax.text.corpus import Document
 from moe_jax.text.tokenizer import encode_documents
 
@@ -20,9 +21,9 @@ def outer_ids(
     A text begins with `bos_token`, or with what ends one where there is no such token: then both ids are the same.
 
     Args:
-      folder: of the model; its `tokenizer_config.json` names the tokens.
+      folder: of the model; its `tokenizer_config.json`, or `special_tokens_map.json`, names the tokens.
       tokenizer: of the model.
-      token_ids: `bos_token_id` and `eos_token_id` as `checkpoint.huggingface.read_token_ids` reads them. Of several,
+      token_ids: `bos_token_id` and `eos_token_id` as `checkpoint.beside.read_token_ids` reads them. Of several,
         the first counts.
 
     Returns:
@@ -31,7 +32,7 @@ def outer_ids(
     Raises:
       ValueError: neither file names such a token, or `tokenizer_config.json` is damaged.
     """
-    named = {name: tokenizer.token_to_id(token) for name, token in chat.read_special_tokens(folder).items()}
+    named = {name: tokenizer.token_to_id(token) for name, token in declared.read_named(pathlib.Path(folder)).items()}
     ids = {name: int(np.atleast_1d(value)[0]) for name, value in token_ids.items() if np.size(value)}
     end = named.get("eos_token"), ids.get("eos_token_id")
     begin = named.get("bos_token"), *end, ids.get("bos_token_id")

@@ -4,6 +4,7 @@ Any text survives encoding and decoding unchanged: there is no normaliser, and e
 begins with `<|endoftext|>`, which both opens a document and, as the label behind its last token, closes it.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -14,6 +15,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
+from moe_jax.text import declared
 from moe_jax.text.corpus import Document
 
 END_OF_TEXT = "<|endoftext|>"
@@ -28,6 +30,7 @@ _FILES = (
     *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"),
 )
 _ENCODE_AT_ONCE = 512  # documents
+_LAST_IDS = 16  # of a prompt, that a continuation is decoded behind; more where those have no text
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
@@ -94,10 +97,10 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: str | os.PathLike, m
 
 
 def load_tokenizer(folder: str | os.PathLike) -> tokenizers.Tokenizer:
-    """Reads `tokenizer.json` from a model's folder (or the file itself).
+    """Reads `tokenizer.json` from a model's folder (or the file itself), and what lies beside it, see `declared.apply`.
 
     Raises:
-      ValueError: it is missing or not a tokenizer.
+      ValueError: it is missing or not a tokenizer, or a file beside it is damaged.
     """
     path = pathlib.Path(folder)
     path = path / "tokenizer.json" if path.is_dir() else path
@@ -109,7 +112,13 @@ def load_tokenizer(folder: str | os.PathLike) -> tokenizers.Tokenizer:
         raise ValueError(f"{path} is not a tokenizer: {' '.join(str(error).split())}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    tokenizer.encode_special_tokens = _splits_special_tokens(path.parent)
+    beside = path.parent / declared.CONFIG
+    try:
+        splits = bool(declared.read_fields(beside).get("split_special_tokens", False))
+    except ValueError as error:
+        raise ValueError(f"{beside} is damaged: {error}") from error
+    tokenizer = declared.apply(tokenizer, path.parent)
+    tokenizer.encode_special_tokens = splits
     return tokenizer
 
 
@@ -156,16 +165,28 @@ def encode_documents(tokenizer: tokenizers.Tokenizer, documents: Sequence[Docume
     return arrays
 
 
+def special_tokens(tokenizer: tokenizers.Tokenizer) -> dict[int, str]:
+    """The tokens that decoding leaves out, by id."""
+    added = tokenizer.get_added_tokens_decoder()
+    return {number: token.content for number, token in added.items() if token.special}
+
+
 class TextStream:
     """Turns token ids, as they come, into pieces of text that never end in half a character.
 
-    The pieces, `flush()` included, add up to what decoding all ids at once gives; special tokens have no text. Bytes
-    that cannot be UTF-8 are held back until a whole character follows, then come as U+FFFD.
+    The pieces, `flush()` included, add up to what decoding all ids at once gives, or adds to what it gives for the ids
+    before; special tokens have no text. Bytes that cannot be UTF-8 are held back until a whole character follows, then
+    come as U+FFFD.
+
+    Args:
+        tokenizer: of the model.
+        before: ids that the text goes on from, such as a prompt.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer):
+    def __init__(self, tokenizer: tokenizers.Tokenizer, before: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        self._shown: list[int] = []  # the ids of the last piece: some decoders strip the space of the first token
+        # The ids of the last piece, or the last ids before: some decoders strip the space of the first token.
+        self._shown = _last_with_text(tokenizer, before)
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
@@ -185,14 +206,17 @@ class TextStream:
 
     def _pending_text(self) -> str:
         before = self._tokenizer.decode(self._shown, skip_special_tokens=True)
-        return self._tokenizer.decode(self._shown + self._pending, skip_special_tokens=True)[len(before) :]
+        text = self._tokenizer.decode(self._shown + self._pending, skip_special_tokens=True)
+        alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, text))
+        return text[sum(1 for _ in alike) :]  # half a character before may become whole
 
 
-def _splits_special_tokens(folder: pathlib.Path) -> bool:
-    path = folder / "tokenizer_config.json"
-    if not path.is_file():
-        return False
-    try:
-        return bool(json.loads(path.read_text(encoding="utf-8")).get("split_special_tokens", False))
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+def _last_with_text(tokenizer: tokenizers.Tokenizer, ids: Sequence[int]) -> list[int]:
+    """The last of some ids, so many that they have text and do not begin within a character, or all of them."""
+    count = _LAST_IDS
+    while count < len(ids):
+        text = tokenizer.decode(list(ids[-count:]), skip_special_tokens=True)
+        if text.strip() and not text.startswith("\N{REPLACEMENT CHARACTER}"):
+            break
+        count *= 2
+    return list(ids[-count:])

@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from absl import logging
 from tqdm import tqdm
 
 from moe_jax import files
 from moe_jax.checkpoint.orbax import Checkpoints
 from moe_jax.config import gin
 from moe_jax.config.schema import Config
+from moe_jax.model.finite import NotFiniteError
 from moe_jax.routing.policies.base import Settings
 from moe_jax.text.batches import Packed, batches
 from moe_jax.training.optimizer import learning_rate
@@ -88,7 +90,7 @@ def require_same_run(config: Config, folder: pathlib.Path) -> None:
 
 
 class _Log:
-    """Metrics as JSON lines. What a killed run wrote behind its last checkpoint is dropped when it goes on."""
+    """Metrics as JSON lines. What a killed run wrote after its last checkpoint is dropped when it goes on."""
 
     def __init__(self, path: pathlib.Path, step: int):
         kept = []
@@ -111,7 +113,7 @@ class _Log:
 
 @contextlib.contextmanager
 def _interruption_deferred() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM while the block runs, and delivers the first one behind it.
+    """Collects SIGINT and SIGTERM while the block runs, and delivers the first one after it.
 
     A step donates its state: an exception in the middle of one would leave nothing to save.
     """
@@ -161,8 +163,10 @@ def run(config: Config, folder: pathlib.Path, task: Task) -> Outcome:
         files.write_atomically(folder / "run.gin", gin.to_gin(config))
     stream = iter(batches(task.packed, training.batch_size * training.accumulation, config.run.seed))
     checkpoints = Checkpoints(folder / "checkpoints", training.checkpoints_kept)
-    best_kept = Checkpoints(folder / "best", 1) if task.keep_best else None
+    best_kept = Checkpoints(folder / "best", 2) if task.keep_best else None
     state, done, best = _begin(task, checkpoints, folder, stream)
+    if best_kept is not None:
+        best_kept.forget_after(best.step)  # of a run that was killed before a checkpoint named it, or begun again
     metrics = _Log(folder / "metrics.jsonl", done)
     bar = tqdm(total=training.steps, initial=done, unit="step", file=sys.stderr, disable=None)
 
@@ -173,7 +177,12 @@ def run(config: Config, folder: pathlib.Path, task: Task) -> Outcome:
         return done >= training.steps or 0 < task.patience <= best.since
 
     def evaluate():
-        bits_per_byte = task.judge(state)
+        try:
+            bits_per_byte = task.judge(state)
+        except NotFiniteError as error:
+            logging.warning("held-out text after step %d: %s", done, error)
+            metrics.write(step=done, bits_per_byte=None)
+            return best._replace(since=best.since + 1)
         metrics.write(step=done, bits_per_byte=bits_per_byte)
         if not bits_per_byte < best.bits_per_byte:  # NaN is no better
             return best._replace(since=best.since + 1)
@@ -199,7 +208,7 @@ def run(config: Config, folder: pathlib.Path, task: Task) -> Outcome:
                 tokens += int((batch["segments_BT"] > 0).sum())
                 bar.update()
                 last = done == training.steps
-                if done % training.log_every == 0 or last:
+                if done % training.log_every == 0 or last or done % training.evaluate_every == 0:
                     now = time.perf_counter()
                     tokens_per_s, since, tokens = tokens / (now - since), now, 0
                     bar.set_postfix_str(f"loss {measured['loss']:.3f}, {tokens_per_s:,.0f} tokens/s")

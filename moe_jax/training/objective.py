@@ -151,7 +151,7 @@ def objective(
         execution: the static half of the step.
         config: the weight of each term.
         balance_loss: the weight of the load loss.
-        teacher: whom the student is to resemble; None: nobody. It has as many slots as its settings keep.
+        teacher: the full model, or None. It has as many slots as its settings keep.
         remat: as `decoder.hidden` takes it.
 
     Returns:

@@ -6,8 +6,8 @@ import optax
 from jax import lax
 
 from moe_jax.config.schema import TrainingConfig
+from moe_jax.model import parameters
 from moe_jax.model.decoder import Params
-from moe_jax.training.trainable import is_matrix
 
 
 def learning_rate(training: TrainingConfig) -> optax.Schedule:
@@ -30,9 +30,13 @@ def make_optimizer(training: TrainingConfig) -> optax.GradientTransformation:
             b1=training.adam_b1,
             b2=training.adam_b2,
             weight_decay=training.weight_decay,
-            mask=lambda params: jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path[-1].key), params),
+            mask=lambda params: jax.tree_util.tree_map_with_path(_decays, params),
         ),
     )
+
+
+def _decays(path, _) -> bool:
+    return parameters.find_key(path).kind is parameters.Matrix
 
 
 def steps_done(state: optax.OptState) -> jax.Array:

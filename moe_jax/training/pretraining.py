@@ -1,6 +1,5 @@
 """Training from scratch: its memory, its text, and what the loop is given."""
 
-import math
 import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,12 +9,11 @@ import tokenizers
 from absl import logging
 
 from moe_jax import files
-from moe_jax.checkpoint.families import FAMILIES
 from moe_jax.config.checks import require
 from moe_jax.config.schema import Config
 from moe_jax.cost import hardware
 from moe_jax.evaluation import likelihood
-from moe_jax.model import decoder
+from moe_jax.model import decoder, parameters
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.parse import MODEL_OWN
 from moe_jax.text import corpus as corpora
@@ -40,16 +38,13 @@ def require_possible(config: Config) -> None:
         training.sequence_length,
         f"at most decoder.max_context = {decoder.max_context}",
     )
-    rules = FAMILIES["glm4_moe"].rules(config.architecture)
-    parameters = sum(
-        math.prod(rule.stored_shape(config.architecture)) * rule.num_tensors(config.architecture) for rule in rules
-    )
-    weights_bytes = 16 * parameters
+    numbers = parameters.count(config.architecture)
+    weights_bytes = 16 * numbers
     batch_bytes = 4 * training.batch_size * training.sequence_length * decoder.d_model * decoder.num_layers
     available_bytes = hardware.available_bytes()
     if weights_bytes + batch_bytes > available_bytes:
         raise ValueError(
-            f"{parameters / 1e6:,.1f} M parameters need {weights_bytes / 1e9:,.1f} GB to train, and a batch of "
+            f"{numbers / 1e6:,.1f} M parameters need {weights_bytes / 1e9:,.1f} GB to train, and a batch of "
             f"training.batch_size = {training.batch_size} at least {batch_bytes / 1e9:,.1f} GB: wanted at most the "
             f"{available_bytes / 1e9:,.1f} GB available"
         )

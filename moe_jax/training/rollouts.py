@@ -56,13 +56,13 @@ def write(
     random = np.random.default_rng(seed)
     chosen = random.choice(packed.num_rows, count, replace=count > packed.num_rows)
     engine = Engine(params, tokenizer, end_ids)
-    sampling = SamplingConfig(packed.sequence_length - PROMPT, temperature=1.0)
+    sampling = SamplingConfig(packed.sequence_length + 1 - PROMPT, temperature=1.0)  # the last token is a label
     depends_on = {"model": digest(params), "text": hashlib.sha256(packed.tokens.tobytes()).hexdigest()}
     journal = Journal(folder, depends_on | {"count": count, "seed": seed, "length": packed.sequence_length})
     texts = []
     with tqdm(total=count, desc="rollouts", unit="text", file=sys.stderr, disable=None) as bar:
         for first in range(0, count, _AT_ONCE):
-            prompts = [_beginning(packed, row) for row in chosen[first : first + _AT_ONCE]]
+            prompts = [_beginning(packed, row, begin_id) for row in chosen[first : first + _AT_ONCE]]
 
             def compute(prompts=prompts, first=first):
                 seeds = [(seed + first + number) % 2**32 for number in range(len(prompts))]
@@ -74,11 +74,11 @@ def write(
             part = journal.once(f"rollouts-{first:06d}", compute)
             texts += np.split(part["ids"], np.cumsum(part["lengths"])[:-1])
             bar.update(len(prompts))
-    opened = [text if text[0] == begin_id else np.concatenate([[begin_id], text]) for text in texts]
-    return pack([np.asarray(text, np.int32) for text in opened], packed.sequence_length, begin_id)
+    return pack(texts, packed.sequence_length, begin_id, closed=True)
 
 
-def _beginning(packed: Packed, row: int) -> list[int]:
-    """The first tokens of a row's first piece, at least one."""
+def _beginning(packed: Packed, row: int, begin_id: int) -> list[int]:
+    """What begins a text, and after it the first tokens of a row's first piece."""
     made = packed.row(int(row))
-    return made.tokens_BT[: max(1, int((made.segments_BT[:PROMPT] == 1).sum()))].tolist()
+    piece = made.tokens_BT[: int((made.segments_BT[:PROMPT] == 1).sum())].tolist()
+    return piece if piece[:1] == [begin_id] else [begin_id, *piece][:PROMPT]

@@ -6,18 +6,15 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from moe_jax.config.finetuning import FinetuneConfig
+from moe_jax.model import parameters
 from moe_jax.model.decoder import Params
-from moe_jax.model.low_rank import LowRank, merge
+from moe_jax.model.low_rank import LowRank
+from moe_jax.routing import mask
 
-_STACKED = "LEI"  # letters of the axes that are no matrix's: layers, experts, gate and up
 _ADAPTED = ("attention", "experts", "shared")  # modules whose matrices LoRA adapts
-
-
-def is_matrix(name: str) -> bool:
-    """Whether a parameter is one or more matrices: what decays, and what LoRA may adapt."""
-    return not any(other in name for other in ("norm", "bias", "mask"))
 
 
 def divide(params: Params, config: FinetuneConfig, dtype: str, seed: int) -> tuple[Params, Params]:
@@ -35,32 +32,31 @@ def divide(params: Params, config: FinetuneConfig, dtype: str, seed: int) -> tup
     """
     keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(params))))
 
-    def of(value, name: str, path: tuple[str, ...]):
+    def of(value, path: tuple[str, ...]):
         if isinstance(value, dict):
-            parts = {key: of(part, key, (*path, name)) for key, part in value.items()}
+            parts = {key: of(part, (*path, key)) for key, part in value.items()}
             return tuple({key: part[side] for key, part in parts.items() if part[side] is not None} for side in (0, 1))
-        key = next(keys)
+        key, parameter = next(keys), parameters.find(path)
         if config.train == "lora":
-            adapted = is_matrix(name) and any(module in path for module in _ADAPTED)
-            return (_factors(name, value, config.lora_rank, key) if adapted else None), value
-        in_float32 = "norm" in name or "router" in path
-        trains = config.train == "all" or "router" in path or (config.train == "router_and_norms" and "norm" in name)
+            adapted = parameter.kind is parameters.Matrix and any(module in path for module in _ADAPTED)
+            return (_factors(parameter, value, config.lora_rank, key) if adapted else None), value
+        router, norm = "router" in path, parameter.kind is parameters.Norm
+        in_float32 = norm or router
+        trains = config.train == "all" or router or (config.train == "router_and_norms" and norm)
         if not trains:
             return None, value
         return jnp.array(value, jnp.float32 if in_float32 else dtype, copy=True), None
 
-    trained, frozen = (_without_empty(part) for part in of(params, "", ()))
+    trained, frozen = (_without_empty(part) for part in of(params, ()))
     if config.mask:
         router = trained.setdefault("moe", {}).setdefault("router", {})
-        router["mask_LE"] = jnp.ones(params["moe"]["router"]["weight_LED"].shape[:2], jnp.float32)  # nothing is masked
+        router["mask_LE"] = jnp.full(params["moe"]["router"]["weight_LED"].shape[:2], mask.START, jnp.float32)
     return trained, frozen
 
 
-def _factors(name: str, weight: jax.Array, rank: int, key: jax.Array) -> dict[str, jax.Array]:
+def _factors(parameter: parameters.Parameter, weight: jax.Array, rank: int, key: jax.Array) -> dict[str, jax.Array]:
     """The first factor random, the second zero: the product begins as nothing."""
-    letters = name.rsplit("_", 1)[1]
-    num_stacked = len(letters) - len(letters.lstrip(_STACKED))
-    num_inputs = 2 if name.startswith("output") else 1  # attention's output reads heads and their channels
+    num_stacked, num_inputs = parameter.num_stacked, len(parameter.inputs)
     stacked, inputs = weight.shape[:num_stacked], weight.shape[weight.ndim - num_inputs :]
     outputs = weight.shape[num_stacked : weight.ndim - num_inputs]
     down = jax.random.normal(key, (*stacked, rank, *inputs), jnp.float32) * math.prod(inputs) ** -0.5
@@ -87,13 +83,26 @@ def join(trained: Params, frozen: Params, lora_scale: float) -> Params:
 
 
 def whole(trained: Params, frozen: Params, lora_scale: float) -> Params:
-    """All parameters as plain arrays, LoRA merged."""
-    return merge(join(trained, frozen, lora_scale))
+    """All parameters as plain arrays, LoRA merged one layer after another."""
+    return jax.tree.map(
+        lambda weight: _merge_layers(weight) if isinstance(weight, LowRank) else weight,
+        join(trained, frozen, lora_scale),
+        is_leaf=lambda weight: isinstance(weight, LowRank),
+    )
+
+
+@jax.jit
+def _merge_layers(weight: LowRank) -> jax.Array:
+    return lax.map(LowRank.merged, weight)
 
 
 def digest(params: Params) -> str:
-    """Of the routers, which are small, and unlike in any two models."""
-    return hashlib.sha256(np.asarray(params["moe"]["router"]["weight_LED"]).tobytes()).hexdigest()
+    """Of all parameters: their places, dtypes and numbers."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        found.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+    return found.hexdigest()
 
 
 def num_bytes(params: Params) -> int:

@@ -11,6 +11,7 @@ from flax import nnx
 from moe_jax.checkpoint import huggingface
 from moe_jax.checkpoint.families import FAMILIES
 from moe_jax.config.architecture import Architecture
+from moe_jax.model import rope
 from moe_jax.model.decoder import Decoder
 from tests.family_variants import VARIANTS, random_params, write
 
@@ -157,6 +158,62 @@ def test_what_leaves_the_computation_as_it_is_passes():
     assert family.architecture(fields) == architecture
     greedy = fields_of("deepseek_v2", topk_method="greedy", n_group=4, topk_group=2)
     assert FAMILIES["deepseek_v2"].architecture(greedy).moe.num_groups == 1
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_act": "swish"},
+        {"layer_types": ["full_attention"] * 3},
+        {"rope_scaling": {"rope_type": "default", "factor": 1.0, "original_max_position_embeddings": 64}},
+        {"rope_scaling": {"type": "linear", "factor": 1.0}},
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 1, "attention_factor": None}},
+        {"quantization_config": None},
+    ],
+    ids=str,
+)
+def test_fields_that_newer_libraries_add_change_nothing(model_type, fields):
+    plain = fields_of(model_type)
+    plain = {name: x for name, x in plain.items() if name not in ("rope_parameters", "rope_scaling")}
+    family = FAMILIES[model_type]
+    assert family.architecture(plain | fields) == family.architecture(plain)
+
+
+def test_rotations_by_kind_of_layer():
+    """As transformers 5 writes them where a family could have several kinds."""
+    plain = fields_of("qwen3_moe")
+    nested = plain | {"rope_parameters": {"full_attention": plain["rope_parameters"]}}
+    nested = {name: x for name, x in nested.items() if name != "rope_theta"}
+    assert FAMILIES["qwen3_moe"].architecture(nested) == VARIANTS["qwen3_moe"].architecture
+    nested["rope_parameters"]["sliding_attention"] = plain["rope_parameters"]
+    with pytest.raises(ValueError, match=r"rope_parameters\.full_attention = .* not implemented"):
+        FAMILIES["qwen3_moe"].architecture(nested)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe_yarn", "deepseek_v2_lite", "deepseek_v3", "kimi_k2"])
+def test_the_scale_of_yarn_may_be_said(name):
+    model_type, architecture = VARIANTS[name]
+    fields = FAMILIES[model_type].config_json(architecture)
+    own = rope.turn_scale(architecture.attention)
+    for scale, accepted in ((own, True), (round(own, 8), True), (own * 1.001, False)):
+        said = fields | {"rope_scaling": fields["rope_scaling"] | {"attention_factor": scale}}
+        if accepted:
+            assert FAMILIES[model_type].architecture(said) == architecture
+        else:
+            with pytest.raises(ValueError, match=r"rope_scaling\.attention_factor = .*: wanted"):
+                FAMILIES[model_type].architecture(said)
+
+
+def test_dense_layers_may_be_listed_and_groups_be_null():
+    family, plain = FAMILIES["deepseek_v3"], fields_of("deepseek_v3")
+    assert family.architecture(plain | {"moe_layer_freq": [0, 1, 1]}) == family.architecture(plain)
+    with pytest.raises(ValueError, match="moe_layer_freq"):
+        family.architecture(plain | {"moe_layer_freq": [0, 1, 0]})
+    without = family.architecture(plain | {"n_group": None, "topk_group": None})
+    assert (without.moe.num_groups, without.moe.num_groups_kept) == (1, 1)
+    absent = family.architecture({name: x for name, x in plain.items() if "group" not in name})
+    assert (absent.moe.num_groups, absent.moe.num_groups_kept) == (8, 4)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -482,7 +482,18 @@ def test_memory_is_checked_before_it_is_taken(folder, monkeypatch):
 
     monkeypatch.setattr(huggingface.psutil, "virtual_memory", Memory)
     monkeypatch.setattr(huggingface.np, "empty", None)
-    assert "GB of memory, 0.0 GB available" in refusal(folder)
+    assert refusal(folder).endswith("GB of memory, 0.0 GB available: wanted a smaller model")
+
+
+def test_a_dtype_that_would_fit_is_named(folder, monkeypatch):
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+
+    class Memory:
+        available = sum(one.size * (4 if "score_correction" in name else 2) for name, one in tensors.items())
+
+    monkeypatch.setattr(huggingface.psutil, "virtual_memory", Memory)
+    assert "wanted model.dtype=bfloat16, which needs 0.0 GB" in refusal(folder, dtype="float32")
+    huggingface.read_checkpoint(folder, "bfloat16")
 
 
 def test_unknown_dtype(folder):

@@ -91,6 +91,19 @@ def test_scales_may_be_narrow_and_lie_in_another_shard(folder, monkeypatch):
         np.testing.assert_array_equal(read[name], values.astype(ml_dtypes.bfloat16), err_msg=name)
 
 
+def test_fields_that_newer_libraries_add_change_nothing(folder):
+    wanted = quantize(folder)
+    added = {"dequantize": False, "modules_to_convert": None, "expert_dtype": "fp8", "scale_fmt": "float"}
+    whole.edit_config(folder, quantization_config={**PUBLISHED, "weight_block_size": [ROWS, COLUMNS], **added})
+    read = as_stored(huggingface.read_checkpoint(folder, "float32")[1])
+    for name, values in wanted.items():
+        np.testing.assert_array_equal(read[name], values, err_msg=name)
+    for field, value in (("dequantize", True), ("expert_dtype", "fp4")):
+        given = {**PUBLISHED, "weight_block_size": [ROWS, COLUMNS], field: value}
+        whole.edit_config(folder, quantization_config=given)
+        assert f"quantization_config.{field} = {json.dumps(value)}: not implemented" in whole.refusal(folder)
+
+
 def without_scale(tensors):
     del tensors[f"{DOWN}_scale_inv"]
 

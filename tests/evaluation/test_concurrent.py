@@ -12,7 +12,7 @@ from moe_jax.model import decoder
 from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies import base
 from moe_jax.routing.policies.parse import parse
-from tests import tiny_model
+from tests import chained_model, tiny_model
 
 ARCHITECTURE = tiny_model.ARCHITECTURE
 PARAMS = tiny_model.random_params(ARCHITECTURE)
@@ -105,3 +105,14 @@ def test_windows_are_full_and_know_their_bytes():
         assert starts == sorted(tuple(ids[at : at + LENGTH + 1].tolist()) for at in range(0, full, LENGTH))
     with pytest.raises(ValueError, match=rf"has {count} full windows of 8 tokens: wanted at least {count + 1}"):
         concurrent.cut(documents, tokenizer, LENGTH, count + 1, seed=0)
+
+
+@pytest.mark.parametrize("begins", [True, False])
+def test_the_bytes_of_windows_add_up_where_the_decoder_strips_the_head_of_a_text(begins):
+    tokenizer = chained_model.sentencepiece_like()
+    ids = np.array(tokenizer.encode("be be c ha be" * 4, add_special_tokens=begins).ids)
+    ends = range(0, len(ids), 5)
+    found = concurrent.cut([ids], tokenizer, 5, len(ends) - 1, seed=0)
+    read = [len(tokenizer.decode(ids[: end + 1].tolist())) for end in ends]
+    assert sorted(found.bytes_J.tolist()) == sorted(np.diff(read).tolist())
+    assert found.bytes_J.sum() == read[-1] - (0 if begins else len("be"))

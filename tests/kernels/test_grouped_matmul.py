@@ -161,7 +161,7 @@ def test_trips_follow_the_rows_kept():
 
 
 def test_auto_resolves_by_platform_and_nothing_falls_back():
-    assert api.resolve("auto", "cpu") == "native"
+    assert (api.resolve("auto", "cpu"), api.resolve("auto", "gpu")) == ("native", "padded")
     assert api.resolve("ragged_dot", "cpu") == "ragged_dot"
     with pytest.raises(ValueError, match=r"nothing is written for 'rocm'"):
         api.resolve("auto", "rocm")

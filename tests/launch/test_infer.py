@@ -16,7 +16,7 @@ import moe_jax
 from moe_jax import command
 from moe_jax.config import gin
 from moe_jax.kernels.grouped_matmul.api import resolve
-from tests import launcher_module, tiny_model
+from tests import chained_model, launcher_module, tiny_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 FIGURES = {
@@ -132,6 +132,16 @@ def test_one_token_leaves_no_nan_in_json(main, tmp_path):
     completion = json.loads((tmp_path / "out" / "completions.jsonl").read_text())
     assert completion["distinct_experts_per_layer_step"] is None
     assert json.loads((tmp_path / "out" / "result.json").read_text())["figures"]["decode_tokens_per_s"]["value"] is None
+
+
+def test_what_is_not_finite_is_named_and_what_was_made_is_kept(main, tmp_path):
+    folder = chained_model.write(tmp_path / "large", chain=[*range(256)], gain=40_000)
+    with pytest.raises(ValueError, match=r"prompt 1, 'model': not finite .* wanted model\.dtype=bfloat16 or float32"):
+        main("--prompt=ab", "--prompt=hello there", **{"model.path": str(folder), "model.dtype": "float16"})
+    completions = [json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()]
+    assert [one["finish_reason"] for one in completions] == ["not finite"] * 2
+    assert [one["prompt"] for one in completions] == ["ab", "hello there"]
+    assert not (tmp_path / "out" / "result.json").exists()
 
 
 def test_an_interruption_saves_what_is_done(main, capsys, tmp_path, monkeypatch):

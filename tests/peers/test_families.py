@@ -156,3 +156,23 @@ def test_gradients(transformers, tiny, fewer):
             continue
         assert np.linalg.norm(wanted) > 0, rule.parameter
         assert np.linalg.norm(ours - wanted) <= GRADIENT_TOLERANCE * np.linalg.norm(wanted), rule.parameter
+
+
+@pytest.mark.parametrize("layout", ["stacked", "without its head"])
+def test_other_layouts_that_the_peer_writes(transformers, tiny, tmp_path, layout):
+    """All experts of a layer in one tensor; and names without `model.`, where a head that is tied is not missing."""
+    path, variant = tiny
+    if variant.model_type == "kimi_k2" or (layout != "stacked" and not variant.architecture.decoder.tie_embeddings):
+        pytest.skip("nothing that the peer could write")
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    if layout == "stacked":
+        model.save_pretrained(tmp_path / "written", save_original_format=False)
+    else:
+        model.model.save_pretrained(tmp_path / "written")
+    assert b"experts.0." not in (tmp_path / "written" / "model.safetensors").read_bytes() or layout != "stacked"
+    architecture, read = huggingface.read_checkpoint(tmp_path / "written")
+    wanted = dict(huggingface.flattened(huggingface.read_checkpoint(path)[1]))
+    read = dict(huggingface.flattened(read))
+    assert architecture == variant.architecture and read.keys() == wanted.keys()
+    for name, x in wanted.items():
+        np.testing.assert_array_equal(read[name], x, err_msg=name)

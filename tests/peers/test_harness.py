@@ -15,6 +15,7 @@ from moe_jax.engine.request import execution_of
 from moe_jax.evaluation.likelihood import score_documents
 from moe_jax.text.corpus import Document, load_held_out
 from moe_jax.text.tokenizer import encode_documents, load_tokenizer
+from tests import chained_model
 from tests.chat_templates import CHATML
 from tests.peers import peer
 
@@ -215,6 +216,49 @@ def test_generate_until_of_the_peer(both, requests):
     theirs, ours = both
     asked = requests("generate_until", *GREEDY[:2], GREEDY[3])
     assert ours.generate_until(asked) == theirs.generate_until(asked)
+
+
+NAMED = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|endoftext|>"}
+UNTIL_SPECIAL = {  # what "ab" goes on with, and where a task stops it
+    "a special token": (["cdef", "<|im_end|>", "ghijk"], ["Question:", "</s>", "<|im_end|>"]),
+    "with text": (["cd\n", "<|im_end|>", "\nefg"], ["\n<|im_end|>"]),
+    "the tokenizer's own end": (["cdef", "<s>", "ghijk"], ["Question:"]),
+}
+
+
+@pytest.mark.parametrize("case", UNTIL_SPECIAL)
+def test_special_tokens_stop_as_they_stop_the_peer(tmp_path, requests, case):
+    from lm_eval.models.huggingface import HFLM
+
+    from moe_jax.evaluation.harness import LanguageModel
+
+    parts, until = UNTIL_SPECIAL[case]
+    tokenizer = chained_model.byte_level()
+    chain = [number for part in ("ab", *parts) for number in tokenizer.encode(part, add_special_tokens=False).ids]
+    config = NAMED | ({"eos_token": "<s>"} if case == "the tokenizer's own end" else {})
+    folder = chained_model.write(tmp_path / "model", chain, tokenizer, config)
+    asked = requests("generate_until", ("ab", {"until": until, "max_gen_toks": 9, "do_sample": False}))
+    model = moe_jax.load(folder)
+    ours = LanguageModel(folder, model.engine, model.tokenizer, execution_of(model.architecture))
+    theirs = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=1, max_length=64)
+    assert ours.generate_until(asked) == theirs.generate_until(asked)
+
+
+def test_a_continuation_begins_as_the_peer_decodes_it(tmp_path, requests):
+    """Without its context: the decoder strips its space."""
+    from lm_eval.models.huggingface import HFLM
+
+    from moe_jax.evaluation.harness import LanguageModel
+
+    tokenizer = chained_model.sentencepiece_like()
+    chain = [tokenizer.encode("ha").ids[-1], *map(tokenizer.token_to_id, ("▁be", "▁c", "</s>"))]
+    config = NAMED | {"eos_token": "</s>"}
+    folder = chained_model.write(tmp_path / "model", chain, tokenizer, config, token_ids={"eos_token_id": 2})
+    asked = requests("generate_until", ("ha", {"until": ["Q"], "max_gen_toks": 5, "do_sample": False}))
+    model = moe_jax.load(folder)
+    ours = LanguageModel(folder, model.engine, model.tokenizer, execution_of(model.architecture))
+    theirs = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=1, max_length=64)
+    assert ours.generate_until(asked) == theirs.generate_until(asked) == ["be c"]
 
 
 def test_generate_until_by_generate(model, adapt, requests):

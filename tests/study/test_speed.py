@@ -160,3 +160,20 @@ def test_random_weights_beyond_the_memory_are_refused(monkeypatch):
     monkeypatch.setattr(caches, "available_bytes", lambda: wanted - 1)
     with pytest.raises(ValueError, match=r"the model needs 0.0 GB, 0.0 GB available: wanted fewer decoder.num_layers"):
         random_model.random_params(ARCHITECTURE, jnp.float32, 0)
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+def test_steps_whose_numbers_are_not_finite_are_not_timed(engine, monkeypatch, kind):
+    subject = speed.Subject(engine, EXECUTION, "model", SamplingConfig())
+    case = speed.Prefill(subject, tokens(1, 5)[0]) if kind == "prefill" else speed.Decode(subject, tokens(3, 9), 5)
+    monkeypatch.setattr(case, "_program", made_of_nan(case._program))
+    with pytest.raises(ValueError, match=rf"a step of {kind}_\d: not finite"):
+        case.step()
+
+
+def made_of_nan(program):
+    def call(*arguments):
+        drawn, cache = program(*arguments)
+        return drawn._replace(log_probability_B=drawn.log_probability_B.at[0].set(jnp.nan)), cache
+
+    return call

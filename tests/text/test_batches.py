@@ -76,6 +76,19 @@ def test_another_tokenizer_has_another_end():
     np.testing.assert_array_equal(packed.row(0).labels_BT, [1, 2, 5, 0])
 
 
+def test_what_follows_a_closed_document_is_no_label():
+    packed = pack([np.array([5, 1, 2, 9]), np.array([5, 3, 9])], 2, end_of_text=5, closed=True)
+    rows = [packed.row(index) for index in range(packed.num_rows)]
+    seen = [
+        (row.tokens_BT[row.segments_BT == part].tolist(), row.labels_BT[row.segments_BT == part].tolist())
+        for row in rows
+        for part in range(1, row.segments_BT.max() + 1)
+    ]
+    assert sorted(seen) == [([2], [9]), ([5, 1], [1, 2]), ([5, 3], [3, 9])]
+    with pytest.raises(ValueError, match="no documents"):
+        pack([np.array([5])], 2, end_of_text=5, closed=True)
+
+
 @pytest.mark.parametrize(
     ("documents", "sequence_length", "message"),
     [

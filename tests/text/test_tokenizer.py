@@ -20,6 +20,7 @@ from moe_jax.text.tokenizer import (
     save_tokenizer,
     train_tokenizer,
 )
+from tests import chained_model
 
 STDLIB = pathlib.Path(sysconfig.get_path("stdlib"))
 VOCAB_SIZE = 1024
@@ -171,6 +172,54 @@ def test_stream_holds_back_half_a_character(tokenizer):
     assert "".join(map(stream.push, ids[:4])) == "a"
     assert stream.flush() == "\ufffd"
     assert stream.flush() == ""
+
+
+PIECES_OF_WORDS = chained_model.sentencepiece_like()
+
+
+@pytest.mark.parametrize("before", ["ha", "ha be c", "☃", "", "</s>", "ha" * 40 + "</s>" * 40, "☃" * 30])
+@pytest.mark.parametrize("after", [" be c", " ", "  c", "ab", "é ☃", "</s> be"])
+def test_stream_behind_a_prompt_adds_up_to_both(before, after):
+    """The decoder strips the space at the head of a text: that of a continuation is none."""
+    ids = PIECES_OF_WORDS.encode(before).ids
+    both = [*ids, *PIECES_OF_WORDS.encode(f"h{after}", add_special_tokens=False).ids[2:]]
+    stream = TextStream(PIECES_OF_WORDS, ids)
+    pieces = [stream.push(number) for number in both[len(ids) :]]
+    assert PIECES_OF_WORDS.decode(ids) + "".join(pieces) + stream.flush() == PIECES_OF_WORDS.decode(both)
+
+
+@hypothesis.given(any_text, any_text)
+@hypothesis.settings(deadline=None, max_examples=100)
+def test_stream_behind_any_prompt_adds_up(tokenizer, before, after):
+    ids = tokenizer.encode(before).ids
+    stream = TextStream(tokenizer, ids)
+    pieces = [stream.push(number) for number in tokenizer.encode(after, add_special_tokens=False).ids]
+    assert "".join(pieces) + stream.flush() == after
+
+
+@pytest.mark.parametrize("make", [chained_model.byte_level, chained_model.sentencepiece_like])
+def test_a_character_may_begin_in_the_prompt_and_become_whole_behind_it(make):
+    tokenizer = make()
+    ids = tokenizer.encode("a☃b", add_special_tokens=False).ids
+    for cut in range(1, len(ids)):
+        stream = TextStream(tokenizer, ids[:cut])
+        text = "".join(map(stream.push, ids[cut:])) + stream.flush()
+        whole = tokenizer.decode(ids[:cut]).rstrip("\ufffd")
+        assert whole + text == tokenizer.decode(ids)
+
+
+def test_a_long_prompt_is_decoded_from_its_end():
+    class Counting:
+        longest = 0
+
+        def decode(self, ids, skip_special_tokens):
+            self.longest = max(self.longest, len(ids))
+            return PIECES_OF_WORDS.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    counting = Counting()
+    stream = TextStream(counting, PIECES_OF_WORDS.encode("be c " * 1000).ids)
+    assert stream.push(PIECES_OF_WORDS.token_to_id("▁be")) == " be"
+    assert counting.longest < 40
 
 
 @pytest.mark.peers

@@ -13,6 +13,7 @@ from moe_jax.config.finetuning import FinetuneConfig, ObjectiveConfig
 from moe_jax.config.schema import TrainingConfig
 from moe_jax.engine.request import execution_of
 from moe_jax.model import decoder
+from moe_jax.routing import mask
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.parse import parse
 from moe_jax.training import trainable
@@ -206,4 +207,10 @@ def test_the_selection_bias_moves_where_balancing_asks_for_it_and_not_otherwise(
 def test_a_mask_is_trained_beside_whatever_else_trains(config):
     _, after, state = trained(config)
     mask_LE = np.asarray(state.params["moe"]["router"]["mask_LE"])
-    assert mask_LE.shape == (2, 16) and (mask_LE != 1).any() and MASK in after
+    assert mask_LE.shape == (2, 16) and (mask_LE != mask.START).any() and MASK in after
+
+
+def test_some_steps_mask_experts_and_keep_others():
+    *_, state = trained(ALL, steps=10, training=dataclasses.replace(TRAINING, learning_rate=5e-2))
+    mask_LE = np.asarray(state.params["moe"]["router"]["mask_LE"])
+    assert (mask_LE <= 0).any() and (mask_LE > 0).any()

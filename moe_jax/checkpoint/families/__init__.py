@@ -20,6 +20,13 @@ FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
 def family_of(fields: dict[str, Any]) -> Family:
     """Finds the family that a `config.json` names; ValueError lists the supported ones."""
     model_type = fields.get("model_type")
+    inner = fields.get("text_config")
+    if model_type not in list(FAMILIES) and isinstance(inner, dict) and inner.get("model_type") in list(FAMILIES):
+        raise ValueError(
+            f"model_type = {json.dumps(model_type)} has a language model of type {json.dumps(inner['model_type'])} in "
+            "text_config, beside what is not read: wanted a folder of that model alone, with those fields as its "
+            f"config.json; supported: {', '.join(sorted(FAMILIES))}"
+        )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ValueError(f"model_type = {json.dumps(model_type)}: supported: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from typing import Any
 
 from moe_jax.checkpoint.names import Rule
 from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig
+from moe_jax.model import rope
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Family:
 # Fields that change the computation, with the values that leave it as the decoder runs it. The first is that of a field
 # which is absent.
 NEUTRAL: dict[str, tuple] = {
-    "hidden_act": ("silu",),
+    "hidden_act": ("silu", "swish"),  # two names of one function
     "sliding_window": (None,),
     "use_sliding_window": (None, False),
     "layer_types": (None,),
@@ -53,9 +55,17 @@ def refuse_others(fields: dict[str, Any], neutral: dict[str, tuple]) -> None:
         value = fields.get(name, accepted[0])
         if name == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value):
             continue
+        if name == "moe_layer_freq" and isinstance(value, list) and value == _prefix_then_moe(fields):
+            continue
         if value not in accepted or type(value) not in map(type, accepted):
             wanted = " or ".join(map(json.dumps, accepted))
             raise ValueError(f"{name} = {json.dumps(value)}: wanted {wanted}; nothing else is implemented")
+
+
+def _prefix_then_moe(fields: dict[str, Any]) -> list[int]:
+    """A dense prefix and MoE layers behind it, layer by layer: 0 and 1."""
+    count, dense = fields.get("num_hidden_layers"), fields.get("first_k_dense_replace") or 0
+    return [int(layer >= dense) for layer in range(count)] if isinstance(count, int) else []
 
 
 def require_settings(model_type: str, architecture: Architecture, only: dict[str, Any]) -> None:
@@ -179,8 +189,14 @@ def rope_settings(
     """
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     inner = {key: value for key, value in field(fields, name, dict, {}).items() if value is not None}
+    if inner.keys() == {"full_attention"}:  # where another kind of layer might rotate otherwise
+        inner = {key: value for key, value in field(inner, "full_attention", dict).items() if value is not None}
     kind = inner.pop("rope_type", None) or inner.get("type", "default")
     inner.pop("type", None)
+    if kind in ("linear", "dynamic") and inner.get("factor") == 1:  # stretches by nothing
+        kind = "default"
+    if kind == "default":
+        inner = {key: value for key, value in inner.items() if not _changes_nothing(key, value)}
     if kind not in ("default", "yarn"):
         raise ValueError(
             f'{name}.rope_type = {json.dumps(kind)}: wanted "default" or "yarn"; nothing else is implemented'
@@ -188,6 +204,9 @@ def rope_settings(
     taken = {"rope_theta", "partial_rotary_factor"} | ({key for key, *_ in _YARN} if kind == "yarn" else set())
     if inner.get("truncate") is True and kind == "yarn":
         del inner["truncate"]
+    turn_scale = field(inner, "attention_factor", float, None) if kind == "yarn" else None
+    if turn_scale is not None:
+        del inner["attention_factor"]
     if others := sorted(set(inner) - taken):
         raise ValueError(f"{name}.{others[0]} = {json.dumps(inner[others[0]])}: not implemented")
     both = {**fields, **inner}
@@ -202,7 +221,16 @@ def rope_settings(
                 settings[setting] = field(inner, key, of_kind, default)
             except ValueError as error:
                 raise ValueError(f"{name}.{error}") from error
+        if turn_scale is not None:
+            own = rope.turn_scale(AttentionConfig(kind="latent", qk_norm=False, **settings))
+            if not math.isclose(turn_scale, own, rel_tol=1e-6):
+                raise ValueError(f"{name}.attention_factor = {turn_scale}: wanted {own:.6g}, or none")
     return settings
+
+
+def _changes_nothing(key: str, value: Any) -> bool:
+    """Whether a field of a rotation that is not stretched, which newer libraries add, leaves it as it is."""
+    return key == "original_max_position_embeddings" or (key in ("factor", "attention_factor") and value == 1)
 
 
 def rope_json(attention: AttentionConfig, with_fraction: bool = False) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def _rules(architecture: Architecture) -> tuple[Rule, ...]:
     mlp = "model.layers.{L}.mlp"
     rules = [Rule("moe/router/weight_LED", f"{mlp}.gate.weight", "E D")]
     if architecture.moe.selection_bias:
-        rules.append(Rule("moe/router/bias_LE", f"{mlp}.gate.e_score_correction_bias", "E", float32=True))
+        rules.append(Rule("moe/router/bias_LE", f"{mlp}.gate.e_score_correction_bias", "E"))
     rules += gated_rules("moe/experts", f"{mlp}.experts.{{E}}")
     if architecture.moe.num_shared_experts:
         rules += gated_rules("moe/shared", f"{mlp}.shared_experts")
@@ -141,6 +141,11 @@ def _v2_config_json(architecture: Architecture) -> dict[str, Any]:
     }
 
 
+def _groups(fields: dict[str, Any], name: str, default: int) -> int:
+    """A number of groups; null, unlike an absent field, asks for none."""
+    return 1 if name in fields and fields[name] is None else field(fields, name, int, default)
+
+
 def _v3_architecture(fields: dict[str, Any]) -> Architecture:
     """Defaults are those of `DeepseekV3Config` in transformers 5."""
     base.refuse_others(fields, _V3_NEUTRAL)
@@ -155,8 +160,8 @@ def _v3_architecture(fields: dict[str, Any]) -> Architecture:
             num_shared_experts=field(fields, "n_shared_experts", int, 1),
             score="sigmoid",
             selection_bias=True,
-            num_groups=field(fields, "n_group", int, 8),
-            num_groups_kept=field(fields, "topk_group", int, 4),
+            num_groups=_groups(fields, "n_group", 8),
+            num_groups_kept=_groups(fields, "topk_group", 4),
             normalize=field(fields, "norm_topk_prob", bool, True),
             routed_scaling=field(fields, "routed_scaling_factor", float, 2.5),
         ),

@@ -81,7 +81,7 @@ def _rules(architecture: Architecture) -> tuple[Rule, ...]:
     mlp = "model.layers.{L}.mlp"
     rules = [
         Rule("moe/router/weight_LED", f"{mlp}.gate.weight", "E D"),
-        Rule("moe/router/bias_LE", f"{mlp}.gate.e_score_correction_bias", "E", float32=True),
+        Rule("moe/router/bias_LE", f"{mlp}.gate.e_score_correction_bias", "E"),
         *gated_rules("moe/experts", f"{mlp}.experts.{{E}}"),
     ]
     if architecture.moe.num_shared_experts:

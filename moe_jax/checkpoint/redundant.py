@@ -1,0 +1,72 @@
+"""Tensors that say again what is known: the head of tied embeddings, frequencies, positions, biases that are zero.
+
+Other loaders pass over them. So does this one where they agree with what is there; where they do not, the checkpoint is
+of another model than it says.
+"""
+
+import pathlib
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from absl import logging
+
+from moe_jax.checkpoint.filling import read_values
+from moe_jax.checkpoint.safetensors_file import StoredTensor
+from moe_jax.config.architecture import Architecture
+from moe_jax.model import rope
+
+_HEAD, _EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+_ROWS = 4096  # of an embedding, compared at once
+
+
+def agreeing(
+    folder: pathlib.Path, names: Iterable[str], stored: Mapping[str, StoredTensor], architecture: Architecture
+) -> set[str]:
+    """Those of some tensors, none of them a parameter, that agree with the model.
+
+    Raises:
+        ValueError: one contradicts it.
+    """
+    found = set()
+    for name in names:
+        tensor = stored[name]
+        if name == _HEAD and _EMBEDDING in stored:
+            agrees, what = _same(tensor, stored[_EMBEDDING]), f"{_EMBEDDING}, to which config.json ties it"
+        elif name.endswith("rotary_emb.inv_freq"):
+            agrees, what = _are_frequencies(tensor, architecture), "the frequencies that config.json asks for"
+        elif name.endswith("position_ids"):
+            agrees, what = _are_positions(tensor), "the positions 0, 1, ..."
+        elif name.endswith(".bias") and not read_values(tensor).astype(np.float32).any():
+            agrees, what = True, ""
+        else:
+            continue
+        if not agrees:
+            raise ValueError(f"{tensor.path}: {name} differs from {what}")
+        found.add(name)
+    if found:
+        logging.info("%s: %d tensors say again what is known: %s", folder, len(found), ", ".join(sorted(found)[:3]))
+    return found
+
+
+def _same(one: StoredTensor, other: StoredTensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    first, second = read_values(one), read_values(other)
+    for row in range(0, len(first), _ROWS):
+        parts = (part[row : row + _ROWS].astype(np.float32) for part in (first, second))
+        if not np.array_equal(*parts):
+            return False
+    return True
+
+
+def _are_frequencies(tensor: StoredTensor, architecture: Architecture) -> bool:
+    """To what is lost where they are stored in half precision."""
+    wanted = rope.frequencies(architecture.attention)
+    given = read_values(tensor).astype(np.float32)
+    relative = 1e-5 if tensor.dtype == np.float32 else 2.0**-7
+    return given.shape == wanted.shape and np.allclose(given, wanted, rtol=relative, atol=1e-7)
+
+
+def _are_positions(tensor: StoredTensor) -> bool:
+    given = read_values(tensor).reshape(-1)
+    return np.issubdtype(given.dtype, np.integer) and np.array_equal(given, np.arange(len(given)))

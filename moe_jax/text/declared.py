@@ -1,0 +1,195 @@
+"""Special tokens that a model's folder declares outside tokenizer.json, and what it says stands around a text.
+
+`tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` come from transformers, whose versions read
+them differently: up to 4.57 `add_bos_token` decided, version 5 leaves it out where there is a tokenizer.json. Here what
+the folder declares is done, and said where tokenizer.json alone would do otherwise.
+"""
+
+import functools
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import tokenizers
+from absl import logging
+
+CONFIG = "tokenizer_config.json"
+_MAP, _ADDED = "special_tokens_map.json", "added_tokens.json"
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_LISTS = ("additional_special_tokens", "extra_special_tokens")
+
+
+def read_fields(path: pathlib.Path) -> dict[str, Any]:
+    """An object of a file; none where there is no such file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{path} holds a JSON {type(fields).__name__}: wanted an object")
+    return fields
+
+
+def read_named(folder: pathlib.Path) -> dict[str, str]:
+    """The tokens that a folder gives a role, such as `bos_token`; `tokenizer_config.json` wins.
+
+    Raises:
+        ValueError: a file is damaged.
+    """
+    fields = {**read_fields(folder / _MAP), **_without_null(read_fields(folder / CONFIG))}
+    named = {role: _content(fields.get(role)) for role in _ROLES}
+    return {role: content for role, content in named.items() if content is not None}
+
+
+def apply(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path) -> tokenizers.Tokenizer:
+    """The tokenizer of tokenizer.json as the folder's other files want it: itself, or another.
+
+    A token that is declared special is one: its characters are encoded as it, and decoding leaves it out. Where
+    `add_bos_token` or `add_eos_token` are declared, true or false, that is what stands before and after a text.
+
+    Raises:
+        ValueError: a file is damaged, a token cannot have the id that is declared, or what is to stand around a text
+            is no token.
+    """
+    fields = read_fields(folder / CONFIG)
+    _add_tokens(tokenizer, folder, fields)
+    return _with_outer_tokens(tokenizer, folder, fields)
+
+
+class _Declared(NamedTuple):
+    """One token: its id where that is declared, and whether it is special."""
+
+    token_id: int | None
+    special: bool
+    options: Mapping[str, bool]
+
+
+def _declared(folder: pathlib.Path, fields: Mapping[str, Any]) -> dict[str, _Declared]:
+    """By their characters: those with an id first, in the order of ids."""
+    by_map = read_fields(folder / _MAP)
+    special: dict[str, Any] = {}
+    for source in (by_map, fields):
+        several = [one for name in _LISTS for one in _each(source.get(name))]
+        roles = [value for name, value in source.items() if name.endswith("_token")]
+        special |= {content: one for one in [*several, *roles] if (content := _content(one)) is not None}
+    with_id = {}
+    decoder = fields.get("added_tokens_decoder")
+    if not isinstance(decoder or {}, dict):
+        raise ValueError(f"{folder / CONFIG}: added_tokens_decoder is no object: wanted tokens by their ids")
+    entries = list((decoder or {}).items())
+    entries += [(number, content) for content, number in read_fields(folder / _ADDED).items()]
+    for number, one in entries:
+        content = _content(one)
+        if content is None or not str(number).isdecimal():
+            raise ValueError(
+                f"{folder}: {json.dumps(one)[:100]} is declared as the token {number!r}: wanted one, by id"
+            )
+        is_special = content in special or (isinstance(one, dict) and one.get("special") is True)
+        with_id.setdefault(content, _Declared(int(number), is_special, _options(one)))
+    ordered = dict(sorted(with_id.items(), key=lambda item: item[1].token_id))
+    return ordered | {name: _Declared(None, True, _options(x)) for name, x in special.items() if name not in ordered}
+
+
+def _add_tokens(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path, fields: Mapping[str, Any]) -> None:
+    special_before = {one.content for one in tokenizer.get_added_tokens_decoder().values() if one.special}
+    for content, declared in _declared(folder, fields).items():
+        before = tokenizer.token_to_id(content)
+        is_new = before is None and declared.token_id is not None
+        if is_new or (before is not None and declared.special and content not in special_before):
+            add = tokenizer.add_special_tokens if declared.special else tokenizer.add_tokens
+            add([tokenizers.AddedToken(content, **{"normalized": not declared.special, **declared.options})])
+            kind = "a special token" if declared.special else "a token"
+            _say(f"{folder}: {content!r} is {kind}, as declared outside tokenizer.json")
+        found = tokenizer.token_to_id(content)
+        if declared.token_id is not None and found != declared.token_id:
+            raise ValueError(
+                f"{folder}: {content!r} is declared as the token {declared.token_id}: tokenizer.json has it, or the "
+                f"next free place, at {found}"
+            )
+
+
+def _with_outer_tokens(
+    tokenizer: tokenizers.Tokenizer, folder: pathlib.Path, fields: Mapping[str, Any]
+) -> tokenizers.Tokenizer:
+    named = read_named(folder)
+    bare = tokenizer.encode("a", add_special_tokens=False).ids
+    around = tokenizer.encode("a").ids
+    first = next((at for at in range(len(around)) if around[at : at + len(bare)] == bare), 0)
+    outer = {"bos_token": around[:first], "eos_token": around[first + len(bare) :]}
+    changed = []
+    for role, ids in outer.items():
+        wanted = fields.get(f"add_{role}")
+        if wanted is None:
+            continue
+        if not isinstance(wanted, bool):
+            raise ValueError(f"{folder / CONFIG}: add_{role} = {json.dumps(wanted)[:100]}: wanted true or false")
+        token_id = tokenizer.token_to_id(named[role]) if role in named else None
+        if wanted and token_id is None:
+            raise ValueError(
+                f"{folder / CONFIG}: add_{role} = true, and {role} = {json.dumps(named.get(role))}: wanted a token of "
+                "tokenizer.json"
+            )
+        if wanted == (token_id in ids):
+            continue
+        changed.append(role)
+        if wanted:
+            outer[role] = [token_id, *ids] if role == "bos_token" else [*ids, token_id]
+            where = "before" if role == "bos_token" else "after"
+            _say(f"{folder}: add_{role} = true: {named[role]!r} stands {where} a text, where tokenizer.json puts none")
+        else:
+            outer[role] = [one for one in ids if one != token_id]
+            _say(f"{folder}: add_{role} = false: {named[role]!r}, which tokenizer.json puts around a text, is left out")
+    return _reframed(tokenizer, outer["bos_token"], outer["eos_token"]) if changed else tokenizer
+
+
+def _reframed(tokenizer: tokenizers.Tokenizer, before: list[int], after: list[int]) -> tokenizers.Tokenizer:
+    """The same with other tokens around a text; what else its post-processor does stays."""
+    fields = json.loads(tokenizer.to_str())
+    given = fields["post_processor"]
+    steps = given["processors"] if given and given["type"] == "Sequence" else [given]
+    kept = [one for one in steps if one and one["type"] == "ByteLevel"]
+
+    def framed(sequence: str, type_id: int) -> list[dict[str, Any]]:
+        pieces = [("SpecialToken", tokenizer.id_to_token(one)) for one in before]
+        pieces += [("Sequence", sequence), *(("SpecialToken", tokenizer.id_to_token(one)) for one in after)]
+        return [{kind: {"id": name, "type_id": type_id}} for kind, name in pieces]
+
+    names = {tokenizer.id_to_token(one): one for one in (*before, *after)}
+    template = {
+        "type": "TemplateProcessing",
+        "single": framed("A", 0),
+        "pair": framed("A", 0) + framed("B", 1),
+        "special_tokens": {name: {"id": name, "ids": [one], "tokens": [name]} for name, one in names.items()},
+    }
+    fields["post_processor"] = {"type": "Sequence", "processors": [*kept, template]}
+    return tokenizers.Tokenizer.from_str(json.dumps(fields))
+
+
+def _content(value: Any) -> str | None:
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) and value else None
+
+
+def _options(value: Any) -> dict[str, bool]:
+    names = ("single_word", "lstrip", "rstrip", "normalized")
+    return {name: value[name] for name in names if isinstance(value, dict) and isinstance(value.get(name), bool)}
+
+
+def _each(value: Any) -> list[Any]:
+    """Tokens of a list, or of an object that gives each a name of its own."""
+    return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
+
+
+def _without_null(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+@functools.cache
+def _say(message: str) -> None:
+    """Once in a process: a folder's tokenizer is loaded several times."""
+    logging.warning("%s", message)
