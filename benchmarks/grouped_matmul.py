@@ -6,6 +6,7 @@ Tokens choose their experts at random and evenly. All cases are timed in turn, r
 of the machine falls on all of them; figures are medians.
 """
 
+import dataclasses
 import functools
 import os
 import pathlib
@@ -26,10 +27,12 @@ def main(run: command.Command) -> None:
     import jax.numpy as jnp
     import numpy as np
 
-    from moe_jax.kernels.grouped_matmul.api import grouped_matmul, resolve
+    from moe_jax.kernels import chooser
+    from moe_jax.kernels.grouped_matmul.api import grouped_matmul
 
     moe, d_model = run.config.moe, run.config.decoder.d_model
-    chosen = resolve(run.config.kernels.grouped_matmul, jax.default_backend())
+    asked = dataclasses.asdict(run.config.kernels)
+    chosen = chooser.resolve(jax.default_backend(), asked).grouped_matmul
     run.implementations["grouped_matmul"] = chosen
     key = jax.random.key(run.config.run.seed)
     weights_LEFD = jax.random.normal(key, (1, moe.num_experts, moe.expert_hidden, d_model))

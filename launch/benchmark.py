@@ -81,7 +81,7 @@ def prepare(run: command.Command):
     architecture = config.architecture if path is None else read_architecture(path)
     if path is not None:
         command.refuse_other_shape(config, architecture)
-    execution = execution_of(architecture, config.policy.k_max, config.kernels.grouped_matmul)
+    execution = execution_of(architecture, config.policy.k_max, config.kernels)
     run.implementations |= execution.implementations
     policy = parse(config.policy.spec, None if path is None else calibrations.find(config.policy.calibration, path))
     make_requests([[0]], None, execution, sampling=config.sampling, policy=policy)  # refuses what is wrong

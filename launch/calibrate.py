@@ -33,7 +33,7 @@ def main(run: command.Command) -> None:
 
     architecture = read_architecture(path)
     command.refuse_other_shape(config, architecture)
-    execution = execution_of(architecture, 0, config.kernels.grouped_matmul)
+    execution = execution_of(architecture, 0, config.kernels)
     run.implementations |= execution.implementations
     with run.timed("text"):
         held_out = corpus.load_held_out(command.in_repository(config.text.held_out, "text.held_out"))

@@ -34,7 +34,7 @@ def main(run: command.Command) -> None:
 
     architecture = read_architecture(path)
     command.refuse_other_shape(config, architecture)
-    execution = execution_of(architecture, config.policy.k_max, config.kernels.grouped_matmul)
+    execution = execution_of(architecture, config.policy.k_max, config.kernels)
     run.implementations |= execution.implementations
     tokenizer, seed = load_tokenizer(path), config.run.seed
     calibration = calibrations.find(config.policy.calibration, path)

@@ -36,7 +36,7 @@ def main(run: command.Command) -> None:
     command.refuse_other_shape(config, architecture)
     planned = recover.plan(config, architecture, calibrations.find(config.policy.calibration, path))
     k_max = max(config.policy.k_max, architecture.moe.k)
-    execution = execution_of(architecture, k_max, config.kernels.grouped_matmul)
+    execution = execution_of(architecture, k_max, config.kernels)
     run.implementations |= execution.implementations
     loop.require_same_run(config, run.out)
     with run.timed("text"):

@@ -53,7 +53,7 @@ def main(run: command.Command) -> None:
 
     architecture = read_architecture(path)
     command.refuse_other_shape(config, architecture)
-    execution = execution_of(architecture, config.policy.k_max, config.kernels.grouped_matmul)
+    execution = execution_of(architecture, config.policy.k_max, config.kernels)
     run.implementations |= execution.implementations
     calibration = calibrations.find(config.policy.calibration, path)
     compared = policy_of_each(config.evaluation.policies, len(config.evaluation.policies), calibration)

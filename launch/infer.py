@@ -51,7 +51,7 @@ def main(run: command.Command) -> None:
     config = run.config
     architecture = read_architecture(path)
     command.refuse_other_shape(config, architecture)
-    execution = execution_of(architecture, config.policy.k_max, config.kernels.grouped_matmul)
+    execution = execution_of(architecture, config.policy.k_max, config.kernels)
     run.implementations |= execution.implementations
     settings = {"sampling": config.sampling, "policy": config.policy.spec, "seed": config.run.seed}
     settings["calibration"] = calibrations.find(config.policy.calibration, path)

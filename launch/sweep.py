@@ -48,7 +48,7 @@ def main(run: command.Command) -> None:
     original_architecture = read_architecture(original_path)
     study.require_alike(original_architecture, architecture, "sweep.original")
     k_max = max(config.policy.k_max or architecture.moe.k, original_architecture.moe.k)
-    execution = execution_of(architecture, k_max, config.kernels.grouped_matmul)
+    execution = execution_of(architecture, k_max, config.kernels)
     run.implementations |= execution.implementations
     compared = study.parsed(sweep, calibrations.find(config.policy.calibration, path), execution)
     if sweep.context > architecture.decoder.max_context:

@@ -21,7 +21,7 @@ def main(run: command.Command) -> None:
     from moe_jax.training import loop, pretraining
 
     config = run.config
-    execution = execution_of(config.architecture, config.policy.k_max, config.kernels.grouped_matmul)
+    execution = execution_of(config.architecture, config.policy.k_max, config.kernels)
     run.implementations |= execution.implementations
     trained.require_policies(config, execution)
     pretraining.require_possible(config)

@@ -43,7 +43,10 @@ class PolicyConfig:
 class KernelsConfig:
     """Which implementation runs each operation; "auto" resolves by platform, once, and is logged."""
 
-    grouped_matmul: str = "auto"
+    grouped_matmul: str = "auto"  # rows by the matrices of their experts
+    projection: str = "auto"  # rows by one matrix of a layer
+    cached_attention: str = "auto"  # one new position of each row, against a cache
+    causal_attention: str = "auto"  # many positions of each row
 
 
 @dataclasses.dataclass(frozen=True)

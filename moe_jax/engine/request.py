@@ -9,8 +9,8 @@ import numpy as np
 import tokenizers
 
 from moe_jax.config.architecture import Architecture
-from moe_jax.config.schema import SamplingConfig
-from moe_jax.kernels.grouped_matmul import api as grouped_matmul
+from moe_jax.config.schema import KernelsConfig, SamplingConfig
+from moe_jax.kernels import chooser
 from moe_jax.model.decoder import Execution
 from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies import base as policies
@@ -30,22 +30,23 @@ class Request:
     max_new_tokens: int  # what the context leaves of what was asked for
 
 
-def execution_of(architecture: Architecture, k_max: int = 0, implementation: str = "auto") -> Execution:
+def execution_of(architecture: Architecture, k_max: int = 0, kernels: KernelsConfig | None = None) -> Execution:
     """The static half of the steps that run a model here.
 
     Args:
         architecture: of the model.
         k_max: static slots per token; 0: the model's own k.
-        implementation: of the grouped matmul; "auto": by platform.
+        kernels: the implementation of each operation; None: by platform.
 
     Raises:
-        ValueError: a router cannot choose that many experts, or the implementation is unknown.
+        ValueError: a router cannot choose that many experts, or an implementation is unknown or does not run here.
     """
     moe = architecture.moe
     reachable = moe.num_experts // moe.num_groups * moe.num_groups_kept
     if not 0 <= operator.index(k_max) <= reachable:
         raise ValueError(f"policy.k_max = {k_max}: wanted 0 (the model's own {moe.k}) to {reachable} experts")
-    return Execution(architecture, k_max or moe.k, grouped_matmul.resolve(implementation, jax.default_backend()))
+    resolved = chooser.resolve(jax.default_backend(), dataclasses.asdict(kernels or KernelsConfig()))
+    return Execution(architecture, k_max or moe.k, resolved)
 
 
 def policy_of_each(

@@ -94,6 +94,6 @@ def decode(params, cache, token_B, position_B, alive_B, live: Live, *, execution
 
 def _draw(params, x_BD, position_B, chosen_LNK, live, execution):
     with jax.named_scope("sample"):
-        logits_BV = decoder.logits(params, x_BD, execution.in_place)
+        logits_BV = decoder.logits(params, x_BD, execution.kernels.projection)
         token_B, log_probability_B = draw(logits_BV, live.sampling, position_B)
     return Drawn(token_B, log_probability_B, chosen_LNK)

@@ -9,7 +9,8 @@ from flax import nnx
 from jax import lax
 
 from moe_jax.config.architecture import Architecture
-from moe_jax.kernels.grouped_matmul import api as grouped_matmul
+from moe_jax.kernels import chooser
+from moe_jax.kernels.chooser import Kernels
 from moe_jax.model import attention, latent_attention, parameters, rope
 from moe_jax.model.attention import Cache
 from moe_jax.model.layers import Stacked, feed_forward, one_layer, project, rms_norm
@@ -46,8 +47,7 @@ class Decoder(Weights):
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """float32 logits_BTV of whole texts, with the model's own number of experts; differentiable."""
         architecture, (batch, length) = self.architecture, tokens_BT.shape
-        implementation = grouped_matmul.resolve("auto", jax.default_backend())
-        execution = Execution(architecture, architecture.moe.k, implementation)
+        execution = Execution(architecture, architecture.moe.k, chooser.resolve(jax.default_backend()))
         live = policies.settings([MODEL_OWN] * batch, architecture, architecture.moe.k)
         positions_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
         params = split(self)
@@ -61,31 +61,12 @@ class Execution:
 
     architecture: Architecture
     k_max: int  # slots per token
-    grouped_matmul: str  # a name from the operation's IMPLEMENTATIONS
-
-    @property
-    def in_place(self) -> bool:
-        """Whether prefill and decode read weights within the stacks of all layers, see `layers.Stacked`."""
-        return self.grouped_matmul == "native"
-
-    @property
-    def cached_attention(self) -> str:
-        """The implementation of the operation: C++ where the experts are."""
-        return "native" if self.grouped_matmul == "native" else "xla"
-
-    @property
-    def causal_attention(self) -> str:
-        """The same, over whole sequences."""
-        return "native" if self.grouped_matmul == "native" else "blocked"
+    kernels: Kernels
 
     @property
     def implementations(self) -> dict[str, str]:
         """Of the operations that have several, as results name them."""
-        return {
-            "grouped_matmul": self.grouped_matmul,
-            "cached_attention": self.cached_attention,
-            "causal_attention": self.causal_attention,
-        }
+        return self.kernels._asdict()
 
 
 def split(decoder: Decoder) -> Params:
@@ -101,21 +82,21 @@ def dtype_of(params: Params) -> jnp.dtype:
     return min((leaf.dtype for leaf in jax.tree.leaves(params)), key=lambda dtype: dtype.itemsize)
 
 
-def _one_layer(weights: Params, modules: tuple[str, ...], layer: jax.Array | int, in_place: bool = False) -> Params:
+def _one_layer(weights: Params, modules: tuple[str, ...], layer: jax.Array | int, projection: str = "") -> Params:
     """Takes one layer out of every stack, dropping the L of its name.
 
     Args:
         weights: stacks.
         modules: where they stand in the tree of all parameters.
         layer: which.
-        in_place: leaves matrices within their stacks, from which a product reads them.
+        projection: the implementation that reads matrices within their stacks, where they are left; "": nowhere.
     """
 
     def of_layer(name, value):
         if isinstance(value, dict):
-            return _one_layer(value, (*modules, name), layer, in_place and name != "router")
-        if in_place and value.ndim > 2 and parameters.find((*modules, name)).kind is parameters.Matrix:
-            return Stacked(value, layer)
+            return _one_layer(value, (*modules, name), layer, "" if name == "router" else projection)
+        if projection and value.ndim > 2 and parameters.find((*modules, name)).kind is parameters.Matrix:
+            return Stacked(value, layer, projection)
         return jax.tree.map(lambda stack: one_layer(stack, layer), value)  # a `LowRank` is three stacks
 
     return {name.replace("_L", "_"): of_layer(name, value) for name, value in weights.items()}
@@ -140,7 +121,7 @@ def _dense_ffn(weights):
 
 
 def _moe_ffn(weights, experts, layer, live, context, execution):
-    moe, k_max, implementation = execution.architecture.moe, execution.k_max, execution.grouped_matmul
+    moe, k_max, implementation = execution.architecture.moe, execution.k_max, execution.kernels.grouped_matmul
     return lambda x_ND: moe_layer(x_ND, weights, experts, layer, live, context, moe, k_max, implementation)
 
 
@@ -207,20 +188,20 @@ def _whole(
     x_BTD = params["embedding_VD"][tokens_BT].astype(dtype_of(params))
 
     def core(heads):
-        return heads.causal(segments_BT, execution.causal_attention), None
+        return heads.causal(segments_BT, execution.kernels.causal_attention), None
 
     adapted = holds_any(params)
     apart = adapted or not in_stacks
-    in_place = execution.in_place and not apart
+    projection = "" if apart else execution.kernels.projection
     for layer in range(architecture.decoder.num_dense_layers):
-        weights = merge(_one_layer(params["dense"], ("dense",), layer, in_place))
+        weights = merge(_one_layer(params["dense"], ("dense",), layer, projection))
         x_BTD, _, _ = _layer(x_BTD, weights, turn, core, _dense_ffn(weights), architecture)
 
     def moe_step(x_BTD, scanned):
         column, stack = scanned
         stack, layer = (merge(stack), jnp.int32(0)) if apart else (params["moe"], column)
         around = {name: part for name, part in stack.items() if name != "experts"}
-        weights = _one_layer(around, ("moe",), layer, in_place)
+        weights = _one_layer(around, ("moe",), layer, projection)
         context = _context(column, segments_BT != 0, tokens_BT.shape[1] if side_by_side else 0)
         ffn = _moe_ffn(weights, stack["experts"], layer, live, context, execution)
 
@@ -246,10 +227,13 @@ def head(params: Params) -> jax.Array:
     return params.get("head_VD", params["embedding_VD"])
 
 
-def logits(params: Params, x_BTD: jax.Array, in_place: bool = False) -> jax.Array:
-    """float32 logits_BTV of what `hidden` or `extend` returned; `in_place` as `Execution.in_place` says."""
+def logits(params: Params, x_BTD: jax.Array, projection: str = "") -> jax.Array:
+    """float32 logits_BTV of what `hidden` or `extend` returned.
+
+    `projection` is the implementation that multiplies; "": one that has a gradient.
+    """
     head_VD = head(params)
-    return project(x_BTD, Stacked(head_VD[None], 0) if in_place else head_VD, dtype=jnp.float32)
+    return project(x_BTD, Stacked(head_VD[None], 0, projection) if projection else head_VD, dtype=jnp.float32)
 
 
 def extend(
@@ -290,18 +274,18 @@ def extend(
     def core(layer, cache):
         def run(heads):
             if is_step:
-                return heads.step(cache, layer, start_B, execution.cached_attention)
+                return heads.step(cache, layer, start_B, execution.kernels.cached_attention)
             # what padding writes is overwritten in time
             if start_B is not None:
-                return heads.extend(cache, layer, start_B, execution.causal_attention)
-            mixed_BTHX = heads.causal(jnp.ones_like(tokens_BT), execution.causal_attention)
+                return heads.extend(cache, layer, start_B, execution.kernels.causal_attention)
+            mixed_BTHX = heads.causal(jnp.ones_like(tokens_BT), execution.kernels.causal_attention)
             return mixed_BTHX, cache.opened(heads.kept, layer)
 
         return run
 
     num_dense, num_moe = architecture.decoder.num_dense_layers, architecture.decoder.num_moe_layers
     for layer in range(num_dense):
-        weights = _one_layer(params["dense"], ("dense",), layer, execution.in_place)
+        weights = _one_layer(params["dense"], ("dense",), layer, execution.kernels.projection)
         x_BTD, cache, _ = _layer(x_BTD, weights, turn, core(layer, cache), _dense_ffn(weights), architecture)
 
     stack = dict(params["moe"])
@@ -309,7 +293,7 @@ def extend(
 
     def moe_step(column, carried):
         x_BTD, cache, traffic = carried
-        weights = _one_layer(stack, ("moe",), column, execution.in_place)
+        weights = _one_layer(stack, ("moe",), column, execution.kernels.projection)
         context = _context(column, valid_BT, 1 if is_step else 0)
         ffn = _moe_ffn(weights, experts, column, live, context, execution)
         x_BTD, cache, new = _layer(x_BTD, weights, turn, core(num_dense + column, cache), ffn, architecture)

@@ -129,6 +129,6 @@ def heads(
     return Heads(
         jnp.concatenate([query_BTHA, rotary_BTHA], axis=-1),
         jnp.concatenate([latent_BTGZ, rotary_BTGA], axis=-1),
-        one_layer(*up_HOZ) if isinstance(up_HOZ, Stacked) else up_HOZ,
+        up_HOZ.taken() if isinstance(up_HOZ, Stacked) else up_HOZ,
         attention,
     )

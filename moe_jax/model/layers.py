@@ -3,24 +3,26 @@
 Weights lie as checkpoints store them, outputs first: a product sums over the last axes of both factors.
 """
 
-import math
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.kernels.grouped_matmul import native
+from moe_jax.kernels.projection import xla
+from moe_jax.kernels.projection.api import projection
 
 
-class Stacked(NamedTuple):
-    """A weight of one layer that is still within the stack of all, from which a product reads it.
-
-    A dot reads a buffer of its own, so XLA copies a layer out of the stack before it: once more through memory, which
-    is most of the time where there are few rows.
-    """
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """A matrix of one layer that is still within the stack of all layers, from which a product reads it."""
 
     stack: jax.Array  # L first
     layer: jax.Array | int
+    implementation: str  # of `projection`
+
+    def taken(self) -> jax.Array:
+        """The matrix by itself: a copy, where a product reads it."""
+        return one_layer(self.stack, self.layer)
 
 
 def one_layer(stack: jax.Array, layer: jax.Array | int) -> jax.Array:
@@ -33,16 +35,10 @@ def project(x: jax.Array, weight: jax.Array | Stacked, contracted: int = 1, dtyp
 
     The product is one in the dtype of the weight, which may be wider than that of x.
     """
-    if not isinstance(weight, Stacked):
-        axes = (tuple(range(-contracted, 0)),) * 2
-        out = jnp.tensordot(x.astype(weight.dtype), weight, axes, preferred_element_type=dtype)
-        return out.astype(dtype or x.dtype)
-    shape = weight.stack.shape[1:]
-    kept = shape[: len(shape) - contracted]
-    rows = x.reshape(-1, math.prod(shape[len(kept) :])).astype(weight.stack.dtype)
-    all_rows = jnp.array([rows.shape[0]], jnp.int32)  # one expert, which serves everybody
-    out = native.forward(rows, weight.stack, all_rows, weight.layer, dtype)
-    return out.reshape(*x.shape[: x.ndim - contracted], *kept).astype(dtype or x.dtype)
+    dtype = jnp.dtype(dtype or x.dtype)
+    if isinstance(weight, Stacked):
+        return projection(x, weight.stack, weight.layer, contracted, dtype, weight.implementation)
+    return xla.multiply(x, weight, contracted, dtype)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:

@@ -165,7 +165,7 @@ def objective(
     teacher_ND = teacher_head_VD = None
     if teacher is not None:
         with jax.named_scope("teacher"):
-            own = decoder.Execution(execution.architecture, execution.architecture.moe.k, execution.grouped_matmul)
+            own = decoder.Execution(execution.architecture, execution.architecture.moe.k, execution.kernels)
             teacher_BTD, _ = decoder.hidden(teacher.params, *rows, teacher.live, own)
         teacher_ND = lax.stop_gradient(teacher_BTD.reshape(x_ND.shape))
         teacher_head_VD = lax.stop_gradient(decoder.head(teacher.params))

@@ -9,6 +9,7 @@ from flax import nnx
 from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 from moe_jax.cost import roofline
 from moe_jax.engine import cache as caches
+from moe_jax.kernels.chooser import Kernels
 from moe_jax.model import decoder
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.parse import MODEL_OWN
@@ -139,7 +140,7 @@ def test_operations_are_those_that_xla_counts(start, length, attention):
         attention,
         MoEConfig(num_experts=1, k=1, expert_hidden=384, num_shared_experts=1),
     )
-    execution = decoder.Execution(architecture, 1, "ragged_dot")
+    execution = decoder.Execution(architecture, 1, Kernels("ragged_dot", "xla", "xla", "blocked"))
     rows = 4
 
     def step(params, cache, tokens_BT, start_B, valid_BT, live):

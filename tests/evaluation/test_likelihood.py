@@ -10,7 +10,7 @@ import pytest
 from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 from moe_jax.evaluation import likelihood, scoring
 from moe_jax.evaluation.journal import Journal
-from moe_jax.kernels.grouped_matmul.api import resolve
+from moe_jax.kernels.chooser import resolve
 from moe_jax.model import decoder
 from moe_jax.routing.policies import base
 from moe_jax.routing.policies.parse import parse
@@ -22,7 +22,7 @@ ARCHITECTURE = Architecture(
     AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8),
     MoEConfig(num_experts=8, k=3, expert_hidden=12),
 )
-EXECUTION = decoder.Execution(ARCHITECTURE, 3, resolve("auto", "cpu"))
+EXECUTION = decoder.Execution(ARCHITECTURE, 3, resolve("cpu"))
 
 
 @pytest.fixture(scope="module")

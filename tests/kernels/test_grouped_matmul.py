@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.kernels.grouped_matmul import api, native, reference, tiles
+from moe_jax.kernels.grouped_matmul import native, reference, tiles
 from moe_jax.kernels.grouped_matmul.api import IMPLEMENTATIONS, grouped_matmul
 
 # largest difference over the largest value of the reference
@@ -158,12 +158,3 @@ def test_trips_follow_the_rows_kept():
     groups = tiles.busy_groups(jnp.asarray([64, 0, 1, 0]))
     assert int(groups.count) == 2
     assert [int(tiles.num_blocks(groups.first_E[i], groups.last_E[i], 16)) for i in range(2)] == [4, 1]
-
-
-def test_auto_resolves_by_platform_and_nothing_falls_back():
-    assert (api.resolve("auto", "cpu"), api.resolve("auto", "gpu")) == ("native", "padded")
-    assert api.resolve("ragged_dot", "cpu") == "ragged_dot"
-    with pytest.raises(ValueError, match=r"nothing is written for 'rocm'"):
-        api.resolve("auto", "rocm")
-    with pytest.raises(ValueError, match="wanted auto or one of native"):
-        api.resolve("bloked", "cpu")

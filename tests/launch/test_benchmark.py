@@ -17,7 +17,7 @@ from absl.testing import flagsaver
 from moe_jax import command
 from moe_jax.config import gin
 from moe_jax.cost import hardware, roofline
-from moe_jax.kernels.grouped_matmul.api import resolve
+from moe_jax.kernels.chooser import resolve
 from tests import launcher_module, tiny_model
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -74,12 +74,7 @@ def test_as_a_user_runs_it_with_a_profile(tmp_path):
         first_ms, third_ms = result["figures"][f"{case}_ms"]["quartiles"]
         assert first_ms <= result["figures"][f"{case}_ms"]["value"] <= third_ms
     assert set(result["seconds"]) == {"load", "machine", "compile", "run"}
-    native = resolve("auto", "cpu") == "native"
-    assert result["implementations"] == {
-        "grouped_matmul": resolve("auto", "cpu"),
-        "cached_attention": "native" if native else "xla",
-        "causal_attention": "native" if native else "blocked",
-    }
+    assert result["implementations"] == resolve("cpu")._asdict()
     check_profile(tmp_path / "out" / "trace")
 
 

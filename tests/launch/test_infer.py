@@ -15,7 +15,7 @@ from absl.testing import flagsaver
 import moe_jax
 from moe_jax import command
 from moe_jax.config import gin
-from moe_jax.kernels.grouped_matmul.api import resolve
+from moe_jax.kernels.chooser import resolve
 from tests import chained_model, launcher_module, tiny_model
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -72,7 +72,7 @@ def test_without_a_prompt_and_a_terminal_it_shows_a_continuation_and_how_fast(fo
     assert done.stdout.startswith("import numpy as np\n\n\ndef normalize(x, axis=None):\n")
     for part in ("load ", "compile ", "prefill ", "decode ", "tokens/s", "3.00 experts per token"):
         assert part in done.stdout
-    assert f"grouped_matmul {resolve('auto', 'cpu')}" in done.stdout
+    assert f"grouped_matmul {resolve('cpu').grouped_matmul}" in done.stdout
 
 
 def test_json_is_all_that_standard_output_holds(folder):
@@ -82,12 +82,7 @@ def test_json_is_all_that_standard_output_holds(folder):
     assert result == json.loads((folder.parent / "out" / "result.json").read_text())
     assert set(result["figures"]) == FIGURES and result["command"] == "infer"
     assert result["figures"]["experts_per_token"] == {"value": 3, "unit": "experts"}
-    native = resolve("auto", "cpu") == "native"
-    assert result["implementations"] == {
-        "grouped_matmul": resolve("auto", "cpu"),
-        "cached_attention": "native" if native else "xla",
-        "causal_attention": "native" if native else "blocked",
-    }
+    assert result["implementations"] == resolve("cpu")._asdict()
     assert set(result["seconds"]) == {"load", "compile", "run", "prefill", "decode"}
     (line,) = (folder.parent / "out" / "completions.jsonl").read_text().splitlines()
     completion = json.loads(line)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.engine import cache as caches
+from moe_jax.kernels.chooser import Kernels, resolve
 from moe_jax.model import decoder
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.parse import parse
@@ -46,14 +47,14 @@ def assert_close(got, wanted):
     assert np.abs(got - wanted).max() <= TOLERANCE * np.abs(wanted).max()
 
 
-@pytest.mark.parametrize("grouped_matmul", ["native", "blocked"])
+@pytest.mark.parametrize("kernels", [resolve("cpu"), Kernels("blocked", "xla", "xla", "blocked")])
 @pytest.mark.parametrize("kind", KINDS)
-def test_chunks_from_any_start_equal_the_whole_sequence(kind, grouped_matmul):
+def test_chunks_from_any_start_equal_the_whole_sequence(kind, kernels):
     """The second chunk begins elsewhere in every row; a decode step and a last chunk follow, and fill the cache."""
     architecture = KINDS[kind]
     params = tiny_model.random_params(architecture)
     live = policies.settings([parse(f"topk:{k}") for k in (8, 2, 5, 1)], architecture, 8)
-    execution = decoder.Execution(architecture, 8, grouped_matmul)
+    execution = decoder.Execution(architecture, 8, kernels)
     tokens_BT = np.random.default_rng(0).integers(0, 512, (4, 25), dtype=np.int32)
     wanted_BTV = whole(params, tokens_BT, live, execution=execution)
     cache, rows = caches.allocate(architecture, 4, 25, jnp.float32), np.arange(4)[:, None]

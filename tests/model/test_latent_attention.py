@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax.engine import cache as caches
+from moe_jax.kernels.chooser import Kernels, resolve
 from moe_jax.model import decoder
 from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.parse import MODEL_OWN
@@ -21,10 +22,10 @@ def assert_close(got, wanted):
 
 
 @pytest.mark.parametrize("name", ["deepseek_v2_lite", "deepseek_v3", "deepseek_v3_halves"])
-@pytest.mark.parametrize("grouped_matmul", ["native", "blocked"])
-def test_cached_decode_of_a_ragged_batch_equals_the_whole_sequence(name, grouped_matmul):
+@pytest.mark.parametrize("kernels", [resolve("cpu"), Kernels("blocked", "xla", "xla", "blocked")])
+def test_cached_decode_of_a_ragged_batch_equals_the_whole_sequence(name, kernels):
     architecture, params = VARIANTS[name].architecture, random_params(VARIANTS[name])
-    execution = decoder.Execution(architecture, architecture.moe.k, grouped_matmul)
+    execution = decoder.Execution(architecture, architecture.moe.k, kernels)
     tokens_BT = np.random.default_rng(0).integers(0, 64, (4, 16), dtype=np.int32)
     live = policies.settings([MODEL_OWN] * 4, architecture, architecture.moe.k)
 

@@ -5,6 +5,8 @@ import jax
 from moe_jax.kernels.cached_attention import native, xla
 
 IMPLEMENTATIONS = {"native": native, "xla": xla}
+BY_PLATFORM = {"cpu": "native", "gpu": "xla", "tpu": "xla"}
+WITHOUT_COMPILER = "xla"
 
 
 def cached_attention(

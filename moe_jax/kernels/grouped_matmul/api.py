@@ -1,38 +1,14 @@
-"""Grouped matmul: the contract, the implementations, and the chooser."""
+"""Grouped matmul: the contract, and the implementations."""
 
 import functools
 
 import jax
-from absl import logging
 
-from moe_jax.kernels import compiled
 from moe_jax.kernels.grouped_matmul import blocked, native, padded, ragged_dot
 
 IMPLEMENTATIONS = {"native": native, "blocked": blocked, "padded": padded, "ragged_dot": ragged_dot}
 BY_PLATFORM = {"cpu": "native", "gpu": "padded", "tpu": "ragged_dot"}
-
-
-def resolve(name: str, platform: str) -> str:
-    """Turns "auto" into the implementation for a platform ("cpu", "tpu", "gpu"); on a CPU that takes a C++ compiler.
-
-    Raises:
-        ValueError: the name is unknown, or nothing is written for the platform.
-    """
-    if name == "auto":
-        if platform not in BY_PLATFORM:
-            raise ValueError(
-                f"kernels.grouped_matmul = 'auto': nothing is written for {platform!r}; name one of "
-                f"{', '.join(IMPLEMENTATIONS)}"
-            )
-        if platform == "cpu" and compiled.compiler() is None:
-            logging.log_first_n(
-                logging.WARNING, "no C++ compiler (c++) on PATH: grouped_matmul is 'blocked', and all is slower", 1
-            )
-            return "blocked"
-        return BY_PLATFORM[platform]
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"kernels.grouped_matmul = {name!r}: wanted auto or one of {', '.join(IMPLEMENTATIONS)}")
-    return name
+WITHOUT_COMPILER = "blocked"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

@@ -1,0 +1,67 @@
+"""Which implementation of each operation runs: named, or chosen for the platform, once for all steps."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from absl import logging
+
+from moe_jax.kernels import compiled
+from moe_jax.kernels.cached_attention import api as cached_attention
+from moe_jax.kernels.causal_attention import api as causal_attention
+from moe_jax.kernels.grouped_matmul import api as grouped_matmul
+from moe_jax.kernels.projection import api as projection
+
+
+class Kernels(NamedTuple):
+    """The name of the implementation of every operation that has several."""
+
+    grouped_matmul: str
+    projection: str
+    cached_attention: str
+    causal_attention: str
+
+
+OPERATIONS = Kernels(grouped_matmul, projection, cached_attention, causal_attention)._asdict()
+NATIVE = "native"  # C++, on CPUs only
+
+
+def resolve(platform: str, asked: Mapping[str, str] | None = None) -> Kernels:
+    """Chooses an implementation of every operation.
+
+    "auto" is what the operation's `BY_PLATFORM` says; on a CPU without a C++ compiler its `WITHOUT_COMPILER`, which is
+    logged.
+
+    Args:
+        platform: "cpu", "gpu" or "tpu".
+        asked: the name of an implementation, or "auto", by operation; "auto" for those that are left out.
+
+    Raises:
+        ValueError: an operation or a name is unknown, nothing is written for the platform, or what is named does not
+            run here.
+    """
+    asked = asked or {}
+    if unknown := sorted(asked.keys() - OPERATIONS.keys()):
+        raise ValueError(f"kernels.{unknown[0]}: expected one of {', '.join(OPERATIONS)}")
+    return Kernels(*(_resolve(name, asked.get(name, "auto"), platform) for name in OPERATIONS))
+
+
+def _resolve(operation: str, name: str, platform: str) -> str:
+    api, given = OPERATIONS[operation], f"kernels.{operation} = {name!r}"
+    if name == "auto":
+        if platform not in api.BY_PLATFORM:
+            raise ValueError(
+                f"{given}: nothing is written for {platform!r}; name one of {', '.join(api.IMPLEMENTATIONS)}"
+            )
+        name = api.BY_PLATFORM[platform]
+        if name == NATIVE and compiled.compiler() is None:
+            logging.log_first_n(logging.WARNING, "no C++ compiler (c++) on PATH: kernels are plain JAX, and slower", 1)
+            name = api.WITHOUT_COMPILER
+        return name
+    if name not in api.IMPLEMENTATIONS:
+        raise ValueError(f"{given}: expected auto or one of {', '.join(api.IMPLEMENTATIONS)}")
+    if name == NATIVE and platform != "cpu":
+        others = [one for one in api.IMPLEMENTATIONS if one != NATIVE]
+        raise ValueError(f"{given}: runs on CPUs only, not on {platform!r}; {' or '.join(others)} would run")
+    if name == NATIVE and compiled.compiler() is None:
+        raise ValueError(f"{given}: needs a C++ compiler (c++) on PATH; {api.WITHOUT_COMPILER} would run")
+    return name

@@ -1,0 +1,71 @@
+"""A product with one layer of a stack: every implementation against the plain loop, and the gradient of `xla`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.kernels.projection import reference
+from moe_jax.kernels.projection.api import IMPLEMENTATIONS, projection
+
+# largest difference over the largest value of the reference
+TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}
+# shape of x, of one layer, how many axes are contracted
+CASES = {
+    "one_row": ((1, 24), (40, 24), 1),
+    "to_heads": ((2, 3, 24), (4, 5, 24), 1),
+    "from_heads": ((2, 3, 4, 5), (24, 4, 5), 2),
+    "gate_and_up": ((33, 24), (2, 20, 24), 1),
+    "no_rows": ((0, 24), (40, 24), 1),
+}
+LAYERS = 3
+
+
+def draw(case, dtype, stack_dtype=None):
+    x, layer, contracted = CASES[case]
+    rng = np.random.default_rng(0)
+    stack = rng.standard_normal((LAYERS, *layer))
+    return jnp.asarray(rng.standard_normal(x), dtype), jnp.asarray(stack, stack_dtype or dtype), contracted
+
+
+def run(x, stack, layer, contracted, dtype, implementation):
+    return jax.jit(projection, static_argnums=(3, 4, 5))(x, stack, layer, contracted, dtype, implementation)
+
+
+def assert_close(got, wanted, dtype):
+    assert got.shape == wanted.shape
+    scale = np.abs(wanted).max(initial=0)
+    assert np.abs(np.asarray(got, np.float64) - wanted).max(initial=0) <= TOLERANCE[dtype] * scale
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_forward(implementation, case, dtype):
+    x, stack, contracted = draw(case, dtype)
+    for layer in (0, 2):
+        wanted = reference.forward(x, stack, layer, contracted)
+        for out_dtype in (dtype, "float32"):
+            got = run(x, stack, layer, contracted, jnp.dtype(out_dtype), implementation)
+            assert got.dtype == out_dtype
+            assert_close(got, wanted, out_dtype if dtype == "float32" else dtype)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_a_wider_stack_is_not_rounded(implementation):
+    x, stack, contracted = draw("to_heads", "bfloat16", "float32")
+    got = run(x, stack, 1, contracted, jnp.dtype("float32"), implementation)
+    assert_close(got, reference.forward(x, stack, 1, contracted), "float32")
+
+
+def test_gradient():
+    x, stack, contracted = draw("to_heads", "float32")
+    out_grad = np.random.default_rng(1).standard_normal((2, 3, 4, 5))
+
+    def loss(x, stack):
+        return (projection(x, stack, 1, contracted, x.dtype, "xla") * out_grad).sum()
+
+    of_x, of_stack = jax.grad(loss, (0, 1))(x, stack)
+    assert_close(of_x, np.einsum("btha,had->btd", out_grad, np.asarray(stack[1], np.float64)), "float32")
+    assert_close(of_stack[1], np.einsum("btha,btd->had", out_grad, np.asarray(x, np.float64)), "float32")
+    assert not of_stack[0].any() and not of_stack[2].any()
