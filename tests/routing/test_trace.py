@@ -8,7 +8,7 @@ import pytest
 
 from moe_jax.config.architecture import MoEConfig
 from moe_jax.routing import trace as traces
-from moe_jax.routing.policies.base import Context, Replay, select, settings
+from moe_jax.routing.policies import Context, Replayed, select, settings
 from moe_jax.routing.policies.parse import parse
 from moe_jax.routing.selection import Routing
 from tests import tiny_model
@@ -111,9 +111,7 @@ def select_replayed(replay_LNK, moe=MOE):
     routing = Routing(jnp.asarray(MIX_NE), jnp.asarray(MIX_NE))
     live = settings([parse("model"), parse("layers:3,2")], tiny_model.layers_of(moe, 2), 3)
     context = Context(jnp.int32(1), jnp.array([0, 0, 1, 1]), jnp.array([True, True, True, False]), 2)
-    return select(
-        routing, live._replace(replay=replay_LNK if replay_LNK is None else Replay(replay_LNK)), context, moe, 3
-    )
+    return select(routing, live if replay_LNK is None else Replayed(live, replay_LNK), context, moe, 3)
 
 
 def test_the_policy_takes_the_given_experts_at_the_routers_weights():
