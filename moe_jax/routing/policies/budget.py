@@ -14,7 +14,7 @@ from moe_jax.routing.selection import Routing, Slots
 
 @dataclasses.dataclass(frozen=True)
 class Budget(StepWise):
-    """`budget:m`: as many as its own k, the best of m: all rows' best `floor`, then the largest sums of w over rows.
+    """`budget:m`: its best k of m experts: every row's best `floor`, then those with the largest sum of w over rows.
 
     The set begins with the best `floor` experts of every row, however many those are, and grows by the experts whose
     mixing weights, summed over the rows, are largest, until it holds m: the greedy choice, which is the best one for a

@@ -17,7 +17,7 @@ OVERFLOW = ("drop", "next")
 
 @dataclasses.dataclass(frozen=True)
 class Capacity(StepWise):
-    """`capacity:gamma`: its own, but an expert serves at most ceil(gamma * T * k / E) rows, those with the largest w.
+    """`capacity:gamma`: its own k; an expert serves at most ceil(gamma * T * k / E) rows, those with the largest w.
 
     T * k is the number of slots that the rows keep. The overflow is dropped or, with `overflow=next`, offered to the
     next choice: rank by rank, down to twice as many as it keeps, a row that is short of slots asks its expert of that

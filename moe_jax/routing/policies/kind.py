@@ -17,9 +17,10 @@ class Kind:
 
     Fields without a default are written in order, the others as name=value where they differ from it. A kind that
     derives from this class alone sets columns that `select` itself reads or on which another kind acts: `topk` and
-    `schedule` both set `k`, `median` those of `ratio`. Kinds that set the same columns exclude each other.
+    `schedule` both set `k`, `median` those of `ratio`. Kinds that set the same columns exclude each other, and exactly
+    one of them gives `neutral` values.
 
-    The first line of the docstring is what docs/policies.md says of the kind.
+    The first line of the docstring and the paper that it cites are a row of the table in docs/policies.md.
     """
 
     name: ClassVar[str]  # before the colon

@@ -20,7 +20,7 @@ from moe_jax.routing.policies.kind import RowWise
 
 @dataclasses.dataclass(frozen=True)
 class Mass(RowWise):
-    """`mass:p`: slots i with (sum of all w_j > w_i) < p * (sum of all w_j), the heaviest; at least `min` slots.
+    """`mass:p`: slots i where those heavier than i weigh less than p * (w_1 + ... + w_k); at least `min` slots.
 
     A slot is kept while the slots heavier than it hold less than p of what the offered slots of its token hold
     together; among equals the router's order holds. With p = 1 all are kept.

@@ -11,7 +11,7 @@ from moe_jax.routing.policies.ratio import Ratio
 
 @dataclasses.dataclass(frozen=True)
 class Median(Kind):
-    """`median`: `ratio` with t = `scale` * each layer's median of w_i / w_1 over calibration tokens and i = 2 to k.
+    """`median`: `ratio` with t = `scale` * the layer's median of w_i / w_1 over calibration tokens, i = 2 to k.
 
     The median is taken over the slots i = 2 to k together (arXiv 2402.14800, section 3.3, has two slots, and drops the
     second below the median of their ratio).

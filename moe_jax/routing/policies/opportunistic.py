@@ -12,7 +12,7 @@ from moe_jax.routing.selection import Routing, Slots
 
 @dataclasses.dataclass(frozen=True)
 class Opportunistic(StepWise):
-    """`opportunistic:k0`: as many as its own k, the best of the set that the best k0 of all rows form.
+    """`opportunistic:k0`: its best k of the experts that are in any row's best k0.
 
     Opportunistic expert activation, arXiv 2511.02237. With k0 = k it changes nothing.
     """

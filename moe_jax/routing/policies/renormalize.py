@@ -15,7 +15,7 @@ RULES = ("none", "own", "one")  # by their number, see `weigh`
 
 @dataclasses.dataclass(frozen=True)
 class Renormalize(Kind):
-    """`renormalize:to`: no slot changes; kept weights sum to what they do (`none`), the model's own sum (`own`), `one`.
+    """`renormalize:to`: the same slots; weights stay (`none`), sum to what the model's own k do (`own`), or to `one`.
 
     See `weigh`. Left out, what the model itself does. Its column is always there, and `select` reads it.
     """

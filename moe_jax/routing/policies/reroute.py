@@ -22,10 +22,10 @@ from moe_jax.routing.selection import Routing, Slots
 
 @dataclasses.dataclass(frozen=True)
 class Reroute(StepWise):
-    """`reroute:k0,s`: its own, but an expert e in no row's best k0 becomes p of those with the largest S(e, p) >= s.
+    """`reroute:k0,s`: its own k; an expert in no row's best k0 becomes the most similar one that is, if that is >= s.
 
-    S is the calibrated similarity of two experts. One is replaced only by an expert within the row's reach, and keeps
-    its own mixing weight; slots of a row that then name one expert merge, and their weights add (similarity-based
+    The similarity of two experts is calibrated. One is replaced only by an expert within the row's reach, and keeps its
+    own mixing weight; slots of a row that then name one expert merge, and their weights add (similarity-based
     re-routing, arXiv 2602.07616).
     """
 
