@@ -71,7 +71,7 @@ def prepare(run: command.Command):
     from moe_jax.engine.request import execution_of, make_requests
     from moe_jax.routing import calibration as calibrations
     from moe_jax.routing import trace as traces
-    from moe_jax.routing.policies.base import fixed_k
+    from moe_jax.routing.policies import fixed_k
     from moe_jax.routing.policies.parse import parse
     from moe_jax.study.random_model import random_params
     from moe_jax.study.speed import Subject

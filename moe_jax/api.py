@@ -21,8 +21,8 @@ from moe_jax.engine.request import AnyPolicy, execution_of, make_requests, polic
 from moe_jax.model import decoder
 from moe_jax.model.finite import require_finite
 from moe_jax.routing import calibration as calibrations
+from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration
-from moe_jax.routing.policies import base as policies
 from moe_jax.text.tokenizer import load_tokenizer
 
 

@@ -21,7 +21,7 @@ from moe_jax.config import gin
 from moe_jax.config.architecture import Architecture
 from moe_jax.engine.request import execution_of
 from moe_jax.files import replaced_folder
-from moe_jax.routing.policies import base as policies
+from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import parse
 from moe_jax.text.tokenizer import END_OF_TEXT_ID, load_tokenizer, tokenizer_files
 from moe_jax.training.step import start

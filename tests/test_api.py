@@ -15,7 +15,7 @@ from moe_jax import api
 from moe_jax.config.schema import Config
 from moe_jax.engine.request import execution_of
 from moe_jax.model import parameters
-from moe_jax.routing.policies import base as policies
+from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import MODEL_OWN
 from moe_jax.routing.policies.schedule import TopK
 from tests import chained_model, tiny_model

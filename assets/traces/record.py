@@ -14,8 +14,7 @@ import numpy as np
 import moe_jax
 from moe_jax.engine.request import execution_of
 from moe_jax.model import decoder
-from moe_jax.routing import trace
-from moe_jax.routing.policies import base
+from moe_jax.routing import policies, trace
 from moe_jax.routing.policies.parse import MODEL_OWN
 from moe_jax.text import corpus
 
@@ -37,7 +36,7 @@ def documents_of(model: moe_jax.Model) -> np.ndarray:
 def record(model: moe_jax.Model, tokens_BT: np.ndarray) -> np.ndarray:
     """expert_LBTK of every token."""
     execution = execution_of(model.architecture)
-    live = base.settings([MODEL_OWN] * len(tokens_BT), model.architecture, execution.k_max)
+    live = policies.settings([MODEL_OWN] * len(tokens_BT), model.architecture, execution.k_max)
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     rows = (tokens_BT, positions_BT, jnp.ones_like(positions_BT))
     traffic = jax.jit(lambda params: decoder.hidden(params, *rows, live, execution)[1])(model.params)

@@ -17,7 +17,7 @@ from moe_jax.engine.steps import Drawn, Live
 from moe_jax.engine.stopping import StoppingText
 from moe_jax.model import decoder
 from moe_jax.model.finite import NotFiniteError, require_finite
-from moe_jax.routing.policies import base as policies
+from moe_jax.routing import policies
 from moe_jax.routing.selection import distinct_experts
 
 

@@ -12,8 +12,8 @@ from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import KernelsConfig, SamplingConfig
 from moe_jax.kernels import chooser
 from moe_jax.model.decoder import Execution
+from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration
-from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
 
 AnyPolicy = str | policies.Policy | None  # None: the model's own k

@@ -12,7 +12,7 @@ import tokenizers
 from moe_jax.evaluation.journal import Journal
 from moe_jax.evaluation.scoring import Batch, score
 from moe_jax.model import decoder
-from moe_jax.routing.policies import base as policies
+from moe_jax.routing import policies
 from moe_jax.text.corpus import Document
 
 OPTIONS = 4

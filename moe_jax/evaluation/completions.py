@@ -15,7 +15,7 @@ from moe_jax.engine.generate import Engine
 from moe_jax.engine.request import make_requests
 from moe_jax.evaluation.journal import Journal
 from moe_jax.model import decoder
-from moe_jax.routing.policies import base as policies
+from moe_jax.routing import policies
 from moe_jax.text.corpus import Document
 
 PROMPT = 128  # tokens, the header's the last of them

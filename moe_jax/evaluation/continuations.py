@@ -8,7 +8,7 @@ import numpy as np
 from moe_jax.engine.cache import length_bucket, round_up
 from moe_jax.evaluation.scoring import Batch, score
 from moe_jax.model import decoder
-from moe_jax.routing.policies import base as policies
+from moe_jax.routing import policies
 
 
 class Pair(NamedTuple):

@@ -9,7 +9,7 @@ import numpy as np
 from moe_jax.evaluation.journal import Journal
 from moe_jax.evaluation.scoring import Batch, score
 from moe_jax.model import decoder
-from moe_jax.routing.policies import base as policies
+from moe_jax.routing import policies
 from moe_jax.text.batches import windows
 
 

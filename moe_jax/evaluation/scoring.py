@@ -12,7 +12,7 @@ from jax import lax
 
 from moe_jax.model import decoder
 from moe_jax.model.finite import require_finite
-from moe_jax.routing.policies import base as policies
+from moe_jax.routing import policies
 
 CHUNK = 1024  # labels whose logits exist at a time
 

@@ -16,8 +16,8 @@ from moe_jax.model.attention import Cache
 from moe_jax.model.layers import Stacked, feed_forward, one_layer, project, rms_norm
 from moe_jax.model.low_rank import KEPT, holds_any, merge
 from moe_jax.model.moe import Traffic, moe_layer
-from moe_jax.routing.policies import base as policies
-from moe_jax.routing.policies.base import Context, Settings
+from moe_jax.routing import policies
+from moe_jax.routing.policies import Context, Settings
 from moe_jax.routing.policies.parse import MODEL_OWN
 
 ATTENTION = {"grouped": attention, "latent": latent_attention}  # by `attention.kind`

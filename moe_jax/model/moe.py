@@ -9,9 +9,8 @@ from moe_jax.config.architecture import MoEConfig
 from moe_jax.dispatch import local
 from moe_jax.kernels.grouped_matmul.api import grouped_matmul
 from moe_jax.model.layers import feed_forward, swiglu
-from moe_jax.routing import balance
+from moe_jax.routing import balance, policies
 from moe_jax.routing.mask import masked
-from moe_jax.routing.policies import base as policies
 from moe_jax.routing.router import route
 
 

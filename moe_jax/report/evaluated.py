@@ -17,8 +17,8 @@ from moe_jax.evaluation import choices, completions, likelihood
 from moe_jax.evaluation.intervals import Estimate, paired_difference, paired_ratio, ratio
 from moe_jax.evaluation.journal import Journal
 from moe_jax.model.decoder import Execution
+from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration
-from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
 from moe_jax.text.corpus import Document, half
 from moe_jax.text.tokenizer import encode_documents

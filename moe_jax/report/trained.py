@@ -17,7 +17,7 @@ from moe_jax.evaluation.likelihood import num_windows, score_documents, xz_bits_
 from moe_jax.model.decoder import Execution, Params
 from moe_jax.report.evaluated import load_max_over_mean
 from moe_jax.report.plots import draw_training_curve
-from moe_jax.routing.policies import base as policies
+from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import parse
 from moe_jax.text.tokenizer import END_OF_TEXT_ID, tokenizer_files
 from moe_jax.training.pretraining import Text

@@ -7,10 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_jax.config.architecture import MoEConfig
-
-RENORMALIZATIONS = ("none", "own", "one")  # by their number, see `weigh`
-
 
 class Routing(NamedTuple):
     """What the router says of N tokens and E experts, in float32."""
@@ -51,28 +47,3 @@ def top_slots(routing: Routing, count: int) -> tuple[jax.Array, jax.Array]:
     """
     _, expert_NK = lax.top_k(routing.score_NE, count)
     return expert_NK, jnp.take_along_axis(routing.mix_NE, expert_NK, axis=1)
-
-
-def weigh(slots: Slots, own_sum_N: jax.Array, renormalize_N: jax.Array, moe: MoEConfig) -> Selection:
-    """Weights the kept slots, which after dropping may be renormalised.
-
-    The full model's weight of a slot is its mixing weight, divided by the sum over the model's own k where
-    `moe.normalize`, times `moe.routed_scaling`. With "none" a kept slot keeps that weight; with "own" the kept slots
-    are scaled to sum to what the model's own k summed to; with "one" to one before the scaling. Where `moe.normalize`,
-    the model's own k sum to one, so "own" and "one" are the same; it is what these models do when they are configured
-    for another k (DeepSeek-V3, GLM-4.5). A model that does not normalise (DeepSeek-V2-Lite) does "none".
-
-    Args:
-        slots: kept or not.
-        own_sum_N: float32, mixing weights summed over the k experts that the full model would choose.
-        renormalize_N: int32, numbers of `RENORMALIZATIONS`.
-        moe: the section of the configuration.
-    """
-    mix_NK = jnp.where(slots.keep_NK, slots.mix_NK, 0.0)
-    kept_sum_N = mix_NK.sum(axis=1)
-    none_N, own_N = (renormalize_N == RENORMALIZATIONS.index(name) for name in ("none", "own"))
-    divisor_N = jnp.where(none_N, own_sum_N if moe.normalize else 1.0, kept_sum_N)
-    if not moe.normalize:
-        divisor_N = jnp.where(own_N, kept_sum_N / (own_sum_N + 1e-20), divisor_N)
-    weight_NK = mix_NK / (divisor_N[:, None] + 1e-20)
-    return Selection(slots.expert_NK, weight_NK * moe.routed_scaling, slots.keep_NK)

@@ -10,8 +10,8 @@ import numpy as np
 from moe_jax.model import decoder
 from moe_jax.model.finite import require_finite
 from moe_jax.model.layers import swiglu
+from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration, sample_of
-from moe_jax.routing.policies import base as policies
 from moe_jax.routing.policies.parse import MODEL_OWN
 from moe_jax.routing.router import route
 from moe_jax.routing.selection import top_slots

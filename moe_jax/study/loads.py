@@ -17,7 +17,7 @@ from moe_jax.engine.generate import Engine, batch_of
 from moe_jax.engine.request import make_requests
 from moe_jax.model.decoder import Execution, dtype_of
 from moe_jax.model.finite import require_finite
-from moe_jax.routing.policies import base as policies
+from moe_jax.routing import policies
 from moe_jax.routing.selection import distinct_experts
 
 
@@ -53,8 +53,8 @@ class Load:
         batch, execution = self._batch, self._execution
         padded = np.full((len(chosen_LBK), batch.shape.batch, execution.k_max), -1, np.int32)
         padded[:, : self.rows, : chosen_LBK.shape[2]] = chosen_LBK
-        replay = policies.Replay(*jax.device_put((np.maximum(padded, 0), padded >= 0)))
-        live = batch.live._replace(policy=self._settings_of(policy)._replace(replay=replay))
+        replayed = policies.Replayed(self._settings_of(policy), *jax.device_put((np.maximum(padded, 0), padded >= 0)))
+        live = batch.live._replace(policy=replayed)
         program = self._engine.decode_program(batch._replace(live=live), execution)
         rows = (np.zeros_like(batch.length_B), np.full_like(batch.length_B, self.cached), batch.valid_BT[:, 0])
         for _ in range(1 if program in self._warm else 2):

@@ -16,9 +16,9 @@ from moe_jax.config.schema import Config
 from moe_jax.evaluation.journal import Journal
 from moe_jax.evaluation.likelihood import Likelihood, num_windows, score_documents
 from moe_jax.model.decoder import Execution, Params
+from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration
-from moe_jax.routing.policies import base as policies
-from moe_jax.routing.policies.base import Policy
+from moe_jax.routing.policies import Policy
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
 from moe_jax.text.batches import Packed
 from moe_jax.text.tokenizer import load_tokenizer

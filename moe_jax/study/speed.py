@@ -22,7 +22,7 @@ from moe_jax.engine.request import AnyPolicy, make_requests
 from moe_jax.engine.steps import Live
 from moe_jax.model.decoder import Execution
 from moe_jax.model.finite import require_finite
-from moe_jax.routing.policies.base import Replay
+from moe_jax.routing.policies import Replayed
 from moe_jax.routing.selection import distinct_experts
 from moe_jax.routing.trace import Trace
 
@@ -146,8 +146,8 @@ def _with_replay(batch: Batch, expert_LBTK: np.ndarray | None) -> Live:
     padded_length = 1 if length == 1 else batch.shape.length
     padding = ((0, 0), (0, batch.shape.batch - rows), (0, padded_length - length), (0, 0))
     replay_LNK = np.pad(expert_LBTK, padding, constant_values=-1).reshape(layers, -1, k_max)
-    replay = Replay(jax.device_put(replay_LNK).block_until_ready())
-    return batch.live._replace(policy=batch.live.policy._replace(replay=replay))
+    replayed = Replayed(batch.live.policy, jax.device_put(replay_LNK).block_until_ready())
+    return batch.live._replace(policy=replayed)
 
 
 def _step_of(cached_B: Sequence[int], new_B: Sequence[int], chosen_LNK: np.ndarray) -> roofline.Step:

@@ -5,8 +5,8 @@ import numpy as np
 
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.finetuning import FinetuneConfig
-from moe_jax.routing.policies import base as policies
-from moe_jax.routing.policies.base import Settings
+from moe_jax.routing import policies
+from moe_jax.routing.policies import Settings
 from moe_jax.routing.policies.parse import MODEL_OWN
 
 

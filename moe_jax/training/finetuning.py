@@ -17,9 +17,8 @@ from moe_jax.config.schema import Config, TextConfig
 from moe_jax.cost import hardware
 from moe_jax.evaluation import likelihood
 from moe_jax.model.decoder import Execution, Params
-from moe_jax.routing import mask
-from moe_jax.routing.policies import base as policies
-from moe_jax.routing.policies.base import Policy
+from moe_jax.routing import mask, policies
+from moe_jax.routing.policies import Policy
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
 from moe_jax.text import corpus as corpora
 from moe_jax.text.batches import Packed, pack

@@ -19,7 +19,7 @@ from moe_jax.checkpoint.orbax import Checkpoints
 from moe_jax.config import gin
 from moe_jax.config.schema import Config
 from moe_jax.model.finite import NotFiniteError
-from moe_jax.routing.policies.base import Settings
+from moe_jax.routing.policies import Settings
 from moe_jax.text.batches import Packed, batches
 from moe_jax.training.optimizer import learning_rate
 from moe_jax.training.step import Fixed, State, Step

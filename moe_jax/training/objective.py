@@ -12,7 +12,7 @@ from jax import lax
 
 from moe_jax.config.finetuning import ObjectiveConfig
 from moe_jax.model import decoder
-from moe_jax.routing.policies.base import Settings
+from moe_jax.routing.policies import Settings
 
 CHUNK_TOKENS = 1024  # rows of logits held at once, or a little more where they do not divide the batch
 

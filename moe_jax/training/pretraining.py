@@ -14,7 +14,7 @@ from moe_jax.config.schema import Config
 from moe_jax.cost import hardware
 from moe_jax.evaluation import likelihood
 from moe_jax.model import decoder, parameters
-from moe_jax.routing.policies import base as policies
+from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import MODEL_OWN
 from moe_jax.text import corpus as corpora
 from moe_jax.text.batches import Packed, pack

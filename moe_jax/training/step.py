@@ -13,7 +13,7 @@ from moe_jax.config.finetuning import ObjectiveConfig
 from moe_jax.config.schema import TrainingConfig
 from moe_jax.model import decoder
 from moe_jax.routing import balance
-from moe_jax.routing.policies.base import Settings
+from moe_jax.routing.policies import Settings
 from moe_jax.training import optimizer, trainable
 from moe_jax.training.objective import Measured, Teacher, objective
 

@@ -11,7 +11,7 @@ from moe_jax.cost import roofline
 from moe_jax.engine import cache as caches
 from moe_jax.kernels.chooser import Kernels
 from moe_jax.model import decoder
-from moe_jax.routing.policies import base as policies
+from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import MODEL_OWN
 from tests import tiny_model
 from tests.family_variants import VARIANTS

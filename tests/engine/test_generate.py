@@ -14,7 +14,7 @@ from moe_jax.engine.generate import Engine, batch_of
 from moe_jax.engine.request import execution_of, make_requests, policy_of_each
 from moe_jax.engine.stopping import StoppingText
 from moe_jax.model import decoder
-from moe_jax.routing.policies import base as policies
+from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import parse
 from tests import tiny_model
 

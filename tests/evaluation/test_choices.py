@@ -7,7 +7,7 @@ import pytest
 from moe_jax.evaluation import choices
 from moe_jax.kernels.chooser import resolve
 from moe_jax.model import decoder
-from moe_jax.routing.policies import base
+from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import parse
 from moe_jax.text.corpus import Document
 from tests import tiny_model
@@ -63,7 +63,7 @@ def test_options_in_one_row_are_scored_as_sequences_of_their_own(questions, spec
     compared = [parse("topk:8"), parse(spec)]
     scored = choices.score_options(params, questions, compared, EXECUTION, batch_size=8)[1]
     hidden = jax.jit(decoder.hidden, static_argnums=5)
-    live = base.settings([parse(spec)], ARCHITECTURE, 8)
+    live = policies.settings([parse(spec)], ARCHITECTURE, 8)
     for question, got in zip(questions, scored):
         per_byte = []
         for ids, size in zip(question.option_ids, question.option_bytes):

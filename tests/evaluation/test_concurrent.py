@@ -9,8 +9,8 @@ from moe_jax.engine import cache as caches
 from moe_jax.engine.request import execution_of
 from moe_jax.evaluation import concurrent
 from moe_jax.model import decoder
+from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration
-from moe_jax.routing.policies import base
 from moe_jax.routing.policies.parse import parse
 from tests import chained_model, tiny_model
 
@@ -41,7 +41,7 @@ def extend(params, cache, tokens_BT, start_B, live):
 def decoded(tokens_BT, policy):
     """Bits of each row, and chosen_LBTK, one token of every row at a time."""
     rows = len(tokens_BT)
-    live = base.settings([policy] * rows, ARCHITECTURE, EXECUTION.k_max)
+    live = policies.settings([policy] * rows, ARCHITECTURE, EXECUTION.k_max)
     cache = caches.allocate(ARCHITECTURE, rows, LENGTH, jnp.float32)
     bits_B, chosen = np.zeros(rows), []
     for at in range(LENGTH):

@@ -12,7 +12,7 @@ from moe_jax.evaluation import likelihood, scoring
 from moe_jax.evaluation.journal import Journal
 from moe_jax.kernels.chooser import resolve
 from moe_jax.model import decoder
-from moe_jax.routing.policies import base
+from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import parse
 from tests import tiny_model
 
@@ -37,7 +37,7 @@ def jitted_hidden():
 
 def probabilities(params, tokens, policy):
     """Of every next token behind every token of one unpadded sequence but its last."""
-    live = base.settings([policy], ARCHITECTURE, 3)
+    live = policies.settings([policy], ARCHITECTURE, 3)
     inputs = np.asarray(tokens[:-1])[None]
     positions = np.arange(inputs.shape[1])[None]
     x, _ = jitted_hidden()(params, inputs, positions, np.ones_like(inputs), live, EXECUTION)

@@ -15,7 +15,7 @@ from moe_jax.checkpoint import huggingface
 from moe_jax.engine import cache as caches
 from moe_jax.engine.request import execution_of
 from moe_jax.model import decoder
-from moe_jax.routing.policies import base as policies
+from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import MODEL_OWN
 from tests.family_variants import GOLDEN, VARIANTS
 

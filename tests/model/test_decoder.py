@@ -9,8 +9,8 @@ from moe_jax.engine import cache as caches
 from moe_jax.kernels.chooser import resolve
 from moe_jax.model import decoder
 from moe_jax.model.moe import moe_layer
-from moe_jax.routing.policies import base as policies
-from moe_jax.routing.policies.base import Context
+from moe_jax.routing import policies
+from moe_jax.routing.policies import Context
 from moe_jax.routing.policies.parse import parse
 from tests import tiny_model
 

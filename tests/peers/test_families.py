@@ -15,7 +15,7 @@ from moe_jax.checkpoint import huggingface
 from moe_jax.checkpoint.families import FAMILIES
 from moe_jax.config.finetuning import ObjectiveConfig
 from moe_jax.engine.request import execution_of
-from moe_jax.routing.policies import base as policies
+from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import parse
 from moe_jax.text.batches import Batch
 from moe_jax.training.objective import objective

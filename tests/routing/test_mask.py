@@ -6,8 +6,7 @@ import numpy as np
 
 from moe_jax.engine.request import execution_of
 from moe_jax.model import decoder
-from moe_jax.routing import mask
-from moe_jax.routing.policies import base as policies
+from moe_jax.routing import mask, policies
 from moe_jax.routing.policies.parse import parse
 from moe_jax.routing.selection import Selection
 from tests.tiny_model import ARCHITECTURE, random_params

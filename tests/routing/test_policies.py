@@ -8,9 +8,10 @@ import pytest
 from hypothesis import strategies as st
 
 from moe_jax.config.architecture import MoEConfig
+from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration
-from moe_jax.routing.policies import base
-from moe_jax.routing.policies.parse import KINDS, parse
+from moe_jax.routing.policies.parse import parse
+from moe_jax.routing.policies.registry import KINDS
 from moe_jax.routing.selection import Routing
 from tests import tiny_model
 from tests.routing import plain_policies as plain
@@ -23,12 +24,13 @@ LAYER = 1
 
 
 def bound(specs, moe=MOE, k_max=K, group_B=None):
-    return base.settings([parse(spec, CALIBRATION) for spec in specs], tiny_model.layers_of(moe, L), k_max, group_B)
+    return policies.settings([parse(spec, CALIBRATION) for spec in specs], tiny_model.layers_of(moe, L), k_max, group_B)
 
 
 @jax.jit
 def _select(score_NE, mix_NE, live, row_N, valid_N):
-    return base.select(Routing(score_NE, mix_NE), live, base.Context(jnp.int32(LAYER), row_N, valid_N, 1), MOE, K)
+    context = policies.Context(jnp.int32(LAYER), row_N, valid_N, 1)
+    return policies.select(Routing(score_NE, mix_NE), live, context, MOE, K)
 
 
 def select(score, mix, live, valid=None):
@@ -193,8 +195,8 @@ def test_steps_side_by_side_are_steps_one_by_one():
     row_N, valid_N = np.repeat(np.arange(B), steps), np.ones(B * steps, bool)
 
     def run(context_steps):
-        context = base.Context(jnp.int32(LAYER), jnp.asarray(row_N), jnp.asarray(valid_N), context_steps)
-        return kept_of(jax.device_get(base.select(Routing(flat, flat), live, context, MOE, K)))
+        context = policies.Context(jnp.int32(LAYER), jnp.asarray(row_N), jnp.asarray(valid_N), context_steps)
+        return kept_of(jax.device_get(policies.select(Routing(flat, flat), live, context, MOE, K)))
 
     together = run(steps)
     for step in range(steps):
@@ -225,8 +227,8 @@ def test_renormalisation_with_fewer_and_more_static_slots(normalize, rule, k_max
     moe = MoEConfig(num_experts=E, k=4, normalize=normalize, routed_scaling=1.5)
     score_BE = np.random.default_rng(4).uniform(0.1, 1, (B, E)).astype(np.float32)
     live = bound(["topk:2" + (f"+renormalize:{rule}" if rule else "")] * B, moe, k_max)
-    context = base.Context(jnp.int32(LAYER), jnp.arange(B), jnp.ones(B, bool), 1)
-    got = kept_of(jax.device_get(base.select(Routing(score_BE, score_BE), live, context, moe, k_max)))
+    context = policies.Context(jnp.int32(LAYER), jnp.arange(B), jnp.ones(B, bool), 1)
+    got = kept_of(jax.device_get(policies.select(Routing(score_BE, score_BE), live, context, moe, k_max)))
     for row, mix in zip(got, np.float64(score_BE)):
         wanted = plain.weighted(plain.topk(mix, mix, 2), mix, mix, 4, normalize, 1.5, rule)
         assert [e for e, _ in row] == [e for e, _ in wanted]
@@ -248,7 +250,7 @@ def test_k_of_each_layer(spec, wanted):
 
 
 def test_a_schedule_is_linear_between_its_ends_and_rounds_halves_up():
-    live = base.settings([parse("schedule:6,8,2,4")], tiny_model.layers_of(MoEConfig(num_experts=E, k=8), 11), 8)
+    live = policies.settings([parse("schedule:6,8,2,4")], tiny_model.layers_of(MoEConfig(num_experts=E, k=8), 11), 8)
     assert np.asarray(live.of_BL["k"]).tolist() == [[6, 7, 7, 8, 8, 7, 6, 5, 4, 3, 2]]
 
 
@@ -257,9 +259,7 @@ def test_thresholds_may_differ_by_layer():
     np.testing.assert_allclose(bound(["median:scale=0.5"]).of_BL["ratio"], [[0.15, 0.25, 0.35]])
 
 
-@pytest.mark.parametrize(
-    "spec", [*SPECS, *NEUTRAL, "ratio:0.5/0.25/0.125,min=2", *(one.form for one in KINDS.values())]
-)
+@pytest.mark.parametrize("spec", [*SPECS, *NEUTRAL, "ratio:0.5/0.25/0.125,min=2", *(kind.form for kind in KINDS)])
 def test_a_spec_prints_as_it_parses(spec):
     assert parse(parse(spec).spec) == parse(spec)
 
@@ -318,6 +318,6 @@ def test_refused_by_the_model(spec, message):
 @pytest.mark.parametrize("spec", ["median", "reroute:2,0.5"])
 def test_a_calibration_is_asked_for(spec):
     with pytest.raises(ValueError, match=r"policy.calibration.*launch/calibrate.py"):
-        base.settings([parse(spec)], tiny_model.layers_of(MOE, L), K)
+        policies.settings([parse(spec)], tiny_model.layers_of(MOE, L), K)
     with pytest.raises(ValueError, match="other layers or experts"):
-        base.settings([parse(spec, CALIBRATION)], tiny_model.layers_of(MOE, L + 1), K)
+        policies.settings([parse(spec, CALIBRATION)], tiny_model.layers_of(MOE, L + 1), K)

@@ -9,10 +9,10 @@ import pytest
 
 from moe_jax.config.architecture import MoEConfig
 from moe_jax.routing import balance
-from moe_jax.routing.policies import base
+from moe_jax.routing.policies import Context, select, settings
 from moe_jax.routing.policies.parse import parse
 from moe_jax.routing.router import route
-from moe_jax.routing.selection import Selection
+from moe_jax.routing.selection import Routing, Selection
 from tests import tiny_model
 
 BASE = MoEConfig(num_experts=16, k=4)
@@ -69,9 +69,9 @@ def test_selection_equals_a_plain_loop(variant, k):
     bias = rng.standard_normal(moe.num_experts) * 0.1
     x32, weight32, bias32 = (np.asarray(part, np.float32) for part in (x, weight, bias))
     routing = route(x32, weight32, bias32 if moe.selection_bias else None, moe)
-    live = base.settings([parse(f"topk:{k}")], tiny_model.layers_of(moe, 1), 6)
-    context = base.Context(jnp.int32(0), jnp.zeros(N, jnp.int32), jnp.ones(N, bool), 0)
-    selection = base.select(routing, live, context, moe, 6)
+    live = settings([parse(f"topk:{k}")], tiny_model.layers_of(moe, 1), 6)
+    context = Context(jnp.int32(0), jnp.zeros(N, jnp.int32), jnp.ones(N, bool), 0)
+    selection = select(routing, live, context, moe, 6)
     experts, weights = plain_selection(x32, weight32, bias32, moe, k)
     np.testing.assert_array_equal(selection.expert_NK[:, :k], experts)
     np.testing.assert_allclose(selection.weight_NK[:, :k], weights, rtol=1e-5)
@@ -82,12 +82,10 @@ def test_selection_equals_a_plain_loop(variant, k):
 def test_settings_are_per_request_and_layer_and_padding_keeps_nothing():
     rng = np.random.default_rng(0)
     routing = route(rng.standard_normal((6, D), np.float32), rng.standard_normal((16, D), np.float32), None, BASE)
-    live = base.settings([parse("topk:2"), parse("layers:1,4")], tiny_model.layers_of(BASE, 2), 4)
+    live = settings([parse("topk:2"), parse("layers:1,4")], tiny_model.layers_of(BASE, 2), 4)
     rows, valid = jnp.array([0, 0, 0, 1, 1, 1]), jnp.array([True, True, False, True, False, True])
     kept = [
-        np.asarray(base.select(routing, live, base.Context(jnp.int32(layer), rows, valid, 0), BASE, 4).keep_NK).sum(
-            axis=1
-        )
+        select(routing, live, Context(jnp.int32(layer), rows, valid, 0), BASE, 4).keep_NK.sum(axis=1)
         for layer in (0, 1)
     ]
     np.testing.assert_array_equal(kept, [[2, 2, 0, 1, 0, 1], [2, 2, 0, 4, 0, 4]])
@@ -96,21 +94,21 @@ def test_settings_are_per_request_and_layer_and_padding_keeps_nothing():
 def test_full_k_keeps_the_models_own_choice_bit_for_bit():
     rng = np.random.default_rng(5)
     routing = route(rng.standard_normal((N, D), np.float32), rng.standard_normal((16, D), np.float32), None, BASE)
-    context = base.Context(jnp.int32(0), jnp.zeros(N, jnp.int32), jnp.ones(N, bool), 0)
-    narrow = base.select(routing, base.settings([parse("topk:4")], tiny_model.layers_of(BASE, 1), 4), context, BASE, 4)
-    wide = base.select(routing, base.settings([parse("topk:4")], tiny_model.layers_of(BASE, 1), 7), context, BASE, 7)
+    context = Context(jnp.int32(0), jnp.zeros(N, jnp.int32), jnp.ones(N, bool), 0)
+    policy, architecture = [parse("topk:4")], tiny_model.layers_of(BASE, 1)
+    narrow, wide = (select(routing, settings(policy, architecture, k), context, BASE, k) for k in (4, 7))
     np.testing.assert_array_equal(narrow.weight_NK, wide.weight_NK[:, :4])
     np.testing.assert_array_equal(narrow.expert_NK, wide.expert_NK[:, :4])
 
 
 def test_load_loss_is_one_when_even_and_its_gradient_evens():
     moe = dataclasses.replace(BASE, selection_bias=False)
-    even = base.Routing(jnp.zeros((N, 16)), jnp.full((N, 16), 0.25))
+    even = Routing(jnp.zeros((N, 16)), jnp.full((N, 16), 0.25))
     valid = jnp.ones(N, bool)
     np.testing.assert_allclose(balance.load_loss(even, jnp.full(16, 3.0), valid), 1.0, rtol=1e-6)
 
     def loss(logits):
-        routing = base.Routing(logits, jax.nn.sigmoid(logits))
+        routing = Routing(logits, jax.nn.sigmoid(logits))
         return balance.load_loss(routing, jnp.zeros(16).at[3].set(50.0), valid)
 
     gradient = np.asarray(jax.grad(loss)(jnp.zeros((N, moe.num_experts)))).sum(axis=0)

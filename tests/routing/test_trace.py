@@ -1,14 +1,16 @@
 """A recorded trace in a model of the same number of experts, of more, and in the policy that replays it."""
 
+import functools
 import pathlib
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moe_jax.config.architecture import MoEConfig
 from moe_jax.routing import trace as traces
-from moe_jax.routing.policies.base import Context, Replay, select, settings
+from moe_jax.routing.policies import Context, Replayed, select, settings
 from moe_jax.routing.policies.parse import parse
 from moe_jax.routing.selection import Routing
 from tests import tiny_model
@@ -111,9 +113,7 @@ def select_replayed(replay_LNK, moe=MOE):
     routing = Routing(jnp.asarray(MIX_NE), jnp.asarray(MIX_NE))
     live = settings([parse("model"), parse("layers:3,2")], tiny_model.layers_of(moe, 2), 3)
     context = Context(jnp.int32(1), jnp.array([0, 0, 1, 1]), jnp.array([True, True, True, False]), 2)
-    return select(
-        routing, live._replace(replay=replay_LNK if replay_LNK is None else Replay(replay_LNK)), context, moe, 3
-    )
+    return select(routing, live if replay_LNK is None else Replayed(live, replay_LNK), context, moe, 3)
 
 
 def test_the_policy_takes_the_given_experts_at_the_routers_weights():
@@ -132,3 +132,27 @@ def test_a_token_without_a_recording_is_routed_as_ever():
     for one, other in zip(ever, nothing):
         np.testing.assert_array_equal(one, other)
     np.testing.assert_array_equal(ever.expert_NK, np.tile([5, 4, 3], (4, 1)))
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_part_of_the_tokens_replays_its_part(kept):
+    """As prompts are read in chunks: what is of tokens is cut, what is of requests is not."""
+    live = settings([parse("model"), parse("layers:3,2")], tiny_model.layers_of(MOE, 2), 3)
+    random = np.random.default_rng(0)
+    given_LNK = random.integers(-1, 6, (2, 4, 3)).astype(np.int32)
+    keep_LNK = random.integers(0, 2, (2, 4, 3)).astype(bool) if kept else None
+    replayed = Replayed(live, given_LNK, keep_LNK)
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def selected(settings, first, last):
+        tokens = slice(first, last)
+        routing = Routing(jnp.asarray(MIX_NE[tokens]), jnp.asarray(MIX_NE[tokens]))
+        context = Context(jnp.int32(1), jnp.array([0, 0, 1, 1])[tokens], jnp.ones(4, bool)[tokens], 0)
+        return select(routing, settings, context, MOE, 3)
+
+    def of_chunk(x_LNK):
+        return x_LNK[:, 1:3]
+
+    for part, whole in zip(selected(replayed.of_tokens(of_chunk), 1, 3), selected(replayed, 0, 4), strict=True):
+        np.testing.assert_array_equal(part, whole[1:3])
+    assert live.of_tokens(of_chunk) is live

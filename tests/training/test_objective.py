@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax.config.finetuning import ObjectiveConfig
 from moe_jax.engine.request import execution_of
-from moe_jax.routing.policies import base as policies
+from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
 from moe_jax.training import objective
 from moe_jax.training.objective import Teacher, token_losses

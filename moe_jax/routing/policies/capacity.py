@@ -1,4 +1,4 @@
-"""A policy that bounds how many rows of one decode step an expert serves."""
+"""The kind `capacity`: a bound on how many rows of one decode step an expert serves."""
 
 import dataclasses
 
@@ -7,16 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_jax.routing.policies.batch_aware import filled
-from moe_jax.routing.policies.part import Model, Part, PerLayer, constant, per_layer, require_between
+from moe_jax.routing.policies.columns import Columns, Model, PerLayer, constant, per_layer, require_between
+from moe_jax.routing.policies.kind import StepWise
+from moe_jax.routing.policies.step import filled
 from moe_jax.routing.selection import Routing, Slots
 
 OVERFLOW = ("drop", "next")
 
 
 @dataclasses.dataclass(frozen=True)
-class Capacity(Part):
-    """`capacity:gamma`: an expert serves at most gamma * T * k / E rows, rounded up, those with the most weight.
+class Capacity(StepWise):
+    """`capacity:gamma`: its own k; an expert serves at most ceil(gamma * T * k / E) rows, those with the largest w.
 
     T * k is the number of slots that the rows keep. The overflow is dropped or, with `overflow=next`, offered to the
     next choice: rank by rank, down to twice as many as it keeps, a row that is short of slots asks its expert of that
@@ -24,7 +25,7 @@ class Capacity(Part):
     (capacity-aware inference, arXiv 2503.05066). Ties go to the earlier row.
     """
 
-    kind, form, batch_aware = "capacity", "capacity:1.5,overflow=next", True
+    name, form, sets = "capacity", "capacity:1.5,overflow=next", ("capacity", "overflow")
     gamma: PerLayer
     overflow: str = "drop"
 
@@ -33,56 +34,55 @@ class Capacity(Part):
         if self.overflow not in OVERFLOW:
             raise ValueError(f"wanted overflow = {' or '.join(OVERFLOW)}")
 
-    def columns(self, model: Model) -> dict[str, np.ndarray]:
+    def columns(self, model: Model) -> Columns:
         """Gamma of each layer, and the number of what happens to the overflow."""
-        overflow = constant(model, OVERFLOW.index(self.overflow))
-        return {"capacity": per_layer(model, self.gamma), "overflow": overflow}
+        return per_layer(model, self.gamma), constant(model, OVERFLOW.index(self.overflow))
 
+    @classmethod
+    def neutral(cls, model: Model) -> Columns:
+        """Nothing overflows."""
+        return constant(model, np.inf, np.float32), constant(model, 0)
 
-def neutral(model: Model) -> dict[str, np.ndarray]:
-    """Settings under which nothing overflows."""
-    return {"capacity": constant(model, np.inf, np.float32), "overflow": constant(model, 0)}
+    @staticmethod
+    def choose(slots: Slots, routing: Routing, same_BB: jax.Array, gamma_B: jax.Array, overflow_B: jax.Array) -> Slots:
+        """Serves what was asked for; then, where that overflowed, the next choices."""
+        num_experts, offers_B = routing.score_NE.shape[1], overflow_B == OVERFLOW.index("next")
+        experts_1E = jnp.arange(num_experts)[None]
+        asked_BKE = (slots.expert_NK[:, :, None] == experts_1E[None]) & slots.keep_NK[:, :, None]
+        asked_BE, wanted_B = asked_BKE.any(axis=1), slots.keep_NK.sum(axis=1)
+        weight_BE = jnp.where(asked_BE, (asked_BKE * slots.mix_NK[:, :, None]).sum(axis=1), routing.mix_NE)
+        share_B = gamma_B * (same_BB * wanted_B[None]).sum(axis=1) / num_experts
+        room_B = jnp.ceil(share_B - 1e-5)  # what rounding has put above a whole number is not above it
+        earlier_BB = jnp.tri(len(same_BB), k=-1, dtype=bool)
 
+        def ahead(one, other, earlier):
+            return (other > one) | ((other == one) & earlier)
 
-def capacity(slots: Slots, routing: Routing, gamma_B: jax.Array, overflow_B: jax.Array, same_BB: jax.Array) -> Slots:
-    """See `Capacity`; works on the B rows of one step."""
-    num_experts, offers_B = routing.score_NE.shape[1], overflow_B == OVERFLOW.index("next")
-    experts_1E = jnp.arange(num_experts)[None]
-    asked_BKE = (slots.expert_NK[:, :, None] == experts_1E[None]) & slots.keep_NK[:, :, None]
-    asked_BE, wanted_B = asked_BKE.any(axis=1), slots.keep_NK.sum(axis=1)
-    weight_BE = jnp.where(asked_BE, (asked_BKE * slots.mix_NK[:, :, None]).sum(axis=1), routing.mix_NE)
-    share_B = gamma_B * (same_BB * wanted_B[None]).sum(axis=1) / num_experts
-    room_B = jnp.ceil(share_B - 1e-5)  # what rounding has put above a whole number is not above it
-    earlier_BB = jnp.tri(len(same_BB), k=-1, dtype=bool)
+        rival_BBE = (
+            same_BB[:, :, None] & asked_BE[None] & ahead(weight_BE[:, None], weight_BE[None], earlier_BB[:, :, None])
+        )
+        served_BE = asked_BE & (rival_BBE.sum(axis=1) < room_B[:, None])
+        dropped = slots._replace(keep_NK=slots.keep_NK & jnp.take_along_axis(served_BE, slots.expert_NK, axis=1))
+        order_BE = lax.top_k(routing.score_NE, min(2 * slots.keep_NK.shape[1], num_experts))[1]
 
-    def ahead(one, other, earlier):
-        return (other > one) | ((other == one) & earlier)
+        def ask(rank, served_BE):
+            expert_B = order_BE[:, rank]
 
-    rival_BBE = (
-        same_BB[:, :, None] & asked_BE[None] & ahead(weight_BE[:, None], weight_BE[None], earlier_BB[:, :, None])
-    )
-    served_BE = asked_BE & (rival_BBE.sum(axis=1) < room_B[:, None])
-    dropped = slots._replace(keep_NK=slots.keep_NK & jnp.take_along_axis(served_BE, slots.expert_NK, axis=1))
-    order_BE = lax.top_k(routing.score_NE, min(2 * slots.keep_NK.shape[1], num_experts))[1]
+            def of_expert(value_BE):
+                return jnp.take_along_axis(value_BE, expert_B[:, None], axis=1)[:, 0]
 
-    def ask(rank, served_BE):
-        expert_B = order_BE[:, rank]
+            short_B = offers_B & (served_BE.sum(axis=1) < wanted_B) & (rank < 2 * wanted_B)
+            asks_B = short_B & ~of_expert(asked_BE) & (of_expert(routing.score_NE) > -jnp.inf)
+            mix_B = of_expert(weight_BE)
+            rival_BB = same_BB & asks_B[None] & (expert_B[:, None] == expert_B[None])
+            place_B = (rival_BB & ahead(mix_B[:, None], mix_B[None], earlier_BB)).sum(axis=1)
+            taken_BE = same_BB.astype(jnp.float32) @ served_BE.astype(jnp.float32)
+            taken_B = of_expert(taken_BE) + place_B < room_B
+            return served_BE | ((asks_B & taken_B)[:, None] & (expert_B[:, None] == experts_1E))
 
-        def of_expert(value_BE):
-            return jnp.take_along_axis(value_BE, expert_B[:, None], axis=1)[:, 0]
-
-        short_B = offers_B & (served_BE.sum(axis=1) < wanted_B) & (rank < 2 * wanted_B)
-        asks_B = short_B & ~of_expert(asked_BE) & (of_expert(routing.score_NE) > -jnp.inf)
-        mix_B = of_expert(weight_BE)
-        rival_BB = same_BB & asks_B[None] & (expert_B[:, None] == expert_B[None])
-        place_B = (rival_BB & ahead(mix_B[:, None], mix_B[None], earlier_BB)).sum(axis=1)
-        taken_BE = same_BB.astype(jnp.float32) @ served_BE.astype(jnp.float32)
-        taken_B = of_expert(taken_BE) + place_B < room_B
-        return served_BE | ((asks_B & taken_B)[:, None] & (expert_B[:, None] == experts_1E))
-
-    overflowed_B = offers_B & (dropped.keep_NK != slots.keep_NK).any(axis=1)
-    served_BE = lax.cond(
-        overflowed_B.any(), lambda: lax.fori_loop(0, order_BE.shape[1], ask, served_BE), lambda: served_BE
-    )
-    offered = filled(slots, Routing(routing.score_NE, weight_BE), served_BE, overflowed_B)
-    return jax.tree.map(lambda new, old: jnp.where(overflowed_B[:, None], new, old), offered, dropped)
+        overflowed_B = offers_B & (dropped.keep_NK != slots.keep_NK).any(axis=1)
+        served_BE = lax.cond(
+            overflowed_B.any(), lambda: lax.fori_loop(0, order_BE.shape[1], ask, served_BE), lambda: served_BE
+        )
+        offered = filled(slots, Routing(routing.score_NE, weight_BE), served_BE, overflowed_B)
+        return jax.tree.map(lambda new, old: jnp.where(overflowed_B[:, None], new, old), offered, dropped)

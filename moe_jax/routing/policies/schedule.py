@@ -1,72 +1,55 @@
-"""Policies that fix the number of experts of each layer before any token is seen."""
+"""Kinds that fix the number of experts of each layer before any token is seen: all set `k`, which `select` reads."""
 
 import dataclasses
+from typing import Self
 
 import numpy as np
 
-from moe_jax.routing.policies.part import Model, Part, constant, require_counts
+from moe_jax.routing.policies.columns import Columns, Model, constant, require_counts
+from moe_jax.routing.policies.kind import Kind, value_of
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelOwn(Part):
-    """`model`: the k that the model was trained with."""
+class ModelOwn(Kind):
+    """`model`: the best k experts, the k that the model was trained with in each layer."""
 
-    kind, form = "model", "model"
+    name, form, sets = "model", "model", ("k",)
 
-    def columns(self, model: Model) -> dict[str, np.ndarray]:
+    def columns(self, model: Model) -> Columns:
         """Slots to keep in each layer."""
-        return {"k": model.own_k_L}
+        return (model.own_k_L,)
+
+    @classmethod
+    def neutral(cls, model: Model) -> Columns:
+        """The same: what a policy keeps that says nothing of k."""
+        return (model.own_k_L,)
 
 
 @dataclasses.dataclass(frozen=True)
-class TopK(Part):
-    """`topk:k`: the same k in every MoE layer."""
+class TopK(Kind):
+    """`topk:k`: the best k experts, the same k in every MoE layer."""
 
-    kind, form = "topk", "topk:4"
+    name, form, sets = "topk", "topk:4", ModelOwn.sets
     k: int
 
     def __post_init__(self):
         require_counts(self.k)
 
-    def columns(self, model: Model) -> dict[str, np.ndarray]:
+    def columns(self, model: Model) -> Columns:
         """Slots to keep in each layer."""
-        return {"k": constant(model, self.k)}
+        return (constant(model, self.k),)
 
 
 @dataclasses.dataclass(frozen=True)
-class Layers(Part):
-    """`layers:8,8,4`: one k for each MoE layer, the first behind the dense prefix first."""
+class Schedule(Kind):
+    """`schedule:b,h,e,p`: the best b experts in the first MoE layer, h in layer p, e in the last, linear between.
 
-    kind, form = "layers", "layers:8,8,4"
-    k_L: tuple[int, ...]
-
-    def __post_init__(self):
-        require_counts(*self.k_L)
-
-    @property
-    def spec(self) -> str:
-        """The text that parses to this part."""
-        return "layers:" + ",".join(map(str, self.k_L))
-
-    def columns(self, model: Model) -> dict[str, np.ndarray]:
-        """Slots to keep in each layer; ValueError where the model has another number of MoE layers."""
-        if len(self.k_L) != model.num_layers:
-            raise ValueError(
-                f"{len(self.k_L)} layers; wanted one number for each of the model's {model.num_layers} MoE layers"
-            )
-        return {"k": np.asarray(self.k_L, np.int32)}
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule(Part):
-    """`schedule:b,h,e,p`: b experts in the first MoE layer, h in layer p, e in the last, linear between.
-
-    Layers count from 0 behind the dense prefix. What the line gives between its ends is rounded to the nearest whole
+    Layers count from 0, after the dense prefix. What the line gives between its ends is rounded to the nearest whole
     number, halves up (*Faster MoE LLM Inference for Extremely Large Models*, arXiv 2505.03531, whose letters these are;
     it does not say how it rounds).
     """
 
-    kind, form = "schedule", "schedule:6,8,4,2"
+    name, form, sets = "schedule", "schedule:6,8,4,2", ModelOwn.sets
     b: int
     h: int
     e: int
@@ -75,10 +58,39 @@ class Schedule(Part):
     def __post_init__(self):
         require_counts(self.b, self.h, self.e, self.p)
 
-    def columns(self, model: Model) -> dict[str, np.ndarray]:
+    def columns(self, model: Model) -> Columns:
         """Slots to keep in each layer; ValueError where layer p is not between the first and the last."""
         last = model.num_layers - 1
         if self.p >= last:
             raise ValueError(f"p = {self.p}; wanted a layer between the first MoE layer, 0, and the last, {last}")
         k_L = np.interp(np.arange(model.num_layers), (0, self.p, last), (self.b, self.h, self.e))
-        return {"k": np.floor(k_L + 0.5).astype(np.int32)}
+        return (np.floor(k_L + 0.5).astype(np.int32),)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layers(Kind):
+    """`layers:k,k,...`: the best k experts, one k for each MoE layer; the first is that after the dense prefix."""
+
+    name, form, sets = "layers", "layers:8,8,4", ModelOwn.sets
+    k_L: tuple[int, ...]
+
+    def __post_init__(self):
+        require_counts(*self.k_L)
+
+    @classmethod
+    def parsed(cls, words: list[str]) -> Self:
+        """Any number of words, but at least one; ValueError where one is not a whole number."""
+        return cls(tuple(value_of(word, int) for word in words or [""]))
+
+    @property
+    def spec(self) -> str:
+        """The text that parses to this part."""
+        return f"{self.name}:" + ",".join(map(str, self.k_L))
+
+    def columns(self, model: Model) -> Columns:
+        """Slots to keep in each layer; ValueError where the model has another number of MoE layers."""
+        if len(self.k_L) != model.num_layers:
+            raise ValueError(
+                f"{len(self.k_L)} layers; wanted one number for each of the model's {model.num_layers} MoE layers"
+            )
+        return (np.asarray(self.k_L, np.int32),)

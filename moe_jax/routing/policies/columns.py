@@ -1,14 +1,15 @@
-"""One part of a policy: a rule with its numbers, as a spec writes it and as columns of settings."""
+"""The columns that a kind sets, a number for each MoE layer, and what it has to know of a model to set them."""
 
-import dataclasses
 import math
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from moe_jax.config.architecture import Architecture
 from moe_jax.routing.calibration import Calibration
 
 PerLayer = tuple[float, ...]  # one number for all MoE layers, or one for each
+Columns = tuple[np.ndarray, ...]  # each [L], in the order of `Kind.sets`
 
 
 class Model(NamedTuple):
@@ -26,34 +27,23 @@ class Model(NamedTuple):
         """int32 [L]: the number of experts that each layer was trained with."""
         return np.array(self.k_of_layers or (self.k,) * self.num_layers, np.int32)
 
+    def calibrated(self) -> Calibration:
+        """The calibration; ValueError where there is none."""
+        if self.calibration is None:
+            raise ValueError("wanted policy.calibration, a file that `launch/calibrate.py` writes for this model")
+        return self.calibration
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """Base of all parts: a dataclass whose fields are the numbers behind the colon.
 
-    Fields without a default are written in order, the others as name=value where they differ from it.
+def model_of(architecture: Architecture, calibration: Calibration | None) -> Model:
+    """Collects what policies have to know.
+
+    Raises:
+        ValueError: the calibration is of a model of another shape.
     """
-
-    kind: ClassVar[str]
-    form: ClassVar[str]  # an example
-    batch_aware: ClassVar[bool] = False  # what one row keeps depends on the rows beside it
-
-    @property
-    def spec(self) -> str:
-        """The text that parses to this part."""
-        words = []
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            text = "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
-            if field.default is dataclasses.MISSING:
-                words.append(text)
-            elif value != field.default:
-                words.append(f"{field.name}={text}")
-        return ":".join([self.kind, ",".join(words)]) if words else self.kind
-
-    def columns(self, model: Model) -> dict[str, np.ndarray]:
-        """The settings of each MoE layer, [L], by name; ValueError where they do not fit the model."""
-        raise NotImplementedError
+    moe, num_layers = architecture.moe, architecture.decoder.num_moe_layers
+    if calibration is not None and calibration.similarity_LEE.shape != (num_layers, moe.num_experts, moe.num_experts):
+        raise ValueError("policy.calibration is of a model with other layers or experts")
+    return Model(num_layers, moe.num_experts, moe.k, moe.normalize, calibration, moe.k_of_layers)
 
 
 def require_counts(*values: int) -> None:

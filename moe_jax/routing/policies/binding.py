@@ -1,0 +1,80 @@
+"""Policies bound to a model: live settings that one compiled step takes as arrays."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.config.architecture import Architecture
+from moe_jax.routing.policies import registry
+from moe_jax.routing.policies.columns import Model, model_of
+from moe_jax.routing.policies.kind import Kind, StepWise
+from moe_jax.routing.policies.policy import Policy
+
+
+class Settings(NamedTuple):
+    """The live half of policies: one row per request, one column per MoE layer.
+
+    Which names there are is static. The columns of a step-wise kind are there where some row has that kind, all others
+    always, at settings that change nothing where a row's policy says nothing of them.
+    """
+
+    of_BL: dict[str, jax.Array]
+    group_B: jax.Array  # int32: rows of a decode step whose step-wise kinds act together
+    table_of: dict[str, jax.Array]  # by the name of a kind, see `StepWise.table`
+
+    def of_tokens(self, part: Callable[[jax.Array], jax.Array]) -> Self:
+        """The settings of a part of a step's tokens: the same, since they belong to requests. See `Replayed`."""
+        return self
+
+
+def settings(
+    policies: Sequence[Policy],
+    architecture: Architecture,
+    k_max: int,
+    group_B: Sequence[int] | np.ndarray | None = None,
+) -> Settings:
+    """Binds one policy per request to a model.
+
+    Args:
+        policies: of each row.
+        architecture: of the model.
+        k_max: static slots per token.
+        group_B: rows with the same number act together in a decode step; None: those with the same policy.
+
+    Raises:
+        ValueError: a policy asks for fewer than 1 or more than `k_max` experts, for another number of layers, or for a
+            calibration that is not there.
+    """
+    number_of = {policy: number for number, policy in enumerate(dict.fromkeys(policies))}
+    models = {policy: model_of(architecture, policy.calibration) for policy in number_of}
+    columns = {policy: policy.columns(model) for policy, model in models.items()}
+    there = [kind for kind in registry.KINDS if _is_there(kind, number_of)]
+    model = models[policies[0]]
+    neutral = {name: column_L for kind in there for name, column_L in zip(kind.sets, kind.neutral(model))}
+    columns = {policy: neutral | own for policy, own in columns.items()}
+    for policy, of_policy in columns.items():
+        if of_policy["k"].max() > k_max:
+            raise ValueError(
+                f"policy.spec = {policy.spec!r}: wanted 1 to {k_max} experts in every layer; more need a larger "
+                "policy.k_max"
+            )
+    of_BL = {name: jnp.asarray(np.stack([columns[policy][name] for policy in policies])) for name in neutral}
+    if group_B is None:
+        group_B = [number_of[policy] for policy in policies]
+    tables = {kind.name: _table(kind, models) for kind in there if issubclass(kind, StepWise)}
+    table_of = {name: jnp.asarray(table) for name, table in tables.items() if table is not None}
+    return Settings(of_BL, jnp.asarray(group_B, jnp.int32), table_of)
+
+
+def _is_there(kind: type[Kind], policies: Sequence[Policy]) -> bool:
+    return not issubclass(kind, StepWise) or any(isinstance(part, kind) for policy in policies for part in policy.parts)
+
+
+def _table(kind: type[StepWise], models: dict[Policy, Model]) -> np.ndarray | None:
+    """Of the model as the first policy with that kind knows it."""
+    return next(
+        kind.table(model) for policy, model in models.items() if any(isinstance(part, kind) for part in policy.parts)
+    )

@@ -1,0 +1,31 @@
+"""The kind `median`: thresholds of `ratio` that were measured on calibration text."""
+
+import dataclasses
+
+import numpy as np
+
+from moe_jax.routing.policies.columns import Columns, Model, constant, require_between, require_counts
+from moe_jax.routing.policies.kind import Kind
+from moe_jax.routing.policies.ratio import Ratio
+
+
+@dataclasses.dataclass(frozen=True)
+class Median(Kind):
+    """`median`: `ratio` with t = `scale` * the layer's median of w_i / w_1 over calibration tokens, i = 2 to k.
+
+    The median is taken over the slots i = 2 to k together (arXiv 2402.14800, section 3.3, has two slots, and drops the
+    second below the median of their ratio).
+    """
+
+    name, form, sets = "median", "median:scale=0.8,min=2", Ratio.sets
+    scale: float = 1.0
+    min: int = 1
+
+    def __post_init__(self):
+        require_between(0, float("inf"), (self.scale,))
+        require_counts(self.min)
+
+    def columns(self, model: Model) -> Columns:
+        """The threshold of each layer, and the slots that it never drops; ValueError without a calibration."""
+        t_L = np.minimum(self.scale * model.calibrated().median_ratio_L, 1.0).astype(np.float32)
+        return t_L, constant(model, self.min)

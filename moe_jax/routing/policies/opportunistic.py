@@ -1,0 +1,39 @@
+"""The kind `opportunistic`: rows of a decode step choose among the experts that some row needs most."""
+
+import dataclasses
+
+import jax
+
+from moe_jax.routing.policies.columns import Columns, Model, constant, require_counts
+from moe_jax.routing.policies.kind import StepWise
+from moe_jax.routing.policies.step import anyone, filled, holds
+from moe_jax.routing.selection import Routing, Slots
+
+
+@dataclasses.dataclass(frozen=True)
+class Opportunistic(StepWise):
+    """`opportunistic:k0`: its best k of the experts that are in any row's best k0.
+
+    Opportunistic expert activation, arXiv 2511.02237. With k0 = k it changes nothing.
+    """
+
+    name, form, sets = "opportunistic", "opportunistic:3", ("opportunistic",)
+    k0: int
+
+    def __post_init__(self):
+        require_counts(self.k0)
+
+    def columns(self, model: Model) -> Columns:
+        """The slots of a row that enter the set."""
+        return (constant(model, self.k0),)
+
+    @classmethod
+    def neutral(cls, model: Model) -> Columns:
+        """All slots enter the set."""
+        return (constant(model, model.num_experts),)
+
+    @staticmethod
+    def choose(slots: Slots, routing: Routing, same_BB: jax.Array, k0_B: jax.Array) -> Slots:
+        """Rows that keep more than k0 slots fill them again, out of the set."""
+        pool_BE = anyone(same_BB, holds(slots, k0_B, routing.score_NE.shape[1]))
+        return filled(slots, routing, pool_BE, k0_B < slots.keep_NK.sum(axis=1))

@@ -1,0 +1,79 @@
+"""A policy before it meets a model: parts of different kinds, and what can be said of them without a token."""
+
+import dataclasses
+
+import numpy as np
+
+from moe_jax.config.architecture import Architecture
+from moe_jax.routing.calibration import Calibration
+from moe_jax.routing.policies.columns import Model, model_of
+from moe_jax.routing.policies.kind import Kind, StepWise
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """A parsed spec: parts that set different columns."""
+
+    parts: tuple[Kind, ...]
+    # Of the model that it will meet, where a part asks for one; no part of what the policy is.
+    calibration: Calibration | None = dataclasses.field(default=None, compare=False)
+
+    @property
+    def spec(self) -> str:
+        """The text that parses to this policy."""
+        return "+".join(part.spec for part in self.parts)
+
+    @property
+    def batch_aware(self) -> bool:
+        """Whether what a row keeps in a decode step depends on the rows beside it."""
+        return any(isinstance(part, StepWise) for part in self.parts)
+
+    def columns(self, model: Model) -> dict[str, np.ndarray]:
+        """What the parts set, [L] each, by name.
+
+        Raises:
+            ValueError: a part does not fit the model.
+        """
+        columns = {}
+        for part in self.parts:
+            try:
+                columns |= zip(part.sets, part.columns(model), strict=True)
+            except ValueError as error:
+                raise ValueError(f"policy.spec = {self.spec!r}: {part.spec}: {error}") from error
+        return columns
+
+
+def fixed_k(policy: Policy, architecture: Architecture) -> np.ndarray | None:
+    """int32 [L]: how many slots the policy keeps of every token; None where it looks at tokens.
+
+    Raises:
+        ValueError: the policy does not fit the model.
+    """
+    model = model_of(architecture, policy.calibration)
+    columns = {"k": model.own_k_L} | policy.columns(model)
+    k_L = columns.pop("k")
+    return None if columns else k_L
+
+
+def uniform_k(policy: Policy, architecture: Architecture) -> int | None:
+    """The same where it is one number for all layers; None where there is none.
+
+    Raises:
+        ValueError: the policy does not fit the model.
+    """
+    k_L = fixed_k(policy, architecture)
+    return int(k_L[0]) if k_L is not None and (k_L == k_L[0]).all() else None
+
+
+def with_own(policy: Policy, architecture: Architecture) -> Architecture | None:
+    """The architecture whose own k is what the policy keeps; None where that depends on the token.
+
+    Raises:
+        ValueError: the policy does not fit the model.
+    """
+    k_L = fixed_k(policy, architecture)
+    if k_L is None:
+        return None
+    of_layers = () if (k_L == k_L[0]).all() else tuple(map(int, k_L))
+    moe = dataclasses.replace(architecture.moe, k=int(k_L.max()), k_of_layers=of_layers)
+    return dataclasses.replace(architecture, moe=moe)

@@ -1,0 +1,20 @@
+"""All kinds of policies. A new one is a class in a file of its own and its entry here."""
+
+from moe_jax.routing.policies.budget import Budget
+from moe_jax.routing.policies.capacity import Capacity
+from moe_jax.routing.policies.kind import Kind
+from moe_jax.routing.policies.mass import Mass
+from moe_jax.routing.policies.median import Median
+from moe_jax.routing.policies.opportunistic import Opportunistic
+from moe_jax.routing.policies.ratio import Ratio
+from moe_jax.routing.policies.renormalize import Renormalize
+from moe_jax.routing.policies.reroute import Reroute
+from moe_jax.routing.policies.schedule import Layers, ModelOwn, Schedule, TopK
+
+# In the order in which they act, and in which a spec writes them.
+KINDS: tuple[type[Kind], ...] = (
+    *(ModelOwn, TopK, Schedule, Layers),
+    *(Ratio, Median, Mass),
+    *(Opportunistic, Budget, Reroute, Capacity),
+    Renormalize,
+)

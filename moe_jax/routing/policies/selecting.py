@@ -1,0 +1,81 @@
+"""What policies do in one MoE layer: a routing decision to the slots that are kept, kind after kind."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.config.architecture import MoEConfig
+from moe_jax.routing.policies import registry
+from moe_jax.routing.policies.binding import Settings
+from moe_jax.routing.policies.by_weight import by_weight
+from moe_jax.routing.policies.kind import Kind, RowWise, StepWise
+from moe_jax.routing.policies.renormalize import Renormalize, weigh
+from moe_jax.routing.policies.replay import Replayed
+from moe_jax.routing.policies.schedule import ModelOwn
+from moe_jax.routing.selection import Routing, Selection, Slots, top_slots
+
+
+class Context(NamedTuple):
+    """Where a selection is made."""
+
+    layer: jax.Array  # int32 scalar: column of the settings
+    row_N: jax.Array  # int32: request of each token
+    valid_N: jax.Array  # bool: False for padding and finished rows, which keep nothing
+    # N = B * steps tokens, each position a decode step of B rows; 0: a prefill, where no step-wise kind acts
+    steps: int
+
+
+def select(routing: Routing, live: Settings | Replayed, context: Context, moe: MoEConfig, k_max: int) -> Selection:
+    """Keeps slots of each valid token, as its request's policy says for this layer.
+
+    Each token is offered its best k experts. The row-wise kinds take slots from it; in a decode step, what remains goes
+    through the step-wise kinds that are there, in the order of the registry. Then recorded experts replace what was
+    chosen, where there are any, and the slots are weighted.
+    """
+    settings = live.settings if isinstance(live, Replayed) else live
+    expert_NK, mix_NK = top_slots(routing, max(k_max, moe.k))
+    own_sum_N = mix_NK[:, : moe.k].sum(axis=1)
+
+    def columns_N(kind: type[Kind]) -> list[jax.Array]:
+        return [settings.of_BL[name][context.row_N, context.layer] for name in kind.sets]
+
+    [k_N], [rule_N] = columns_N(ModelOwn), columns_N(Renormalize)
+    keep_NK = (jnp.arange(k_max)[None, :] < k_N[:, None]) & context.valid_N[:, None]
+    offered = by_weight(slots := Slots(expert_NK[:, :k_max], mix_NK[:, :k_max], keep_NK))
+    for kind in registry.KINDS:
+        if issubclass(kind, RowWise):
+            keep_NK &= kind.keeps(offered, *columns_N(kind))
+    slots = _step_wise(slots._replace(keep_NK=keep_NK), routing, settings, context)
+    if isinstance(live, Replayed):
+        slots = live.in_slots(slots, routing, context.layer)
+    return weigh(slots, own_sum_N, rule_N, moe)
+
+
+def _step_wise(slots: Slots, routing: Routing, settings: Settings, context: Context) -> Slots:
+    """Applies the kinds that are there to every decode step by itself."""
+    there = {
+        kind: [settings.of_BL[name][:, context.layer] for name in kind.sets]
+        for kind in registry.KINDS
+        if issubclass(kind, StepWise) and settings.of_BL.keys() >= {*kind.sets}
+    }
+    if not context.steps or not there:
+        return slots
+    for kind, columns in there.items():
+        if kind.name in settings.table_of:
+            columns.append(settings.table_of[kind.name][context.layer])
+    alike_BB = settings.group_B[:, None] == settings.group_B[None, :]
+
+    def one_step(slots: Slots, routing: Routing, valid_B: jax.Array) -> Slots:
+        same_BB = alike_BB & valid_B[:, None] & valid_B[None, :]
+        for kind, columns in there.items():
+            slots = kind.choose(slots, routing, same_BB, *columns)
+        return slots
+
+    if context.steps == 1:
+        return one_step(slots, routing, context.valid_N)
+    by_step = jax.tree.map(
+        lambda value: value.reshape(-1, context.steps, *value.shape[1:]), (slots, routing, context.valid_N)
+    )
+    chosen = jax.vmap(one_step, in_axes=1, out_axes=1)(*by_step)
+    return jax.tree.map(lambda value: value.reshape(-1, value.shape[-1]), chosen)
