@@ -10,7 +10,7 @@ from jax import lax
 from moe_jax.engine import cache as caches
 from moe_jax.engine.sampling import Sampling, draw
 from moe_jax.model import decoder
-from moe_jax.routing.policies import base as policies
+from moe_jax.routing import policies
 
 
 class Drawn(NamedTuple):
@@ -64,7 +64,7 @@ def _in_chunks(params, cache, tokens_BT, length_B, valid_BT, policy, execution, 
             x_LBTK = x_LNK.reshape(layers, batch, length, -1)
             return lax.dynamic_slice_in_dim(x_LBTK, first, chunk, axis=2).reshape(layers, batch * chunk, -1)
 
-        live = policy._replace(replay=jax.tree.map(of_chunk, policy.replay))
+        live = policy.of_tokens(of_chunk)
         x_BTD, cache, traffic = decoder.extend(
             params, cache, tokens, jnp.full(batch, first, jnp.int32), valid, live, execution
         )

@@ -10,7 +10,7 @@ import pytest
 from moe_jax.engine import cache as caches
 from moe_jax.kernels.chooser import Kernels, resolve
 from moe_jax.model import decoder
-from moe_jax.routing.policies import base as policies
+from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import parse
 from tests import tiny_model
 
