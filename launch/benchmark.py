@@ -45,7 +45,7 @@ def main(run: command.Command) -> None:
                 if phase == "prefill"
                 else speed.Decode(subject, tokens_BT, config.benchmark.prompt_length)
             )
-            cases[-1].step()
+            cases[-1].take(1)
     with run.timed("run"):
         samples = {case.name: [] for case in cases}
         for _ in tqdm.trange(config.benchmark.rounds, unit="round", disable=None):

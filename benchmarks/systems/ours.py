@@ -59,8 +59,8 @@ class System:
     def prefill(self, tokens_T: np.ndarray) -> float:
         if len(tokens_T) not in self._cases:
             self._cases[len(tokens_T)] = self._speed.Prefill(self._subject, tokens_T)
-            self._cases[len(tokens_T)].step()
-        return self._cases[len(tokens_T)].step().seconds
+            self._cases[len(tokens_T)].take(1)
+        return self._cases[len(tokens_T)].take(1)[0].seconds
 
     def decode(self, tokens_BT: np.ndarray, prompt: int, steps: int) -> list[float]:
         return [sample.seconds for sample in self._steps(tokens_BT, prompt, steps)]
@@ -69,7 +69,10 @@ class System:
         key = "decode", len(tokens_BT)
         if key not in self._cases:
             self._cases[key] = self._speed.Decode(self._subject, tokens_BT, prompt)
-        return [self._cases[key].step() for _ in range(steps)]
+        samples = []
+        while len(samples) < steps:
+            samples += self._cases[key].take(steps - len(samples))
+        return samples
 
     def floor_ms(self, tokens_BT: np.ndarray, prompt: int) -> float:
         """What this machine needs at the least for a decode step of these rows, measured now."""

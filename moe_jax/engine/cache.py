@@ -55,18 +55,24 @@ def allocate(architecture: Architecture, batch: int, memory: int, dtype: jnp.dty
     return Cache(*(jnp.zeros(shape, dtype) if shape else None for shape in _array_shapes(architecture, batch, memory)))
 
 
-def require_memory(architecture: Architecture, shape: Shape, dtype: np.dtype) -> None:
-    """Refuses a cache that does not fit beside what the first device already holds.
+def require_memory(architecture: Architecture, rows_and_positions: Sequence[tuple[int, int]], dtype: np.dtype) -> None:
+    """Refuses caches that do not fit beside what the first device already holds.
+
+    Args:
+        architecture: of the model.
+        rows_and_positions: of each cache, the one that the message names first.
+        dtype: of all.
 
     Raises:
-        ValueError: saying what it needs and what is available.
+        ValueError: saying what they need and what is available.
     """
-    shapes = filter(None, _array_shapes(architecture, shape.batch, shape.memory))
+    shapes = [shape for one in rows_and_positions for shape in _array_shapes(architecture, *one) if shape]
     needed_bytes = sum(math.prod(one) for one in shapes) * np.dtype(dtype).itemsize
     free_bytes = available_bytes()
     if needed_bytes > free_bytes:
+        rows, positions = rows_and_positions[0]
         raise ValueError(
-            f"the cache of {shape.batch} prompts with up to {shape.memory} tokens needs {needed_bytes / 1e9:.1f} GB, "
+            f"the cache of {rows} prompts with up to {positions} tokens needs {needed_bytes / 1e9:.1f} GB, "
             f"{free_bytes / 1e9:.1f} GB available: wanted fewer prompts or fewer tokens"
         )
 

@@ -1,4 +1,4 @@
-"""Generation: a batch of requests, each with its own policy and sampling, to completions."""
+"""Generation: requests, each with its own policy and sampling, to completions, by a loop over slots."""
 
 import dataclasses
 import time
@@ -11,40 +11,15 @@ import tokenizers
 
 from moe_jax.engine import cache as caches
 from moe_jax.engine import steps
+from moe_jax.engine.batch import Batch, Plan, batch_of, live_of, plan_of
+from moe_jax.engine.completion import Completion, Row
 from moe_jax.engine.request import Request
-from moe_jax.engine.sampling import Sampling
-from moe_jax.engine.steps import Drawn, Live
-from moe_jax.engine.stopping import StoppingText
+from moe_jax.engine.steps import Drawn, Live, Slots, Steps
 from moe_jax.model import decoder
 from moe_jax.model.finite import NotFiniteError, require_finite
-from moe_jax.routing import policies
-from moe_jax.routing.selection import distinct_experts
 
-
-@dataclasses.dataclass(frozen=True)
-class Completion:
-    """What was made of one prompt.
-
-    Attributes:
-        text: the continuation, up to a stop string or the end of text, neither included: what decoding it adds to its
-            prompt, the space before its first word included. Special tokens have no text.
-        ids: every token drawn, those of a stop string and the end-of-text token included.
-        log_probabilities: of each of `ids` under the model itself, in nats, before temperature and cuts.
-        experts_per_token: slots that the request kept, mean over MoE layers and this request's decode steps; where it
-            took no such step, over the tokens of its prompt.
-        distinct_experts_per_layer_step: experts that one MoE layer ran in one decode step, for all requests of the
-            batch together; mean over MoE layers and this request's decode steps. NaN where it took no such step: the
-            first token comes from reading the prompt.
-        finish_reason: "stop" (a stop string, or a special token that one names), "end" (the end-of-text token) or
-            "length" (`max_new_tokens`, or the model's context).
-    """
-
-    text: str
-    ids: tuple[int, ...]
-    log_probabilities: tuple[float, ...]
-    experts_per_token: float
-    distinct_experts_per_layer_step: float
-    finish_reason: str
+MOST_STEPS = 32  # of one call
+CALL_S = 0.05  # what a call of several steps should take at most: text appears by then, and Ctrl-C is heard
 
 
 @dataclasses.dataclass
@@ -59,14 +34,12 @@ class Measured:
     kept_slots: int = 0  # of those steps, mean over MoE layers, like what follows
     distinct_experts: float = 0.0  # experts that held a slot, summed over those steps
 
-    def add_step(self, tokens: int, chosen_LNK: np.ndarray) -> float:
-        """Counts one decode step of so many rows alive; returns its distinct experts, mean over MoE layers."""
+    def add_step(self, tokens: int, kept: float, distinct: float) -> None:
+        """Counts one decode step of so many rows, with the slots and distinct experts of one MoE layer, the mean."""
         self.decode_steps += 1
         self.decode_tokens += tokens
-        self.kept_slots += np.count_nonzero(chosen_LNK >= 0) / len(chosen_LNK)
-        distinct = float(distinct_experts(chosen_LNK).mean())
+        self.kept_slots += kept
         self.distinct_experts += distinct
-        return distinct
 
     def figures(self) -> dict[str, dict[str, float | str]]:
         """The figures of result.json; NaN where there was no decode step."""
@@ -94,30 +67,38 @@ class Generated(NamedTuple):
     measured: Measured
 
 
+def steps_at_once(seconds: float) -> int:
+    """How many decode steps one call takes, where one step takes so many seconds."""
+    return max(1, min(MOST_STEPS, int(CALL_S / seconds)))
+
+
 class Engine:
     """Runs one model: its weights, and the programs compiled for them so far.
 
-    A program is compiled for a `cache.Shape` and an `Execution`. Prompts, lengths and numbers of requests within a
-    shape, policies up to k_max, and sampling settings are data: they compile nothing. Which batch-aware kinds occur in
+    Prompts are read into a prefix (`prefill`), a prefix is put into slots (`insert`), and all slots are decoded
+    together, several steps in one call (`step`): what is drawn, and when a text ends, is decided on the device.
+
+    A program is compiled for its shapes and an `Execution`. Prompts, lengths and numbers of requests within a shape,
+    policies up to k_max, and sampling settings are data: they compile nothing. Which step-wise kinds of policy occur in
     a batch is part of the program.
 
     Args:
         params: as `decoder.split` gives them, on their devices.
         tokenizer: of the model.
-        end_ids: tokens that end a text.
+        end_ids: tokens that end a text; the attribute `end_I` is int32, as programs take them.
     """
 
     def __init__(self, params: decoder.Params, tokenizer: tokenizers.Tokenizer, end_ids: Sequence[int]):
         self.params = params
         self._tokenizer = tokenizer
-        self._end_ids = frozenset(end_ids)
+        self.end_I = np.array(sorted(set(end_ids)), np.int32)
         self._programs: dict[tuple, jax.stages.Compiled] = {}
 
     def compile(self, requests: Sequence[Request], execution: decoder.Execution) -> None:
         """Compiles what `run` needs for these requests, unless it is there already.
 
         Raises:
-            ValueError: the cache does not fit in the memory that is available.
+            ValueError: the caches do not fit in the memory that is available.
         """
         self._prepared(requests, execution)
 
@@ -126,8 +107,11 @@ class Engine:
         requests: Sequence[Request],
         execution: decoder.Execution,
         on_text: Callable[[int, str], object] = lambda index, piece: None,
-    ) -> Generated:
+    ) -> "Generated":
         """Continues all prompts together, until the last is finished.
+
+        Several steps are taken in one call, as many as `CALL_S` permits. Where requests have stop strings, which only
+        the host finds, and others beside them, it is one: a finished row would otherwise wake experts for nobody.
 
         Args:
             requests: as `make_requests` gives them for the same execution.
@@ -139,181 +123,175 @@ class Engine:
             The completions, and what they took.
 
         Raises:
-            ValueError: the cache does not fit in the memory that is available.
+            ValueError: the caches do not fit in the memory that is available.
             NotFiniteError: a token's log-probability is NaN or infinite; a ValueError too.
         """
-        batch, prefill, decode = self._prepared(requests, execution)
-        rows = [_Row(request, self._tokenizer, self._end_ids) for request in requests]
+        prepared = self._prepared(requests, execution)
+        plan, layers = prepared.plan, execution.architecture.decoder.num_moe_layers
+        rows = [Row(request, self._tokenizer, set(self.end_I.tolist())) for request in requests]
         measured = Measured(prefill_tokens=sum(len(request.ids) for request in requests))
 
-        def hand_out(drawn: Drawn, alive_B: np.ndarray) -> np.ndarray:
-            """Gives every row that is alive its token; returns those that still are."""
-            self._require_finite(drawn, alive_B, rows)
+        def hand_out(token_B: np.ndarray, log_probability_B: np.ndarray, alive_B: np.ndarray) -> None:
+            """Gives every row that is alive its token."""
+            self._require_finite(log_probability_B, alive_B, rows)
             for index in np.flatnonzero(alive_B).tolist():
-                piece = rows[index].take(int(drawn.token_B[index]), float(drawn.log_probability_B[index]))
+                piece = rows[index].take(int(token_B[index]), float(log_probability_B[index]))
                 if piece:
                     on_text(index, piece)
-            return np.array([row.finish_reason is None for row in rows] + [False] * (len(alive_B) - len(rows)))
 
         began = time.perf_counter()
-        drawn, cache = prefill(self.params, batch.tokens_BT, batch.length_B, batch.valid_BT, batch.live)
-        drawn = jax.device_get(drawn)
+        first, slots = self._read(prepared, execution)
         measured.prefill_s = time.perf_counter() - began
-        position_B = batch.length_B
-        prompt_LBTK = drawn.chosen_LNK.reshape(len(drawn.chosen_LNK), *batch.tokens_BT.shape, -1)
-        for index, row in enumerate(rows):
-            row.read(prompt_LBTK[:, index, : batch.length_B[index]])
-        alive_B = hand_out(drawn, batch.valid_BT[:, 0])
+        for row, kept, request in zip(rows, first.kept_B.tolist(), requests):
+            row.read(kept / (layers * len(request.ids)))
+        hand_out(first.token_B, first.log_probability_B, np.arange(plan.slots) < len(rows))
 
         began = time.perf_counter()
-        while alive_B.any():
-            drawn, cache = decode(self.params, cache, drawn.token_B, position_B, alive_B, batch.live)
-            drawn = jax.device_get(drawn)
-            distinct = measured.add_step(np.count_nonzero(alive_B), drawn.chosen_LNK)
-            for index in np.flatnonzero(alive_B).tolist():
-                rows[index].step(drawn.chosen_LNK[:, index], distinct)
-            position_B = position_B + alive_B
-            alive_B = hand_out(drawn, alive_B)
+        wanted_B, count = _unfinished(rows, plan.slots), 1
+        one_by_one = len(rows) > 1 and any(request.sampling.stop for request in requests)
+        while wanted_B.any():
+            call_began = time.perf_counter()
+            taken, slots = self.step(slots, wanted_B, count, prepared.live, execution)
+            seconds = (time.perf_counter() - call_began) / int(taken.count)
+            count = 1 if one_by_one else steps_at_once(seconds)
+            for number in range(int(taken.count)):
+                alive_B = taken.alive_SB[number] & wanted_B
+                if not alive_B.any():
+                    break
+                kept_B, distinct = taken.kept_SB[number] / layers, float(taken.distinct_S[number]) / layers
+                measured.add_step(np.count_nonzero(alive_B), float(kept_B.sum()), distinct)
+                for index in np.flatnonzero(alive_B).tolist():
+                    rows[index].step(float(kept_B[index]), distinct)
+                hand_out(taken.token_SB[number], taken.log_probability_SB[number], alive_B)
+                wanted_B = _unfinished(rows, plan.slots)
         measured.decode_s = time.perf_counter() - began
         return Generated([row.completion() for row in rows], measured)
 
-    def _require_finite(self, drawn: Drawn, alive_B: np.ndarray, rows: Sequence["_Row"]) -> None:
-        for index in np.flatnonzero(alive_B & ~np.isfinite(drawn.log_probability_B)).tolist():
+    def _prepared(self, requests: Sequence[Request], execution: decoder.Execution) -> "_Prepared":
+        """The batches of a plan, with every program that they need."""
+        plan = plan_of(requests, execution)
+        batches = [batch_of([requests[index] for index in group], execution, shape) for group, shape in plan.groups]
+        whole = len(batches) == 1
+        prefixes = [] if whole else [(batch.shape.batch, batch.shape.memory) for batch in batches]
+        needed = [(plan.slots, plan.memory), *sorted(prefixes, key=np.prod)[-1:]]
+        caches.require_memory(execution.architecture, needed, decoder.dtype_of(self.params))
+        live = batches[0].live if whole else live_of(requests, plan.slots, execution)
+        slots = self._shapes(plan.slots, plan.memory, execution)
+        for batch in batches:
+            self.prefill_program(batch, execution)
+        for prefix in prefixes:
+            self._insert_program(slots, self._shapes(*prefix, execution))
+        if max(request.max_new_tokens for request in requests) > 1:
+            self.decode_program(slots, live, execution)
+        return _Prepared(plan, batches, live)
+
+    def _read(self, prepared: "_Prepared", execution: decoder.Execution) -> tuple[Drawn, Slots]:
+        """Reads all prompts: the first token of every slot, on the host, and the slots."""
+        plan, batches, _ = prepared
+        if len(batches) == 1:
+            drawn, slots = self.prefill(batches[0], execution)
+            return jax.device_get(drawn), slots
+        slots, parts = self.empty(plan.slots, plan.memory, execution), []
+        for (group, _), batch in zip(plan.groups, batches):
+            drawn, prefix = self.prefill(batch, execution)
+            slots = self.insert(slots, prefix, group)
+            parts.append((list(group), jax.device_get(drawn)))
+        token_B, kept_B = np.zeros((2, plan.slots), np.int32)
+        log_probability_B = np.zeros(plan.slots, np.float32)
+        for group, drawn in parts:
+            for of_slots, of_rows in ((token_B, drawn.token_B), (kept_B, drawn.kept_B)):
+                of_slots[group] = of_rows[: len(group)]
+            log_probability_B[group] = drawn.log_probability_B[: len(group)]
+        return Drawn(token_B, log_probability_B, kept_B, sum(drawn.distinct for _, drawn in parts), None), slots
+
+    def _require_finite(self, log_probability_B: np.ndarray, alive_B: np.ndarray, rows: Sequence[Row]) -> None:
+        for index in np.flatnonzero(alive_B & ~np.isfinite(log_probability_B)).tolist():
             try:
-                require_finite(drawn.log_probability_B[index], rows[index].next_token(index + 1), self.params)
+                require_finite(log_probability_B[index], rows[index].next_token(index + 1), self.params)
             except NotFiniteError as error:
                 error.completions = tuple(row.completion() for row in rows)
                 raise
 
-    def _prepared(
-        self, requests: Sequence[Request], execution: decoder.Execution
-    ) -> tuple["Batch", jax.stages.Compiled, jax.stages.Compiled | None]:
-        """The batch, its prefill, and its decode step unless the prefill draws all there is to draw."""
-        batch = batch_of(requests, execution)
-        prefill = self.prefill_program(batch, execution)
-        if max(request.max_new_tokens for request in requests) == 1:
-            return batch, prefill, None
-        return batch, prefill, self.decode_program(batch, execution)
-
-    def prefill_program(self, batch: "Batch", execution: decoder.Execution) -> jax.stages.Compiled:
-        """The program that reads the prompts of a batch, for those who time steps rather than `run` them.
-
-        It takes (params, tokens_BT, length_B, valid_BT, live), and returns a `Drawn` and the cache.
+    def prefill(self, batch: Batch, execution: decoder.Execution) -> tuple[Drawn, Slots]:
+        """Reads the prompts of a batch and draws the first token of each: what was drawn, and the prefix.
 
         Raises:
             ValueError: the cache does not fit in the memory that is available.
         """
-        shape, dtype = batch.shape, decoder.dtype_of(self.params)
-        caches.require_memory(execution.architecture, shape, dtype)
-        key = (execution, shape, jax.tree.structure(batch.live))
-        if key not in self._programs:
-            arguments = (self.params, batch.tokens_BT, batch.length_B, batch.valid_BT, batch.live)
-            lowered = steps.prefill.lower(*arguments, execution=execution, memory=shape.memory, chunk=caches.CHUNK)
-            self._programs[key] = lowered.compile()
-        return self._programs[key]
+        program = self.prefill_program(batch, execution)
+        return program(self.params, batch.tokens_BT, batch.length_B, batch.budget_B, self.end_I, batch.live)
 
-    def decode_program(self, batch: "Batch", execution: decoder.Execution) -> jax.stages.Compiled:
-        """The program of one decode step of a batch.
+    def empty(self, slots: int, memory: int, execution: decoder.Execution) -> Slots:
+        """So many slots of so many positions, without a request."""
+        cache = caches.allocate(execution.architecture, slots, memory, decoder.dtype_of(self.params))
+        return Slots(cache, *(jax.numpy.zeros(slots, np.int32) for _ in Slots._fields[1:]))
 
-        It takes (params, cache, token_B, position_B, alive_B, live), and returns a `Drawn` and the cache, which it
-        writes in place.
+    def insert(self, slots: Slots, prefix: Slots, places: Sequence[int]) -> Slots:
+        """Puts the first rows of a prefix into the slots of these numbers. Neither is to be used afterwards."""
+        place_B = np.zeros(len(prefix.token_B), np.int32)
+        place_B[: len(places)] = places
+        return self._insert_program(slots, prefix)(slots, prefix, place_B, np.int32(len(places)))
+
+    def step(
+        self, slots: Slots, wanted_B: np.ndarray, count: int, live: Live, execution: decoder.Execution
+    ) -> tuple[Steps, Slots]:
+        """Draws up to `count` tokens of every slot that is wanted and not finished; `Steps` are on the host.
+
+        Args:
+            slots: not to be used afterwards.
+            wanted_B: bool; a slot that is not wanted any more is finished.
+            count: at most `MOST_STEPS`.
+            live: settings of the slots.
+            execution: the static half of the step.
         """
-        shape, dtype = batch.shape, decoder.dtype_of(self.params)
-        key = (execution, shape.batch, shape.memory, jax.tree.structure(batch.live))
+        program = self.decode_program(slots, live, execution)
+        taken, slots = program(self.params, slots, wanted_B, np.int32(count), self.end_I, live)
+        return jax.device_get(taken), slots
+
+    def _shapes(self, slots: int, memory: int, execution: decoder.Execution) -> Slots:
+        return jax.eval_shape(lambda: self.empty(slots, memory, execution))
+
+    def prefill_program(self, batch: Batch, execution: decoder.Execution, routing: bool = False) -> jax.stages.Compiled:
+        """`steps.prefill`, compiled for the shape of a batch.
+
+        Raises:
+            ValueError: the cache does not fit in the memory that is available.
+        """
+        shape = batch.shape
+        static = {"execution": execution, "memory": shape.memory, "chunk": caches.CHUNK, "routing": routing}
+        given = (self.params, batch.tokens_BT, batch.length_B, batch.budget_B, self.end_I, batch.live)
+        key = (steps.prefill, execution, shape, routing, jax.tree.structure(batch.live))
         if key not in self._programs:
-            cache = jax.eval_shape(lambda: caches.allocate(execution.architecture, shape.batch, shape.memory, dtype))
-            rows = (batch.length_B, batch.length_B, batch.valid_BT[:, 0], batch.live)
-            self._programs[key] = steps.decode.lower(self.params, cache, *rows, execution=execution).compile()
+            caches.require_memory(execution.architecture, [(shape.batch, shape.memory)], decoder.dtype_of(self.params))
+        return self._program(key, lambda: steps.prefill.lower(*given, **static))
+
+    def _insert_program(self, slots: Slots, prefix: Slots) -> jax.stages.Compiled:
+        place_B = jax.ShapeDtypeStruct(prefix.token_B.shape, np.int32)
+        key = (steps.insert, slots.cache[0].shape, prefix.cache[0].shape)
+        return self._program(key, lambda: steps.insert.lower(slots, prefix, place_B, np.int32(0)))
+
+    def decode_program(
+        self, slots: Slots, live: Live, execution: decoder.Execution, routing: bool = False
+    ) -> jax.stages.Compiled:
+        """`steps.decode`, compiled for slots, or for their shapes; it has room for `MOST_STEPS`."""
+        rows, memory = slots.cache[0].shape[1:3]
+        given = (self.params, slots, np.zeros(rows, bool), np.int32(1), self.end_I, live)
+        static = {"execution": execution, "most": MOST_STEPS, "routing": routing}
+        key = (steps.decode, execution, rows, memory, routing, jax.tree.structure(live))
+        return self._program(key, lambda: steps.decode.lower(*given, **static))
+
+    def _program(self, key: tuple, lower: Callable[[], jax.stages.Lowered]) -> jax.stages.Compiled:
+        if key not in self._programs:
+            self._programs[key] = lower().compile()
         return self._programs[key]
 
 
-class Batch(NamedTuple):
-    """Requests as arrays, padded to their shape. Rows without a request have one token that is not valid."""
-
-    shape: caches.Shape
-    tokens_BT: np.ndarray  # int32, padded at the end
-    length_B: np.ndarray  # int32
-    valid_BT: np.ndarray  # bool
-    live: Live
+class _Prepared(NamedTuple):
+    plan: Plan
+    batches: list[Batch]  # of each group
+    live: Live  # of all slots
 
 
-def batch_of(requests: Sequence[Request], execution: decoder.Execution) -> Batch:
-    """Pads requests to the shape that they share, with their live settings on the device."""
-    architecture = execution.architecture
-    lengths = [len(request.ids) for request in requests]
-    budgets = [request.max_new_tokens for request in requests]
-    shape = caches.shape_of(lengths, budgets, architecture.decoder.max_context)
-    tokens_BT = np.zeros((shape.batch, shape.length), np.int32)
-    length_B = np.ones(shape.batch, np.int32)
-    valid_BT = np.zeros((shape.batch, shape.length), bool)
-    for row, request in enumerate(requests):
-        tokens_BT[row, : lengths[row]] = request.ids
-        valid_BT[row, : lengths[row]] = True
-        length_B[row] = lengths[row]
-    padded = [*requests, *requests[:1] * (shape.batch - len(requests))]
-    live = Live(
-        policies.settings([request.policy for request in padded], architecture, execution.k_max),
-        Sampling(
-            np.array([request.sampling.temperature for request in padded], np.float32),
-            np.array([request.sampling.top_k for request in padded], np.int32),
-            np.array([request.sampling.top_p for request in padded], np.float32),
-            np.array([request.seed for request in padded], np.uint32),
-        ),
-    )
-    return Batch(shape, tokens_BT, length_B, valid_BT, jax.device_put(live))
-
-
-class _Row:
-    """One request on its way to a completion."""
-
-    def __init__(self, request: Request, tokenizer: tokenizers.Tokenizer, end_ids: frozenset[int]):
-        self.finish_reason: str | None = None
-        self._request = request
-        self._end_ids = end_ids
-        self._stopping = StoppingText(tokenizer, request.sampling.stop, request.ids)
-        self._text = ""
-        self._ids: list[int] = []
-        self._log_probabilities: list[float] = []
-        self._kept_of_prompt = float("nan")
-        self._kept: list[float] = []  # of each decode step
-        self._distinct: list[float] = []
-
-    def read(self, chosen_LTK: np.ndarray) -> None:
-        """Counts the slots of the prompt."""
-        self._kept_of_prompt = _kept_slots(chosen_LTK)
-
-    def step(self, chosen_LK: np.ndarray, distinct: float) -> None:
-        """Counts a decode step: this row's slots, and the distinct experts of all rows."""
-        self._kept.append(_kept_slots(chosen_LK))
-        self._distinct.append(distinct)
-
-    def take(self, token: int, log_probability: float) -> str:
-        """Adds a token; returns the text that it makes certain."""
-        self._ids.append(token)
-        self._log_probabilities.append(log_probability)
-        if token in self._end_ids:
-            piece, self.finish_reason = self._stopping.flush(token), "end"
-        else:
-            piece = self._stopping.push(token)
-            if not self._stopping.stopped and len(self._ids) == self._request.max_new_tokens:
-                piece, self.finish_reason = piece + self._stopping.flush(), "length"
-        if self._stopping.stopped:
-            self.finish_reason = "stop"
-        self._text += piece
-        return piece
-
-    def next_token(self, prompt: int) -> str:
-        """Names the token that comes next, of a prompt of that number."""
-        return f"the log-probability of token {len(self._ids) + 1} after prompt {prompt}, {self._request.policy.spec!r}"
-
-    def completion(self) -> Completion:
-        """What has been made so far; `finish_reason` is None where that is not finished."""
-        kept = float(np.mean(self._kept)) if self._kept else self._kept_of_prompt
-        distinct = float(np.mean(self._distinct)) if self._distinct else float("nan")
-        made = (self._text, tuple(self._ids), tuple(self._log_probabilities))
-        return Completion(*made, kept, distinct, self.finish_reason)
-
-
-def _kept_slots(chosen: np.ndarray) -> float:
-    """Mean over layers and tokens."""
-    return float(np.count_nonzero(chosen >= 0) / (chosen.size / chosen.shape[-1]))
+def _unfinished(rows: Sequence[Row], slots: int) -> np.ndarray:
+    """Which slots have a row that goes on."""
+    return np.array([row.finish_reason is None for row in rows] + [False] * (slots - len(rows)))

@@ -1,4 +1,7 @@
-"""What the engine compiles: reading prompts, in chunks where they are long, and decoding one token of every row."""
+"""The programs that the engine compiles: prompts are read into a prefix, a prefix is put into slots, slots are decoded.
+
+A prefix is slots of its own, so where all prompts are read together nothing has to be put anywhere.
+"""
 
 import functools
 from typing import NamedTuple
@@ -10,44 +13,86 @@ from jax import lax
 from moe_jax.engine import cache as caches
 from moe_jax.engine.sampling import Sampling, draw
 from moe_jax.model import decoder
+from moe_jax.model.attention import Cache
 from moe_jax.routing import policies
-
-
-class Drawn(NamedTuple):
-    """What a step hands to the host."""
-
-    token_B: jax.Array  # int32
-    log_probability_B: jax.Array  # float32
-    chosen_LNK: jax.Array  # int32: the expert of each slot; -1: not kept
 
 
 class Live(NamedTuple):
     """The live settings of a batch, one row per request."""
 
-    policy: policies.Settings
+    policy: policies.Settings | policies.Replayed
     sampling: Sampling
 
 
-@functools.partial(jax.jit, static_argnames=("execution", "memory", "chunk"))
-def prefill(params, tokens_BT, length_B, valid_BT, live: Live, *, execution, memory, chunk):
-    """Reads the prompts into a new cache, and draws the first token of each.
+class Slots(NamedTuple):
+    """Sequences side by side: what attention keeps of each, and where each stands."""
 
-    Where T is larger than `chunk`, it is a multiple of it.
+    cache: Cache
+    token_B: jax.Array  # int32: drawn last, and not read yet
+    position_B: jax.Array  # int32: the place of that token
+    left_B: jax.Array  # int32: tokens that may still be drawn; 0: finished, or a slot without a request
+
+
+class Drawn(NamedTuple):
+    """What reading prompts hands to the host."""
+
+    token_B: jax.Array  # int32
+    log_probability_B: jax.Array  # float32
+    kept_B: jax.Array  # int32: slots of experts that the tokens of each row kept, over all MoE layers
+    distinct: jax.Array  # int32 scalar: experts that some row kept, summed over MoE layers
+    chosen_LNK: jax.Array | None  # int32: the expert of each slot; -1: not kept; None unless routing was asked for
+
+
+class Steps(NamedTuple):
+    """What decode steps hand to the host: as `Drawn`, a row for each of S steps, of which `count` were taken."""
+
+    count: jax.Array  # int32 scalar
+    alive_SB: jax.Array  # bool: whether the row took the step
+    token_SB: jax.Array
+    log_probability_SB: jax.Array
+    kept_SB: jax.Array
+    distinct_S: jax.Array
+    chosen_SLBK: jax.Array | None
+
+
+@functools.partial(jax.jit, static_argnames=("execution", "memory", "chunk", "routing"))
+def prefill(params, tokens_BT, length_B, budget_B, end_I, live: Live, *, execution, memory, chunk, routing):
+    """Reads prompts into a prefix, and draws the first token of each.
+
+    Args:
+        params: as `decoder.split` gives them.
+        tokens_BT: int32 ids, padded at their end; where T is larger than `chunk`, it is a multiple of it.
+        length_B: int32, tokens of each prompt; 0: none.
+        budget_B: int32, tokens that each may draw, this one included; 0 where there is no prompt.
+        end_I: int32, tokens that end a text.
+        live: settings of the rows.
+        execution: the static half, static.
+        memory: positions of the prefix, static.
+        chunk: positions that are read at once, static.
+        routing: whether `Drawn` holds it, static.
+
+    Returns:
+        `Drawn`, and the prefix as `Slots`.
     """
     batch, length = tokens_BT.shape
     cache = caches.allocate(execution.architecture, batch, memory, decoder.dtype_of(params))
+    valid_BT = jnp.arange(length)[None, :] < length_B[:, None]
+    last_B = jnp.maximum(length_B - 1, 0)
     with jax.named_scope("prefill"):
         if length > chunk:
-            prompts = (tokens_BT, length_B, valid_BT)
-            last_BD, chosen_LNK, cache = _in_chunks(params, cache, *prompts, live.policy, execution, chunk)
+            read = _in_chunks(params, cache, tokens_BT, last_B, valid_BT, live.policy, execution, chunk)
         else:
             x_BTD, cache, traffic = decoder.extend(params, cache, tokens_BT, None, valid_BT, live.policy, execution)
-            last_BD, chosen_LNK = x_BTD[jnp.arange(batch), length_B - 1], traffic.chosen_NK
-    return _draw(params, last_BD, length_B, chosen_LNK, live, execution), cache
+            read = x_BTD[jnp.arange(batch), last_B], traffic.chosen_NK, traffic.load_E, cache
+    last_BD, chosen_LNK, load_LE, cache = read
+    token_B, log_probability_B = _draw(params, last_BD, length_B, live, execution)
+    kept_B = _kept(chosen_LNK.reshape(len(chosen_LNK), batch, -1))
+    drawn = Drawn(token_B, log_probability_B, kept_B, _distinct(load_LE), chosen_LNK if routing else None)
+    return drawn, Slots(cache, token_B, length_B, _left(budget_B, token_B, end_I))
 
 
-def _in_chunks(params, cache, tokens_BT, length_B, valid_BT, policy, execution, chunk):
-    """Reads chunk after chunk up to the end of the longest prompt: the last x_BD of each, chosen_LNK and the cache.
+def _in_chunks(params, cache, tokens_BT, last_B, valid_BT, policy, execution, chunk):
+    """Reads chunk after chunk up to the end of the longest prompt: the last x_BD of each, chosen_LNK, load_LE, cache.
 
     A loop of the program, which is therefore no longer for longer prompts.
     """
@@ -56,7 +101,7 @@ def _in_chunks(params, cache, tokens_BT, length_B, valid_BT, policy, execution, 
     layers = trunk.num_moe_layers
 
     def read(index, so_far):
-        cache, last_BD, chosen_LBTK = so_far
+        cache, last_BD, chosen_LBTK, load_LE = so_far
         first = index * chunk
         tokens, valid = (lax.dynamic_slice_in_dim(x_BT, first, chunk, axis=1) for x_BT in (tokens_BT, valid_BT))
 
@@ -64,36 +109,113 @@ def _in_chunks(params, cache, tokens_BT, length_B, valid_BT, policy, execution, 
             x_LBTK = x_LNK.reshape(layers, batch, length, -1)
             return lax.dynamic_slice_in_dim(x_LBTK, first, chunk, axis=2).reshape(layers, batch * chunk, -1)
 
-        live = policy.of_tokens(of_chunk)
+        start_B = jnp.full(batch, first, jnp.int32)
         x_BTD, cache, traffic = decoder.extend(
-            params, cache, tokens, jnp.full(batch, first, jnp.int32), valid, live, execution
+            params, cache, tokens, start_B, valid, policy.of_tokens(of_chunk), execution
         )
-        place_B = length_B - 1 - first
+        place_B = last_B - first
         ends_here_B = (place_B >= 0) & (place_B < chunk)
         ended_BD = x_BTD[jnp.arange(batch), jnp.clip(place_B, 0, chunk - 1)]
         chosen = traffic.chosen_NK.reshape(layers, batch, chunk, -1)
         chosen_LBTK = lax.dynamic_update_slice_in_dim(chosen_LBTK, chosen, first, axis=2)
-        return cache, jnp.where(ends_here_B[:, None], ended_BD, last_BD), chosen_LBTK
+        return cache, jnp.where(ends_here_B[:, None], ended_BD, last_BD), chosen_LBTK, load_LE + traffic.load_E
 
     last_BD = jnp.zeros((batch, trunk.d_model), decoder.dtype_of(params))
     chosen_LBTK = jnp.full((layers, batch, length, execution.k_max), -1, jnp.int32)
-    count = -(-length_B.max() // chunk)
-    cache, last_BD, chosen_LBTK = lax.fori_loop(0, count, read, (cache, last_BD, chosen_LBTK))
-    return last_BD, chosen_LBTK.reshape(layers, batch * length, -1), cache
+    load_LE = jnp.zeros((layers, execution.architecture.moe.num_experts), jnp.int32)
+    count = last_B.max() // chunk + 1
+    cache, last_BD, chosen_LBTK, load_LE = lax.fori_loop(0, count, read, (cache, last_BD, chosen_LBTK, load_LE))
+    return last_BD, chosen_LBTK.reshape(layers, batch * length, -1), load_LE, cache
 
 
-@functools.partial(jax.jit, static_argnames="execution", donate_argnames="cache")
-def decode(params, cache, token_B, position_B, alive_B, live: Live, *, execution):
-    """Reads the last token of each row that is alive, and draws the next."""
-    with jax.named_scope("decode"):
-        x_BTD, cache, traffic = decoder.extend(
-            params, cache, token_B[:, None], position_B, alive_B[:, None], live.policy, execution
+@functools.partial(jax.jit, donate_argnames="slots")
+def insert(slots: Slots, prefix: Slots, place_B, count) -> Slots:
+    """Puts the first `count` rows of a prefix into slots: row r into slot `place_B[r]`, which is emptied by that."""
+
+    def put(row, slots):
+        def into(all_slots, of_prefix):
+            of_row = lax.dynamic_slice_in_dim(of_prefix, row, 1, axis=1)
+            return lax.dynamic_update_slice_in_dim(all_slots, of_row, place_B[row], axis=1)
+
+        cache = Cache(*(x if x is None else into(x, new) for x, new in zip(slots.cache, prefix.cache)))
+        return Slots(cache, *(x_B.at[place_B[row]].set(new_B[row]) for x_B, new_B in zip(slots[1:], prefix[1:])))
+
+    return lax.fori_loop(0, count, put, slots)
+
+
+@functools.partial(jax.jit, static_argnames=("execution", "most", "routing"), donate_argnames="slots")
+def decode(params, slots: Slots, wanted_B, count, end_I, live: Live, *, execution, most, routing):
+    """Reads the last token of each row that is not finished and draws the next, up to `count` times.
+
+    Ends earlier where all rows are finished.
+
+    Args:
+        params: as `decoder.split` gives them.
+        slots: written in place.
+        wanted_B: bool; a row that is not wanted any more is finished.
+        count: int32 scalar, at most `most`.
+        end_I: int32, tokens that end a text.
+        live: settings of the rows; recorded routing is that of all steps, one after the other.
+        execution: the static half, static.
+        most: steps that `Steps` has room for, static.
+        routing: whether `Steps` holds it, static.
+
+    Returns:
+        `Steps`, and the slots.
+    """
+    architecture, batch = execution.architecture, len(wanted_B)
+    slots = slots._replace(left_B=jnp.where(wanted_B, slots.left_B, 0))
+
+    def goes_on(state):
+        steps, slots = state
+        return (steps.count < count) & (slots.left_B > 0).any()
+
+    def step(state):
+        steps, slots = state
+        alive_B = slots.left_B > 0
+        policy = live.policy.of_tokens(
+            lambda x_LNK: lax.dynamic_slice_in_dim(x_LNK, steps.count * batch, batch, axis=1)
         )
-    return _draw(params, x_BTD[:, 0], position_B + 1, traffic.chosen_NK, live, execution), cache
+        with jax.named_scope("decode"):
+            x_BTD, cache, traffic = decoder.extend(
+                params, slots.cache, slots.token_B[:, None], slots.position_B, alive_B[:, None], policy, execution
+            )
+        drawn_B, log_probability_B = _draw(params, x_BTD[:, 0], slots.position_B + 1, live, execution)
+        chosen_LBK = traffic.chosen_NK
+        new = (alive_B, drawn_B, log_probability_B, _kept(chosen_LBK), _distinct(traffic.load_E))
+        new += (chosen_LBK if routing else None,)
+        recorded = jax.tree.map(lambda all_S, one: all_S.at[steps.count].set(one), tuple(steps[1:]), new)
+        token_B = jnp.where(alive_B, drawn_B, slots.token_B)
+        left_B = _left(slots.left_B, drawn_B, end_I)
+        return Steps(steps.count + 1, *recorded), Slots(cache, token_B, slots.position_B + alive_B, left_B)
+
+    layers, k_max = architecture.decoder.num_moe_layers, execution.k_max
+    steps = Steps(
+        jnp.int32(0),
+        jnp.zeros((most, batch), bool),
+        jnp.zeros((most, batch), jnp.int32),
+        jnp.zeros((most, batch), jnp.float32),
+        jnp.zeros((most, batch), jnp.int32),
+        jnp.zeros(most, jnp.int32),
+        jnp.full((most, layers, batch, k_max), -1, jnp.int32) if routing else None,
+    )
+    return lax.while_loop(goes_on, step, (steps, slots))
 
 
-def _draw(params, x_BD, position_B, chosen_LNK, live, execution):
+def _draw(params, x_BD, position_B, live, execution):
     with jax.named_scope("sample"):
         logits_BV = decoder.logits(params, x_BD, execution.kernels.projection)
-        token_B, log_probability_B = draw(logits_BV, live.sampling, position_B)
-    return Drawn(token_B, log_probability_B, chosen_LNK)
+        return draw(logits_BV, live.sampling, position_B)
+
+
+def _left(left_B, drawn_B, end_I):
+    ended_B = (drawn_B[:, None] == end_I[None, :]).any(axis=1)
+    return jnp.where(ended_B, 0, jnp.maximum(left_B - 1, 0))
+
+
+def _kept(chosen_LBK):
+    return (chosen_LBK >= 0).sum(axis=(0, 2), dtype=jnp.int32)
+
+
+def _distinct(load_LE):
+    return (load_LE > 0).sum(dtype=jnp.int32)

@@ -13,8 +13,10 @@ import numpy as np
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.cost import roofline
 from moe_jax.engine import cache as caches
-from moe_jax.engine.generate import Engine, batch_of
+from moe_jax.engine.batch import batch_of
+from moe_jax.engine.generate import Engine
 from moe_jax.engine.request import make_requests
+from moe_jax.engine.steps import Slots
 from moe_jax.model.decoder import Execution, dtype_of
 from moe_jax.model.finite import require_finite
 from moe_jax.routing import policies
@@ -40,8 +42,8 @@ class Load:
         sampling = SamplingConfig(max_new_tokens=2)
         self._batch = batch_of(make_requests([[0] * cached] * rows, None, execution, sampling=sampling), execution)
         dtype, shape = dtype_of(engine.params), self._batch.shape
-        caches.require_memory(execution.architecture, shape, dtype)
-        self._cache = caches.allocate(execution.architecture, shape.batch, shape.memory, dtype)
+        caches.require_memory(execution.architecture, [(shape.batch, shape.memory)], dtype)
+        self._slots = engine.empty(shape.batch, shape.memory, execution)
         self._settings: dict[policies.Policy, policies.Settings] = {}
         self._warm: set[jax.stages.Compiled] = set()
 
@@ -55,17 +57,18 @@ class Load:
         padded[:, : self.rows, : chosen_LBK.shape[2]] = chosen_LBK
         replayed = policies.Replayed(self._settings_of(policy), *jax.device_put((np.maximum(padded, 0), padded >= 0)))
         live = batch.live._replace(policy=replayed)
-        program = self._engine.decode_program(batch._replace(live=live), execution)
-        rows = (np.zeros_like(batch.length_B), np.full_like(batch.length_B, self.cached), batch.valid_BT[:, 0])
+        program = self._engine.decode_program(self._slots, live, execution)
+        alive_B = batch.length_B > 0
         for _ in range(1 if program in self._warm else 2):
             self._warm.add(program)
-            jax.block_until_ready(live)
+            at = (np.zeros_like(batch.length_B), np.full_like(batch.length_B, self.cached), alive_B.astype(np.int32))
+            slots = jax.block_until_ready(jax.device_put(Slots(self._slots.cache, *at)))
             began = time.perf_counter()
-            drawn, self._cache = program(self._engine.params, self._cache, *rows, live)
-            drawn = jax.device_get(drawn)
+            taken, self._slots = program(self._engine.params, slots, alive_B, np.int32(1), self._engine.end_I, live)
+            taken = jax.device_get(taken)
             seconds = time.perf_counter() - began
             named = f"a step of {self.rows} rows, {policy.spec!r}"
-            require_finite(drawn.log_probability_B[: self.rows], named, self._engine.params)
+            require_finite(taken.log_probability_SB[0, : self.rows], named, self._engine.params)
         return seconds
 
     def work(self, chosen_LBK: np.ndarray, itemsize: int) -> roofline.Work:

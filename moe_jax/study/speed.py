@@ -1,8 +1,8 @@
 """How long the steps of a model take, and how far that is from the least that the machine needs for them.
 
 A case is a decode step of so many rows, or a prefill of one row. Cases call the programs that `Engine.run` calls, as it
-calls them: from arrays on the host to the drawn tokens on the host. All cases have their turn in every round, so that a
-slow moment of the machine falls on all of them.
+calls them: from arrays on the host to the drawn tokens on the host, short decode steps several in one call. All cases
+have their turn in every round, so that a slow moment of the machine falls on all of them.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ import numpy as np
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.cost import roofline
 from moe_jax.engine import cache as caches
-from moe_jax.engine.generate import Batch, Engine, batch_of
+from moe_jax.engine.batch import Batch, batch_of
+from moe_jax.engine.generate import MOST_STEPS, Engine, steps_at_once
 from moe_jax.engine.request import AnyPolicy, make_requests
-from moe_jax.engine.steps import Live
+from moe_jax.engine.steps import Live, Slots
 from moe_jax.model.decoder import Execution
 from moe_jax.model.finite import require_finite
 from moe_jax.routing.policies import Replayed
-from moe_jax.routing.selection import distinct_experts
 from moe_jax.routing.trace import Trace
 
 
@@ -37,6 +37,7 @@ class Subject:
         policy: of every row.
         sampling: of every row.
         trace: routing to replay; None: the model's own.
+        routing: whether samples hold the experts of every slot.
     """
 
     engine: Engine
@@ -44,6 +45,7 @@ class Subject:
     policy: AnyPolicy
     sampling: SamplingConfig
     trace: Trace | None = None
+    routing: bool = False
 
     def batch(self, tokens_BT: np.ndarray, max_new_tokens: int) -> Batch:
         """Rows as a batch of requests."""
@@ -64,10 +66,11 @@ class Subject:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """One call of a program."""
+    """One step of a program."""
 
     seconds: float
     step: roofline.Step
+    chosen_LNK: np.ndarray | None = None  # int32, -1: not kept; None unless the subject asks for it
 
 
 class Prefill:
@@ -75,84 +78,90 @@ class Prefill:
 
     def __init__(self, subject: Subject, tokens_T: np.ndarray):
         self.name, self.rows, self.tokens = f"prefill_{len(tokens_T)}", 1, len(tokens_T)
-        self._params = subject.engine.params
+        self._engine = subject.engine
         batch = subject.batch(tokens_T[None], 1)
-        self._batch = batch._replace(live=_with_replay(batch, subject.replayed(1, self.tokens)))
-        self._program = subject.engine.prefill_program(self._batch, subject.execution)
+        replayed_LBTK = subject.replayed(1, self.tokens)
+        self._batch = batch._replace(live=_with_replay(batch.live, replayed_LBTK, batch.tokens_BT.shape))
+        self._program = subject.engine.prefill_program(self._batch, subject.execution, subject.routing)
         _require_room(self._program, self.name)
 
-    def step(self) -> Sample:
-        """Calls the program once."""
-        batch = self._batch
+    def take(self, most: int) -> list[Sample]:
+        """Calls the program once, however many steps may be taken."""
+        batch, engine = self._batch, self._engine
+        given = (batch.tokens_BT, batch.length_B, batch.budget_B, engine.end_I, batch.live)
         began = time.perf_counter()
-        drawn, _ = self._program(self._params, batch.tokens_BT, batch.length_B, batch.valid_BT, batch.live)
+        drawn, _ = self._program(engine.params, *given)
         drawn = jax.device_get(drawn)
         seconds = time.perf_counter() - began
-        require_finite(drawn.log_probability_B[:1], f"a step of {self.name}", self._params)
-        return Sample(seconds, _step_of([0], [self.tokens], drawn.chosen_LNK))
+        require_finite(drawn.log_probability_B[:1], f"a step of {self.name}", engine.params)
+        step = roofline.Step([0], [self.tokens], int(drawn.kept_B.sum()), int(drawn.distinct))
+        return [Sample(seconds, step, drawn.chosen_LNK)]
 
 
 class Decode:
-    """Reads one token of every row, from texts that are given, and draws the next.
+    """Reads one token of every row, and draws the next.
 
     Args:
         subject: what is timed.
-        tokens_BT: the texts: a prompt, and a token for each step that will be taken.
+        tokens_BT: texts: a prompt, and a token for each step that will be taken, from which every call goes on.
         prompt_length: tokens that are in the cache before the first step.
     """
 
     def __init__(self, subject: Subject, tokens_BT: np.ndarray, prompt_length: int):
         self.rows, length = tokens_BT.shape
         self.name, self.tokens = f"decode_{self.rows}", self.rows
-        self._params, self._tokens_BT, self._place = subject.engine.params, tokens_BT.astype(np.int32), prompt_length
+        self._engine, self._tokens_BT, self._place = subject.engine, tokens_BT.astype(np.int32), prompt_length
+        self._seconds = float("inf")  # of a step, as it was last
         batch = subject.batch(tokens_BT[:, :prompt_length], length - prompt_length)
-        self._replayed_LBTK = subject.replayed(self.rows, length)
+        self._live, self._replayed_LBTK = batch.live, subject.replayed(self.rows, length)
         prompt_LBTK = None if self._replayed_LBTK is None else self._replayed_LBTK[:, :, :prompt_length]
-        reading = batch._replace(live=_with_replay(batch, prompt_LBTK))
-        prefill = subject.engine.prefill_program(reading, subject.execution)
-        _require_room(prefill, self.name)
-        arguments = (self._params, batch.tokens_BT, batch.length_B, batch.valid_BT, reading.live)
-        _, self._cache = jax.block_until_ready(prefill(*arguments))
-        self._batch = batch
-        self._program = subject.engine.decode_program(batch._replace(live=self._live()), subject.execution)
+        reading = batch._replace(live=_with_replay(batch.live, prompt_LBTK, batch.tokens_BT.shape))
+        _require_room(subject.engine.prefill_program(reading, subject.execution), self.name)
+        _, self._slots = jax.block_until_ready(subject.engine.prefill(reading, subject.execution))
+        live, execution = self._live_from(self._place), subject.execution
+        self._program = subject.engine.decode_program(self._slots, live, execution, subject.routing)
         _require_room(self._program, self.name)
 
-    def step(self) -> Sample:
-        """Takes the next step of every row."""
-        alive_B, padding = self._batch.valid_BT[:, 0], (0, self._batch.shape.batch - self.rows)
-        token_B = np.pad(self._tokens_BT[:, self._place], padding)
-        position_B = np.full(len(alive_B), self._place, np.int32)
-        live = self._live()
+    def take(self, most: int) -> list[Sample]:
+        """Takes the next steps of every row in one call: as many as the engine would, `most` at most."""
+        engine, place = self._engine, self._place
+        count = min(most, steps_at_once(self._seconds), self._tokens_BT.shape[1] - place)
+        alive_B = np.arange(len(self._slots.token_B)) < self.rows
+        padding = (0, len(alive_B) - self.rows)
+        token_B = np.pad(self._tokens_BT[:, place], padding)
+        at = (token_B, np.full(len(alive_B), place, np.int32), np.where(alive_B, count, 0).astype(np.int32))
+        slots = jax.block_until_ready(jax.device_put(Slots(self._slots.cache, *at)))
+        live, never_I = self._live_from(place), np.full_like(engine.end_I, -1)
         began = time.perf_counter()
-        drawn, self._cache = self._program(self._params, self._cache, token_B, position_B, alive_B, live)
-        drawn = jax.device_get(drawn)
-        seconds = time.perf_counter() - began
-        require_finite(drawn.log_probability_B[: self.rows], f"a step of {self.name}", self._params)
-        step = _step_of([self._place] * self.rows, [1] * self.rows, drawn.chosen_LNK)
-        self._place += 1
-        return Sample(seconds, step)
+        taken, self._slots = self._program(engine.params, slots, alive_B, np.int32(count), never_I, live)
+        taken = jax.device_get(taken)
+        self._seconds = (time.perf_counter() - began) / count
+        require_finite(taken.log_probability_SB[:count, : self.rows], f"a step of {self.name}", engine.params)
+        self._place += count
+        samples = []
+        for number in range(count):
+            work = (int(taken.kept_SB[number].sum()), int(taken.distinct_S[number]))
+            step = roofline.Step([place + number] * self.rows, [1] * self.rows, *work)
+            chosen = None if taken.chosen_SLBK is None else taken.chosen_SLBK[number]
+            samples.append(Sample(self._seconds, step, chosen))
+        return samples
 
-    def _live(self) -> Live:
+    def _live_from(self, place: int) -> Live:
         if self._replayed_LBTK is None:
-            return self._batch.live
-        return _with_replay(self._batch, self._replayed_LBTK[:, :, self._place : self._place + 1])
+            return self._live
+        of_steps_LBSK = self._replayed_LBTK[:, :, place : place + MOST_STEPS]
+        of_steps_LSBK = np.moveaxis(of_steps_LBSK, 2, 1)  # one step after the other
+        return _with_replay(self._live, of_steps_LSBK, (MOST_STEPS, len(self._live.sampling.seed_B)))
 
 
-def _with_replay(batch: Batch, expert_LBTK: np.ndarray | None) -> Live:
-    """The live settings of a step whose tokens take these experts; padding is left to the router, and not valid."""
-    if expert_LBTK is None:
-        return batch.live
-    layers, rows, length, k_max = expert_LBTK.shape
-    padded_length = 1 if length == 1 else batch.shape.length
-    padding = ((0, 0), (0, batch.shape.batch - rows), (0, padded_length - length), (0, 0))
-    replay_LNK = np.pad(expert_LBTK, padding, constant_values=-1).reshape(layers, -1, k_max)
-    replayed = Replayed(batch.live.policy, jax.device_put(replay_LNK).block_until_ready())
-    return batch.live._replace(policy=replayed)
-
-
-def _step_of(cached_B: Sequence[int], new_B: Sequence[int], chosen_LNK: np.ndarray) -> roofline.Step:
-    kept = int(np.count_nonzero(chosen_LNK >= 0))
-    return roofline.Step(cached_B, new_B, kept, int(distinct_experts(chosen_LNK).sum()))
+def _with_replay(live: Live, expert_LXYK: np.ndarray | None, padded: tuple[int, int]) -> Live:
+    """The live settings of tokens that take these experts; padding is left to the router, and not valid."""
+    if expert_LXYK is None:
+        return live
+    layers, *given, k_max = expert_LXYK.shape
+    padding = ((0, 0), *((0, of - size) for of, size in zip(padded, given)), (0, 0))
+    replay_LNK = np.pad(expert_LXYK, padding, constant_values=-1).reshape(layers, -1, k_max)
+    return live._replace(policy=Replayed(live.policy, jax.device_put(replay_LNK).block_until_ready()))
 
 
 def _require_room(program: jax.stages.Compiled, name: str) -> None:
@@ -209,8 +218,9 @@ def take_turns(cases: Sequence[Prefill | Decode], decode_steps: int, samples: di
         samples: by name of the case, added to.
     """
     for case in cases:
-        for _ in range(decode_steps if isinstance(case, Decode) else 1):
-            samples[case.name].append(case.step())
+        wanted = len(samples[case.name]) + (decode_steps if isinstance(case, Decode) else 1)
+        while len(samples[case.name]) < wanted:
+            samples[case.name] += case.take(wanted - len(samples[case.name]))
 
 
 def timing_of(
@@ -238,4 +248,4 @@ def profile(cases: Sequence[Prefill | Decode], folder: str | os.PathLike) -> Non
     with jax.profiler.trace(os.fspath(folder), create_perfetto_trace=True):
         for number, case in enumerate(cases):
             with jax.profiler.StepTraceAnnotation(case.name, step_num=number):
-                case.step()
+                case.take(1)

@@ -34,13 +34,14 @@ def test_long_prompts_are_whole_chunks_for_which_the_cache_has_room():
 
 def test_a_cache_beyond_the_memory_is_refused(monkeypatch):
     memory = collections.namedtuple("memory", "available")
-    shape = cache.Shape(batch=4, length=32, memory=64)
     needed_bytes = 2 * 3 * 4 * 64 * 2 * 16 * 4  # keys and values, L, B, M, G, A, float32
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(needed_bytes))
-    cache.require_memory(tiny_model.ARCHITECTURE, shape, jnp.float32)
+    cache.require_memory(tiny_model.ARCHITECTURE, [(4, 64)], jnp.float32)
     assert sum(part.nbytes for part in cache.allocate(tiny_model.ARCHITECTURE, 4, 64, jnp.float32)) == needed_bytes
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(needed_bytes - 1))
     with pytest.raises(
         ValueError, match=r"4 prompts with up to 64 tokens needs 0.0 GB, 0.0 GB available: wanted fewer"
     ):
-        cache.require_memory(tiny_model.ARCHITECTURE, shape, jnp.float32)
+        cache.require_memory(tiny_model.ARCHITECTURE, [(4, 64)], jnp.float32)
+    with pytest.raises(ValueError, match="the cache of 2 prompts with up to 64 tokens needs"):  # and a prefix beside it
+        cache.require_memory(tiny_model.ARCHITECTURE, [(2, 64), (4, 64)], jnp.float32)

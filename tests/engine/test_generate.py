@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from moe_jax.config.schema import SamplingConfig
-from moe_jax.engine import cache, steps
-from moe_jax.engine.generate import Engine, batch_of
+from moe_jax.engine import cache, generate, steps
+from moe_jax.engine.batch import batch_of, plan_of
+from moe_jax.engine.generate import Engine
 from moe_jax.engine.request import execution_of, make_requests, policy_of_each
 from moe_jax.engine.stopping import StoppingText
 from moe_jax.model import decoder
@@ -127,6 +128,64 @@ def test_a_prompt_read_in_chunks_is_continued_as_one_read_at_once(params, engine
     assert [one.experts_per_token for one in first] == [3, 8, 3.5]  # of the prompt
 
 
+def test_a_long_prompt_beside_short_ones_pads_none_of_them(params, engine, monkeypatch):
+    """Read in groups and put into slots, all draw what they drew when they were read together."""
+    prompts = [[1, 2, 3], [4] * 26, [5, 6], [7] * 25, [8]]
+    settings = {"policy": ["topk:3", None, "opportunistic:2", "topk:2", "opportunistic:2"], "max_new_tokens": 6}
+    wanted, together = run(engine, prompts, **settings)
+    assert len(plan_of(requests(prompts, **settings), EXECUTION).groups) == 1
+    monkeypatch.setattr(cache, "CHUNK", 32)
+    monkeypatch.setattr(cache, "SHORTEST", 4)
+    plan = plan_of(requests(prompts, **settings), EXECUTION)
+    assert plan == (8, 32, (((1, 3), (2, 32, 32)), ((0, 2, 4), (4, 4, 4))))
+    got, apart = run(Engine(params, tiny_model.tokenizer(), end_ids=()), prompts, **settings)
+    for one, other in zip(got, wanted, strict=True):
+        assert (one.ids, one.experts_per_token) == (other.ids, other.experts_per_token)
+        np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, rtol=1e-5, atol=1e-5)
+    assert (apart.kept_slots, apart.distinct_experts) == (together.kept_slots, together.distinct_experts)
+
+
+def test_several_steps_in_a_call_draw_what_single_ones_do(engine, params, monkeypatch):
+    """Rows that end at a token and at their limit within a call; batch-aware, so a row too many would show."""
+    whole = run(engine, temperature=1.0, policy="opportunistic:1").completions
+    ending = Engine(params, tiny_model.tokenizer(), end_ids=[whole[2].ids[2]])
+    settings = {"temperature": 1.0, "policy": "opportunistic:1"}
+
+    def by(count):
+        monkeypatch.setattr(generate, "steps_at_once", lambda seconds: count)
+        return run(ending, **settings)
+
+    one, five = by(1), by(5)
+    assert {completion.finish_reason for completion in one.completions} == {"length", "end"}
+    assert repr(five.completions) == repr(one.completions)  # where nothing was decoded, NaN is not itself
+    for name in ("decode_steps", "decode_tokens", "kept_slots", "distinct_experts"):
+        assert getattr(five.measured, name) == getattr(one.measured, name)
+
+
+def test_a_stop_string_ends_a_row_before_the_next_step(engine, monkeypatch):
+    """Only the host finds it; what is drawn after it is nobody's, and others' experts are counted without it."""
+    monkeypatch.setattr(generate, "steps_at_once", lambda seconds: 8)
+    stop = run(engine, ["The"], max_new_tokens=16).completions[0].text[4:6]
+    (alone,), measured = run(engine, ["The"], max_new_tokens=16, stop=(stop,))
+    assert alone.finish_reason == "stop" and measured.decode_steps == len(alone.ids) - 1
+    calls = []
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda *args: [calls.append(args[2]), step(*args)][1])
+    beside = run(engine, ["The", "lazy"], max_new_tokens=16, stop=(stop,)).completions
+    assert beside[0].ids == alone.ids and set(calls) == {1}
+
+
+def test_routing_is_handed_over_to_who_asks(engine):
+    batch = batch_of(requests(policy="topk:3"), EXECUTION)
+    program = engine.prefill_program(batch, EXECUTION, routing=True)
+    drawn, _ = program(engine.params, batch.tokens_BT, batch.length_B, batch.budget_B, engine.end_I, batch.live)
+    chosen_LBTK = np.asarray(drawn.chosen_LNK).reshape(2, *batch.tokens_BT.shape, -1)
+    kept_B = [np.count_nonzero(chosen_LBTK[:, row] >= 0) for row in range(4)]
+    assert kept_B == drawn.kept_B.tolist() == [2 * 3 * length for length in batch.length_B]
+    assert int(drawn.distinct) == sum(len(np.unique(of_layer[of_layer >= 0])) for of_layer in chosen_LBTK)
+    assert engine.prefill(batch, EXECUTION)[0].chosen_LNK is None
+
+
 def test_a_longer_prompt_is_no_longer_program(params):
     context = 16 * cache.CHUNK
     architecture = tiny_model.changed(decoder={"max_context": context})
@@ -134,8 +193,8 @@ def test_a_longer_prompt_is_no_longer_program(params):
 
     def lines(length):
         batch = batch_of(requests([[1] * length], execution=execution, max_new_tokens=1), execution)
-        given = (params, batch.tokens_BT, batch.length_B, batch.valid_BT, batch.live)
-        static = {"execution": execution, "memory": batch.shape.memory, "chunk": cache.CHUNK}
+        given = (params, batch.tokens_BT, batch.length_B, batch.budget_B, np.zeros(0, np.int32), batch.live)
+        static = {"execution": execution, "memory": batch.shape.memory, "chunk": cache.CHUNK, "routing": False}
         return len(steps.prefill.lower(*given, **static).as_text().splitlines())
 
     assert lines(context - 1) <= 1.05 * lines(2 * cache.CHUNK)

@@ -11,7 +11,6 @@ from moe_jax.cost import roofline
 from moe_jax.engine import cache as caches
 from moe_jax.engine.generate import Engine
 from moe_jax.engine.request import execution_of, make_requests
-from moe_jax.engine.steps import Drawn
 from moe_jax.model import decoder
 from moe_jax.routing.trace import Trace
 from moe_jax.study import random_model, speed
@@ -35,15 +34,6 @@ def trace():
     return Trace(np.argsort(-preference, axis=3)[..., :8].astype(np.uint8), 16)
 
 
-@pytest.fixture
-def seen(monkeypatch):
-    """The loads of every step taken."""
-    loads = []
-    step_of = speed._step_of
-    monkeypatch.setattr(speed, "_step_of", lambda *arguments: [loads.append(arguments[2]), step_of(*arguments)][1])
-    return loads
-
-
 def tokens(rows, length, seed=1):
     return np.random.default_rng(seed).integers(0, ARCHITECTURE.decoder.vocab_size, (rows, length))
 
@@ -54,14 +44,16 @@ def load_of(experts):
 
 @pytest.mark.parametrize(("policy", "k"), [("model", 8), ("topk:3", 3)])
 @pytest.mark.parametrize("rows", [1, 3, 4])
-def test_each_decode_step_wakes_the_experts_of_the_next_recorded_token(engine, trace, seen, policy, k, rows):
-    subject = speed.Subject(engine, EXECUTION, policy, SamplingConfig(), trace)
+def test_each_decode_step_wakes_the_experts_of_the_next_recorded_token(engine, trace, monkeypatch, policy, k, rows):
+    subject = speed.Subject(engine, EXECUTION, policy, SamplingConfig(), trace, routing=True)
     case = speed.Decode(subject, tokens(rows, 9), prompt_length=5)
-    samples = [case.step() for _ in range(4)]
+    monkeypatch.setattr(speed, "steps_at_once", lambda seconds: 3)
+    samples = case.take(4) + case.take(4)
+    assert len(samples) == 4
     expert_LBTK = trace.replay(LAYERS, 16, 8, rows, 9)
-    for number, (sample, chosen_LNK) in enumerate(zip(samples, seen, strict=True)):
+    for number, sample in enumerate(samples):
         wanted_LE = np.stack([load_of(of_layer[:, 5 + number, :k]) for of_layer in expert_LBTK])
-        np.testing.assert_array_equal([load_of(of_layer[of_layer >= 0]) for of_layer in chosen_LNK], wanted_LE)
+        np.testing.assert_array_equal([load_of(of_layer[of_layer >= 0]) for of_layer in sample.chosen_LNK], wanted_LE)
         distinct = int(np.count_nonzero(wanted_LE))
         assert sample.step == roofline.Step([5 + number] * rows, [1] * rows, rows * k * LAYERS, distinct)
         assert sample.seconds > 0
@@ -69,38 +61,40 @@ def test_each_decode_step_wakes_the_experts_of_the_next_recorded_token(engine, t
 
 @pytest.mark.parametrize(("policy", "k"), [("model", 8), ("topk:3", 3)])
 @pytest.mark.parametrize("length", [16, 21])
-def test_a_prefill_wakes_the_experts_of_its_tokens(engine, trace, seen, policy, k, length):
-    subject = speed.Subject(engine, EXECUTION, policy, SamplingConfig(), trace)
-    sample = speed.Prefill(subject, tokens(1, length)[0]).step()
+def test_a_prefill_wakes_the_experts_of_its_tokens(engine, trace, policy, k, length):
+    subject = speed.Subject(engine, EXECUTION, policy, SamplingConfig(), trace, routing=True)
+    [sample] = speed.Prefill(subject, tokens(1, length)[0]).take(1)
     expert_LBTK = trace.replay(LAYERS, 16, 8, 1, length)
     wanted_LE = np.stack([load_of(of_layer[..., :k]) for of_layer in expert_LBTK])
-    np.testing.assert_array_equal([load_of(of_layer[of_layer >= 0]) for of_layer in seen[0]], wanted_LE)
+    np.testing.assert_array_equal([load_of(of_layer[of_layer >= 0]) for of_layer in sample.chosen_LNK], wanted_LE)
     assert sample.step == roofline.Step([0], [length], length * k * LAYERS, np.count_nonzero(wanted_LE))
 
 
-def test_a_prefill_in_chunks_wakes_the_experts_of_its_tokens(engine, trace, seen, monkeypatch):
+def test_a_prefill_in_chunks_wakes_the_experts_of_its_tokens(engine, trace, monkeypatch):
     monkeypatch.setattr(caches, "CHUNK", 8)
-    subject = speed.Subject(Engine(engine.params, None, ()), EXECUTION, "topk:3", SamplingConfig(), trace)
-    sample = speed.Prefill(subject, tokens(1, 21)[0]).step()
+    subject = speed.Subject(Engine(engine.params, None, ()), EXECUTION, "topk:3", SamplingConfig(), trace, routing=True)
+    [sample] = speed.Prefill(subject, tokens(1, 21)[0]).take(1)
     expert_LBTK = trace.replay(LAYERS, 16, 8, 1, 21)
-    np.testing.assert_array_equal(seen[0][:, :21, :3], expert_LBTK[:, 0, :, :3])
+    np.testing.assert_array_equal(sample.chosen_LNK[:, :21, :3], expert_LBTK[:, 0, :, :3])
     assert sample.step.kept_slots == 21 * 3 * LAYERS
 
 
-def test_decode_steps_are_those_of_the_engine(engine, seen):
+def test_decode_steps_are_those_of_the_engine(engine, monkeypatch):
     """Fed with what the engine drew, they route as it did; and replaying that very routing changes no token."""
     prompts = [[5, 6, 7, 8, 9], [300, 4, 88, 17, 2]]
     sampling = SamplingConfig(max_new_tokens=8)
     ran = engine.run(make_requests(prompts, None, EXECUTION, sampling=sampling), EXECUTION)
     tokens_BT = np.array([prompt + list(one.ids) for prompt, one in zip(prompts, ran.completions)])
     case = speed.Decode(speed.Subject(engine, EXECUTION, None, SamplingConfig()), tokens_BT, prompt_length=5)
+    monkeypatch.setattr(speed, "steps_at_once", lambda seconds: 3)
     drawn = []
     program = case._program
     case._program = lambda *arguments: [result := program(*arguments), drawn.append(result[0])][0]
-    steps = [case.step().step for _ in range(7)]
+    steps = [case.take(1)[0].step for _ in range(4)] + [sample.step for sample in case.take(3)]
     assert sum(step.distinct_experts for step in steps) / LAYERS == pytest.approx(ran.measured.distinct_experts)
-    assert all(isinstance(one, Drawn) for one in drawn)
-    np.testing.assert_array_equal(np.stack([one.token_B for one in drawn], axis=1), tokens_BT[:, 6:])
+    assert [int(one.count) for one in drawn] == [1, 1, 1, 1, 3]
+    got_TB = np.concatenate([one.token_SB[: int(one.count)] for one in drawn])
+    np.testing.assert_array_equal(got_TB.T, tokens_BT[:, 6:])
 
 
 def test_cases_take_turns(engine):
@@ -168,12 +162,13 @@ def test_steps_whose_numbers_are_not_finite_are_not_timed(engine, monkeypatch, k
     case = speed.Prefill(subject, tokens(1, 5)[0]) if kind == "prefill" else speed.Decode(subject, tokens(3, 9), 5)
     monkeypatch.setattr(case, "_program", made_of_nan(case._program))
     with pytest.raises(ValueError, match=rf"a step of {kind}_\d: not finite"):
-        case.step()
+        case.take(1)
 
 
 def made_of_nan(program):
     def call(*arguments):
-        drawn, cache = program(*arguments)
-        return drawn._replace(log_probability_B=drawn.log_probability_B.at[0].set(jnp.nan)), cache
+        drawn, slots = program(*arguments)
+        [name] = [name for name in drawn._fields if name.startswith("log_probability")]
+        return drawn._replace(**{name: jnp.full_like(getattr(drawn, name), jnp.nan)}), slots
 
     return call

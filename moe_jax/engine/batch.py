@@ -1,0 +1,95 @@
+"""Requests as arrays: which prompts are read together, padded to the shape that they share, and into which slots."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from moe_jax.engine import cache as caches
+from moe_jax.engine.request import Request
+from moe_jax.engine.sampling import Sampling
+from moe_jax.engine.steps import Live
+from moe_jax.model.decoder import Execution
+from moe_jax.routing import policies
+
+MOST_PADDING = 4  # a group takes in prompts down to this fraction of its longest
+
+
+class Batch(NamedTuple):
+    """Prompts that are read together. Rows without a request have no token."""
+
+    shape: caches.Shape
+    tokens_BT: np.ndarray  # int32, padded at the end
+    length_B: np.ndarray  # int32
+    budget_B: np.ndarray  # int32: tokens that each request may draw
+    live: Live
+
+
+class Plan(NamedTuple):
+    """How requests are read: in groups of prompts that are alike in length.
+
+    Where all are read together, their prefix has room for what they grow by and is the slots.
+    """
+
+    slots: int  # a power of two
+    memory: int  # positions of each
+    groups: tuple[tuple[tuple[int, ...], caches.Shape], ...]  # the requests of each, and its shape
+
+
+def plan_of(requests: Sequence[Request], execution: Execution) -> Plan:
+    """Groups requests, so that a long prompt beside many short ones pads none of them.
+
+    A prompt joins a group where that adds little: its bucket is a quarter of the group's or more, or the whole group
+    stays within one chunk of tokens.
+    """
+    lengths = [len(request.ids) for request in requests]
+    context = execution.architecture.decoder.max_context
+    buckets = [caches.length_bucket(length, context) for length in lengths]
+    groups: list[list[int]] = []
+    for index in sorted(range(len(requests)), key=lambda index: -lengths[index]):
+        if groups:
+            longest, rows = buckets[groups[-1][0]], caches.round_up(len(groups[-1]) + 1)
+            if MOST_PADDING * buckets[index] >= longest or rows * longest <= caches.CHUNK:
+                groups[-1].append(index)
+                continue
+        groups.append([index])
+    whole = _shape_of(requests, context)
+    if len(groups) == 1:
+        return Plan(whole.batch, whole.memory, ((tuple(range(len(requests))), whole),))
+    shapes = []
+    for group in groups:
+        shape = _shape_of([requests[index] for index in group], context)
+        shapes.append(shape._replace(memory=shape.length))
+    return Plan(whole.batch, whole.memory, tuple(zip(map(tuple, map(sorted, groups)), shapes)))
+
+
+def batch_of(requests: Sequence[Request], execution: Execution, shape: caches.Shape | None = None) -> Batch:
+    """Pads requests to a shape, with their live settings on the device; None: that of them all together."""
+    shape = shape or _shape_of(requests, execution.architecture.decoder.max_context)
+    tokens_BT = np.zeros((shape.batch, shape.length), np.int32)
+    length_B, budget_B = np.zeros((2, shape.batch), np.int32)
+    for row, request in enumerate(requests):
+        length_B[row], budget_B[row] = len(request.ids), request.max_new_tokens
+        tokens_BT[row, : length_B[row]] = request.ids
+    return Batch(shape, tokens_BT, length_B, budget_B, live_of(requests, shape.batch, execution))
+
+
+def live_of(requests: Sequence[Request], rows: int, execution: Execution) -> Live:
+    """The live settings of so many rows on the device, those of the first request where there is none."""
+    padded = [*requests, *requests[:1] * (rows - len(requests))]
+    live = Live(
+        policies.settings([request.policy for request in padded], execution.architecture, execution.k_max),
+        Sampling(
+            np.array([request.sampling.temperature for request in padded], np.float32),
+            np.array([request.sampling.top_k for request in padded], np.int32),
+            np.array([request.sampling.top_p for request in padded], np.float32),
+            np.array([request.seed for request in padded], np.uint32),
+        ),
+    )
+    return jax.device_put(live)
+
+
+def _shape_of(requests: Sequence[Request], context: int) -> caches.Shape:
+    prompts = [len(request.ids) for request in requests]
+    return caches.shape_of(prompts, [request.max_new_tokens for request in requests], context)

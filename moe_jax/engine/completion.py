@@ -1,0 +1,87 @@
+"""A request on its way to a completion: tokens as they are drawn, the text that they make, and when it ends."""
+
+import dataclasses
+from collections.abc import Set
+
+import numpy as np
+import tokenizers
+
+from moe_jax.engine.request import Request
+from moe_jax.engine.stopping import StoppingText
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What was made of one prompt.
+
+    Attributes:
+        text: the continuation, up to a stop string or the end of text, neither included: what decoding it adds to its
+            prompt, the space before its first word included. Special tokens have no text.
+        ids: every token drawn, those of a stop string and the end-of-text token included.
+        log_probabilities: of each of `ids` under the model itself, in nats, before temperature and cuts.
+        experts_per_token: slots that the request kept, mean over MoE layers and this request's decode steps; where it
+            took no such step, over the tokens of its prompt.
+        distinct_experts_per_layer_step: experts that one MoE layer ran in one decode step, for all requests of the
+            batch together; mean over MoE layers and this request's decode steps. NaN where it took no such step: the
+            first token comes from reading the prompt.
+        finish_reason: "stop" (a stop string, or a special token that one names), "end" (the end-of-text token) or
+            "length" (`max_new_tokens`, or the model's context).
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    log_probabilities: tuple[float, ...]
+    experts_per_token: float
+    distinct_experts_per_layer_step: float
+    finish_reason: str
+
+
+class Row:
+    """One request on its way to a completion."""
+
+    def __init__(self, request: Request, tokenizer: tokenizers.Tokenizer, end_ids: Set[int]):
+        self.finish_reason: str | None = None
+        self._request = request
+        self._end_ids = end_ids
+        self._stopping = StoppingText(tokenizer, request.sampling.stop, request.ids)
+        self._text = ""
+        self._ids: list[int] = []
+        self._log_probabilities: list[float] = []
+        self._kept_of_prompt = float("nan")
+        self._kept: list[float] = []  # of each decode step
+        self._distinct: list[float] = []
+
+    def read(self, kept: float) -> None:
+        """Counts the slots of the prompt: those that one of its tokens kept, mean over MoE layers and tokens."""
+        self._kept_of_prompt = kept
+
+    def step(self, kept: float, distinct: float) -> None:
+        """Counts a decode step: this row's slots, and the distinct experts of all rows, means over MoE layers."""
+        self._kept.append(kept)
+        self._distinct.append(distinct)
+
+    def take(self, token: int, log_probability: float) -> str:
+        """Adds a token; returns the text that it makes certain."""
+        self._ids.append(token)
+        self._log_probabilities.append(log_probability)
+        if token in self._end_ids:
+            piece, self.finish_reason = self._stopping.flush(token), "end"
+        else:
+            piece = self._stopping.push(token)
+            if not self._stopping.stopped and len(self._ids) == self._request.max_new_tokens:
+                piece, self.finish_reason = piece + self._stopping.flush(), "length"
+        if self._stopping.stopped:
+            self.finish_reason = "stop"
+        self._text += piece
+        return piece
+
+    def next_token(self, prompt: int) -> str:
+        """Names the token that comes next, of a prompt of that number."""
+        return f"the log-probability of token {len(self._ids) + 1} after prompt {prompt}, {self._request.policy.spec!r}"
+
+    def completion(self) -> Completion:
+        """What has been made so far; `finish_reason` is None where that is not finished."""
+        kept = float(np.mean(self._kept)) if self._kept else self._kept_of_prompt
+        distinct = float(np.mean(self._distinct)) if self._distinct else float("nan")
+        made = (self._text, tuple(self._ids), tuple(self._log_probabilities))
+        return Completion(*made, kept, distinct, self.finish_reason)
