@@ -145,6 +145,18 @@ def test_a_new_kind_changes_nothing_where_nobody_has_it(registered, monkeypatch)
     assert kept(*specs) == having
 
 
+def test_one_more_kind_compares_no_weights_again(monkeypatch):
+    def compared():
+        """What there is in the program of each slot beside each other slot of its token."""
+        context = policies.Context(jnp.int32(0), jnp.arange(B), jnp.ones(B, bool), 1)
+        program = jax.make_jaxpr(lambda mix, live: policies.select(Routing(mix, mix), live, context, MOE, MOE.k))
+        return str(program(MIX_BE, bound(*["model"] * B))).count(f"[{B},{MOE.k},{MOE.k}]")
+
+    before = compared()
+    monkeypatch.setattr(registry, "KINDS", (AtLeast, *registry.KINDS))
+    assert compared() == before > 0
+
+
 @pytest.mark.parametrize("kind", registry.KINDS, ids=lambda kind: kind.name)
 def test_columns_are_as_a_kind_says(kind):
     layers = 3 if kind.name == "layers" else 4

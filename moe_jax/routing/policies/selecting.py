@@ -42,7 +42,8 @@ def select(routing: Routing, live: Settings | Replayed, context: Context, moe: M
 
     [k_N], [rule_N] = columns_N(ModelOwn), columns_N(Renormalize)
     keep_NK = (jnp.arange(k_max)[None, :] < k_N[:, None]) & context.valid_N[:, None]
-    offered = by_weight(slots := Slots(expert_NK[:, :k_max], mix_NK[:, :k_max], keep_NK))
+    slots = Slots(expert_NK[:, :k_max], mix_NK[:, :k_max], keep_NK)
+    offered = by_weight(slots)
     for kind in registry.KINDS:
         if issubclass(kind, RowWise):
             keep_NK &= kind.keeps(offered, *columns_N(kind))
