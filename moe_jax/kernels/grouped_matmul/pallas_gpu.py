@@ -103,7 +103,7 @@ def _ring(shape: _Shape, piece, load, rows_of, columns_of, store):
 
         @pl.when(warpgroup < consumers)
         def _multiply():
-            plgpu.set_max_registers(240 if consumers == 2 else 256 - 24, action="increase")
+            plgpu.set_max_registers(232, action="increase")
 
             def of_piece(number, step):
                 blocks, at = piece(core + number * shape.num_cores)
@@ -141,7 +141,7 @@ def _ring(shape: _Shape, piece, load, rows_of, columns_of, store):
 
 def _store(shape: _Shape, out_smem, out_gmem, row, begin, end, column, warpgroup, sums):
     """Stores rows `begin` up to `end` of 64 rows of sums, 64 columns at a time: a power of two of rows per copy."""
-    count = end - begin
+    count = end - begin  # static where all rows are stored
     for number in range(shape.tiles.columns // _STORE_COLUMNS):
         slot = number % 2
         columns = slice(number * _STORE_COLUMNS, (number + 1) * _STORE_COLUMNS)
@@ -150,6 +150,8 @@ def _store(shape: _Shape, out_smem, out_gmem, row, begin, end, column, warpgroup
         plgpu.commit_smem()
         for bit in reversed(range(_WARPGROUP_ROWS.bit_length())):
             size = 1 << bit
+            if isinstance(count, int) and not count & size:
+                continue
 
             @pl.when((count & size) != 0)
             def _copy(size=size, slot=slot, columns=columns):
@@ -195,37 +197,35 @@ def _launch(kernel, shape: _Shape, out_type, scratch, interpret):
 
 
 class _RowTiles(NamedTuple):
-    """Tiles of rows: of the groups in order, then of the rows that belong to nobody."""
+    """Tiles of rows: of the groups in order, then of the rows that belong to nobody; some hold no row."""
 
-    count: jax.Array  # int32 [1]: how many there are
-    matrix_T: jax.Array  # int32: which matrix of the stack; -1 for nobody's
-    block_T: jax.Array  # int32: where the tile starts, in blocks of 8 rows
-    begin_T: jax.Array  # int32: its first row that belongs to the group, counted from its start
-    end_T: jax.Array  # int32: one past the last
+    group_T: jax.Array  # int32: whose rows; the number of experts for nobody's
+    first_tile_T: jax.Array  # int32: first tile of the group
+    first_T: jax.Array  # int32: first row of the group
+    size_T: jax.Array  # int32: rows of the group; 0 for nobody
 
 
-def _row_tiles(group_sizes_E, layer, num_rows: int, size: int) -> _RowTiles:
-    """Cuts sorted rows into tiles: two sums over small comparisons, since each kernel launched costs microseconds."""
-    num_groups = group_sizes_E.shape[0] + 1
-    group_G = jnp.arange(num_groups)
-    sizes_E = group_sizes_E.astype(jnp.int32)
-    sizes_G = jnp.append(sizes_E, num_rows - sizes_E.sum(dtype=jnp.int32))
-    last_G = jnp.where(group_G[:, None] >= group_G[None], sizes_G[None], 0).sum(1, dtype=jnp.int32)
-    first_G = last_G - sizes_G
-    base_G = first_G // _ALIGNMENT * _ALIGNMENT
-    tiles_G = jnp.where(sizes_G > 0, (last_G - base_G + (size - 1)) // size, 0)
-    last_tile_G = jnp.where(group_G[:, None] >= group_G[None], tiles_G[None], 0).sum(1, dtype=jnp.int32)
-    bound = min(num_groups, num_rows)
-    number_T = jnp.arange((num_rows + bound * (_ALIGNMENT - 1)) // size + bound, dtype=jnp.int32)
-    group_T = (last_tile_G[None] <= number_T[:, None]).sum(1, dtype=jnp.int32)
-    is_TG = group_T[:, None] == group_G[None]
-    first_T, last_T, first_tile_T = (
-        jnp.where(is_TG, of_G[None], 0).sum(1, dtype=jnp.int32) for of_G in (first_G, last_G, last_tile_G - tiles_G)
-    )
-    start_T = first_T // _ALIGNMENT * _ALIGNMENT + (number_T - first_tile_T) * size
-    matrix_T = jnp.where(group_T < num_groups - 1, layer * (num_groups - 1) + group_T, -1)
-    begin_T = jnp.maximum(first_T - start_T, 0)
-    return _RowTiles(last_tile_G[-1:], matrix_T, start_T // _ALIGNMENT, begin_T, jnp.minimum(last_T - start_T, size))
+def _row_tiles(group_sizes_E, num_rows: int, size: int) -> _RowTiles:
+    """Cuts sorted rows into tiles, in two sums over small comparisons: each kernel launched costs microseconds."""
+    num_experts = group_sizes_E.shape[0]
+    busy = min(num_experts, num_rows)
+    expert_E = jnp.arange(num_experts)
+    # A group may start anywhere within the 8 rows to which its first tile is aligned.
+    tiles_E = jnp.where(group_sizes_E > 0, (group_sizes_E + (_ALIGNMENT - 1 + size - 1)) // size, 0)
+    last_tile_E = jnp.where(expert_E[:, None] >= expert_E[None], tiles_E[None], 0).sum(1, dtype=jnp.int32)
+    tile_T = jnp.arange((num_rows + busy * (_ALIGNMENT - 1)) // size + busy + 2, dtype=jnp.int32)
+    over_TE = last_tile_E[None] <= tile_T[:, None]
+    here_TE = ~over_TE & (last_tile_E[None] - tiles_E[None] <= tile_T[:, None])
+    ones_E = jnp.ones_like(tiles_E)
+    sums = [(over_TE, ones_E), (over_TE, tiles_E), (over_TE, group_sizes_E), (here_TE, group_sizes_E)]
+    terms = tuple(jnp.where(where_TE, of_E[None], 0).astype(jnp.int32) for where_TE, of_E in sums)
+    zero = jnp.int32(0)
+
+    def add(left, right):
+        return tuple(a + b for a, b in zip(left, right))
+
+    group_T, first_tile_T, first_T, size_T = lax.reduce(terms, (zero,) * 4, add, (1,))
+    return _RowTiles(group_T, first_tile_T, first_T, size_T)
 
 
 def _chunks(size: int) -> list[tuple[int, int]]:
@@ -248,15 +248,24 @@ def _multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, transposed, tiles,
     chunks = _chunks(tiles.rows)
     columns_block = (tiles.depth, tiles.columns) if transposed else (tiles.columns, tiles.depth)
 
-    def kernel(count, matrix_T, block_T, begin_T, end_T, rows_gmem, weights_gmem, out_gmem, *scratch):
+    num_experts = group_sizes_E.shape[0]
+    row_tiles = _row_tiles(group_sizes_E, num_rows, tiles.rows)
+
+    def kernel(layer, group_T, first_tile_T, first_T, size_T, rows_gmem, weights_gmem, out_gmem, *scratch):
         rows_smem, columns_smem, out_smem, full, empty = scratch
 
         def piece(number):
             tile = lax.div(number, jnp.int32(shape.column_tiles))
             column = lax.rem(number, jnp.int32(shape.column_tiles)) * tiles.columns
-            matrix = matrix_T[tile]
-            blocks = lax.select(matrix < 0, jnp.int32(0), jnp.int32(pl.cdiv(depth, tiles.depth)))
-            return blocks, (matrix, block_T[tile] * _ALIGNMENT, begin_T[tile], end_T[tile], column)
+            group, first = group_T[tile], first_T[tile]
+            held = group < num_experts
+            last = lax.select(held, first + size_T[tile], jnp.int32(num_rows))
+            block = lax.div(first, jnp.int32(_ALIGNMENT)) + (tile - first_tile_T[tile]) * (tiles.rows // _ALIGNMENT)
+            start = block * _ALIGNMENT
+            begin = lax.max(first - start, jnp.int32(0))
+            end = lax.clamp(begin, last - start, jnp.int32(tiles.rows))
+            blocks = lax.select(held & (end > begin), jnp.int32(pl.cdiv(depth, tiles.depth)), jnp.int32(0))
+            return blocks, (layer[0] * num_experts + group, start, begin, end, column)
 
         def load(at, block, slot, barrier):
             matrix, start, _, end, column = at
@@ -294,12 +303,12 @@ def _multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, transposed, tiles,
             begin, end = (lax.clamp(jnp.int32(0), x - row, jnp.int32(_WARPGROUP_ROWS)) for x in (begin, end))
             _store(shape, out_smem, out_gmem, start + row, begin, end, column, warpgroup, sums)
 
-        _ring(shape, piece, load, rows_of, columns_of, store)(count[0] * shape.column_tiles, full, empty)
+        _ring(shape, piece, load, rows_of, columns_of, store)(jnp.int32(len(row_tiles.group_T) * shape.column_tiles), full, empty)
 
     scratch = _scratch(shape, (tiles.rows, tiles.depth), columns_block, len(chunks) + 1)
     out = jax.ShapeDtypeStruct((num_rows, width), rows_SX.dtype)
     out_SY = _launch(kernel, shape, out, scratch, interpret)(
-        *_row_tiles(group_sizes_E, layer, num_rows, tiles.rows), rows_SX, weights_MFD
+        jnp.asarray(layer, jnp.int32)[None], *row_tiles, rows_SX, weights_MFD
     )
     return out_SY[:asked]
 
@@ -316,3 +325,94 @@ def forward(rows_SD, weights_LEFD, group_sizes_E, layer, *, tiles=None, num_core
         num_cores=num_cores,
         interpret=interpret,
     )
+
+
+def _edges(rows_SX, first_E, last_E, depth: int):
+    """The first and the last block of each group, in blocks of `depth` rows from a multiple of 8 on; others' rows are 0.
+
+    Returns:
+        [E * 2 * depth, X].
+    """
+    base_E = first_E // _ALIGNMENT * _ALIGNMENT
+    final_E = base_E + (last_E - 1 - base_E) // depth * depth
+    row_EBR = jnp.stack([base_E, final_E], axis=1)[..., None] + jnp.arange(depth, dtype=jnp.int32)
+    own_EBR = (row_EBR >= first_E[:, None, None]) & (row_EBR < last_E[:, None, None])
+    edges_EBRX = jnp.where(own_EBR[..., None], rows_SX.at[row_EBR].get(mode="clip"), 0)
+    return edges_EBRX.reshape(-1, rows_SX.shape[1])
+
+
+def _weights_gradient(rows_SD, group_sizes_E, out_grad_SF, *, tiles, num_cores, interpret):
+    """[E, F, D]: of each expert, the gradient of its outputs transposed times its rows; blocks of rows are the depth.
+
+    Blocks at the edges of a group hold rows of others as well. They come from a copy in which those are zero.
+    """
+    num_experts = group_sizes_E.shape[0]
+    tiles = tiles or MANY
+    if rows_SD.shape[0] % _ALIGNMENT:
+        fill = ((0, -rows_SD.shape[0] % _ALIGNMENT), (0, 0))
+        rows_SD, out_grad_SF = jnp.pad(rows_SD, fill), jnp.pad(out_grad_SF, fill)
+    d_model, d_out = rows_SD.shape[1], out_grad_SF.shape[1]
+    shape = _Shape(tiles, num_cores, pl.cdiv(d_model, tiles.columns), rows_SD.dtype)
+    row_tiles = pl.cdiv(d_out, tiles.rows)
+    last_E = jnp.cumsum(group_sizes_E, dtype=jnp.int32)
+    first_E = last_E - group_sizes_E
+    edges = [_edges(x, first_E, last_E, tiles.depth) for x in (out_grad_SF, rows_SD)]
+
+    def kernel(first_E, last_E, grad_gmem, rows_gmem, grad_edges_gmem, rows_edges_gmem, out_gmem, *scratch):
+        grad_smem, rows_smem, out_smem, full, empty = scratch
+
+        def piece(number):
+            column = lax.rem(number, jnp.int32(shape.column_tiles)) * tiles.columns
+            number = lax.div(number, jnp.int32(shape.column_tiles))
+            expert, row = lax.div(number, jnp.int32(row_tiles)), lax.rem(number, jnp.int32(row_tiles)) * tiles.rows
+            first, last = first_E[expert], last_E[expert]
+            base = lax.div(first, jnp.int32(_ALIGNMENT)) * _ALIGNMENT
+            blocks = lax.div(last - base + (tiles.depth - 1), jnp.int32(tiles.depth))
+            blocks = lax.select(last > first, blocks, jnp.int32(0))
+            return blocks, (expert, row, column, base, blocks)
+
+        def load(at, block, slot, barrier):
+            expert, row, column, base, blocks = at
+
+            def copy(grad_gmem, rows_gmem, start):
+                deep = pl.ds(start, tiles.depth)
+                plgpu.copy_gmem_to_smem(grad_gmem.at[deep, pl.ds(row, tiles.rows)], grad_smem.at[slot], barrier)
+                plgpu.copy_gmem_to_smem(rows_gmem.at[deep, pl.ds(column, tiles.columns)], rows_smem.at[slot], barrier)
+
+            edge = (expert * 2 + lax.min(block, jnp.int32(1))) * tiles.depth
+            lax.cond(
+                (block == 0) | (block == blocks - 1),
+                lambda: copy(grad_edges_gmem, rows_edges_gmem, edge),
+                lambda: copy(grad_gmem, rows_gmem, base + block * tiles.depth),
+            )
+
+        def rows_of(slot, warpgroup):
+            own = pl.ds(warpgroup * _WARPGROUP_ROWS, _WARPGROUP_ROWS)
+            return grad_smem.at[slot, :, own].transpose((1, 0))
+
+        def columns_of(slot):
+            return rows_smem.at[slot]
+
+        def store(at, warpgroup, sums):
+            expert, row, column, _, _ = at
+            row = row + warpgroup * _WARPGROUP_ROWS
+            _store(shape, out_smem, out_gmem.at[expert], row, 0, _WARPGROUP_ROWS, column, warpgroup, sums)
+
+        num_pieces = jnp.int32(num_experts * row_tiles * shape.column_tiles)
+        _ring(shape, piece, load, rows_of, columns_of, store)(num_pieces, full, empty)
+
+    scratch = _scratch(shape, (tiles.depth, tiles.rows), (tiles.depth, tiles.columns), 2)
+    out = jax.ShapeDtypeStruct((num_experts, d_out, d_model), rows_SD.dtype)
+    return _launch(kernel, shape, out, scratch, interpret)(first_E, last_E, out_grad_SF, rows_SD, *edges)
+
+
+def backward(
+    rows_SD, weights_LEFD, group_sizes_E, layer, out_grad_SF, *, tiles=None, num_cores=_NUM_CORES, interpret=None
+):
+    """As `reference.backward`."""
+    settings = {"tiles": tiles, "num_cores": num_cores, "interpret": interpret}
+    rows_grad_SD = _multiply(out_grad_SF, weights_LEFD, group_sizes_E, layer, transposed=True, **settings)
+    grad_EFD = _weights_gradient(rows_SD, group_sizes_E, out_grad_SF, **settings).astype(weights_LEFD.dtype)
+    if weights_LEFD.shape[0] == 1:
+        return rows_grad_SD, grad_EFD[None]
+    return rows_grad_SD, lax.dynamic_update_slice(jnp.zeros_like(weights_LEFD), grad_EFD[None], (layer, 0, 0, 0))
