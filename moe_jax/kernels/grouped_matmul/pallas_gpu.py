@@ -10,7 +10,6 @@ smaller groups only the rows that exist are loaded and stored. Rows that belong 
 nothing is loaded, zeros are stored.
 """
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -303,7 +302,9 @@ def _multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, transposed, tiles,
             begin, end = (lax.clamp(jnp.int32(0), x - row, jnp.int32(_WARPGROUP_ROWS)) for x in (begin, end))
             _store(shape, out_smem, out_gmem, start + row, begin, end, column, warpgroup, sums)
 
-        _ring(shape, piece, load, rows_of, columns_of, store)(jnp.int32(len(row_tiles.group_T) * shape.column_tiles), full, empty)
+        _ring(shape, piece, load, rows_of, columns_of, store)(
+            jnp.int32(len(row_tiles.group_T) * shape.column_tiles), full, empty
+        )
 
     scratch = _scratch(shape, (tiles.rows, tiles.depth), columns_block, len(chunks) + 1)
     out = jax.ShapeDtypeStruct((num_rows, width), rows_SX.dtype)
@@ -328,7 +329,9 @@ def forward(rows_SD, weights_LEFD, group_sizes_E, layer, *, tiles=None, num_core
 
 
 def _edges(rows_SX, first_E, last_E, depth: int):
-    """The first and the last block of each group, in blocks of `depth` rows from a multiple of 8 on; others' rows are 0.
+    """The first and last blocks of groups, which are cut into blocks of `depth` rows from a multiple of 8 on.
+
+    Rows of others are zero.
 
     Returns:
         [E * 2 * depth, X].
