@@ -10,6 +10,7 @@ smaller groups only the rows that exist are loaded and stored. Rows that belong 
 nothing is loaded, zeros are stored.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -164,7 +165,7 @@ def _store(shape: _Shape, out_smem, out_gmem, row, begin, end, column, warpgroup
         plgpu.commit_smem_to_gmem_group()
 
 
-def _scratch(shape: _Shape, rows_block, columns_block, arrivals):
+def _scratch(shape: _Shape, rows_block, columns_block):
     tiles, dtype = shape.tiles, shape.dtype
     consumers = tiles.rows // _WARPGROUP_ROWS
     width = _SWIZZLE_BYTES // dtype.itemsize
@@ -176,7 +177,7 @@ def _scratch(shape: _Shape, rows_block, columns_block, arrivals):
             dtype,
             transforms=(plgpu.TilingTransform((1, width)), plgpu.SwizzleTransform(_SWIZZLE_BYTES)),
         ),
-        plgpu.Barrier(num_arrivals=arrivals, num_barriers=tiles.stages),
+        plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
         plgpu.Barrier(num_arrivals=consumers, num_barriers=tiles.stages),
     ]
 
@@ -227,11 +228,9 @@ def _row_tiles(group_sizes_E, num_rows: int, size: int) -> _RowTiles:
     return _RowTiles(group_T, first_tile_T, first_T, size_T)
 
 
-def _chunks(size: int) -> list[tuple[int, int]]:
-    """(first row, rows) of the copies that load a tile's rows: those without a row are left out."""
-    if size > _WARPGROUP_ROWS:
-        return [(0, size)]
-    return [(0, 8), (8, 8), (16, 16), (32, 32)]
+def _load_sizes(size: int) -> list[int]:
+    """How many rows of a tile one copy may load: the least that holds all its rows is taken."""
+    return [size] if size > _WARPGROUP_ROWS else [8, 16, 32, 64]
 
 
 def _multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, transposed, tiles, num_cores, interpret):
@@ -244,7 +243,7 @@ def _multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, transposed, tiles,
         rows_SX = jnp.pad(rows_SX, ((0, -asked % _ALIGNMENT), (0, 0)))
     num_rows = rows_SX.shape[0]
     shape = _Shape(tiles, num_cores, pl.cdiv(width, tiles.columns), rows_SX.dtype)
-    chunks = _chunks(tiles.rows)
+    sizes = _load_sizes(tiles.rows)
     columns_block = (tiles.depth, tiles.columns) if transposed else (tiles.columns, tiles.depth)
 
     num_experts = group_sizes_E.shape[0]
@@ -270,19 +269,13 @@ def _multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, transposed, tiles,
             matrix, start, _, end, column = at
             deep = pl.ds(block * tiles.depth, tiles.depth)
             wide = pl.ds(column, tiles.columns)
-            for begin, size in chunks:
 
-                def copy(begin=begin, size=size):
-                    plgpu.copy_gmem_to_smem(
-                        rows_gmem.at[pl.ds(start + begin, size), deep],
-                        rows_smem.at[slot, pl.ds(begin, size)],
-                        barrier,
-                    )
+            def copy_rows(size):
+                source, target = rows_gmem.at[pl.ds(start, size), deep], rows_smem.at[slot, pl.ds(0, size)]
+                plgpu.copy_gmem_to_smem(source, target, barrier)
 
-                if begin == 0:
-                    copy()
-                else:
-                    lax.cond(end > begin, copy, lambda: plgpu.barrier_arrive(barrier))
+            choice = sum(((end > size).astype(jnp.int32) for size in sizes[:-1]), jnp.int32(0))
+            lax.switch(choice, [functools.partial(copy_rows, size) for size in sizes])
             plgpu.copy_gmem_to_smem(
                 weights_gmem.at[matrix, deep, wide] if transposed else weights_gmem.at[matrix, wide, deep],
                 columns_smem.at[slot],
@@ -306,7 +299,7 @@ def _multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, transposed, tiles,
             jnp.int32(len(row_tiles.group_T) * shape.column_tiles), full, empty
         )
 
-    scratch = _scratch(shape, (tiles.rows, tiles.depth), columns_block, len(chunks) + 1)
+    scratch = _scratch(shape, (tiles.rows, tiles.depth), columns_block)
     out = jax.ShapeDtypeStruct((num_rows, width), rows_SX.dtype)
     out_SY = _launch(kernel, shape, out, scratch, interpret)(
         jnp.asarray(layer, jnp.int32)[None], *row_tiles, rows_SX, weights_MFD
@@ -404,7 +397,7 @@ def _weights_gradient(rows_SD, group_sizes_E, out_grad_SF, *, tiles, num_cores, 
         num_pieces = jnp.int32(num_experts * row_tiles * shape.column_tiles)
         _ring(shape, piece, load, rows_of, columns_of, store)(num_pieces, full, empty)
 
-    scratch = _scratch(shape, (tiles.depth, tiles.rows), (tiles.depth, tiles.columns), 2)
+    scratch = _scratch(shape, (tiles.depth, tiles.rows), (tiles.depth, tiles.columns))
     out = jax.ShapeDtypeStruct((num_experts, d_out, d_model), rows_SD.dtype)
     return _launch(kernel, shape, out, scratch, interpret)(first_E, last_E, out_grad_SF, rows_SD, *edges)
 
