@@ -354,14 +354,14 @@ def prefill(journal: Journal, small: bool):
 
 
 def _gradients(journal, case, small):
-    settings = {"num_cores": 2 if small else 132, "interpret": None}
+    cores = 2 if small else None
     out_grad = case.rows(case.outputs, 77)
     (weights, (rows, *_), (sizes, *_), (layer, *_)), sizes_np = case.arguments, case.sizes_np[0]
     last = np.cumsum(sizes_np)
     for tiles in [Tiles(64, 64, 64, 2)] if small else [pallas_gpu.MANY, Tiles(128, 128, 64, 6)]:
 
         def to_rows(tiles=tiles):
-            call = jax.jit(functools.partial(pallas_gpu._multiply, transposed=True, tiles=tiles, **settings))
+            call = jax.jit(functools.partial(pallas_gpu.rows_gradient, tiles=tiles, num_cores=cores))
             out = call(out_grad, weights, sizes, layer)
             expert = int(sizes_np.argmax())
             row = int(last[expert]) - 1
@@ -372,15 +372,15 @@ def _gradients(journal, case, small):
             return figures | {"error": error, "ok": error < TOLERANCE, "tflops": case.flops / figures["us"] / 1e6}
 
         def to_weights(tiles=tiles):
-            call = jax.jit(functools.partial(pallas_gpu._weights_gradient, tiles=tiles, **settings))
-            out = call(rows, sizes, out_grad)
+            call = jax.jit(functools.partial(pallas_gpu.weights_gradient, tiles=tiles, num_cores=cores))
+            out = call(rows, weights, sizes, out_grad)
             errors = []
             for expert in (int(sizes_np.argmax()), int(sizes_np.argmin())):
                 own = slice(int(last[expert] - sizes_np[expert]), int(last[expert]))
                 pieces = (x[own].astype(jnp.float32) for x in (out_grad, rows))
                 expected = jnp.einsum("sf,sd->fd", *pieces, precision="highest")
                 errors.append(relative(np.asarray(out[expert], np.float32), np.asarray(expected)))
-            figures = seconds_of(call, (rows, sizes, out_grad), 1)
+            figures = seconds_of(call, (rows, weights, sizes, out_grad), 1)
             error = max(errors)
             return figures | {"error": error, "ok": error < TOLERANCE, "tflops": case.flops / figures["us"] / 1e6}
 
