@@ -329,11 +329,10 @@ def ceilings(journal: Journal, small: bool):
 def decode(journal: Journal, small: bool):
     """Few rows per expert: bandwidth."""
     cases = []
-    for shape_name, tokens, k in [("olmoe", 1, 8), ("olmoe", 8, 8), ("olmoe", 64, 8), ("olmoe", 1, 4)] + [
-        (name, tokens, 8)
-        for name in ("qwen3", "v2_lite", "olmoe_down", "qwen3_down", "v3_local")
-        for tokens in (1, 8, 64)
-    ]:
+    grid = [("olmoe", 1, 8), ("olmoe", 8, 8), ("olmoe", 64, 8), ("olmoe", 1, 4), ("qwen3", 1, 8), ("qwen3", 8, 8)]
+    grid += [("qwen3", 64, 8), ("v2_lite", 1, 8), ("v2_lite", 64, 8), ("olmoe_down", 1, 8), ("qwen3_down", 64, 8)]
+    grid += [("v3_local", tokens, 8) for tokens in (1, 8, 64)]
+    for shape_name, tokens, k in grid:
         case = Case(shape_name, tokens, k, 2 if shape_name == "v3_local" or small else 4, 1 if small else 8, small)
         tried = FEW_TILES if (shape_name, k) == ("olmoe", 8) and tokens != 8 else FEW_TILES[:1]
         cases += [(case, *ours(tiles, small)) for tiles in tried]

@@ -65,6 +65,18 @@ def test_forward(case, interpreted):
 
 
 @new_enough
+def test_gated(interpreted):
+    num_rows, sizes, _ = CASES["skewed"]
+    rows, weights, _ = draw(num_rows, 2 * len(sizes))
+    weights = weights.reshape(LAYERS, len(sizes), 2, F, D)
+    call = jax.jit(functools.partial(pallas_gpu.gated, tiles=TWO_WARPGROUPS, num_cores=2))
+    got = call(rows, weights, jnp.asarray(sizes, jnp.int32), jnp.int32(1))
+    rows, weights = exact(rows, weights)
+    gate, up = (reference.forward(rows, weights[:, :, i], sizes, 1) for i in range(2))
+    assert_close(got, gate / (1 + np.exp(-gate)) * up)
+
+
+@new_enough
 @pytest.mark.parametrize("case", ["skewed", "dropped_rows"])
 def test_gradients(case, interpreted):
     num_rows, sizes, tiles = CASES[case]

@@ -24,6 +24,7 @@ class Tiles(NamedTuple):
 
 
 FEW = Tiles(64, 64, 128, 6)
+FEW_GATED = Tiles(64, 128, 128, 4)
 MANY = Tiles(128, 256, 64, 4)
 
 
@@ -43,8 +44,8 @@ def _settings(rows_SX, weights_LEFD, tiles: Tiles, num_cores: int | None) -> dic
         raise ValueError(f"pallas_gpu: wanted jax 0.11 or newer, got {jax.__version__}; padded runs on any")
     if dtypes not in ({"bfloat16"}, {"float16"}):
         raise ValueError(f"pallas_gpu: wanted rows and weights in bfloat16 or float16, got {dtypes}; padded takes any")
-    if any(size % _WIDTH for size in weights_LEFD.shape[2:]):
-        shape = weights_LEFD.shape[2:]
+    if any(size % _WIDTH for size in weights_LEFD.shape[-2:]):
+        shape = weights_LEFD.shape[-2:]
         raise ValueError(
             f"pallas_gpu: wanted matrices in multiples of {_WIDTH} by {_WIDTH}, got {shape}; padded takes any"
         )
@@ -71,7 +72,30 @@ def forward(rows_SD, weights_LEFD, group_sizes_E, layer, *, tiles: Tiles | None 
     settings = _settings(rows_SD, weights_LEFD, tiles, num_cores)
     from moe_jax.kernels.grouped_matmul import pallas_gpu_kernel  # half a second, and not for an old jax
 
-    return pallas_gpu_kernel.multiply(rows_SD, weights_LEFD, group_sizes_E, layer, transposed=False, **settings)
+    return pallas_gpu_kernel.multiply(rows_SD, weights_LEFD, group_sizes_E, layer, **settings)
+
+
+def gated(rows_SD, gate_up_LEIFD, group_sizes_E, layer, *, tiles: Tiles | None = None, num_cores: int | None = None):
+    """[S, F]: silu of the gate times the up-projection, in one pass over both; sums and their product are float32.
+
+    Args:
+        rows_SD: bfloat16 or float16.
+        gate_up_LEIFD: of the same dtype, the gate before the up-projection.
+        group_sizes_E: int32.
+        layer: int32 scalar.
+        tiles: as `forward`; half of the columns are the gate's, so there are at least 128.
+        num_cores: as `forward`.
+
+    Raises:
+        ValueError: jax is too old, or the kernels lack the dtype or the shape.
+    """
+    if tiles is None:
+        tiles = choose_tiles(rows_SD.shape[0], group_sizes_E.shape[0])
+        tiles = FEW_GATED if tiles == FEW else tiles
+    settings = _settings(rows_SD, gate_up_LEIFD, tiles, num_cores)
+    from moe_jax.kernels.grouped_matmul import pallas_gpu_kernel
+
+    return pallas_gpu_kernel.multiply(rows_SD, gate_up_LEIFD, group_sizes_E, layer, gated=True, **settings)
 
 
 def rows_gradient(out_grad_SF, weights_LEFD, group_sizes_E, layer, *, tiles=None, num_cores=None):

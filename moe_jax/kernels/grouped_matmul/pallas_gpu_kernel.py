@@ -125,7 +125,7 @@ def _ring(shape: _Shape, piece, load, rows_of, columns_of, store):
 def _store(shape: _Shape, out_smem, out_gmem, row, begin, end, column, warpgroup, sums):
     """Stores rows `begin` up to `end` of 64 rows of sums, 64 columns at a time: a power of two of rows per copy."""
     count = end - begin  # static where all rows are stored
-    for number in range(shape.tiles.columns // _STORE_COLUMNS):
+    for number in range(sums.shape[1] // _STORE_COLUMNS):
         slot = number % 2
         columns = slice(number * _STORE_COLUMNS, (number + 1) * _STORE_COLUMNS)
         plgpu.wait_smem_to_gmem(1, wait_read_only=True)
@@ -148,7 +148,7 @@ def _store(shape: _Shape, out_smem, out_gmem, row, begin, end, column, warpgroup
         plgpu.commit_smem_to_gmem_group()
 
 
-def _scratch(shape: _Shape, rows_block, columns_block):
+def _scratch(shape: _Shape, rows_block, columns_block, arrivals):
     tiles, dtype = shape.tiles, shape.dtype
     consumers = tiles.rows // _WARPGROUP_ROWS
     width = _SWIZZLE_BYTES // dtype.itemsize
@@ -160,7 +160,7 @@ def _scratch(shape: _Shape, rows_block, columns_block):
             dtype,
             transforms=(plgpu.TilingTransform((1, width)), plgpu.SwizzleTransform(_SWIZZLE_BYTES)),
         ),
-        plgpu.Barrier(num_arrivals=2, num_barriers=tiles.stages),
+        plgpu.Barrier(num_arrivals=arrivals, num_barriers=tiles.stages),
         plgpu.Barrier(num_arrivals=consumers, num_barriers=tiles.stages),
     ]
 
@@ -225,15 +225,19 @@ def _load_sizes(size: int) -> list[int]:
     return [size] if size > _WARPGROUP_ROWS else [8, 16, 32, 64]
 
 
-def multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, transposed, tiles, num_cores):
-    """Rows by matrices [F, D] along D, or by their transposes along F: out is [S, F] or [S, D]."""
-    weights_MFD = weights_LEFD.reshape(-1, *weights_LEFD.shape[2:])
+def multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, tiles, num_cores, transposed=False, gated=False):
+    """Rows by matrices [F, D] along D, or by their transposes along F: out is [S, F] or [S, D].
+
+    Where it is gated, there are two matrices for each expert, weights_LEIFD, and out is silu(first) * second.
+    """
+    weights_MFD = weights_LEFD.reshape(-1, *weights_LEFD.shape[-2:])
     asked, depth = rows_SX.shape
     width = weights_MFD.shape[2 if transposed else 1]
     if asked % _ALIGNMENT:
         rows_SX = jnp.pad(rows_SX, ((0, -asked % _ALIGNMENT), (0, 0)))
     num_rows = rows_SX.shape[0]
-    shape = _Shape(tiles, num_cores, pl.cdiv(width, tiles.columns), rows_SX.dtype)
+    out_columns = tiles.columns // 2 if gated else tiles.columns
+    shape = _Shape(tiles, num_cores, pl.cdiv(width, out_columns), rows_SX.dtype)
     sizes = _load_sizes(tiles.rows)
     columns_block = (tiles.depth, tiles.columns) if transposed else (tiles.columns, tiles.depth)
 
@@ -246,7 +250,7 @@ def multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, transposed, tiles, 
 
         def piece(number):
             tile = lax.div(number, jnp.int32(shape.column_tiles))
-            column = lax.rem(number, jnp.int32(shape.column_tiles)) * tiles.columns
+            column = lax.rem(number, jnp.int32(shape.column_tiles)) * out_columns
             group, start, begin, end = tile_at(cut, tile, num_experts, num_rows, tiles.rows)
             blocks = lax.select(
                 (group < num_experts) & (end > begin), jnp.int32(pl.cdiv(depth, tiles.depth)), jnp.int32(0)
@@ -256,7 +260,7 @@ def multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, transposed, tiles, 
         def load(at, block, slot, barrier):
             matrix, start, _, end, column = at
             deep = pl.ds(block * tiles.depth, tiles.depth)
-            wide = pl.ds(column, tiles.columns)
+            wide = pl.ds(column, out_columns)
 
             def copy_rows(size):
                 source, target = rows_gmem.at[pl.ds(start, size), deep], rows_smem.at[slot, pl.ds(0, size)]
@@ -264,11 +268,14 @@ def multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, transposed, tiles, 
 
             choice = sum(((end > size).astype(jnp.int32) for size in sizes[:-1]), jnp.int32(0))
             lax.switch(choice, [functools.partial(copy_rows, size) for size in sizes])
-            plgpu.copy_gmem_to_smem(
-                weights_gmem.at[matrix, deep, wide] if transposed else weights_gmem.at[matrix, wide, deep],
-                columns_smem.at[slot],
-                barrier,
-            )
+            if gated:
+                for half in range(2):
+                    source = weights_gmem.at[2 * matrix + half, wide, deep]
+                    target = columns_smem.at[slot, pl.ds(half * out_columns, out_columns)]
+                    plgpu.copy_gmem_to_smem(source, target, barrier)
+                return
+            source = weights_gmem.at[matrix, deep, wide] if transposed else weights_gmem.at[matrix, wide, deep]
+            plgpu.copy_gmem_to_smem(source, columns_smem.at[slot], barrier)
 
         def rows_of(slot, warpgroup):
             return rows_smem.at[slot, pl.ds(warpgroup * _WARPGROUP_ROWS, _WARPGROUP_ROWS)]
@@ -279,6 +286,9 @@ def multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, transposed, tiles, 
 
         def store(at, warpgroup, sums):
             _, start, begin, end, column = at
+            if gated:
+                gate, up = sums[:, :out_columns], sums[:, out_columns:]
+                sums = gate / (1 + jnp.exp(-gate)) * up
             row = warpgroup * _WARPGROUP_ROWS
             begin, end = (lax.clamp(jnp.int32(0), x - row, jnp.int32(_WARPGROUP_ROWS)) for x in (begin, end))
             _store(shape, out_smem, out_gmem, start + row, begin, end, column, warpgroup, sums)
@@ -287,7 +297,7 @@ def multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, transposed, tiles, 
             jnp.int32(len(cut.group_T) * shape.column_tiles), full, empty
         )
 
-    scratch = _scratch(shape, (tiles.rows, tiles.depth), columns_block)
+    scratch = _scratch(shape, (tiles.rows, tiles.depth), columns_block, 3 if gated else 2)
     out = jax.ShapeDtypeStruct((num_rows, width), rows_SX.dtype)
     out_SY = _launch(kernel, shape, out, scratch)(jnp.asarray(layer, jnp.int32)[None], *cut, rows_SX, weights_MFD)
     return out_SY[:asked]
@@ -368,6 +378,6 @@ def weights_gradient(rows_SD, group_sizes_E, out_grad_SF, *, tiles, num_cores):
         num_pieces = jnp.int32(num_experts * row_tiles * shape.column_tiles)
         _ring(shape, piece, load, rows_of, columns_of, store)(num_pieces, full, empty)
 
-    scratch = _scratch(shape, (tiles.depth, tiles.rows), (tiles.depth, tiles.columns))
+    scratch = _scratch(shape, (tiles.depth, tiles.rows), (tiles.depth, tiles.columns), 2)
     out = jax.ShapeDtypeStruct((num_experts, d_out, d_model), rows_SD.dtype)
     return _launch(kernel, shape, out, scratch)(first_E, last_E, out_grad_SF, rows_SD, *edges)
