@@ -190,8 +190,11 @@ class Case:
             chosen = np.unique(np.linspace(0, held - 1, 16, dtype=int))
             chosen = np.resize(chosen, 16)
             experts = np.searchsorted(np.cumsum(sizes), chosen, side="right")
-            expected = _products(rows, self.weights, layer, jnp.asarray(chosen), jnp.asarray(experts))
-            errors.append(relative(np.asarray(out[chosen], np.float32), np.asarray(expected)))
+            expected = np.asarray(_products(rows, self.weights, layer, jnp.asarray(chosen), jnp.asarray(experts)))
+            if out.shape[1] < self.outputs:  # the gated form
+                gate, up = np.split(expected, 2, axis=1)
+                expected = gate / (1 + np.exp(-gate)) * up
+            errors.append(relative(np.asarray(out[jnp.asarray(chosen)], np.float32), expected))
             if not bool(jnp.isfinite(out.astype(jnp.float32)).all()):
                 errors.append(float("inf"))
         return max(errors)
@@ -253,6 +256,17 @@ def ours(tiles, small=False):
     if small:
         return "ours", functools.partial(pallas_gpu.forward, tiles=Tiles(64, 64, 64, 2), num_cores=2)
     return f"ours{tuple(tiles)}", functools.partial(pallas_gpu.forward, tiles=tiles)
+
+
+def gated(small=False):
+    """(name, forward) of the product with half of the outputs as gates of the others."""
+    settings = {"tiles": Tiles(64, 128, 64, 2), "num_cores": 2} if small else {}
+
+    def forward(rows, weights, sizes, layer):
+        halves = weights.reshape(*weights.shape[:2], 2, -1, weights.shape[-1])
+        return pallas_gpu.gated(rows, halves, sizes, layer, **settings)
+
+    return "ours, gated", forward
 
 
 def check(journal: Journal, small: bool):
@@ -337,8 +351,8 @@ def decode(journal: Journal, small: bool):
         tried = FEW_TILES if (shape_name, k) == ("olmoe", 8) and tokens != 8 else FEW_TILES[:1]
         cases += [(case, *ours(tiles, small)) for tiles in tried]
         if shape_name == "olmoe":
-            cases.append((case, "padded", padded.forward))
-    time_all(journal, cases[:1] if small else cases)
+            cases += [(case, *gated(small)), (case, "padded", padded.forward)]
+    time_all(journal, cases[:2] if small else cases)
 
 
 def prefill(journal: Journal, small: bool):
@@ -348,7 +362,9 @@ def prefill(journal: Journal, small: bool):
         case = Case(shape_name, 4 if small else 8192, 8, 1 if small else 2, 1 if small else 2, small, skew)
         tried = MANY_TILES if shape_name == "olmoe" and not skew else MANY_TILES[:1]
         cases += [(case, *ours(tiles, small)) for tiles in tried]
-    time_all(journal, cases[:1] if small else cases)
+        if not skew and "down" not in shape_name:
+            cases.append((case, *gated(small)))
+    time_all(journal, cases[:2] if small else cases)
     _gradients(journal, cases[0][0], small)
 
 
