@@ -35,6 +35,7 @@ def test_one_operation_is_named_and_the_others_stay():
         ("rocm", {}, "kernels.grouped_matmul = 'auto': nothing is written for 'rocm'; name one of native"),
         ("cpu", {"grouped_matmul": "bloked"}, "kernels.grouped_matmul = 'bloked': expected auto or one of native"),
         ("gpu", {"projection": "native"}, "kernels.projection = 'native': runs on CPUs only, not on 'gpu'; xla would"),
+        ("cpu", {"grouped_matmul": "pallas_gpu"}, "kernels.grouped_matmul = 'pallas_gpu': runs on GPUs only"),
         ("cpu", {"expert_ffn": "native"}, "kernels.expert_ffn: expected one of grouped_matmul, projection"),
     ],
 )

@@ -4,9 +4,15 @@ import functools
 
 import jax
 
-from moe_jax.kernels.grouped_matmul import blocked, native, padded, ragged_dot
+from moe_jax.kernels.grouped_matmul import blocked, native, padded, pallas_gpu, ragged_dot
 
-IMPLEMENTATIONS = {"native": native, "blocked": blocked, "padded": padded, "ragged_dot": ragged_dot}
+IMPLEMENTATIONS = {
+    "native": native,
+    "blocked": blocked,
+    "padded": padded,
+    "ragged_dot": ragged_dot,
+    "pallas_gpu": pallas_gpu,
+}
 BY_PLATFORM = {"cpu": "native", "gpu": "padded", "tpu": "ragged_dot"}
 WITHOUT_COMPILER = "blocked"
 

@@ -1,0 +1,124 @@
+"""The Hopper kernels of grouped matmul against the plain loop, interpreted on a CPU; and what they refuse."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.kernels.grouped_matmul import pallas_gpu, reference
+from moe_jax.kernels.grouped_matmul.pallas_gpu import Tiles
+
+TOLERANCE = 8e-3  # bfloat16: largest difference over the largest value of the reference
+D, F, LAYERS = 128, 192, 2
+ONE_WARPGROUP, TWO_WARPGROUPS = Tiles(64, 64, 64, 2), Tiles(128, 128, 64, 3)
+# rows, group sizes, tiles
+CASES = {
+    "even": (64, [16, 16, 16, 16], ONE_WARPGROUP),
+    "skewed": (200, [1, 150, 37, 12], TWO_WARPGROUPS),
+    "empty_groups": (40, [0, 25, 0, 15], ONE_WARPGROUP),
+    "one_expert": (203, [0, 0, 203, 0], TWO_WARPGROUPS),
+    "dropped_rows": (150, [5, 0, 61, 9], ONE_WARPGROUP),
+    "nothing_kept": (16, [0, 0, 0, 0], ONE_WARPGROUP),
+    "fewer_rows_than_a_copy": (4, [1, 0, 1, 2], ONE_WARPGROUP),
+}
+new_enough = pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels ask for jax 0.11")
+
+
+@pytest.fixture
+def interpreted():
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    with plgpu.force_gpu_interpret_mode():
+        yield
+
+
+def draw(num_rows, num_experts, dtype=jnp.bfloat16):
+    rng = np.random.default_rng(num_rows)
+    shapes = (num_rows, D), (LAYERS, num_experts, F, D), (num_rows, F)
+    return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+
+
+def assert_close(got, wanted):
+    scale = np.abs(wanted).max(initial=0)
+    assert np.abs(np.asarray(got, np.float32) - wanted).max(initial=0) <= TOLERANCE * scale
+
+
+def exact(*arrays):
+    return tuple(np.asarray(array, np.float32) for array in arrays)
+
+
+@new_enough
+@pytest.mark.parametrize("case", CASES)
+def test_forward(case, interpreted):
+    """Poison where nothing may be read would spread: NaN times zero is NaN."""
+    num_rows, sizes, tiles = CASES[case]
+    rows, weights, _ = draw(num_rows, len(sizes))
+    sizes = np.asarray(sizes, np.int32)
+    rows = rows.at[sizes.sum() :].set(jnp.nan)
+    weights = weights.at[:, sizes == 0].set(jnp.nan)
+    call = jax.jit(functools.partial(pallas_gpu.forward, tiles=tiles, num_cores=2))
+    got = call(rows, weights, jnp.asarray(sizes), jnp.int32(1))
+    assert got.dtype == rows.dtype
+    assert_close(got, reference.forward(*exact(rows, weights), sizes, 1))
+
+
+@new_enough
+def test_gated(interpreted):
+    num_rows, sizes, _ = CASES["skewed"]
+    rows, weights, _ = draw(num_rows, 2 * len(sizes))
+    weights = weights.reshape(LAYERS, len(sizes), 2, F, D)
+    call = jax.jit(functools.partial(pallas_gpu.gated, tiles=TWO_WARPGROUPS, num_cores=2))
+    got = call(rows, weights, jnp.asarray(sizes, jnp.int32), jnp.int32(1))
+    rows, weights = exact(rows, weights)
+    gate, up = (reference.forward(rows, weights[:, :, i], sizes, 1) for i in range(2))
+    assert_close(got, gate / (1 + np.exp(-gate)) * up)
+
+
+@new_enough
+@pytest.mark.parametrize("case", ["skewed", "dropped_rows"])
+def test_gradients(case, interpreted):
+    num_rows, sizes, tiles = CASES[case]
+    rows, weights, out_grad = draw(num_rows, len(sizes))
+    call = jax.jit(functools.partial(pallas_gpu.backward, tiles=tiles, num_cores=2))
+    got = call(rows, weights, jnp.asarray(sizes, jnp.int32), jnp.int32(1), out_grad)
+    rows, weights, out_grad = exact(rows, weights, out_grad)
+    for gradient, wanted in zip(got, reference.backward(rows, weights, sizes, 1, out_grad)):
+        assert_close(gradient, wanted)
+
+
+@new_enough
+def test_tiles_hold_every_row_once():
+    from moe_jax.kernels.grouped_matmul import pallas_gpu_kernel
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def every_tile(sizes_E, num_rows, size):
+        cut = pallas_gpu_kernel.row_tiles(sizes_E, num_rows, size)
+        at = functools.partial(pallas_gpu_kernel.tile_at, cut, num_experts=4, num_rows=num_rows, size=size)
+        return jax.vmap(at)(jnp.arange(len(cut.group_T)))
+
+    rng, num_rows = np.random.default_rng(0), 608
+    for size in (64, 128):
+        for _ in range(40):
+            sizes = rng.integers(0, 150, size=4) * rng.integers(0, 2, size=4)
+            owner = np.repeat(np.arange(5), [*sizes, num_rows - sizes.sum()])
+            served = np.zeros(num_rows, int)
+            for group, start, begin, end in np.stack(every_tile(jnp.asarray(sizes, jnp.int32), num_rows, size), axis=1):
+                assert start % 8 == 0 and 0 <= begin <= end <= size
+                served[start + begin : start + end] += 1
+                assert (owner[start + begin : start + end] == group).all()
+            assert (served == 1).all()
+
+
+def test_what_the_kernels_lack_is_refused_in_one_line(monkeypatch):
+    rows, weights, _ = draw(8, 2)
+    sizes = jnp.asarray([3, 5], jnp.int32)
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    with pytest.raises(ValueError, match=r"wanted rows and weights in bfloat16 or float16, got \{'float32'\}"):
+        pallas_gpu.forward(rows.astype(jnp.float32), weights.astype(jnp.float32), sizes, 0)
+    with pytest.raises(ValueError, match=r"multiples of 64 by 64, got \(192, 100\); padded takes any"):
+        pallas_gpu.forward(rows[:, :100], weights[..., :100], sizes, 0)
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    with pytest.raises(ValueError, match=r"wanted jax 0\.11 or newer"):
+        pallas_gpu.forward(rows, weights, sizes, 0)
