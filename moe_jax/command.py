@@ -24,13 +24,17 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
 
 from moe_jax import files, interruption
 from moe_jax.config import gin, schema
 from moe_jax.config.architecture import Architecture
+
+if TYPE_CHECKING:
+    from moe_jax import api, checkpoint
+    from moe_jax.model import decoder
 
 REFUSED = 2  # exit status of a mistake in what was asked for
 _ROOT = pathlib.Path(__file__).parents[1]  # of the repository
@@ -59,6 +63,33 @@ class Command:
             yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def open_model(
+        self, *, k_max: int | None = None, calibrated: bool = True
+    ) -> tuple["checkpoint.Checkpoint", "decoder.Execution"]:
+        """Opens the model of `model.path` and says how it runs here; what can be refused is, before weights are read.
+
+        Args:
+          k_max: static slots per token. None: `policy.k_max`.
+          calibrated: whether the calibration of `policy.calibration`, or of the model's folder, is read with it.
+        """
+        from moe_jax import checkpoint
+        from moe_jax.engine.request import execution_of
+
+        config, calibration = self.config, self.config.policy.calibration if calibrated else None
+        opened = checkpoint.open(in_repository(config.model.path), calibration=calibration)
+        refuse_other_shape(config, opened.architecture)
+        k_max = config.policy.k_max if k_max is None else k_max
+        execution = execution_of(opened.architecture, k_max, config.kernels)
+        self.implementations |= execution.implementations
+        return opened, execution
+
+    def load(self, opened: "checkpoint.Checkpoint") -> "api.Model":
+        """Loads a model in `model.dtype`, timed."""
+        from moe_jax import api
+
+        with self.timed("load"):
+            return api.Model(opened, opened.load(self.config.model.dtype))
 
     def finish(
         self,
