@@ -1,6 +1,7 @@
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # no test reaches a real hub: those of names serve one themselves
+# no test reaches a real hub: those of names serve one themselves
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
 
 import hypothesis
 import jax
