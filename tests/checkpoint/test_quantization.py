@@ -8,7 +8,8 @@ import pytest
 import safetensors.numpy
 
 from moe_jax import checkpoint
-from moe_jax.checkpoint import filling, huggingface
+from moe_jax.checkpoint import filling, huggingface, reading
+from moe_jax.checkpoint.quantization import blocks_of
 from moe_jax.checkpoint.safetensors_file import read_table
 from tests.checkpoint import test_huggingface as whole
 
@@ -81,6 +82,17 @@ def test_values_are_those_of_a_plain_loop(folder, monkeypatch, dtype, rows, colu
         assert read[name].dtype == narrow
         np.testing.assert_array_equal(read[name], values.astype(narrow), err_msg=name)
     assert read["model.norm.weight"].dtype == np.dtype("bfloat16" if dtype == "auto" else dtype)
+
+
+def test_a_part_is_that_of_the_whole(folder):
+    quantize(folder)
+    opened = checkpoint.open(folder)
+    wanted = whole.flattened(opened.read("float32"))
+    stacks = opened._stacks("float32")
+    parts = [[tuple(slice(size // 3, size // 3 + 1 + size // 2) for size in stack.shape)] for stack in stacks]
+    arrays = reading.read(folder, stacks, parts, blocks_of(opened.config))
+    for stack, [part], [array] in zip(stacks, parts, arrays):
+        np.testing.assert_array_equal(array, wanted[stack.path][part], err_msg=stack.path)
 
 
 def test_scales_may_be_narrow_and_lie_in_another_shard(folder, monkeypatch):
