@@ -45,8 +45,9 @@ def main(run: command.Command) -> None:
         raise ValueError("transformers or torch is not installed: pip install -r requirements-peers.txt")
     opened, _ = run.open_model(calibrated=False)
     held_out = command.in_repository(run.config.text.held_out, "text.held_out")
-    text = max(corpus.load_held_out(held_out)[:20], key=lambda one: len(one.text)).text
-    ids = opened.require_tokenizer().encode(text).ids[: min(TOKENS, opened.architecture.decoder.max_context)]
+    length = min(TOKENS, opened.architecture.decoder.max_context)
+    encoded = (opened.require_tokenizer().encode(one.text).ids for one in corpus.load_held_out(held_out))
+    ids = next(ids for ids in encoded if len(ids) >= length)[:length]
     with run.timed("fetch"):
         stored = opened.stored_dtype  # which brings the weights, if they are still to be fetched
     dtypes = [stored if run.config.model.dtype == "auto" else run.config.model.dtype, run.config.model.dtype]
@@ -90,7 +91,7 @@ def compare(ours_TV, theirs_TV, ids: list[int]) -> dict:
         "kl_mean": (kl_T.mean(), "nat"),
         "kl_max": (kl_T.max(), "nat"),
         "log_probability_max_difference": (np.abs(ours_TV - theirs_TV)[rows, labels].max(), "nat"),
-        "same_first_choice": ((ours_TV.argmax(axis=1) == theirs_TV.argmax(axis=1)).mean(), "1"),
+        "same_first_choice": (100 * (ours_TV.argmax(axis=1) == theirs_TV.argmax(axis=1)).mean(), "%"),
         "bits_per_token": (-ours_TV[rows, labels].mean() / np.log(2), "bit"),
         "bits_per_token_of_transformers": (-theirs_TV[rows, labels].mean() / np.log(2), "bit"),
     }
@@ -126,12 +127,12 @@ def page_of(run: command.Command, opened, dtype: str, figures: dict, frontier: s
 
 {parameters.count(architecture) / 1e6:,.1f} M parameters of the family {opened.family.model_type}, stored in
 {opened.stored_dtype}, run in {dtype}; {architecture.moe.k} of {architecture.moe.num_experts} experts in
-{architecture.decoder.num_moe_layers} layers. Weights from {opened.folder}. {about["device"]["kind"]}, {datetime.date.today()};
-{", ".join(f"{name} {version}" for name, version in versions.items())}.
+{architecture.decoder.num_moe_layers} layers. Weights from {opened.folder}. {about["device"]["kind"]},
+{datetime.date.today()}; {", ".join(f"{name} {version}" for name, version in versions.items())}.
 
 ## Beside transformers
 
-The logits of {TOKENS} tokens of {run.config.text.held_out} at most, each program in {dtype}. Where two experts score
+The logits of {TOKENS} tokens at most of {run.config.text.held_out}, each program in {dtype}. Where two experts score
 nearly alike, rounding decides which runs: in half precision a few tokens differ for that reason alone.
 
 | | |
