@@ -66,7 +66,7 @@ def prepare(run: command.Command):
         The subject of the measurement; (rows, length) -> tokens_BT that rows read; and where the routing comes from.
     """
     from moe_jax.engine.generate import Engine
-    from moe_jax.engine.request import execution_of, make_requests
+    from moe_jax.engine.request import make_requests
     from moe_jax.routing import trace as traces
     from moe_jax.routing.policies import fixed_k
     from moe_jax.routing.policies.parse import parse
@@ -78,8 +78,7 @@ def prepare(run: command.Command):
     if config.model.path:
         opened, execution = run.open_model()
     else:
-        execution = execution_of(config.architecture, config.policy.k_max, config.kernels)
-        run.implementations |= execution.implementations
+        execution = run.execution_of(config.architecture)
     architecture = execution.architecture
     policy = parse(config.policy.spec, None if opened is None else opened.calibration)
     make_requests([[0]], None, execution, sampling=config.sampling, policy=policy)  # refuses what is wrong

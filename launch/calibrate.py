@@ -6,6 +6,7 @@ The text is that of text.sources: not the held-out text, on which policies are c
 folder, or name it in policy.calibration.
 """
 
+import dataclasses
 import os
 import pathlib
 
@@ -27,8 +28,9 @@ def main(run: command.Command) -> None:
     from moe_jax.text import corpus
     from moe_jax.text.tokenizer import encode_documents
 
-    opened, execution = run.open_model(k_max=0, calibrated=False)
+    opened, execution = run.open_model(calibrated=False)
     architecture = opened.architecture
+    execution = dataclasses.replace(execution, k_max=architecture.moe.k)
     with run.timed("text"):
         held_out = corpus.load_held_out(command.in_repository(config.text.held_out, "text.held_out"))
         collected = corpus.collect(config.text.sources, held_out)

@@ -29,17 +29,12 @@ def main(run: command.Command) -> None:
     opened, execution = run.open_model()
     tokenizer, seed = opened.require_tokenizer(), config.run.seed
     with run.timed("text"):
-        task = evaluated.prepare(
-            config.evaluation, seed, load_held_out(held_out), tokenizer, execution, opened.calibration
-        )
+        documents, calibration = load_held_out(held_out), opened.calibration
+        task = evaluated.prepare(config.evaluation, seed, documents, tokenizer, execution, calibration)
         xz = xz_bits_per_byte([document.text.encode() for document in task.documents])
 
     model = run.load(opened)
-    places = [
-        opened.folder,
-        held_out,
-        *([pathlib.Path(config.policy.calibration)] if config.policy.calibration else []),
-    ]
+    places = [opened.folder, held_out, *(pathlib.Path(one) for one in (config.policy.calibration,) if one)]
     journal = Journal(run.out / "parts", identity(config, places, run.implementations))
     with run.timed("run"):
         measured = evaluated.measure(config.evaluation, seed, task, model.engine, tokenizer, execution, journal)

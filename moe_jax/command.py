@@ -64,25 +64,26 @@ class Command:
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
-    def open_model(
-        self, *, k_max: int | None = None, calibrated: bool = True
-    ) -> tuple["checkpoint.Checkpoint", "decoder.Execution"]:
+    def open_model(self, *, calibrated: bool = True) -> "tuple[checkpoint.Checkpoint, decoder.Execution]":
         """Opens the model of `model.path` and says how it runs here; what can be refused is, before weights are read.
 
         Args:
-          k_max: static slots per token. None: `policy.k_max`.
           calibrated: whether the calibration of `policy.calibration`, or of the model's folder, is read with it.
         """
         from moe_jax import checkpoint
+
+        calibration = self.config.policy.calibration if calibrated else None
+        opened = checkpoint.open(in_repository(self.config.model.path), calibration=calibration)
+        refuse_other_shape(self.config, opened.architecture)
+        return opened, self.execution_of(opened.architecture)
+
+    def execution_of(self, architecture: Architecture) -> "decoder.Execution":
+        """How a model of some shape runs here, which goes into the result."""
         from moe_jax.engine.request import execution_of
 
-        config, calibration = self.config, self.config.policy.calibration if calibrated else None
-        opened = checkpoint.open(in_repository(config.model.path), calibration=calibration)
-        refuse_other_shape(config, opened.architecture)
-        k_max = config.policy.k_max if k_max is None else k_max
-        execution = execution_of(opened.architecture, k_max, config.kernels)
+        execution = execution_of(architecture, self.config.policy.k_max, self.config.kernels)
         self.implementations |= execution.implementations
-        return opened, execution
+        return execution
 
     def load(self, opened: "checkpoint.Checkpoint") -> "api.Model":
         """Loads a model in `model.dtype`, timed."""
