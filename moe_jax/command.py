@@ -328,7 +328,7 @@ def configure_jax() -> None:
     """Imports JAX and keeps what it compiles between runs, where there is a folder for it."""
     import jax
 
-    for library in ("jax", "matplotlib"):
+    for library in ("jax", "matplotlib", "httpx", "httpx2"):
         standard_logging.getLogger(library).setLevel(standard_logging.WARNING)
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(files.cache_folder() / "xla")
     if "://" not in folder:

@@ -81,11 +81,15 @@ def converted(folder, out, **options):
 
 def by_way_of_orbax(folder, out, **options):
     conversion.convert(folder, out.with_name("orbax"), layout="orbax", **options)
-    conversion.convert(out.with_name("orbax"), out)
-    return out
+    return converted(out.with_name("orbax"), out)
 
 
-WAYS = [saved, converted, by_way_of_orbax]
+def by_way_of_stacked(folder, out, **options):
+    conversion.convert(folder, out.with_name("stacked"), layout="stacked", **options)
+    return saved(out.with_name("stacked"), out)
+
+
+WAYS = [saved, converted, by_way_of_orbax, by_way_of_stacked]
 
 
 @pytest.mark.parametrize("way", WAYS)
