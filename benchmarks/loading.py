@@ -115,6 +115,7 @@ def main(run: command.Command) -> None:
 
 def write(folder: pathlib.Path, config) -> None:
     """Writes random weights in bfloat16, unless the folder already holds a model of that shape."""
+    from moe_jax import checkpoint
     from moe_jax.checkpoint import huggingface
     from moe_jax.study.random_model import random_params
 
@@ -123,7 +124,7 @@ def write(folder: pathlib.Path, config) -> None:
         huggingface.write_checkpoint(
             folder, config.architecture, params, dtype="auto", model_type="olmoe", shard_bytes=SHARD_BYTES
         )
-    if huggingface.read_architecture(folder) != config.architecture:
+    if checkpoint.open(folder).architecture != config.architecture:
         raise ValueError(f"{folder} holds a model of another shape: remove it, or give another --out")
 
 

@@ -62,6 +62,7 @@ def main(run: command.Command) -> None:
 
 def write_checkpoint(run: command.Command) -> pathlib.Path:
     """The folder, written unless it is there."""
+    from moe_jax import checkpoint
     from moe_jax.checkpoint import huggingface
     from moe_jax.study.random_model import random_params
 
@@ -69,7 +70,7 @@ def write_checkpoint(run: command.Command) -> pathlib.Path:
     if not folder.exists():
         params = random_params(architecture, "float32", run.config.run.seed)
         huggingface.write_checkpoint(folder, architecture, params, dtype="float32", model_type="qwen3_moe")
-    if huggingface.read_architecture(folder) != architecture:
+    if checkpoint.open(folder).architecture != architecture:
         raise ValueError(f"{folder} holds another model: remove it, or give another --out")
     return folder
 

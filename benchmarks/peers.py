@@ -153,7 +153,7 @@ def write_checkpoint(run: command.Command) -> tuple[pathlib.Path, pathlib.Path]:
     """The folder and the GGUF file, written unless they are there."""
     from systems import gguf_file
 
-    from moe_jax import files
+    from moe_jax import checkpoint, files
     from moe_jax.checkpoint import huggingface
     from moe_jax.study.random_model import random_params
 
@@ -163,7 +163,7 @@ def write_checkpoint(run: command.Command) -> tuple[pathlib.Path, pathlib.Path]:
         params = random_params(config.architecture, "bfloat16", config.run.seed)
         huggingface.write_checkpoint(folder, config.architecture, params, model_type="olmoe")
         gguf.unlink(missing_ok=True)
-    if huggingface.read_architecture(folder) != config.architecture:
+    if checkpoint.open(folder).architecture != config.architecture:
         raise ValueError(f"{folder} holds another model: remove it, or give another --out")
     if not gguf.exists():
         partial = files.partial_sibling(gguf)

@@ -125,9 +125,7 @@ JUDGE = flags.DEFINE_bool("judge", False, "Measure choices and completions of th
 
 def main(run: command.Command) -> None:
     """Runs what is not finished, one after the other, then sums up all that is."""
-    import moe_jax
-    from moe_jax import files
-    from moe_jax.checkpoint.huggingface import read_architecture
+    from moe_jax import checkpoint, files
     from moe_jax.config import gin
     from moe_jax.engine.request import execution_of
     from moe_jax.report import finetuned
@@ -140,8 +138,8 @@ def main(run: command.Command) -> None:
     chosen = [name for asked in RUNS.value or GROUPS for name in GROUPS.get(asked, [asked])]
     if unknown := [name for name in chosen if name not in named]:
         raise ValueError(f"--runs = {unknown[0]!r}: wanted some of {', '.join([*GROUPS, *named])}")
-    path = command.in_repository(base.model.path)
-    architecture = read_architecture(path)
+    opened = checkpoint.open(command.in_repository(base.model.path), calibration=None)
+    architecture = opened.architecture
     execution = execution_of(architecture)
     configs = {}
     for name in chosen:
@@ -150,8 +148,8 @@ def main(run: command.Command) -> None:
         recover.plan(configs[name], architecture)
     held_out = str(command.in_repository(base.text.held_out, "text.held_out"))
     with run.timed("text"):
-        text = _prepared(base, run.out, path, held_out, architecture.decoder.max_context)
-    params = moe_jax.load(path, dtype=base.training.weights, calibration=None).params
+        text = _prepared(base, run.out, opened, held_out)
+    params = opened.load(base.training.weights)
     compared = list(
         dict.fromkeys(policy for config in configs.values() for policy in recover.plan(config, architecture).compared)
     )
@@ -171,7 +169,7 @@ def main(run: command.Command) -> None:
         planned = recover.plan(config, architecture)
         with run.timed(name):
             known = [before[policy] for policy in planned.compared]
-            finished = recover.recover(config, folder, path, params, text, planned, execution, known)
+            finished = recover.recover(config, folder, opened, params, text, planned, execution, known)
         rows = finetuned.finish(config, folder, finished)
         figures = {"figures": finetuned.figures(finished, rows), "rows": rows, "seconds": run.seconds[name]}
         result = figures | command.provenance() | {"date": datetime.date.today().isoformat()}
@@ -181,7 +179,7 @@ def main(run: command.Command) -> None:
     text, figures = summary(run.out, named)
     if JUDGE.value:
         with run.timed("judge"):
-            text += "\n\n" + _judged(base, run.out, path, load_held_out(held_out))
+            text += "\n\n" + _judged(base, run.out, opened.folder, load_held_out(held_out))
     files.write_atomically(run.out / "table.md", text + "\n")
     run.finish(figures, text=text)
 
@@ -190,18 +188,17 @@ def _key(*parts) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def _prepared(config, out: pathlib.Path, model: pathlib.Path, held_out: str, context: int):
+def _prepared(config, out: pathlib.Path, model, held_out: str):
     """The text, from the file that an earlier start left where there is one."""
     settings = config.text, config.training.sequence_length, config.evaluation.documents
-    kept = out / f"text-{_key(settings, (model / 'tokenizer.json').read_bytes())}.pickle"
+    kept = out / f"text-{_key(settings, model.files['tokenizer.json'])}.pickle"
     if kept.exists():
         return pickle.loads(kept.read_bytes())
     from moe_jax import files
-    from moe_jax.text.tokenizer import load_tokenizer
     from moe_jax.training import finetuning
 
     config = dataclasses.replace(config, text=dataclasses.replace(config.text, held_out=held_out))
-    text = finetuning.prepare_text(config, model, load_tokenizer(model), context)
+    text = finetuning.prepare_text(config, model)
     files.write_atomically(kept, pickle.dumps(text))
     return text
 

@@ -65,11 +65,8 @@ def prepare(run: command.Command):
     Returns:
         The subject of the measurement; (rows, length) -> tokens_BT that rows read; and where the routing comes from.
     """
-    import moe_jax
-    from moe_jax.checkpoint.huggingface import read_architecture
     from moe_jax.engine.generate import Engine
-    from moe_jax.engine.request import execution_of, make_requests
-    from moe_jax.routing import calibration as calibrations
+    from moe_jax.engine.request import make_requests
     from moe_jax.routing import trace as traces
     from moe_jax.routing.policies import fixed_k
     from moe_jax.routing.policies.parse import parse
@@ -77,17 +74,17 @@ def prepare(run: command.Command):
     from moe_jax.study.speed import Subject
 
     config = run.config
-    path = command.in_repository(config.model.path) if config.model.path else None
-    architecture = config.architecture if path is None else read_architecture(path)
-    if path is not None:
-        command.refuse_other_shape(config, architecture)
-    execution = execution_of(architecture, config.policy.k_max, config.kernels)
-    run.implementations |= execution.implementations
-    policy = parse(config.policy.spec, None if path is None else calibrations.find(config.policy.calibration, path))
+    opened = None
+    if config.model.path:
+        opened, execution = run.open_model()
+    else:
+        execution = run.execution_of(config.architecture)
+    architecture = execution.architecture
+    policy = parse(config.policy.spec, None if opened is None else opened.calibration)
     make_requests([[0]], None, execution, sampling=config.sampling, policy=policy)  # refuses what is wrong
     cases_of(config.benchmark, architecture.decoder.max_context)
     trace = None
-    if path is None and config.benchmark.trace:
+    if opened is None and config.benchmark.trace:
         trace = traces.load(command.in_repository(config.benchmark.trace, "benchmark.trace"))
         trace.require(architecture.moe.num_experts, execution.k_max)
         if fixed_k(policy, architecture) is None:
@@ -95,16 +92,15 @@ def prepare(run: command.Command):
                 f"policy.spec = {policy.spec!r}: the recorded routing is the full model's; wanted a number of experts "
                 "for each layer, or launch/sweep.py, which replays what a policy chose"
             )
-    with run.timed("load"):
-        if path is None:
-            dtype = "float32" if config.model.dtype == "auto" else config.model.dtype
-            engine = Engine(random_params(architecture, dtype, config.run.seed), None, ())
-            tokens_of = random_tokens(architecture.decoder.vocab_size, config.run.seed)
-        else:
-            model = moe_jax.load(path, dtype=config.model.dtype, calibration=config.policy.calibration)
-            engine, tokens_of = model.engine, held_out_tokens(config.text.held_out, model.tokenizer)
     routing = "of random routers" if trace is None else f"replayed from {config.benchmark.trace}"
-    routing = routing if path is None else "the model's own, on held-out text"
+    if opened is not None:
+        tokens_of = held_out_tokens(config.text.held_out, opened.require_tokenizer())
+        engine, routing = run.load(opened).engine, "the model's own, on held-out text"
+    else:
+        tokens_of = random_tokens(architecture.decoder.vocab_size, config.run.seed)
+        dtype = "float32" if config.model.dtype == "auto" else config.model.dtype
+        with run.timed("load"):
+            engine = Engine(random_params(architecture, dtype, config.run.seed), None, ())
     return Subject(engine, execution, policy, config.sampling, trace), tokens_of, routing
 
 
@@ -137,8 +133,6 @@ def held_out_tokens(held_out: str, tokenizer):
 
     from moe_jax.text import corpus
 
-    if tokenizer is None:
-        raise ValueError("the model's folder has no tokenizer.json: wanted one, to read the held-out text")
     documents = corpus.load_held_out(command.in_repository(held_out, "text.held_out"))
     ring = np.concatenate([tokenizer.encode(document.text).ids for document in documents])
 

@@ -6,6 +6,7 @@ The text is that of text.sources: not the held-out text, on which policies are c
 folder, or name it in policy.calibration.
 """
 
+import dataclasses
 import os
 import pathlib
 
@@ -19,28 +20,23 @@ DOCUMENTS = 64
 def main(run: command.Command) -> None:
     """Reads text and model, measures, and says what was found."""
     config = run.config
-    path = command.in_repository(config.model.path)
 
     import numpy as np
 
-    import moe_jax
-    from moe_jax.checkpoint.huggingface import read_architecture
-    from moe_jax.engine.request import execution_of
     from moe_jax.routing import calibration as calibrations
     from moe_jax.study import calibrate
     from moe_jax.text import corpus
-    from moe_jax.text.tokenizer import encode_documents, load_tokenizer
+    from moe_jax.text.tokenizer import encode_documents
 
-    architecture = read_architecture(path)
-    command.refuse_other_shape(config, architecture)
-    execution = execution_of(architecture, 0, config.kernels)
-    run.implementations |= execution.implementations
+    opened, execution = run.open_model(calibrated=False)
+    architecture = opened.architecture
+    execution = dataclasses.replace(execution, k_max=architecture.moe.k)
     with run.timed("text"):
         held_out = corpus.load_held_out(command.in_repository(config.text.held_out, "text.held_out"))
-        documents = encode_documents(load_tokenizer(path), corpus.collect(config.text.sources, held_out).documents)
+        collected = corpus.collect(config.text.sources, held_out)
+        documents = encode_documents(opened.require_tokenizer(), collected.documents)
         rows_JT = calibrate.rows_of(documents, min(LENGTH, architecture.decoder.max_context), DOCUMENTS)
-    with run.timed("load"):
-        model = moe_jax.load(path, dtype=config.model.dtype, calibration=None)
+    model = run.load(opened)
     with run.timed("run"):
         found = calibrate.measure(model.params, rows_JT, execution)
     calibrations.save(run.out / calibrations.NAME, found)

@@ -2,15 +2,16 @@
 
     python launch/convert.py --set model.path=assets/demo --set policy.spec=topk:4 --out out/four
 
-model.path is a Hugging Face folder, the folder of a training run, or Orbax parameters that were written here. Servers
-that know nothing of policies then run the number of experts that the checkpoint says.
+model.path is a Hugging Face folder, the name of a model of a hub, the folder of a training run, or what --to wrote.
+Servers that know nothing of policies then run the number of experts that the checkpoint says. With --to stacked the
+weights lie as they do in memory: every launcher opens such a folder at once, since it is mapped and not read.
 """
 
 from absl import flags
 
 from moe_jax import command
 
-TO = flags.DEFINE_enum("to", "huggingface", ["huggingface", "orbax"], "The layout that is written.")
+TO = flags.DEFINE_enum("to", "huggingface", ["huggingface", "stacked", "orbax"], "The layout that is written.")
 
 
 def main(run: command.Command) -> None:
@@ -25,14 +26,14 @@ def main(run: command.Command) -> None:
     with run.timed("run"):
         held = conversion.convert(path, run.out / "model", **settings)
     parameters = sum(array.size for array in jax.tree.leaves(held.params))
+    moe = held.checkpoint.architecture.moe
     figures = {
         "parameters": {"value": parameters, "unit": "1"},
-        "experts_per_token": {"value": held.architecture.moe.k, "unit": "experts"},
+        "experts_per_token": {"value": moe.k, "unit": "experts"},
     }
     run.finish(
         figures,
-        text=f"{parameters / 1e6:,.1f} M parameters, {held.architecture.moe.k} of "
-        f"{held.architecture.moe.num_experts} experts active: {run.out / 'model'}",
+        text=f"{parameters / 1e6:,.1f} M parameters, {moe.k} of {moe.num_experts} experts active: {run.out / 'model'}",
     )
 
 

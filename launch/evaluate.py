@@ -19,32 +19,22 @@ ROOT = pathlib.Path(__file__).parents[1]
 def main(run: command.Command) -> None:
     """Checks all that was asked for, then loads and measures."""
     config = run.config
-    path = command.in_repository(config.model.path)
     held_out = command.in_repository(config.text.held_out, "text.held_out")
 
-    import moe_jax
-    from moe_jax.checkpoint.huggingface import read_architecture
-    from moe_jax.engine.request import execution_of
     from moe_jax.evaluation.journal import Journal, identity
     from moe_jax.evaluation.likelihood import xz_bits_per_byte
     from moe_jax.report import evaluated
-    from moe_jax.routing import calibration as calibrations
     from moe_jax.text.corpus import load_held_out
-    from moe_jax.text.tokenizer import load_tokenizer
 
-    architecture = read_architecture(path)
-    command.refuse_other_shape(config, architecture)
-    execution = execution_of(architecture, config.policy.k_max, config.kernels)
-    run.implementations |= execution.implementations
-    tokenizer, seed = load_tokenizer(path), config.run.seed
-    calibration = calibrations.find(config.policy.calibration, path)
+    opened, execution = run.open_model()
+    tokenizer, seed = opened.require_tokenizer(), config.run.seed
     with run.timed("text"):
-        task = evaluated.prepare(config.evaluation, seed, load_held_out(held_out), tokenizer, execution, calibration)
+        documents, calibration = load_held_out(held_out), opened.calibration
+        task = evaluated.prepare(config.evaluation, seed, documents, tokenizer, execution, calibration)
         xz = xz_bits_per_byte([document.text.encode() for document in task.documents])
 
-    with run.timed("load"):
-        model = moe_jax.load(path, dtype=config.model.dtype, calibration=config.policy.calibration)
-    places = [path, held_out, *([pathlib.Path(config.policy.calibration)] if config.policy.calibration else [])]
+    model = run.load(opened)
+    places = [opened.folder, held_out, *(pathlib.Path(one) for one in (config.policy.calibration,) if one)]
     journal = Journal(run.out / "parts", identity(config, places, run.implementations))
     with run.timed("run"):
         measured = evaluated.measure(config.evaluation, seed, task, model.engine, tokenizer, execution, journal)

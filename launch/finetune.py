@@ -18,39 +18,30 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def main(run: command.Command) -> None:
     """Checks all that was asked for, then measures, trains, exports and measures again."""
-    import moe_jax
-    from moe_jax.checkpoint.huggingface import read_architecture
-    from moe_jax.engine.request import execution_of
     from moe_jax.evaluation.journal import Journal, identity
     from moe_jax.report import finetuned
-    from moe_jax.routing import calibration as calibrations
     from moe_jax.study import recover
-    from moe_jax.text.tokenizer import load_tokenizer
     from moe_jax.training import finetuning, loop
 
     config = run.config
-    path = command.in_repository(config.model.path)
     held_out = config.text.held_out and str(command.in_repository(config.text.held_out, "text.held_out"))
     found = dataclasses.replace(config, text=dataclasses.replace(config.text, held_out=held_out))
-    architecture = read_architecture(path)
-    command.refuse_other_shape(config, architecture)
-    planned = recover.plan(config, architecture, calibrations.find(config.policy.calibration, path))
-    k_max = max(config.policy.k_max, architecture.moe.k)
-    execution = execution_of(architecture, k_max, config.kernels)
-    run.implementations |= execution.implementations
+    opened, execution = run.open_model()
+    execution = dataclasses.replace(execution, k_max=max(execution.k_max, opened.architecture.moe.k))
+    planned = recover.plan(config, opened.architecture, opened.calibration)
     loop.require_same_run(config, run.out)
     with run.timed("text"):
-        text = finetuning.prepare_text(found, path, load_tokenizer(path), architecture.decoder.max_context)
+        text = finetuning.prepare_text(found, opened)
     with run.timed("load"):
-        params = moe_jax.load(path, dtype=config.training.weights, calibration=None).params
+        params = opened.load(config.training.weights)
     finetuning.require_memory(config, params)
-    places = [path, *(pathlib.Path(place) for place in (held_out, config.policy.calibration) if place)]
+    places = [opened.folder, *(pathlib.Path(place) for place in (held_out, config.policy.calibration) if place)]
     depends_on = identity(config, places, run.implementations) | {"text": text.digest}
     journal = Journal(run.out / "before", depends_on)
     with run.timed("before"):
         before = recover.measure(config, params, text, planned.compared, execution, "before", journal)
     with run.timed("run"):
-        finished = recover.recover(config, run.out, path, params, text, planned, execution, before)
+        finished = recover.recover(config, run.out, opened, params, text, planned, execution, before)
     rows = finetuned.finish(config, run.out, finished)
     figures = finetuned.figures(finished, rows)
     run.finish(figures, rows=rows, text=f"{finetuned.table(rows)}\n\n{finetuned.note(config)}")

@@ -39,29 +39,20 @@ def main(run: command.Command) -> None:
         raise ValueError("--tasks: wanted at least one name, such as --tasks held_out_next_line")
     require_lm_eval()
     folders = include_folders()
-    path = command.in_repository(config.model.path)
 
-    import moe_jax
-    from moe_jax.checkpoint.huggingface import read_architecture
-    from moe_jax.engine.request import execution_of, policy_of_each
+    from moe_jax.engine.request import policy_of_each
     from moe_jax.evaluation.continuations import require_row_wise, settings_of
     from moe_jax.evaluation.harness import LanguageModel
     from moe_jax.report import harnessed
-    from moe_jax.routing import calibration as calibrations
     from moe_jax.text import chat
-    from moe_jax.text.tokenizer import load_tokenizer
 
-    architecture = read_architecture(path)
-    command.refuse_other_shape(config, architecture)
-    execution = execution_of(architecture, config.policy.k_max, config.kernels)
-    run.implementations |= execution.implementations
-    calibration = calibrations.find(config.policy.calibration, path)
-    compared = policy_of_each(config.evaluation.policies, len(config.evaluation.policies), calibration)
+    opened, execution = run.open_model()
+    compared = policy_of_each(config.evaluation.policies, len(config.evaluation.policies), opened.calibration)
     for policy in compared:
         settings_of(policy, 1, execution)
-    tokenizer = load_tokenizer(path)
+    opened.require_tokenizer()
     if CHAT.value:
-        chat.load_template(path)
+        chat.load_template(opened.folder)
     run.implementations["tasks"] = f"lm-eval {importlib.metadata.version('lm-eval')}"
     with run.timed("tasks"):
         manager = task_manager(folders)
@@ -70,13 +61,12 @@ def main(run: command.Command) -> None:
         for policy in compared:
             require_row_wise(policy)
 
-    with run.timed("load"):
-        engine = moe_jax.load(path, dtype=config.model.dtype, calibration=config.policy.calibration).engine
+    engine = run.load(opened).engine
     specs, results, truncated = [policy.spec for policy in compared], [], []
     for policy in compared:
         settings = {"policy": policy, "batch_size": config.evaluation.batch_size, "seed": config.run.seed}
         with run.timed("run"):
-            result, count = evaluate(LanguageModel(path, engine, tokenizer, execution, **settings), tasks, manager)
+            result, count = evaluate(LanguageModel(opened, engine, execution, **settings), tasks, manager)
         results.append(result)
         truncated.append(count)
 

@@ -39,29 +39,20 @@ CHAT = flags.DEFINE_bool("chat", False, "Put each prompt into the model's chat t
 def main(run: command.Command) -> None:
     """Checks all that was asked for, then loads, compiles and generates."""
     prompts = read_prompts()
-    path = command.in_repository(run.config.model.path)
 
-    import moe_jax
-    from moe_jax.checkpoint.huggingface import read_architecture
-    from moe_jax.engine.request import execution_of, make_requests
+    from moe_jax.engine.request import make_requests
     from moe_jax.model.finite import NotFiniteError
-    from moe_jax.routing import calibration as calibrations
-    from moe_jax.text.tokenizer import load_tokenizer
 
     config = run.config
-    architecture = read_architecture(path)
-    command.refuse_other_shape(config, architecture)
-    execution = execution_of(architecture, config.policy.k_max, config.kernels)
-    run.implementations |= execution.implementations
+    opened, execution = run.open_model()
     settings = {"sampling": config.sampling, "policy": config.policy.spec, "seed": config.run.seed}
-    settings["calibration"] = calibrations.find(config.policy.calibration, path)
-    tokenizer = load_tokenizer(path)
-    asked = chat_ids(path, tokenizer, prompts) if CHAT.value else prompts
+    settings["calibration"] = opened.calibration
+    tokenizer = opened.require_tokenizer()
+    asked = chat_ids(opened.folder, tokenizer, prompts) if CHAT.value else prompts
     requests = make_requests(asked, tokenizer, execution, **settings)
     gap = "\n" if CHAT.value else ""  # between a message and its answer
 
-    with run.timed("load"):
-        model = moe_jax.load(path, dtype=config.model.dtype, calibration=config.policy.calibration)
+    model = run.load(opened)
     with run.timed("compile"):
         model.engine.compile(requests, execution)
 
@@ -96,11 +87,11 @@ def main(run: command.Command) -> None:
     run.finish(figures, text=summary(run, figures, completions))
 
 
-def chat_ids(path: pathlib.Path, tokenizer, messages: list[str]) -> list[list[int]]:
+def chat_ids(folder: pathlib.Path, tokenizer, messages: list[str]) -> list[list[int]]:
     """Each message within the model's chat template, as tokens: the template writes its special tokens itself."""
     from moe_jax.text import chat
 
-    template, special_tokens = chat.load_template(path)
+    template, special_tokens = chat.load_template(folder)
     texts = [chat.render(template, special_tokens, message) for message in messages]
     return [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
 

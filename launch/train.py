@@ -16,13 +16,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 def main(run: command.Command) -> None:
     """Prepares the text, trains, exports and measures."""
-    from moe_jax.engine.request import execution_of
     from moe_jax.report import trained
     from moe_jax.training import loop, pretraining
 
     config = run.config
-    execution = execution_of(config.architecture, config.policy.k_max, config.kernels)
-    run.implementations |= execution.implementations
+    execution = run.execution_of(config.architecture)
     trained.require_policies(config, execution)
     pretraining.require_possible(config)
     loop.require_same_run(config, run.out)

@@ -2,59 +2,40 @@
 
 import functools
 import os
-import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tokenizers
 
-from moe_jax.checkpoint import huggingface
-from moe_jax.checkpoint.beside import Beside, read_beside
-from moe_jax.config.architecture import Architecture
+from moe_jax import checkpoint
+from moe_jax.checkpoint import Checkpoint
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.engine import cache as caches
 from moe_jax.engine.generate import Completion, Engine
 from moe_jax.engine.request import AnyPolicy, execution_of, make_requests, policy_of_each
 from moe_jax.model import decoder
 from moe_jax.model.finite import require_finite
-from moe_jax.routing import calibration as calibrations
 from moe_jax.routing import policies
-from moe_jax.routing.calibration import Calibration
-from moe_jax.text.tokenizer import load_tokenizer
 
 
 class Model:
     """A model in memory, on the default device. `load` makes one.
 
     Attributes:
+        checkpoint: all that its folder says.
         architecture: its shape, as `config.json` says.
         tokenizer: None where its folder has none.
         calibration: what `median` and `reroute` have to know of it; None where it was not measured.
         engine: what generates.
     """
 
-    def __init__(
-        self,
-        architecture: Architecture,
-        params: decoder.Params,
-        tokenizer: tokenizers.Tokenizer | None,
-        *,
-        model_type: str,
-        token_ids: Mapping[str, int | Sequence[int]],
-        tokenizer_files: Mapping[str, bytes],
-        config: Mapping[str, Any] | None = None,
-        generation_config: Mapping[str, Any] | None = None,
-        calibration: Calibration | None = None,
-    ):
-        self.architecture = architecture
-        self.tokenizer = tokenizer
-        self.calibration = calibration
-        files = dict(tokenizer_files)
-        self._beside = Beside(model_type, dict(token_ids), files, dict(config or {}), dict(generation_config or {}))
-        self.engine = Engine(params, tokenizer, np.atleast_1d(token_ids.get("eos_token_id", [])).tolist())
+    def __init__(self, checkpoint: Checkpoint, params: decoder.Params):
+        self.checkpoint = checkpoint
+        self.architecture = checkpoint.architecture
+        self.tokenizer = checkpoint.tokenizer
+        self.calibration = checkpoint.calibration
+        self.engine = Engine(params, checkpoint.tokenizer, checkpoint.end_ids)
 
     @property
     def params(self) -> decoder.Params:
@@ -163,56 +144,25 @@ class Model:
         Raises:
             ValueError: `path` is taken, or a weight is not finite in that dtype.
         """
-        huggingface.write_checkpoint(path, self.architecture, self.params, dtype=dtype, **self._beside.options())
+        self.checkpoint.save(path, self.params, dtype=dtype)
 
 
 def load(path: str | os.PathLike, *, dtype: str = "auto", calibration: str | os.PathLike | None = "") -> Model:
     """Loads a model onto the default device.
 
     Args:
-        path: a folder in Hugging Face layout.
+        path: a folder in Hugging Face layout, a stacked one that `launch/convert.py` wrote, which is mapped and not
+            read, or the name of a model of a hub: "organisation/name" or "organisation/name@revision".
         dtype: of weights and activations: "float32", "bfloat16", "float16", or "auto": as stored.
         calibration: a file that `launch/calibrate.py` wrote for this model, for the policies that want one; "":
             calibration.npz in the folder, where there is one; None: none.
 
     Raises:
-        ValueError: there is no such folder, its model is not supported, a file is damaged or beyond the memory, or the
-            calibration is of another model.
+        ValueError: there is no such model, it is not supported, a file is damaged, it does not fit in the memory that
+            is available, or the calibration is of another model.
     """
-    folder = pathlib.Path(path)
-    huggingface.read_architecture(folder)  # what is quickly told is told first
-    tokenizer = load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None
-    calibrated = None if calibration is None else calibrations.find(calibration, folder)
-    architecture, params = huggingface.read_checkpoint(folder, dtype)
-    if calibrated is not None:
-        calibrated.require(params["moe"]["router"]["weight_LED"])
-    beside = read_beside(folder)
-    return Model(
-        architecture,
-        _moved_to_device(params),
-        tokenizer,
-        model_type=beside.model_type,
-        token_ids=beside.token_ids,
-        tokenizer_files=beside.files,
-        config=beside.config,
-        generation_config=beside.generation_config,
-        calibration=calibrated,
-    )
-
-
-def _moved_to_device(params: dict[str, Any]) -> decoder.Params:
-    """Moves arrays one at a time, emptying the tree that held them: nothing but the largest is held twice.
-
-    On a CPU nothing is: JAX takes over the memory in which `read_checkpoint` laid them.
-    """
-    moved = {}
-    while params:
-        name, value = params.popitem()
-        if isinstance(value, dict):
-            moved[name] = _moved_to_device(value)
-        else:
-            moved[name] = jax.device_put(value, may_alias=True).block_until_ready()
-    return moved
+    opened = checkpoint.open(path, calibration=calibration)
+    return Model(opened, opened.load(dtype))
 
 
 @functools.partial(jax.jit, static_argnames="execution")

@@ -24,13 +24,17 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags, logging
 
 from moe_jax import files, interruption
 from moe_jax.config import gin, schema
 from moe_jax.config.architecture import Architecture
+
+if TYPE_CHECKING:
+    from moe_jax import api, checkpoint
+    from moe_jax.model import decoder
 
 REFUSED = 2  # exit status of a mistake in what was asked for
 _ROOT = pathlib.Path(__file__).parents[1]  # of the repository
@@ -59,6 +63,34 @@ class Command:
             yield
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def open_model(self, *, calibrated: bool = True) -> "tuple[checkpoint.Checkpoint, decoder.Execution]":
+        """Opens the model of `model.path` and says how it runs here; what can be refused is, before weights are read.
+
+        Args:
+          calibrated: whether the calibration of `policy.calibration`, or of the model's folder, is read with it.
+        """
+        from moe_jax import checkpoint
+
+        calibration = self.config.policy.calibration if calibrated else None
+        opened = checkpoint.open(in_repository(self.config.model.path), calibration=calibration)
+        refuse_other_shape(self.config, opened.architecture)
+        return opened, self.execution_of(opened.architecture)
+
+    def execution_of(self, architecture: Architecture) -> "decoder.Execution":
+        """How a model of some shape runs here, which goes into the result."""
+        from moe_jax.engine.request import execution_of
+
+        execution = execution_of(architecture, self.config.policy.k_max, self.config.kernels)
+        self.implementations |= execution.implementations
+        return execution
+
+    def load(self, opened: "checkpoint.Checkpoint") -> "api.Model":
+        """Loads a model in `model.dtype`, timed."""
+        from moe_jax import api
+
+        with self.timed("load"):
+            return api.Model(opened, opened.load(self.config.model.dtype))
 
     def finish(
         self,
@@ -296,7 +328,7 @@ def configure_jax() -> None:
     """Imports JAX and keeps what it compiles between runs, where there is a folder for it."""
     import jax
 
-    for library in ("jax", "matplotlib"):
+    for library in ("jax", "matplotlib", "httpx", "httpx2"):
         standard_logging.getLogger(library).setLevel(standard_logging.WARNING)
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(files.cache_folder() / "xla")
     if "://" not in folder:

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 import moe_jax
-from moe_jax import conversion
-from moe_jax.checkpoint import huggingface
+from moe_jax import checkpoint, conversion
 from moe_jax.checkpoint.orbax import Checkpoints
 from moe_jax.config import gin
 from moe_jax.engine.request import execution_of
@@ -39,9 +38,10 @@ def test_dtype_and_k_by_either_way(folder, tmp_path, layout):
     conversion.convert(folder, tmp_path / "new", layout=layout, dtype="float32", policy="topk:3")
     conversion.convert(tmp_path / "new", tmp_path / "back", shard_bytes=10_000)
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 2
-    architecture, params = huggingface.read_checkpoint(tmp_path / "back")
+    opened = checkpoint.open(tmp_path / "back")
+    architecture, params = opened.architecture, opened.read()
     assert architecture == tiny_model.changed(moe={"k": 3})
-    wanted = huggingface.read_checkpoint(folder, "float32")[1]
+    wanted = checkpoint.open(folder).read("float32")
     jax.tree.map(np.testing.assert_array_equal, params, wanted)
     assert {array.dtype.name for array in jax.tree.leaves(params)} == {"float32"}
 

@@ -91,6 +91,19 @@ def test_the_rule_itself(room, source, refused):
     assert bool(violations(room, ast.parse(source), f"moe_jax.{room}")) == refused
 
 
+def test_launchers_hold_no_preamble_twice():
+    """Three statements in a row, imports left out, stand in one launcher alone: what is shared is in `command.py`."""
+    seen = {}
+    for path in sorted((ROOT / "launch").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            statements = getattr(node, "body", [])
+            if isinstance(node, ast.Module) or not isinstance(statements, list):
+                continue
+            said = [ast.unparse(one) for one in statements if not isinstance(one, ast.Import | ast.ImportFrom)]
+            for three in zip(said, said[1:], said[2:]):
+                assert seen.setdefault(three, path) == path, f"{path.name} and {seen[three].name}: {three}"
+
+
 SUBJECTS = [path for path in FILES if path.read_text().strip()]
 SUBJECTS += sorted(path for folder in ("launch", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 

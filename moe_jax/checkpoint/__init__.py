@@ -1,0 +1,5 @@
+"""Models on disk: `open` one, then load it."""
+
+from moe_jax.checkpoint.opened import LAYOUTS, Checkpoint, begun, open
+
+__all__ = ["LAYOUTS", "Checkpoint", "begun", "open"]

@@ -48,6 +48,8 @@ class Source(NamedTuple):
         destination: contiguous, in the order of the tensor, of any dtype of `EXPONENTS`.
         scale: where the scales of its blocks lie, if it is quantised.
         blocks: what shares a scale.
+        seen_as: the shape in which the tensor is cut, where only a part of it is wanted.
+        part: that part, which has the shape of the destination.
     """
 
     name: str
@@ -55,6 +57,8 @@ class Source(NamedTuple):
     destination: np.ndarray
     scale: StoredTensor | None = None
     blocks: Blocks | None = None
+    seen_as: tuple[int, ...] = ()
+    part: tuple[slice, ...] = ()
 
 
 def allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -94,6 +98,14 @@ def read_values(stored: StoredTensor) -> np.ndarray:
     return _values(stored, {stored.path: _mapped(stored.path)}).reshape(stored.shape)
 
 
+def map_values(stored: StoredTensor) -> np.ndarray:
+    """The same, to stay: pages come from the disk when they are first looked at, and the system may drop them again.
+
+    The file must stay as it is. The array cannot be written to.
+    """
+    return _values(stored, {stored.path: _mapped(stored.path, sequential=False)}).reshape(stored.shape)
+
+
 def require_finite(values: np.ndarray, name: str) -> None:
     """ValueError, naming the tensor, where a value is NaN or infinite; `values` is contiguous."""
     bits, exponent = EXPONENTS[values.dtype]
@@ -112,11 +124,11 @@ def cast_into(destination: np.ndarray, values: np.ndarray) -> None:
         np.copyto(destination, values, casting="unsafe")
 
 
-def _mapped(path: pathlib.Path) -> np.ndarray:
+def _mapped(path: pathlib.Path, sequential: bool = True) -> np.ndarray:
     """The bytes of a file, which come from the disk as they are looked at."""
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    if hasattr(mmap, "MADV_SEQUENTIAL"):
+    if sequential and hasattr(mmap, "MADV_SEQUENTIAL"):
         mapped.madvise(mmap.MADV_SEQUENTIAL)
     return np.frombuffer(mapped, np.uint8)
 
@@ -133,11 +145,18 @@ def _copying() -> ctypes.CDLL | None:
 
 def _fill(source: Source, files: Mapping[pathlib.Path, np.ndarray], copying: ctypes.CDLL | None) -> None:
     values, flat = _values(source.stored, files), source.destination.reshape(-1)
-    if values.size != flat.size:
-        raise ValueError(f"tensor {source.name} has {values.size} numbers: wanted {flat.size}")
+    wanted = math.prod(source.seen_as) if source.part else flat.size
+    if values.size != wanted:
+        raise ValueError(f"tensor {source.name} has {values.size} numbers: wanted {wanted}")
     if source.scale is not None:
         _fill_scaled(source, values, files)
         return
+    if source.part:
+        values = values.reshape(source.seen_as)[source.part]
+        if not values.flags.c_contiguous:
+            _fill_strided(source, values)
+            return
+        values = values.reshape(-1)
     step = _COPIED_BYTES // flat.itemsize
     for first in range(0, flat.size, step):
         piece, read = flat[first : first + step], values[first : first + step]
@@ -147,6 +166,15 @@ def _fill(source: Source, files: Mapping[pathlib.Path, np.ndarray], copying: cty
         else:
             cast_into(piece, read)
             require_finite(piece, source.name)
+
+
+def _fill_strided(source: Source, values: np.ndarray) -> None:
+    """Copies what does not lie together in the file: its rows one by one, and nothing between them."""
+    step = max(1, _COPIED_BYTES // max(1, source.destination[:1].nbytes))
+    for first in range(0, len(values), step):
+        piece = source.destination[first : first + step]
+        cast_into(piece, values[first : first + step])
+        require_finite(piece, source.name)
 
 
 def _copy(destination: np.ndarray, values: np.ndarray, copying: ctypes.CDLL) -> bool:
@@ -160,14 +188,18 @@ def _copy(destination: np.ndarray, values: np.ndarray, copying: ctypes.CDLL) -> 
 
 
 def _fill_scaled(source: Source, values: np.ndarray, files: Mapping[pathlib.Path, np.ndarray]) -> None:
+    """Of a part, the whole tensor is read: its blocks have no relation to what a part is cut along."""
     shape = source.stored.shape
     scale = _values(source.scale, files).reshape(source.scale.shape).astype(np.float32)
-    rows, destination = values.reshape(shape), source.destination.reshape(shape)
+    whole = np.empty(shape, source.destination.dtype) if source.part else source.destination.reshape(shape)
+    rows = values.reshape(shape)
     step = max(1, _CHECKED_BYTES // (4 * max(1, shape[1])))
     for first in range(0, shape[0], step):
-        piece = destination[first : first + step]
+        piece = whole[first : first + step]
         cast_into(piece, dequantize(rows[first : first + step], scale, source.blocks, first))
         require_finite(piece, source.name)
+    if source.part:
+        source.destination[...] = whole.reshape(source.seen_as)[source.part]
 
 
 def _values(stored: StoredTensor, files: Mapping[pathlib.Path, np.ndarray]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Reads and writes a model in the folder layout of Hugging Face: `config.json` beside `model.safetensors`.
+"""The folder layout of Hugging Face: `config.json` beside `model.safetensors`, one tensor per layer and expert.
 
 Parameters are a nested dict of stacked arrays (`names.Rule` spells them), which lie in memory as their tensors are
 stored. Tensors go straight into those arrays and straight out of them, so a model is never held twice.
@@ -16,16 +16,16 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-import psutil
 from absl import logging
 
-from moe_jax.checkpoint import filling, layouts, redundant, safetensors_file
-from moe_jax.checkpoint.beside import TOKEN_IDS, read_token_ids
+from moe_jax.checkpoint import families, filling, layouts, redundant, safetensors_file
+from moe_jax.checkpoint.beside import TOKEN_IDS
 from moe_jax.checkpoint.families import Family, family_of
 from moe_jax.checkpoint.names import Rule
-from moe_jax.checkpoint.quantization import FLOAT8, Blocks, blocks_of, take_scales
+from moe_jax.checkpoint.quantization import FLOAT8, blocks_of, take_scales
+from moe_jax.checkpoint.reading import Piece, Stack
 from moe_jax.checkpoint.safetensors_file import StoredTensor
-from moe_jax.checkpoint.tables import INDEX, WEIGHTS, read_json, read_tables
+from moe_jax.checkpoint.tables import INDEX, WEIGHTS, read_tables
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import DTYPES
 from moe_jax.files import replaced_folder
@@ -37,69 +37,63 @@ _K_OF_LAYERS = "num_experts_per_tok_of_layers"  # our own: published families ha
 _OF_STORED_WEIGHTS = ("quantization_config", "compression_config", _K_OF_LAYERS)  # no fields of what is written
 
 
-def read_architecture(folder: str | os.PathLike) -> Architecture:
-    """Reads the shape of the model in `folder` from its `config.json`.
+def describe(fields: dict[str, Any]) -> tuple[Family, Architecture]:
+    """What `config.json` says of a model: its family and its shape.
 
     Raises:
-        ValueError: there is no such folder or file, its model type is not supported, or one of its fields asks for
-            something that is not implemented; the message names it.
+        ValueError: the family is not supported, or a field asks for something that is not implemented; it is named.
     """
-    return _describe(pathlib.Path(folder))[1]
+    family = family_of(fields)
+    blocks_of(fields)
+    architecture = family.architecture({**fields, "quantization_config": None})
+    if (k_of_layers := fields.get(_K_OF_LAYERS)) is not None:
+        architecture = _with_k_of_layers(architecture, k_of_layers)
+    return family, architecture
 
 
-def stored_dtype(folder: str | os.PathLike) -> str:
-    """The dtype of most of a checkpoint's numbers; bfloat16 where they are stored in eight bits."""
-    return _most_common(read_tables(pathlib.Path(folder))).name
-
-
-def read_checkpoint(folder: str | os.PathLike, dtype: str = "auto") -> tuple[Architecture, dict[str, Any]]:
-    """Reads a whole model into host memory.
+def stacks_of(
+    folder: pathlib.Path, fields: dict[str, Any], family: Family, architecture: Architecture, dtype: str
+) -> list[Stack]:
+    """Where the parameters of a model lie.
 
     Args:
-        folder: the checkpoint; what `model.path` names.
+        folder: of the model.
+        fields: of its `config.json`.
+        family: as `describe` gives it.
+        architecture: the same.
         dtype: of every parameter but those that their family keeps in float32 (the router's selection bias). "auto": as
             stored, where all tensors of a stacked parameter have the dtype of most of the checkpoint's numbers
             (bfloat16 where those have eight bits), else float32. Nothing is rounded, and what runs the model takes
             both: see `decoder.dtype_of`.
 
-    Returns:
-        The architecture, and the parameters: a nested dict of NumPy arrays (bfloat16 is that of `ml_dtypes`).
-
     Raises:
-        ValueError: as `read_architecture`; or a tensor is missing, unknown, of another shape, truncated, or not finite
-            in that dtype; or the model does not fit in the memory that is available.
+        ValueError: a tensor is missing, unknown, of another shape or without a number, or a file is truncated.
     """
-    folder = pathlib.Path(folder)
-    _require_dtype(dtype)
-    family, architecture, fields, blocks = _describe(folder)
     stored = layouts.with_published_names(folder, read_tables(folder))
-    scales = take_scales(stored, blocks)
+    scales = take_scales(stored, blocks_of(fields))
     rules = layouts.rules_of(folder, family.rules(architecture), architecture, stored)
     _require_enough(folder, rules, architecture, len(stored))
     wanted_names, given = _wanted_names(rules, architecture), _without_skipped(folder, stored, family, fields)
     given -= redundant.agreeing(folder, sorted(given - wanted_names), stored, architecture)
-    _require_same_names(folder, wanted_names, given, stored)
+    require_same_names(folder, wanted_names, given, stored)
     for rule in rules:
         wanted = rule.stored_shape(architecture)
         for name, _ in rule.placements(architecture):
             stored[name].require_float(name)
             if stored[name].shape != wanted:
                 raise ValueError(layouts.shape_complaint(name, stored[name], wanted))
-    most = _most_common(stored)
-    dtypes = {rule: _dtype_of(rule, dtype, stored, most, architecture) for rule in rules}
-    numbers = {rule: math.prod(rule.shape(architecture)) for rule in rules}
-    needed_bytes = sum(numbers[rule] * dtypes[rule].itemsize for rule in rules)
-    halved_bytes = sum(numbers[rule] * (4 if rule.float32 else 2) for rule in rules)
-    _require_memory(folder, needed_bytes, halved_bytes)
-    flat = {rule.parameter: filling.allocate(rule.shape(architecture), dtypes[rule]) for rule in rules}
-    filling.fill(
-        [
-            filling.Source(name, stored[name], flat[rule.parameter][index], scales.get(name), blocks)
-            for rule in rules
-            for name, index in rule.placements(architecture)
-        ]
-    )
-    return architecture, nested(flat)
+    most = most_common(stored)
+    return [
+        Stack(
+            rule.parameter,
+            rule.shape(architecture),
+            _dtype_of(rule, dtype, stored, most, architecture),
+            tuple(Piece(name, index, stored[name], scales.get(name)) for name, index in rule.placements(architecture)),
+            mapped=False,
+            halved_itemsize=4 if rule.float32 else 2,
+        )
+        for rule in rules
+    ]
 
 
 def config_fields(family: Family, architecture: Architecture) -> dict[str, Any]:
@@ -140,7 +134,7 @@ def write_checkpoint(
     params: Mapping[str, Any],
     *,
     dtype: str = "bfloat16",
-    model_type: str = "glm4_moe",
+    model_type: str = families.OWN.model_type,
     token_ids: Mapping[str, int | list[int]] | None = None,
     config: Mapping[str, Any] | None = None,
     generation_config: Mapping[str, Any] | None = None,
@@ -153,7 +147,7 @@ def write_checkpoint(
     Args:
         folder: where; missing parents are made.
         architecture: its `moe.k` becomes `num_experts_per_tok`.
-        params: nested dict of arrays, as `read_checkpoint` returns it.
+        params: nested dict of arrays, as `Checkpoint.read` returns it.
         dtype: of every tensor but those that the family keeps in float32. "auto": as in `params`.
         model_type: the family whose names are used.
         token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`, for `config.json` and `generation_config.json`.
@@ -169,16 +163,15 @@ def write_checkpoint(
             one too many, one of another shape, or values that are not finite in `dtype`.
     """
     folder = pathlib.Path(folder)
-    _require_dtype(dtype)
-    if folder.exists() and not (folder.is_dir() and (replace or not any(folder.iterdir()))):
-        raise ValueError(f"{folder} exists already, and nothing is overwritten: choose another path")
+    require_dtype(dtype)
+    require_free(folder, replace)
     if unknown := sorted(set(token_ids or {}) - set(TOKEN_IDS)):
         raise ValueError(f"token_ids has {unknown[0]}: wanted some of {', '.join(TOKEN_IDS)}")
     family = family_of({"model_type": model_type})
     fields = config_fields(family, architecture)  # what the family cannot say is told before anything else
     rules = family.rules(architecture)
     arrays = {path: np.asarray(array) for path, array in flattened(params)}
-    _require_same_names(folder, {rule.parameter for rule in rules}, set(arrays))
+    require_same_names(folder, {rule.parameter for rule in rules}, set(arrays))
     shapes, dtypes = {}, {}
     for rule in rules:
         given, wanted = arrays[rule.parameter].shape, rule.shape(architecture)
@@ -196,7 +189,7 @@ def write_checkpoint(
                 filling.require_finite(tensor, name)
                 yield tensor
 
-    most = _most_common({name: StoredTensor(folder, *one, 0) for name, one in shapes.items()})
+    most = most_common({name: StoredTensor(folder, *one, 0) for name, one in shapes.items()})
     texts = config_texts(fields, most, token_ids or {}, config or {}, generation_config or {})
     shards = _shards(shapes, shard_bytes)
     if len(shards) > 1:
@@ -205,13 +198,24 @@ def write_checkpoint(
     if taken := sorted(set(extra_files or {}) & {*texts, *shards, WEIGHTS, INDEX}):
         raise ValueError(f"extra_files has {taken[0]}, which is written from the architecture and the parameters")
     with replaced_folder(folder) as partial:
-        for name, data in {**texts, **(extra_files or {})}.items():
-            (partial / name).parent.mkdir(exist_ok=True)
-            (partial / name).write_bytes(data.encode() if isinstance(data, str) else data)
+        write_files(partial, {**texts, **(extra_files or {})})
         made = tensors()
         for file, names in shards.items():
             part = {name: shapes[name] for name in names}
             safetensors_file.write_file(partial / file, part, itertools.islice(made, len(part)))
+
+
+def require_free(folder: pathlib.Path, replace: bool = False) -> None:
+    """ValueError where something is already in the place of a folder that is to be written."""
+    if folder.exists() and not (folder.is_dir() and (replace or not any(folder.iterdir()))):
+        raise ValueError(f"{folder} exists already, and nothing is overwritten: choose another path")
+
+
+def write_files(folder: pathlib.Path, files: Mapping[str, bytes | str]) -> None:
+    """Writes what stands beside weights; a name may have one folder in it."""
+    for name, data in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def _bytes_of(shapes: Mapping[str, TypeAndShape]) -> int:
@@ -236,20 +240,6 @@ def _shards(shapes: Mapping[str, TypeAndShape], most_bytes: int) -> dict[str, li
 
 def _json_text(fields: dict[str, Any]) -> str:
     return json.dumps(fields, indent=2) + "\n"
-
-
-def _describe(folder: pathlib.Path) -> tuple[Family, Architecture, dict[str, Any], Blocks | None]:
-    fields = read_json(folder / "config.json")
-    try:
-        family = family_of(fields)
-        blocks = blocks_of(fields)
-        architecture = family.architecture({**fields, "quantization_config": None})
-        if (k_of_layers := fields.get(_K_OF_LAYERS)) is not None:
-            architecture = _with_k_of_layers(architecture, k_of_layers)
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'}: {error}") from error
-    read_token_ids(folder)  # what is damaged there is told here, before anything large is read
-    return family, architecture, fields, blocks
 
 
 def _with_k_of_layers(architecture: Architecture, k_of_layers: Any) -> Architecture:
@@ -281,9 +271,11 @@ def _without_skipped(folder: pathlib.Path, stored: Mapping, family: Family, fiel
     return names
 
 
-def _require_same_names(
+def require_same_names(
     folder: pathlib.Path, wanted: set[str], given: set[str], stored: Mapping[str, StoredTensor] | None = None
 ) -> None:
+    """ValueError where tensors or parameters are missing or unknown; `stored` tells what those are that are there."""
+
     def shown(name: str) -> str:
         tensor = (stored or {}).get(name)
         return name if tensor is None or tensor.dtype in safetensors_file.FLOATS else f"{name} ({tensor.code})"
@@ -299,28 +291,18 @@ def _require_same_names(
         raise ValueError(f"{folder} does not hold the parameters of its architecture: {'; '.join(complaints)}")
 
 
-def _require_dtype(dtype: str) -> None:
+def require_dtype(dtype: str) -> None:
+    """ValueError where there is no such setting."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r}: wanted one of {', '.join(DTYPES)}")
-
-
-def _require_memory(folder: pathlib.Path, needed_bytes: int, halved_bytes: int) -> None:
-    """Refuses what does not fit; `halved_bytes` is what the model takes in a dtype of 16 bits."""
-    available_bytes = psutil.virtual_memory().available
-    if needed_bytes > available_bytes:
-        needed, available = f"{needed_bytes / 1e9:.1f} GB", f"{available_bytes / 1e9:.1f} GB"
-        wanted = "a smaller model"
-        if halved_bytes <= available_bytes:
-            wanted = f"model.dtype=bfloat16, which needs {halved_bytes / 1e9:.1f} GB"
-        raise ValueError(f"{folder} needs {needed} of memory, {available} available: wanted {wanted}")
 
 
 def _in_memory(dtype: np.dtype) -> np.dtype:
     return _BFLOAT16 if dtype == FLOAT8 else dtype
 
 
-def _most_common(stored: Mapping[str, StoredTensor]) -> np.dtype:
-    """The dtype of most numbers."""
+def most_common(stored: Mapping[str, StoredTensor]) -> np.dtype:
+    """The dtype of most numbers; bfloat16 for those that are stored in eight bits."""
     counts: dict[np.dtype, int] = collections.Counter()
     for tensor in stored.values():
         if tensor.dtype in safetensors_file.FLOATS:

@@ -4,6 +4,7 @@ The format's own library reads into, and writes from, a second copy of the model
 `filling` brings to their places, and files are written tensor by tensor.
 """
 
+import hashlib
 import json
 import math
 import operator
@@ -119,15 +120,33 @@ def _parsed(entry: dict) -> tuple[int, int, str, tuple[int, ...]]:
     return first, last, str(entry["dtype"]), tuple(map(operator.index, entry["shape"]))
 
 
-def write_file(path: Path, shapes: dict[str, tuple[np.dtype, tuple[int, ...]]], tensors: Iterable[np.ndarray]) -> None:
-    """Writes a new file; `tensors` come one by one, contiguous, in the order of `shapes`."""
+def head_sha256(path: Path) -> str:
+    """A digest of all that stands before the values: the table and its size."""
+    _, table_bytes, text = _read_head(path)
+    return hashlib.sha256(table_bytes.to_bytes(8, "little") + text).hexdigest()
+
+
+def write_file(
+    path: Path,
+    shapes: dict[str, tuple[np.dtype, tuple[int, ...]]],
+    tensors: Iterable[np.ndarray],
+    alignment_bytes: int = 8,
+) -> None:
+    """Writes a new file.
+
+    Args:
+        path: where.
+        shapes: the dtype and shape of each tensor, in the order in which they lie.
+        tensors: one by one, contiguous, in that order.
+        alignment_bytes: the first one begins at a multiple of this.
+    """
     table: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
     end = 0
     for name, (dtype, shape) in shapes.items():
         first, end = end, end + math.prod(shape) * dtype.itemsize
         table[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [first, end]}
     text = json.dumps(table, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % alignment_bytes)
     with open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for (name, (dtype, shape)), tensor in zip(shapes.items(), tensors, strict=True):

@@ -8,7 +8,7 @@ from moe_jax.checkpoint import safetensors_file
 from moe_jax.checkpoint.safetensors_file import StoredTensor
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-_LAYOUT = (
+LAYOUT = (
     "a checkpoint folder in Hugging Face layout: config.json beside model.safetensors or its shards and their index"
 )
 
@@ -17,10 +17,10 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     """Reads an object from a file of a checkpoint; ValueError names what is missing or damaged."""
     folder = path.parent
     if not folder.is_dir():
-        what = "is a file" if folder.exists() else "does not exist (a model on a hub is downloaded first)"
-        raise ValueError(f"model.path = {str(folder)!r} {what}: wanted {_LAYOUT}")
+        what = "is a file" if folder.exists() else "does not exist"
+        raise ValueError(f"model.path = {str(folder)!r} {what}: wanted {LAYOUT}")
     if not path.is_file():
-        raise ValueError(f"model.path = {str(folder)!r} has no {path.name}: wanted {_LAYOUT}")
+        raise ValueError(f"model.path = {str(folder)!r} has no {path.name}: wanted {LAYOUT}")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -37,7 +37,7 @@ def read_tables(folder: pathlib.Path) -> dict[str, StoredTensor]:
     if (folder / WEIGHTS).is_file():
         return safetensors_file.read_table(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
-        raise ValueError(f"model.path = {str(folder)!r} has neither {WEIGHTS} nor {INDEX}: wanted {_LAYOUT}")
+        raise ValueError(f"model.path = {str(folder)!r} has neither {WEIGHTS} nor {INDEX}: wanted {LAYOUT}")
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / INDEX} has no weight_map from tensors to files")

@@ -1,5 +1,6 @@
 """What is done with a model once it is trained: exported, measured as exported, and described in its card."""
 
+import dataclasses
 import json
 import pathlib
 import statistics
@@ -9,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from moe_jax import files
-from moe_jax.checkpoint.huggingface import read_checkpoint, write_checkpoint
+from moe_jax import checkpoint, files
+from moe_jax.checkpoint import families
 from moe_jax.config.schema import Config
 from moe_jax.evaluation.intervals import Estimate, paired_ratio, ratio
 from moe_jax.evaluation.likelihood import num_windows, score_documents, xz_bits_per_byte
@@ -19,7 +20,6 @@ from moe_jax.report.evaluated import load_max_over_mean
 from moe_jax.report.plots import draw_training_curve
 from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import parse
-from moe_jax.text.tokenizer import END_OF_TEXT_ID, tokenizer_files
 from moe_jax.training.pretraining import Text
 
 
@@ -52,17 +52,10 @@ def require_policies(config: Config, execution: Execution) -> None:
 def finish(config: Config, folder: pathlib.Path, text: Text, execution: Execution, params: Params) -> Finished:
     """Exports the trained model to `folder/model`, with its tokenizer, curve and card, and measures it as exported."""
     metrics = folder / "metrics.jsonl"
-    token_ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), END_OF_TEXT_ID)
-    own_files = tokenizer_files(text.tokenizer, config.decoder.max_context)
-    write_checkpoint(
-        folder / "model",
-        config.architecture,
-        params,
-        token_ids=token_ids,
-        extra_files=own_files | {"training_curve.png": draw_training_curve(metrics)},
-        replace=True,
-    )
-    _, exported = read_checkpoint(folder / "model", dtype="float32")
+    begun = checkpoint.begun(config.architecture, text.tokenizer)
+    files_beside = {**begun.files, "training_curve.png": draw_training_curve(metrics)}
+    dataclasses.replace(begun, files=files_beside).save(folder / "model", params, dtype="bfloat16", replace=True)
+    exported = checkpoint.open(folder / "model").load("float32")
     measured = _measure(config, text, execution, exported)
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     held_out_text, training_text = (
@@ -166,9 +159,9 @@ def model_card(config: Config, text: Text, finished: Finished) -> str:
     )
     return f"""# Model card
 
-A fine-grained Mixture-of-Experts decoder, trained from scratch by `launch/train.py` and exported in the `glm4_moe`
-layout: {finished.parameters:,} parameters, of which one token reads {finished.active_parameters:,}. It completes
-Python source text; it knows nothing else and follows no instructions.
+A fine-grained Mixture-of-Experts decoder, trained from scratch by `launch/train.py` and exported in the
+`{families.OWN.model_type}` layout: {finished.parameters:,} parameters, of which one token reads
+{finished.active_parameters:,}. It completes Python source text; it knows nothing else and follows no instructions.
 
 ## Shape
 

@@ -6,11 +6,10 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
-from moe_jax.checkpoint import huggingface
-from moe_jax.checkpoint.beside import read_beside, read_token_ids
+from moe_jax import checkpoint
+from moe_jax.checkpoint import Checkpoint
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import Config
 from moe_jax.evaluation.journal import Journal
@@ -21,7 +20,6 @@ from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies import Policy
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
 from moe_jax.text.batches import Packed
-from moe_jax.text.tokenizer import load_tokenizer
 from moe_jax.training import finetuning, rollouts
 from moe_jax.training.elastic import Draws
 from moe_jax.training.finetuning import Text
@@ -101,7 +99,7 @@ def measure(
 def recover(
     config: Config,
     folder: pathlib.Path,
-    model: pathlib.Path,
+    model: Checkpoint,
     params: Params,
     text: Text,
     planned: Plan,
@@ -118,8 +116,8 @@ def recover(
     Args:
         config: `training`, `objective` and `finetune` are read.
         folder: of the run.
-        model: the folder that `params` were loaded from.
-        params: of the model.
+        model: that is tuned.
+        params: its weights.
         text: as `finetuning.prepare_text` gives it.
         planned: as `plan` gives it.
         execution: how the full model runs.
@@ -128,24 +126,18 @@ def recover(
     if config.finetune.rollouts:
         text = text._replace(packed=_rollouts(config, folder / "rollouts", model, params, text, execution))
     tuned = finetuning.finetune(config, folder, params, text, planned.trained, execution)
-    huggingface.write_checkpoint(
-        folder / "model",
-        policies.with_own(planned.trained, execution.architecture) or execution.architecture,
-        tuned.params,
-        dtype=huggingface.stored_dtype(model),
-        replace=True,
-        **read_beside(model).of_other_weights().options(),
-    )
-    _, exported = huggingface.read_checkpoint(folder / "model", config.training.weights)
-    after = measure(config, exported, text, planned.compared, execution, "after")
+    own = policies.with_own(planned.trained, model.architecture) or model.architecture
+    exported = model.of_other_weights().with_architecture(own)
+    exported.save(folder / "model", tuned.params, dtype=model.stored_dtype, replace=True)
+    params = checkpoint.open(folder / "model").load(config.training.weights)
+    after = measure(config, params, text, planned.compared, execution, "after")
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     speed = statistics.median(line["tokens_per_s"] for line in lines if "tokens_per_s" in line)
     return Finished(*planned, before, after, text, tuned.step, tuned.steps, tuned.masked_experts, speed)
 
 
 def _rollouts(
-    config: Config, folder: pathlib.Path, model: pathlib.Path, params: Params, text: Text, execution: Execution
+    config: Config, folder: pathlib.Path, model: Checkpoint, params: Params, text: Text, execution: Execution
 ) -> Packed:
-    end_ids = np.atleast_1d(read_token_ids(model).get("eos_token_id", [])).tolist()
     settings = {"count": config.finetune.rollouts, "seed": config.run.seed, "folder": folder}
-    return rollouts.write(params, load_tokenizer(model), end_ids, execution, text.packed, **settings)
+    return rollouts.write(params, model.require_tokenizer(), model.end_ids, execution, text.packed, **settings)

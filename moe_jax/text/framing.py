@@ -23,8 +23,7 @@ def outer_ids(
     Args:
       folder: of the model; its `tokenizer_config.json`, or `special_tokens_map.json`, names the tokens.
       tokenizer: of the model.
-      token_ids: `bos_token_id` and `eos_token_id` as `checkpoint.beside.read_token_ids` reads them. Of several,
-        the first counts.
+      token_ids: `bos_token_id` and `eos_token_id` of a model's configuration. Of several, the first counts.
 
     Returns:
       The id that begins a text and the id that ends one.

@@ -8,10 +8,9 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import tokenizers
 from absl import logging
 
-from moe_jax.checkpoint.beside import read_token_ids
+from moe_jax.checkpoint import Checkpoint
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import Config, TextConfig
 from moe_jax.cost import hardware
@@ -85,26 +84,26 @@ def trained_policy(config: Config, architecture: Architecture, calibration=None)
     return policy
 
 
-def prepare_text(config: Config, model: pathlib.Path, tokenizer: tokenizers.Tokenizer, context: int) -> Text:
+def prepare_text(config: Config, model: Checkpoint) -> Text:
     """Collects the text, holds some of it out, and packs the rest.
 
     Args:
         config: `text` and `training` are read, and `evaluation.documents`, of the half that is reported.
-        model: the folder of the model, whose files say what stands around a text and around a conversation.
-        tokenizer: of the model.
-        context: tokens that the model takes.
+        model: its files say what stands around a text and around a conversation.
 
     Raises:
         ValueError: a source is refused, as `corpus.collect` says, or there is too little text.
     """
-    training = config.training
+    training, tokenizer, context = config.training, model.require_tokenizer(), model.architecture.decoder.max_context
     if training.sequence_length > context:
         raise ValueError(
             f"training.sequence_length = {training.sequence_length}: wanted at most the model's context of {context} "
             "tokens"
         )
-    begin_id, end_id = outer_ids(model, tokenizer, read_token_ids(model))
-    documents, digest, held_out = _documents(config.text, config.finetune.held_out_fraction, load_renderer(model))
+    begin_id, end_id = outer_ids(model.folder, tokenizer, model.token_ids)
+    documents, digest, held_out = _documents(
+        config.text, config.finetune.held_out_fraction, load_renderer(model.folder)
+    )
     packed = pack(
         frame_documents(tokenizer, documents, begin_id, end_id), training.sequence_length, begin_id, begin_id != end_id
     )

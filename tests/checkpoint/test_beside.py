@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import moe_jax
-from moe_jax import conversion
+from moe_jax import checkpoint, conversion
 from moe_jax.checkpoint import beside, huggingface
 from moe_jax.routing import calibration as calibrations
 from tests import tiny_model
@@ -61,7 +61,7 @@ def folder(tmp_path_factory):
     config = json.loads((folder / "config.json").read_text())
     write(folder / "config.json", {**FIELDS, **config, "num_nextn_predict_layers": 1})
     write(folder / "generation_config.json", GENERATION)
-    routers = huggingface.read_checkpoint(folder)[1]["moe"]["router"]["weight_LED"]
+    routers = checkpoint.open(folder).read()["moe"]["router"]["weight_LED"]
     measured = calibrations.Calibration(
         np.full(2, 0.5, np.float32), np.zeros((2, 16, 16), np.float32), calibrations.sample_of(routers)
     )
@@ -81,11 +81,15 @@ def converted(folder, out, **options):
 
 def by_way_of_orbax(folder, out, **options):
     conversion.convert(folder, out.with_name("orbax"), layout="orbax", **options)
-    conversion.convert(out.with_name("orbax"), out)
-    return out
+    return converted(out.with_name("orbax"), out)
 
 
-WAYS = [saved, converted, by_way_of_orbax]
+def by_way_of_stacked(folder, out, **options):
+    conversion.convert(folder, out.with_name("stacked"), layout="stacked", **options)
+    return saved(out.with_name("stacked"), out)
+
+
+WAYS = [saved, converted, by_way_of_orbax, by_way_of_stacked]
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -102,7 +106,7 @@ def test_files_and_fields_survive(folder, tmp_path, way, dtype):
     wanted = "bfloat16" if dtype == "auto" else "float32"
     changed = {"num_nextn_predict_layers": 0, "dtype": wanted, "torch_dtype": wanted, "pad_token_id": 7}
     assert after == {**before, **changed}
-    assert beside.read_token_ids(out) == beside.read_token_ids(folder)
+    assert checkpoint.open(out).token_ids == checkpoint.open(folder).token_ids
     assert moe_jax.load(out).calibration is not None
 
 
@@ -128,11 +132,11 @@ def test_a_large_file_is_left_behind_with_a_word(folder, tmp_path, monkeypatch, 
     copy = shutil.copytree(folder, tmp_path / "copy")
     write(copy / "corpus.txt", b"x" * 500_000)
     monkeypatch.setattr(beside, "LARGEST_BYTES", 400_000)
-    assert "corpus.txt" not in beside.read_beside(copy).files
+    assert "corpus.txt" not in checkpoint.open(copy).files
     assert "corpus.txt is left behind" in caplog.text
 
 
 def test_new_weights_leave_measurements_and_pages_behind(folder):
-    files = beside.read_beside(folder).of_other_weights().files
+    files = checkpoint.open(folder).of_other_weights().files
     assert {"LICENSE", "modeling_tiny.py", "tokenizer.json"} <= files.keys()
     assert not {"README.md", calibrations.NAME} & files.keys()

@@ -8,6 +8,7 @@ import pytest
 import safetensors.numpy
 from flax import nnx
 
+from moe_jax import checkpoint
 from moe_jax.checkpoint import huggingface
 from moe_jax.checkpoint.families import FAMILIES
 from moe_jax.config.architecture import Architecture
@@ -67,7 +68,8 @@ def test_rules_name_what_the_decoder_owns(name):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_what_is_written_is_read(tmp_path, name):
     write(tmp_path / "model", VARIANTS[name])
-    architecture, params = huggingface.read_checkpoint(tmp_path / "model", "float32")
+    opened = checkpoint.open(tmp_path / "model")
+    architecture, params = opened.architecture, opened.read("float32")
     assert architecture == VARIANTS[name].architecture
     wanted = dict(huggingface.flattened(random_params(VARIANTS[name])))
     for path, array in huggingface.flattened(params):
@@ -87,7 +89,7 @@ def test_prediction_layers_and_computed_frequencies_are_skipped(tmp_path, caplog
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     fields = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
     (folder / "config.json").write_text(json.dumps(fields))
-    huggingface.read_checkpoint(folder)
+    checkpoint.open(folder).read()
     assert all(name in caplog.text for name in skipped)
 
 

@@ -6,11 +6,13 @@ import pathlib
 
 import ml_dtypes
 import numpy as np
+import psutil
 import pytest
 import safetensors.numpy
 from flax import nnx
 
-from moe_jax.checkpoint import huggingface, safetensors_file
+from moe_jax import checkpoint
+from moe_jax.checkpoint import filling, huggingface, safetensors_file
 from moe_jax.checkpoint.families import FAMILIES
 from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 from moe_jax.dims import LETTERS
@@ -142,7 +144,7 @@ def shard(folder, parts=3):
 def refusal(folder, **options):
     """The one line that reading `folder` is refused with."""
     with pytest.raises(ValueError) as caught:
-        huggingface.read_checkpoint(folder, **options)
+        checkpoint.open(folder).read(**options)
     message = str(caught.value)
     assert "\n" not in message
     return message
@@ -153,7 +155,8 @@ def refusal(folder, **options):
 def test_round_trip_is_bitwise(tmp_path, architecture, dtype):
     params = random_params(architecture, np.dtype(dtype))
     huggingface.write_checkpoint(tmp_path / "model", architecture, nested(params), dtype=dtype)
-    architecture_read, read = huggingface.read_checkpoint(tmp_path / "model")
+    opened = checkpoint.open(tmp_path / "model")
+    architecture_read, read = opened.architecture, opened.read()
     assert architecture_read == architecture
     read = flattened(read)
     assert read.keys() == params.keys()
@@ -166,10 +169,10 @@ def test_auto_writes_what_it_is_given_and_dtypes_convert(tmp_path):
     params = random_params(TINY, np.dtype(ml_dtypes.bfloat16))
     huggingface.write_checkpoint(tmp_path / "model", TINY, nested(params), dtype="auto")
     assert json.loads((tmp_path / "model/config.json").read_text())["dtype"] == "bfloat16"
-    read = flattened(huggingface.read_checkpoint(tmp_path / "model", dtype="float32")[1])
+    read = flattened(checkpoint.open(tmp_path / "model").read(dtype="float32"))
     assert {array.dtype.name for array in read.values()} == {"float32"}
     np.testing.assert_array_equal(read["moe/experts/down_LEDF"], params["moe/experts/down_LEDF"].astype(np.float32))
-    read = flattened(huggingface.read_checkpoint(tmp_path / "model", dtype="float16")[1])
+    read = flattened(checkpoint.open(tmp_path / "model").read(dtype="float16"))
     assert {name for name, array in read.items() if array.dtype != np.float16} == {"moe/router/bias_LE"}
 
 
@@ -235,9 +238,9 @@ def test_rules_name_what_the_decoder_owns(architecture):
 
 
 def test_shards_read_as_one_file_does(folder):
-    whole = flattened(huggingface.read_checkpoint(folder)[1])
+    whole = flattened(checkpoint.open(folder).read())
     shard(folder)
-    parts = flattened(huggingface.read_checkpoint(folder)[1])
+    parts = flattened(checkpoint.open(folder).read())
     for name, array in whole.items():
         np.testing.assert_array_equal(parts[name], array, err_msg=name)
 
@@ -246,25 +249,25 @@ def test_the_stored_dtype_is_that_of_most_numbers(tmp_path):
     """The selection bias is float32 in any case."""
     for dtype in ("bfloat16", "float16", "float32"):
         tiny_model.write_model(tmp_path / dtype, dtype=dtype)
-        assert huggingface.stored_dtype(tmp_path / dtype) == dtype
+        assert checkpoint.open(tmp_path / dtype).stored_dtype == dtype
 
 
 def test_another_k_in_each_layer_is_written_and_read(tmp_path):
     architecture = tiny_model.changed(moe={"k": 5, "k_of_layers": (5, 2)})
     path = tiny_model.write_model(tmp_path / "model", architecture)
-    assert huggingface.read_architecture(path) == architecture
+    assert checkpoint.open(path).architecture == architecture
     fields = json.loads((path / "config.json").read_text())
     assert fields["num_experts_per_tok"] == 5
     for wrong in ([5, 2, 2], [5], [3, 2], [5, 0], "5,2", [5.0, 2]):
         (path / "config.json").write_text(json.dumps(fields | {"num_experts_per_tok_of_layers": wrong}))
         with pytest.raises(ValueError, match=r"config.json: .*(k_of_layers|tok_of_layers)"):
-            huggingface.read_architecture(path)
+            checkpoint.open(path)
 
 
 def test_mixed_dtypes_of_one_parameter_become_float32(folder):
     name = "model.layers.1.self_attn.q_proj.weight"
     edit_tensors(folder, lambda tensors: tensors.update({name: tensors[name].astype(ml_dtypes.bfloat16)}))
-    read = flattened(huggingface.read_checkpoint(folder)[1])
+    read = flattened(checkpoint.open(folder).read())
     assert read["dense/attention/query_LHAD"].dtype == np.float32
 
 
@@ -273,7 +276,7 @@ def test_bfloat16_bias_is_read_as_float32(folder):
         tensors.update({name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()})
 
     edit_tensors(folder, narrow)
-    read = flattened(huggingface.read_checkpoint(folder)[1])
+    read = flattened(checkpoint.open(folder).read())
     assert {name for name, array in read.items() if array.dtype == np.float32} == {"moe/router/bias_LE"}
 
 
@@ -338,12 +341,12 @@ def test_config_json_that_asks_for_something_else_is_refused_by_name(folder, fie
     for word in ["config.json", *words]:
         assert word in message
     with pytest.raises(ValueError):
-        huggingface.read_architecture(folder)
+        checkpoint.open(folder)
 
 
 def test_harmless_fields_pass(folder):
     edit_config(folder, sliding_window=None, layer_types=["full_attention"] * 4, use_cache=False, something_new=3)
-    assert huggingface.read_architecture(folder) == TINY
+    assert checkpoint.open(folder).architecture == TINY
 
 
 @pytest.mark.parametrize(
@@ -357,7 +360,7 @@ def test_an_architecture_that_the_family_lacks_is_not_written(tmp_path, setting,
 
 
 def test_missing_folder_and_files(tmp_path, folder):
-    for path in (tmp_path / "nowhere", "some-hub/some-model"):
+    for path in (tmp_path / "nowhere", "some/folder/of/models"):
         message = refusal(path)
         assert f"model.path = '{path}' does not exist" in message and "config.json beside model.safetensors" in message
     assert "is a file" in refusal(folder / "config.json")
@@ -411,7 +414,7 @@ def test_largest_finite_values_pass(folder):
     for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
         largest = np.full(16, ml_dtypes.finfo(dtype).max, dtype)
         edit_tensors(folder, lambda tensors, largest=largest: tensors.update({name: largest}))
-        np.testing.assert_array_equal(huggingface.read_checkpoint(folder)[1]["norm_D"], largest)
+        np.testing.assert_array_equal(checkpoint.open(folder).read()["norm_D"], largest)
 
 
 def test_overflow_of_a_cast(folder):
@@ -472,7 +475,7 @@ def test_multi_token_prediction_layers_are_named_as_skipped(folder, caplog):
     assert "1 unknown: model.layers.4.eh_proj.weight" in refusal(folder)
     edit_config(folder, num_nextn_predict_layers=1)
     with caplog.at_level("WARNING"):
-        huggingface.read_checkpoint(folder)
+        checkpoint.open(folder).read()
     assert "skipped 1 tensors of model.layers.4.* (a multi-token prediction layer)" in caplog.text
 
 
@@ -480,8 +483,8 @@ def test_memory_is_checked_before_it_is_taken(folder, monkeypatch):
     class Memory:
         available = 1000
 
-    monkeypatch.setattr(huggingface.psutil, "virtual_memory", Memory)
-    monkeypatch.setattr(huggingface.np, "empty", None)
+    monkeypatch.setattr(psutil, "virtual_memory", Memory)
+    monkeypatch.setattr(filling, "allocate", None)
     assert refusal(folder).endswith("GB of memory, 0.0 GB available: wanted a smaller model")
 
 
@@ -491,9 +494,9 @@ def test_a_dtype_that_would_fit_is_named(folder, monkeypatch):
     class Memory:
         available = sum(one.size * (4 if "score_correction" in name else 2) for name, one in tensors.items())
 
-    monkeypatch.setattr(huggingface.psutil, "virtual_memory", Memory)
+    monkeypatch.setattr(psutil, "virtual_memory", Memory)
     assert "wanted model.dtype=bfloat16, which needs 0.0 GB" in refusal(folder, dtype="float32")
-    huggingface.read_checkpoint(folder, "bfloat16")
+    checkpoint.open(folder).read("bfloat16")
 
 
 def test_unknown_dtype(folder):
@@ -504,13 +507,13 @@ def test_token_ids_and_extra_files(tmp_path):
     ids = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": 0}
     params = nested(random_params(TINY, np.float32))
     path = tmp_path / "model"
-    huggingface.write_checkpoint(path, TINY, params, token_ids=ids, extra_files={"tokenizer.json": "{}", "a": b"\xff"})
-    assert huggingface.read_token_ids(path) == ids
-    assert (path / "tokenizer.json").read_text() == "{}" and (path / "a").read_bytes() == b"\xff"
+    huggingface.write_checkpoint(path, TINY, params, token_ids=ids, extra_files={"tokenizer.model": "{}", "a": b"\xff"})
+    assert checkpoint.open(path).token_ids == ids
+    assert (path / "tokenizer.model").read_text() == "{}" and (path / "a").read_bytes() == b"\xff"
     (path / "generation_config.json").write_text('{"eos_token_id": 5, "bos_token_id": null}')
-    assert huggingface.read_token_ids(path) == ids | {"eos_token_id": 5}
+    assert checkpoint.open(path).token_ids == ids | {"eos_token_id": 5}
     (path / "generation_config.json").unlink()
-    assert huggingface.read_token_ids(path) == ids
+    assert checkpoint.open(path).token_ids == ids
     for options in ({"extra_files": {"config.json": "{}"}}, {"token_ids": {"unk_token_id": 1}}):
         with pytest.raises(ValueError, match=r"config\.json|unk_token_id"):
             huggingface.write_checkpoint(tmp_path / "other", TINY, params, **options)
@@ -525,7 +528,7 @@ def test_nothing_is_overwritten_unless_asked(folder):
         huggingface.write_checkpoint(folder / "config.json", TINY, params, replace=True)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     huggingface.write_checkpoint(folder, TINY, params, replace=True)
-    assert huggingface.read_checkpoint(folder)[1]["norm_D"].dtype == ml_dtypes.bfloat16
+    assert checkpoint.open(folder).read()["norm_D"].dtype == ml_dtypes.bfloat16
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, folder, monkeypatch):
@@ -539,7 +542,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, folder, monkeypatch):
         huggingface.write_checkpoint(folder, TINY, nested(params), replace=True)
     monkeypatch.undo()
     assert sorted(tmp_path.rglob("*")) == before
-    huggingface.read_checkpoint(folder)
+    checkpoint.open(folder).read()
 
 
 def test_params_that_do_not_fit_the_architecture_are_not_written(tmp_path):
@@ -593,5 +596,5 @@ def test_large_models_are_written_in_shards(tmp_path, folder, shard_bytes):
         before = file
     assert not (tmp_path / "parts" / "model.safetensors").exists() and parts.keys() == whole.keys()
     assert all((parts[name] == whole[name]).all() for name in whole)
-    read = flattened(huggingface.read_checkpoint(tmp_path / "parts")[1])
+    read = flattened(checkpoint.open(tmp_path / "parts").read())
     assert all((read[name] == array).all() for name, array in flattened(params).items())

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from moe_jax import checkpoint
 from moe_jax.checkpoint import huggingface
 from moe_jax.checkpoint.families import FAMILIES
 from tests.family_variants import VARIANTS, write
@@ -44,9 +45,9 @@ def stacked(tensors, turned=False):
 
 
 def assert_same_parameters(folder, variant):
-    read = dict(huggingface.flattened(huggingface.read_checkpoint(folder)[1]))
+    read = dict(huggingface.flattened(checkpoint.open(folder).read()))
     write(folder.with_name("plain"), variant)
-    wanted = dict(huggingface.flattened(huggingface.read_checkpoint(folder.with_name("plain"))[1]))
+    wanted = dict(huggingface.flattened(checkpoint.open(folder.with_name("plain")).read()))
     assert read.keys() == wanted.keys()
     for name, x in wanted.items():
         assert read[name].dtype == x.dtype
@@ -55,7 +56,7 @@ def assert_same_parameters(folder, variant):
 
 def refusal(folder):
     with pytest.raises(ValueError) as refused:
-        huggingface.read_checkpoint(folder)
+        checkpoint.open(folder).read()
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
@@ -183,7 +184,7 @@ def test_a_tensor_of_integers_is_named(tmp_path, dtype, code):
         write(tmp_path / "model", VARIANTS["qwen3_moe"]), lambda tensors: tensors | {name: np.ones((2, 3), dtype)}
     )
     assert f"1 unknown: {name} ({code})" in refusal(folder)
-    assert huggingface.stored_dtype(folder) == "bfloat16"
+    assert checkpoint.open(folder).stored_dtype == "bfloat16"
 
 
 def test_a_weight_in_integers_is_refused_as_that(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import safetensors.numpy
 
 import moe_jax
+from moe_jax import checkpoint
 from moe_jax.checkpoint import huggingface
 from moe_jax.model import decoder
 from tests import tiny_model
@@ -49,9 +50,7 @@ def mixed(folder, family, parts, narrow=ml_dtypes.bfloat16):
 def test_what_is_stored_wider_stays_so(tmp_path, case):
     family, parts, wide = MIXTURES[case]
     folder = mixed(tmp_path / "model", family, parts)
-    found, wanted = (
-        dict(huggingface.flattened(huggingface.read_checkpoint(folder, dtype)[1])) for dtype in ("auto", "float32")
-    )
+    found, wanted = (dict(huggingface.flattened(checkpoint.open(folder).read(dtype))) for dtype in ("auto", "float32"))
     in_float32 = {name for name, x in found.items() if x.dtype == np.float32 and not name.endswith("/bias_LE")}
     assert in_float32 == (wide or found.keys())
     for name, x in found.items():
@@ -84,17 +83,17 @@ def test_two_kinds_of_halves_meet_in_float32(tmp_path):
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float16)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    params = huggingface.read_checkpoint(folder)[1]
+    params = checkpoint.open(folder).read()
     assert params["norm_D"].dtype == np.float32 and params["embedding_VD"].dtype == ml_dtypes.bfloat16
 
 
 def test_what_is_narrower_than_most_is_widened(tmp_path):
     folder = mixed(tmp_path / "model", "qwen3_moe", None)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
-    _, params = huggingface.read_checkpoint(folder)
+    params = checkpoint.open(folder).read()
     assert {x.dtype.name for _, x in huggingface.flattened(params)} == {"float32"}
     np.testing.assert_array_equal(params["embedding_VD"], tensors["model.embed_tokens.weight"].astype(np.float32))
-    assert huggingface.stored_dtype(folder) == "float32"
+    assert checkpoint.open(folder).stored_dtype == "float32"
 
 
 def test_a_mixture_is_written_as_it_was_read(tmp_path):

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from moe_jax.checkpoint import filling, huggingface
+from moe_jax import checkpoint
+from moe_jax.checkpoint import filling, huggingface, reading
+from moe_jax.checkpoint.quantization import blocks_of
 from moe_jax.checkpoint.safetensors_file import read_table
 from tests.checkpoint import test_huggingface as whole
 
@@ -74,7 +76,7 @@ def as_stored(params):
 def test_values_are_those_of_a_plain_loop(folder, monkeypatch, dtype, rows, columns):
     monkeypatch.setattr(filling, "_CHECKED_BYTES", 200)  # so that pieces begin within blocks
     wanted = quantize(folder, rows, columns)
-    read = as_stored(huggingface.read_checkpoint(folder, dtype)[1])
+    read = as_stored(checkpoint.open(folder).read(dtype))
     for name, values in wanted.items():
         narrow = np.dtype("bfloat16" if dtype == "auto" else dtype)
         assert read[name].dtype == narrow
@@ -82,11 +84,22 @@ def test_values_are_those_of_a_plain_loop(folder, monkeypatch, dtype, rows, colu
     assert read["model.norm.weight"].dtype == np.dtype("bfloat16" if dtype == "auto" else dtype)
 
 
+def test_a_part_is_that_of_the_whole(folder):
+    quantize(folder)
+    opened = checkpoint.open(folder)
+    wanted = whole.flattened(opened.read("float32"))
+    stacks = opened._stacks("float32")
+    parts = [[tuple(slice(size // 3, size // 3 + 1 + size // 2) for size in stack.shape)] for stack in stacks]
+    arrays = reading.read(folder, stacks, parts, blocks_of(opened.config))
+    for stack, [part], [array] in zip(stacks, parts, arrays):
+        np.testing.assert_array_equal(array, wanted[stack.path][part], err_msg=stack.path)
+
+
 def test_scales_may_be_narrow_and_lie_in_another_shard(folder, monkeypatch):
     wanted = quantize(folder, scale_dtype=ml_dtypes.bfloat16)
     monkeypatch.setattr(safetensors.numpy, "load_file", load_file)
     whole.shard(folder)
-    read = as_stored(huggingface.read_checkpoint(folder)[1])
+    read = as_stored(checkpoint.open(folder).read())
     for name, values in wanted.items():
         np.testing.assert_array_equal(read[name], values.astype(ml_dtypes.bfloat16), err_msg=name)
 
@@ -95,7 +108,7 @@ def test_fields_that_newer_libraries_add_change_nothing(folder):
     wanted = quantize(folder)
     added = {"dequantize": False, "modules_to_convert": None, "expert_dtype": "fp8", "scale_fmt": "float"}
     whole.edit_config(folder, quantization_config={**PUBLISHED, "weight_block_size": [ROWS, COLUMNS], **added})
-    read = as_stored(huggingface.read_checkpoint(folder, "float32")[1])
+    read = as_stored(checkpoint.open(folder).read("float32"))
     for name, values in wanted.items():
         np.testing.assert_array_equal(read[name], values, err_msg=name)
     for field, value in (("dequantize", True), ("expert_dtype", "fp4")):
@@ -167,7 +180,7 @@ def test_eight_bits_need_a_quantization_config(folder):
 
 
 def test_a_published_config_of_a_model_that_is_not_quantised_reads(folder):
-    before = huggingface.read_architecture(folder)
+    before = checkpoint.open(folder).architecture
     whole.edit_config(folder, quantization_config=PUBLISHED)
-    assert huggingface.read_architecture(folder) == before
-    huggingface.read_checkpoint(folder)
+    assert checkpoint.open(folder).architecture == before
+    checkpoint.open(folder).read()

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from moe_jax import checkpoint
 from moe_jax.checkpoint import huggingface, redundant
 from moe_jax.model import rope
 from tests.family_variants import VARIANTS, write
@@ -72,9 +73,10 @@ DISAGREE = {
 def test_what_agrees_is_passed_over(tmp_path, case, monkeypatch):
     monkeypatch.setattr(redundant, "_ROWS", 10)  # of 64
     variant, change = AGREE[case]
-    architecture, read = huggingface.read_checkpoint(with_tensors(tmp_path / "more", variant, change))
+    opened = checkpoint.open(with_tensors(tmp_path / "more", variant, change))
+    architecture, read = opened.architecture, opened.read()
     assert architecture == variant.architecture
-    wanted = dict(huggingface.flattened(huggingface.read_checkpoint(write(tmp_path / "model", variant))[1]))
+    wanted = dict(huggingface.flattened(checkpoint.open(write(tmp_path / "model", variant)).read()))
     read = dict(huggingface.flattened(read))
     assert read.keys() == wanted.keys()
     for name, x in wanted.items():
@@ -87,5 +89,5 @@ def test_what_does_not_agree_is_refused(tmp_path, case, monkeypatch):
     monkeypatch.setattr(redundant, "_ROWS", 10)
     variant, change, words = DISAGREE[case]
     with pytest.raises(ValueError, match=words) as refused:
-        huggingface.read_checkpoint(with_tensors(tmp_path / "more", variant, change))
+        checkpoint.open(with_tensors(tmp_path / "more", variant, change)).read()
     assert "\n" not in str(refused.value)

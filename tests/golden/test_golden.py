@@ -11,7 +11,7 @@ import safetensors
 import safetensors.numpy
 
 import moe_jax
-from moe_jax.checkpoint import huggingface
+from moe_jax import checkpoint
 from moe_jax.engine import cache as caches
 from moe_jax.engine.request import execution_of
 from moe_jax.model import decoder
@@ -34,7 +34,7 @@ def golden(request, tmp_path_factory):
     folder.mkdir()
     (folder / "config.json").write_text(config)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    assert huggingface.read_architecture(folder) == VARIANTS[request.param].architecture
+    assert checkpoint.open(folder).architecture == VARIANTS[request.param].architecture
     return moe_jax.load(folder, dtype="float32"), tokens_BT, logits_BTV
 
 
@@ -88,5 +88,5 @@ def test_the_number_of_experts_is_saved(golden, tmp_path):
     fields = json.loads((tmp_path / "model" / "config.json").read_text())
     fields["num_experts_per_tok"] -= 1
     (tmp_path / "model" / "config.json").write_text(json.dumps(fields))
-    fewer = huggingface.read_architecture(tmp_path / "model")
+    fewer = checkpoint.open(tmp_path / "model").architecture
     assert fewer.moe.k == model.architecture.moe.k - 1

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from moe_jax.checkpoint import huggingface
+from moe_jax import checkpoint
 from tests import tiny_model
 from tests.faults import launched
 
@@ -21,7 +21,7 @@ def test_fewer_experts_and_another_dtype(folder, tmp_path):
     assert "2 of 16 experts active: out/model" in ended.stdout
     fields = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
     assert (fields["num_experts_per_tok"], fields["dtype"]) == (2, "float16")
-    assert huggingface.read_architecture(tmp_path / "out" / "model") == tiny_model.changed(moe={"k": 2})
+    assert checkpoint.open(tmp_path / "out" / "model").architecture == tiny_model.changed(moe={"k": 2})
     assert json.loads((tmp_path / "out" / "result.json").read_text())["figures"]["experts_per_token"]["value"] == 2
 
 

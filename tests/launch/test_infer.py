@@ -184,12 +184,12 @@ def test_an_interruption_saves_what_is_done(main, capsys, tmp_path, monkeypatch)
 def test_what_cannot_run_is_refused_before_the_weights_are_read(
     main, tmp_path, monkeypatch, arguments, settings, expected
 ):
-    from moe_jax.checkpoint import huggingface
+    from moe_jax.checkpoint import reading
 
     def unwanted(*arguments):
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr(huggingface, "read_checkpoint", unwanted)
+    monkeypatch.setattr(reading, "read", unwanted)
     monkeypatch.chdir(tmp_path)
     pathlib.Path("binary").write_bytes(b"a\xff\xfe")
     pathlib.Path("zeros").write_bytes(b"ab\0")

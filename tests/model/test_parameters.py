@@ -9,7 +9,8 @@ import optax
 import pytest
 from flax import nnx
 
-from moe_jax.checkpoint import families, huggingface
+from moe_jax import checkpoint
+from moe_jax.checkpoint import families
 from moe_jax.checkpoint.names import Rule
 from moe_jax.config.finetuning import FinetuneConfig
 from moe_jax.config.schema import TrainingConfig
@@ -77,7 +78,7 @@ def test_a_weight_is_one_entry_and_the_name_of_its_tensor(with_new, tmp_path):
     assert not np.any(updates["moe"]["ffn_norm_LD"])
 
     tiny_model.write_model(tmp_path / "model", params=jax.tree.map(np.asarray, drawn), model_type="glm4_moe")
-    _, loaded = huggingface.read_checkpoint(tmp_path / "model")
+    loaded = checkpoint.open(tmp_path / "model").read()
     np.testing.assert_array_equal(loaded["moe"]["extra_LD"], extra)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import moe_jax
+from moe_jax import checkpoint
 from moe_jax.checkpoint import huggingface
 from moe_jax.checkpoint.families import FAMILIES
 from moe_jax.config.finetuning import ObjectiveConfig
@@ -92,11 +93,11 @@ def test_logits_of_what_transformers_writes(transformers, tiny, tmp_path):
     model.save_pretrained(tmp_path / "model")
     fields = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps(fields | {"model_type": model_type}))
-    assert huggingface.read_architecture(tmp_path / "model") == architecture
+    assert checkpoint.open(tmp_path / "model").architecture == architecture
     ours = moe_jax.load(tmp_path / "model", dtype="float32")
     assert_same_logits(ours, model, architecture)
     ours.save(tmp_path / "again")
-    assert huggingface.read_architecture(tmp_path / "again") == architecture
+    assert checkpoint.open(tmp_path / "again").architecture == architecture
 
 
 def gradients_of_the_peer(model, tokens_BT):
@@ -170,8 +171,9 @@ def test_other_layouts_that_the_peer_writes(transformers, tiny, tmp_path, layout
     else:
         model.model.save_pretrained(tmp_path / "written")
     assert b"experts.0." not in (tmp_path / "written" / "model.safetensors").read_bytes() or layout != "stacked"
-    architecture, read = huggingface.read_checkpoint(tmp_path / "written")
-    wanted = dict(huggingface.flattened(huggingface.read_checkpoint(path)[1]))
+    opened = checkpoint.open(tmp_path / "written")
+    architecture, read = opened.architecture, opened.read()
+    wanted = dict(huggingface.flattened(checkpoint.open(path).read()))
     read = dict(huggingface.flattened(read))
     assert architecture == variant.architecture and read.keys() == wanted.keys()
     for name, x in wanted.items():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import moe_jax
+from moe_jax import checkpoint
 from moe_jax.checkpoint import huggingface
 from moe_jax.checkpoint.families import FAMILIES
 from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
@@ -130,7 +131,7 @@ def test_logits_of_what_transformers_writes(transformers, tmp_path):
     )
     transformers.set_seed(0)
     transformers.Glm4MoeForCausalLM(config).save_pretrained(tmp_path / "model")
-    assert huggingface.read_architecture(tmp_path / "model") == VARIANTS["groups"]
+    assert checkpoint.open(tmp_path / "model").architecture == VARIANTS["groups"]
     ours = moe_jax.load(tmp_path / "model", dtype="float32")
     assert_same_logits(ours, peer.load(transformers, tmp_path / "model"), VARIANTS["groups"].decoder.vocab_size)
 
@@ -165,7 +166,7 @@ def test_dtypes_of_the_peer(transformers, tiny):
 
 @pytest.mark.parametrize("k", [8, 4])
 def test_logits_of_the_demo(transformers, k):
-    architecture = huggingface.read_architecture(DEMO)
+    architecture = checkpoint.open(DEMO).architecture
     assert architecture.moe.k == 8
     ours, model = moe_jax.load(DEMO, dtype="float32"), peer.load(transformers, DEMO, num_experts_per_tok=k)
     policy = None if k == 8 else moe_jax.policies.parse(f"topk:{k}")
@@ -174,7 +175,7 @@ def test_logits_of_the_demo(transformers, k):
 
 def test_token_ids_of_the_demo(transformers):
     """The peer stops where we do."""
-    ids = huggingface.read_token_ids(DEMO)
+    ids = checkpoint.open(DEMO).token_ids
     config = transformers.AutoConfig.from_pretrained(DEMO)
     generation = transformers.GenerationConfig.from_pretrained(DEMO)
     assert "eos_token_id" in ids

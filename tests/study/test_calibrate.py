@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import moe_jax
+from moe_jax import checkpoint
 from moe_jax.engine.request import execution_of
 from moe_jax.routing import calibration as calibrations
 from moe_jax.study import calibrate
@@ -30,9 +31,7 @@ def moe_inputs(tokens_JT, monkeypatch):
     route = moe.route
     monkeypatch.setattr(moe, "route", lambda x_ND, *rest: [seen.append(np.asarray(x_ND)), route(x_ND, *rest)][1])
     with jax.disable_jit():
-        moe_jax.Model(ARCHITECTURE, PARAMS, None, model_type="glm4_moe", token_ids={}, tokenizer_files={}).logits(
-            tokens_JT
-        )
+        moe_jax.Model(checkpoint.begun(ARCHITECTURE, tiny_model.tokenizer()), PARAMS).logits(tokens_JT)
     return seen
 
 

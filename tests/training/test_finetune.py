@@ -16,8 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import moe_jax
-from moe_jax import command
-from moe_jax.checkpoint.huggingface import read_architecture
+from moe_jax import checkpoint, command
 from moe_jax.checkpoint.orbax import Checkpoints
 from moe_jax.config.gin import read_config
 from moe_jax.engine.request import execution_of
@@ -160,7 +159,7 @@ def test_what_is_reported_is_what_the_two_models_give(done, model, sources):
 def test_the_k_of_the_policy_is_the_exported_models_own(done, tmp_path):
     fields = json.loads((done.out / "model" / "config.json").read_text())
     assert fields["num_experts_per_tok"] == 3 and "num_experts_per_tok_of_layers" not in fields
-    assert read_architecture(done.out / "model") == tiny_model.changed(moe={"k": 3})
+    assert checkpoint.open(done.out / "model").architecture == tiny_model.changed(moe={"k": 3})
     assert_own_k_is(done.out, tmp_path / "as_trained", "topk:3")
 
 
@@ -168,7 +167,7 @@ def test_another_k_in_each_layer_while_routers_alone_train(model, sources, tmp_p
     out = finetune(model, sources, tmp_path / "out", **{"policy.spec": "layers:4,2", "finetune.train": "router"})
     fields = json.loads((out / "model" / "config.json").read_text())
     assert (fields["num_experts_per_tok"], fields["num_experts_per_tok_of_layers"]) == (4, [4, 2])
-    assert read_architecture(out / "model").moe.k_of_layers == (4, 2)
+    assert checkpoint.open(out / "model").architecture.moe.k_of_layers == (4, 2)
     assert_own_k_is(out, tmp_path / "as_trained", "layers:4,2")
     assert changed_tensors(model, out) == {f"model.layers.{layer}.mlp.gate.weight" for layer in (1, 2)}
 
@@ -200,7 +199,7 @@ def test_lora_changes_attention_and_the_experts_that_got_tokens(model, sources, 
 def test_one_model_for_every_k_keeps_its_own(model, sources, tmp_path):
     settings = {"finetune.elastic": True, "policy.spec": "topk:2", "evaluation.policies": ("topk:1", "topk:8")}
     out = finetune(model, sources, tmp_path / "out", **settings)
-    assert read_architecture(out / "model") == tiny_model.ARCHITECTURE
+    assert checkpoint.open(out / "model").architecture == tiny_model.ARCHITECTURE
     assert list(figures_of(out)) == ["model", "topk:1", "topk:8"]
     assert all(figures["change"]["value"] < -0.01 for figures in figures_of(out).values())
     figures = json.loads((out / "result.json").read_text())["figures"]
@@ -240,7 +239,7 @@ def test_documents_are_drawn_where_none_are_held_out(model, sources, tmp_path):
 
     def prepared(lines):
         write_lines(path, lines)
-        text = finetuning.prepare_text(config, model, load_tokenizer(model), 32)
+        text = finetuning.prepare_text(config, checkpoint.open(model))
         return text, [document.name for held in (text.watched, text.reported) for document in held.documents]
 
     text, held = prepared(lines)

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 
-from moe_jax.checkpoint.huggingface import read_checkpoint
+from moe_jax import checkpoint
 from moe_jax.checkpoint.orbax import Checkpoints
 from moe_jax.config.gin import read_config
 from moe_jax.engine.request import execution_of
@@ -40,7 +40,7 @@ def test_a_run_ends_with_a_model_that_has_learnt(sources, tmp_path):
     assert f"{result['figures']['bits_per_byte']['value']:.4f}" in done.stdout
     assert "bits per byte" in (out / "model" / "MODEL_CARD.md").read_text()
     assert (out / "model" / "training_curve.png").read_bytes().startswith(b"\x89PNG")
-    _, params = read_checkpoint(out / "model", "float32")
+    params = checkpoint.open(out / "model").read("float32")
     assert np.isfinite(params["embedding_VD"]).all()
 
 

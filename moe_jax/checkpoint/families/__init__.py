@@ -15,6 +15,7 @@ from moe_jax.checkpoint.families.qwen import QWEN2_MOE, QWEN3_MOE
 
 _ALL = (DEEPSEEK_V2, DEEPSEEK_V3, GLM4_MOE, KIMI_K2, MIXTRAL, OLMOE, QWEN2_MOE, QWEN3_MOE)
 FAMILIES: dict[str, Family] = {family.model_type: family for family in _ALL}
+OWN = GLM4_MOE  # of models that begin here, trained from scratch
 
 
 def family_of(fields: dict[str, Any]) -> Family:

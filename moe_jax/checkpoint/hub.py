@@ -1,0 +1,151 @@
+"""Names of models on a hub, such as `allenai/OLMoE-1B-7B-0924@main`: fetched by huggingface_hub, or found in its cache.
+
+Only what is read here is fetched: configuration, tokenizer, chat templates, and weights in safetensors. Pickled weights
+run code when they are read, and are left alone.
+"""
+
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from absl import logging
+
+from moe_jax.checkpoint.tables import INDEX, LAYOUT, WEIGHTS, read_json
+
+_NAME = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
+_SMALL = (
+    *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
+    *("added_tokens.json", "tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json"),
+)
+_TEMPLATES = re.compile(r"additional_chat_templates/[^/]+\.jinja")
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
+
+class Found(NamedTuple):
+    """Where a model is.
+
+    Attributes:
+        folder: its small files are there.
+        fetch: brings its weights to that folder, or raises ValueError; None: they are there, if anywhere.
+    """
+
+    folder: pathlib.Path
+    fetch: Callable[[], None] | None = None
+
+
+def find(path: str | os.PathLike) -> Found:
+    """Finds a model: at the path itself where something is there or it reads otherwise than a name of a hub.
+
+    Args:
+        path: a folder, or `organisation/name`, or `organisation/name@revision` (a branch, a tag or a commit). HF_HOME,
+            HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE say where such a name is looked for, as huggingface_hub reads them.
+
+    Raises:
+        ValueError: the model is neither to be had nor whole in the cache, or has pickled weights alone.
+    """
+    name = _NAME.fullmatch(os.fspath(path))
+    if name is None or os.path.exists(path):
+        return Found(pathlib.Path(path))
+    repository, revision = name[1], name[2] or "main"
+    try:
+        return _fetched(repository, revision)
+    except _Refused:
+        raise
+    except Exception as error:  # whatever huggingface_hub and what it calls raise
+        reason = error
+    folder = _cached(repository, revision)
+    missing = "all of it" if folder is None else _missing(folder)
+    if missing:
+        raise ValueError(
+            f"model.path = {os.fspath(path)!r} is no folder, and as a model of a hub it is not whole in the cache (it "
+            f"lacks {missing}) and cannot be fetched: {_in_words(reason)}; wanted {LAYOUT}, or a name that can be "
+            "fetched"
+        ) from reason
+    logging.warning("%s is taken from the cache: %s", os.fspath(path), _in_words(reason))
+    return Found(folder)
+
+
+class _Refused(ValueError):
+    """What a hub has is not what can be read."""
+
+
+def _fetched(repository: str, revision: str) -> Found:
+    """Fetches the small files that are not yet in the cache."""
+    import huggingface_hub
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    names = [one.rfilename for one in huggingface_hub.HfApi().model_info(repository, revision=revision).siblings or ()]
+    if "config.json" not in names:
+        raise _Refused(f"{repository} at {revision} has no config.json: wanted {LAYOUT}")
+    small = [name for name in names if name in _SMALL or _TEMPLATES.fullmatch(name)]
+    weights = _weights(repository, revision, names)
+    folder = pathlib.Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=small))
+
+    def fetch() -> None:
+        try:
+            huggingface_hub.snapshot_download(repository, revision=folder.name, allow_patterns=weights)
+        except Exception as error:  # as above
+            if missing := _missing(folder):
+                raise ValueError(f"{repository}: {missing} cannot be fetched: {_in_words(error)}") from error
+
+    return Found(folder, fetch)
+
+
+def _weights(repository: str, revision: str, names: Sequence[str]) -> list[str]:
+    """The files of weights among those of a repository."""
+    import huggingface_hub
+
+    if WEIGHTS in names:
+        return [WEIGHTS]
+    if INDEX in names:
+        index = huggingface_hub.hf_hub_download(repository, INDEX, revision=revision)
+        return [INDEX, *_shards(pathlib.Path(index))]
+    if pickled := [name for name in names if name.endswith(_PICKLED)]:
+        raise _Refused(
+            f"{repository} at {revision} has pickled weights alone ({pickled[0]}), which may run any code and are not "
+            "read: wanted safetensors"
+        )
+    raise _Refused(f"{repository} at {revision} has neither {WEIGHTS} nor {INDEX}: wanted {LAYOUT}")
+
+
+def _shards(index: pathlib.Path) -> list[str]:
+    weight_map = read_json(index).get("weight_map")
+    return sorted({str(name) for name in weight_map.values()}) if isinstance(weight_map, dict) else []
+
+
+def _cached(repository: str, revision: str) -> pathlib.Path | None:
+    """The folder in the cache, if it was ever begun."""
+    import huggingface_hub
+
+    config = huggingface_hub.try_to_load_from_cache(repository, "config.json", revision=revision)
+    return pathlib.Path(config).parent if isinstance(config, str) else None
+
+
+def _missing(folder: pathlib.Path) -> str:
+    """The first file of weights that a folder in the cache lacks; "": none."""
+    if (folder / WEIGHTS).exists():
+        return ""
+    wanted = _shards(folder / INDEX) if (folder / INDEX).exists() else [WEIGHTS]
+    return next((name for name in wanted if not (folder / name).exists()), "")
+
+
+def _in_words(error: Exception) -> str:
+    """Why nothing was fetched."""
+    from huggingface_hub import constants, errors
+
+    at = constants.ENDPOINT
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, errors.GatedRepoError):
+        return f"{at} wants its terms to be accepted there, and a token in HF_TOKEN"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"{at} has no such revision of it"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return f"{at} has no such model, or shows it to those alone whose token is in HF_TOKEN"
+    reason = " ".join(str(error).split())[:200]
+    return f"{at} does not answer as it should ({type(error).__name__}: {reason})"

@@ -1,0 +1,225 @@
+"""A model that is opened: all that its folder says, read once and checked, before any weight is."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import tokenizers
+
+from moe_jax.checkpoint import beside, families, hub, huggingface, reading, stacked
+from moe_jax.checkpoint.families import Family
+from moe_jax.checkpoint.quantization import blocks_of
+from moe_jax.checkpoint.safetensors_file import StoredTensor
+from moe_jax.checkpoint.tables import read_json, read_tables
+from moe_jax.config.architecture import Architecture
+from moe_jax.routing import calibration as calibrations
+from moe_jax.routing.calibration import Calibration
+from moe_jax.text.tokenizer import END_OF_TEXT_ID, load_tokenizer, tokenizer_files
+
+LAYOUTS = ("huggingface", "stacked")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A model but for its weights, which `read` and `load` bring; `open` makes one.
+
+    Attributes:
+        architecture: its shape.
+        family: how its folder is spelled.
+        config: all fields of config.json.
+        generation_config: all fields of generation_config.json.
+        files: every other small file, by name.
+        tokenizer: None where there is none.
+        calibration: what some policies have to know of it; None where it was not measured, or not asked for.
+        folder: where its weights lie; None for a model that is not stored yet.
+        fetch: what first brings them there, where that is a hub's cache.
+        table: of a stacked folder, where its parameters lie; None for any other.
+    """
+
+    architecture: Architecture
+    family: Family
+    config: Mapping[str, Any]
+    generation_config: Mapping[str, Any]
+    files: Mapping[str, bytes]
+    tokenizer: tokenizers.Tokenizer | None = None
+    calibration: Calibration | None = None
+    folder: pathlib.Path | None = None
+    fetch: Callable[[], None] | None = None
+    table: Mapping[str, StoredTensor] | None = None
+
+    @property
+    def token_ids(self) -> dict[str, int | list[int]]:
+        """`bos_token_id`, `eos_token_id` and `pad_token_id`, where given."""
+        return beside.token_ids_of(self.config, self.generation_config)
+
+    @property
+    def end_ids(self) -> list[int]:
+        """The tokens that end a text."""
+        return np.atleast_1d(self.token_ids.get("eos_token_id", [])).tolist()
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype of most of its numbers; bfloat16 where they are stored in eight bits."""
+        self._fetch_weights()
+        return huggingface.most_common(read_tables(self.folder) if self.table is None else self.table).name
+
+    def _fetch_weights(self) -> None:
+        if self.fetch is not None:
+            self.fetch()
+
+    def require_tokenizer(self) -> tokenizers.Tokenizer:
+        """The tokenizer; ValueError where there is none."""
+        if self.tokenizer is None:
+            path = self.folder / "tokenizer.json"
+            raise ValueError(f"{path} is missing: a model's folder holds the tokenizer that it was trained with")
+        return self.tokenizer
+
+    def read(self, dtype: str = "auto") -> dict[str, Any]:
+        """Reads the weights into host memory.
+
+        Args:
+            dtype: as `load` takes it.
+
+        Returns:
+            A nested dict of NumPy arrays (bfloat16 is that of `ml_dtypes`). Those of a stacked folder lie in its file.
+
+        Raises:
+            ValueError: as `load`.
+        """
+        return huggingface.nested(reading.read_whole(self.folder, self._stacks(dtype), blocks_of(self.config)))
+
+    def load(
+        self, dtype: str = "auto", sharding_of: reading.ShardingOf = lambda parameter: None
+    ) -> dict[str, jax.Array]:
+        """Brings the weights onto devices.
+
+        Args:
+            dtype: of every parameter but those that are kept in float32 whatever the rest has; "auto": as stored. See
+                `huggingface.stacks_of`.
+            sharding_of: how a parameter lies over devices, each of which gets its own slices, read from the file alone;
+                None: whole, on the default device.
+
+        Returns:
+            A nested dict of arrays.
+
+        Raises:
+            ValueError: a tensor is missing, unknown, of another shape, truncated, or not finite in that dtype; the
+                model does not fit in the memory that is available; or the calibration is of another model.
+        """
+        params = reading.load(self.folder, self._stacks(dtype), blocks_of(self.config), sharding_of)
+        if self.calibration is not None:
+            self.calibration.require(params["moe/router/weight_LED"])
+        return huggingface.nested(params)
+
+    def _stacks(self, dtype: str) -> list[reading.Stack]:
+        huggingface.require_dtype(dtype)
+        self._fetch_weights()
+        if self.table is not None:
+            return stacked.stacks_of(self.table, self.architecture, dtype)
+        return huggingface.stacks_of(self.folder, self.config, self.family, self.architecture, dtype)
+
+    def save(
+        self,
+        path: str | os.PathLike,
+        params: Mapping[str, Any],
+        *,
+        layout: str = "huggingface",
+        dtype: str = "auto",
+        replace: bool = False,
+        shard_bytes: int = huggingface.SHARD_BYTES,
+    ) -> None:
+        """Writes a folder of this model with some weights; it appears whole, or not at all.
+
+        Args:
+            path: where; it must not exist yet, or be an empty folder.
+            params: a nested dict of arrays, as `read` and `load` give it.
+            layout: one of `LAYOUTS`; "huggingface" is what transformers and other servers load.
+            dtype: of the weights; "auto": as they are in memory.
+            replace: whether a folder that is already there is replaced, with everything in it.
+            shard_bytes: as `huggingface.write_checkpoint` takes it.
+
+        Raises:
+            ValueError: `path` is taken, or a weight is not finite in that dtype.
+        """
+        if layout == "stacked":
+            stacked.write(path, self.architecture, params, self.texts, self.files, dtype=dtype, replace=replace)
+            return
+        huggingface.write_checkpoint(
+            path,
+            self.architecture,
+            params,
+            dtype=dtype,
+            model_type=self.family.model_type,
+            token_ids=self.token_ids,
+            config=self.config,
+            generation_config=self.generation_config,
+            extra_files=self.files,
+            replace=replace,
+            shard_bytes=shard_bytes,
+        )
+
+    def texts(self, dtype: np.dtype) -> dict[str, str]:
+        """The text of config.json and generation_config.json, where most weights have some dtype."""
+        fields = huggingface.config_fields(self.family, self.architecture)
+        return huggingface.config_texts(fields, dtype, self.token_ids, self.config, self.generation_config)
+
+    def with_architecture(self, architecture: Architecture) -> "Checkpoint":
+        """The same model with another number of active experts; a calibration is of the old number."""
+        if architecture == self.architecture:
+            return self
+        files = beside.without_calibration(self.files)
+        return dataclasses.replace(self, architecture=architecture, files=files, calibration=None)
+
+    def of_other_weights(self) -> "Checkpoint":
+        """What still holds where the weights are new: no measurement of the old ones, and no page about them."""
+        files = beside.without_pages(beside.without_calibration(self.files))
+        return dataclasses.replace(self, files=files, calibration=None, folder=None, fetch=None, table=None)
+
+
+def open(path: str | os.PathLike, *, calibration: str | os.PathLike | None = "") -> Checkpoint:
+    """Opens a model: reads each of its small files once, and checks it.
+
+    Args:
+        path: a folder in Hugging Face layout or a stacked one, or the name of a model of a hub, see `hub.find`: its
+            weights are fetched when they are first wanted.
+        calibration: a file that `launch/calibrate.py` wrote for this model; "": calibration.npz in the folder, where
+            there is one; None: none.
+
+    Raises:
+        ValueError: there is no such model, its type is not supported, one of its fields asks for something that is not
+            implemented, or a file is damaged; the message names it.
+    """
+    folder, fetch = hub.find(path)
+    config, generation = read_json(folder / "config.json"), folder / "generation_config.json"
+    generation_config = read_json(generation) if generation.exists() else {}
+    try:
+        family, architecture = huggingface.describe(config)
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'}: {error}") from error
+    try:
+        beside.token_ids_of(config, generation_config)
+    except ValueError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    return Checkpoint(
+        architecture,
+        family,
+        config,
+        generation_config,
+        beside.read_files(folder),
+        load_tokenizer(folder) if (folder / "tokenizer.json").is_file() else None,
+        None if calibration is None else calibrations.find(calibration, folder),
+        folder,
+        fetch,
+        stacked.read_table(folder, architecture) if stacked.is_stacked(folder) else None,
+    )
+
+
+def begun(architecture: Architecture, tokenizer: tokenizers.Tokenizer) -> Checkpoint:
+    """A model that was trained here from scratch, with a tokenizer of `text.tokenizer`; it is not stored yet."""
+    token_ids = dict.fromkeys(beside.TOKEN_IDS, END_OF_TEXT_ID)
+    files = tokenizer_files(tokenizer, architecture.decoder.max_context)
+    return Checkpoint(architecture, families.OWN, token_ids, {}, files, tokenizer)

@@ -1,0 +1,171 @@
+"""The stacked layout: each parameter is one tensor, as it lies in memory, so that a model is mapped and not read.
+
+`stacked.safetensors` has the parameters by their paths, each beginning at a multiple of 64 bytes, as JAX wants memory
+that it uses without copying it. What fills a gap is a tensor too, since the format has none. `stacked.json` says what
+was written: the length of that file and a digest of all that stands before its values. That those are finite was seen
+when they were written, and is not looked for again. Beside them stands what any folder of a model holds.
+"""
+
+import collections
+import json
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from moe_jax.checkpoint import filling, huggingface, safetensors_file
+from moe_jax.checkpoint.reading import Piece, Stack
+from moe_jax.checkpoint.safetensors_file import StoredTensor
+from moe_jax.checkpoint.tables import INDEX, WEIGHTS, read_json
+from moe_jax.config.architecture import Architecture
+from moe_jax.config.schema import DTYPES
+from moe_jax.files import replaced_folder
+from moe_jax.model import parameters
+
+STACKS, WRITTEN = "stacked.safetensors", "stacked.json"
+_FORMAT = 1
+_ALIGNMENT_BYTES = 64
+_GAP = "gap."  # what the names of tensors that are no parameters begin with
+
+
+def is_stacked(folder: pathlib.Path) -> bool:
+    """Whether a folder was written by `write`; ValueError where it has weights in another layout as well."""
+    if not (folder / STACKS).exists() and not (folder / WRITTEN).exists():
+        return False
+    if other := [name for name in (WEIGHTS, INDEX) if (folder / name).exists()]:
+        raise ValueError(f"{folder} holds both {STACKS} and {other[0]}: wanted one of them")
+    return True
+
+
+def read_table(folder: pathlib.Path, architecture: Architecture) -> dict[str, StoredTensor]:
+    """Where the parameters of a stacked folder lie, by their paths, if all is as it was written.
+
+    Raises:
+        ValueError: the file is shorter, longer or begins otherwise than was written, or does not hold the parameters of
+            the architecture.
+    """
+    path = folder / STACKS
+    written = read_json(folder / WRITTEN)
+    if written.get("format") != _FORMAT:
+        raise ValueError(f"{folder / WRITTEN}: format = {written.get('format')!r}: wanted {_FORMAT}")
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: {WRITTEN} stands beside it")
+    if (file_bytes := path.stat().st_size) != written.get("bytes"):
+        raise ValueError(f"{path} has {file_bytes} bytes, {written.get('bytes')!r} were written: wanted it whole")
+    table = safetensors_file.read_table(path)
+    if safetensors_file.head_sha256(path) != written.get("head_sha256"):
+        raise ValueError(f"{path} begins otherwise than was written: wanted it as it was")
+    found = {name: tensor for name, tensor in table.items() if not name.startswith(_GAP)}
+    wanted = {parameter.path: parameter.shape(architecture) for parameter in parameters.of(architecture)}
+    huggingface.require_same_names(folder, set(wanted), set(found))
+    for name, tensor in found.items():
+        if tensor.shape != wanted[name]:
+            raise ValueError(f"{path}: {name} has shape {tensor.shape}: config.json asks for {wanted[name]}")
+        if tensor.dtype not in filling.EXPONENTS or tensor.start % _ALIGNMENT_BYTES:
+            raise ValueError(f"{path}: {name} is {tensor.code} at {tensor.start}: that cannot be mapped")
+    return found
+
+
+def stacks_of(table: Mapping[str, StoredTensor], architecture: Architecture, dtype: str) -> list[Stack]:
+    """Where the parameters of a model lie, as `huggingface.stacks_of` tells it; "auto": each as stored."""
+    stacks = []
+    for parameter in parameters.of(architecture):
+        stored, shape = table[parameter.path], parameter.shape(architecture)
+        wanted = stored.dtype if dtype == "auto" else dtype_of(parameter, dtype)
+        piece = Piece(parameter.path, (slice(None),) * len(shape), stored)
+        halved_itemsize = dtype_of(parameter, "bfloat16").itemsize
+        stacks.append(Stack(parameter.path, shape, wanted, (piece,), wanted == stored.dtype, halved_itemsize))
+    return stacks
+
+
+def dtype_of(parameter: parameters.Parameter, dtype: str) -> np.dtype:
+    """The dtype of a parameter in a model of some dtype: a selection bias stays in float32."""
+    return np.dtype(np.float32 if parameter.kind is parameters.SelectionBias else dtype)
+
+
+def in_dtype(params: Mapping[str, Any], architecture: Architecture, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """Every parameter with its path, in host memory, in a dtype; "auto": as it is.
+
+    Raises:
+        ValueError: one is not finite in it.
+    """
+    arrays = dict(huggingface.flattened(params))
+    for path, wanted in dtypes_of(params, architecture, dtype).items():
+        given = np.asarray(arrays[path])
+        if given.dtype != wanted:
+            values, given = given, filling.allocate(given.shape, wanted)
+            filling.cast_into(given, values)
+        filling.require_finite(given, path)
+        yield path, given
+
+
+def dtypes_of(params: Mapping[str, Any], architecture: Architecture, dtype: str) -> dict[str, np.dtype]:
+    """The dtype of each parameter, by its path, as it is to be written; "auto": as it is.
+
+    Raises:
+        ValueError: one is missing or unknown, of another shape, or holds no numbers that a model has.
+    """
+    huggingface.require_dtype(dtype)
+    arrays, dtypes = dict(huggingface.flattened(params)), {}
+    table = {parameter.path: parameter for parameter in parameters.of(architecture)}
+    if differing := sorted(table.keys() ^ arrays.keys()):
+        raise ValueError(f"params: {differing[0]} is {'missing' if differing[0] in table else 'unknown'}")
+    for path, parameter in table.items():
+        if arrays[path].shape != (wanted := parameter.shape(architecture)):
+            raise ValueError(f"parameter {path} has shape {arrays[path].shape}: the architecture asks for {wanted}")
+        dtypes[path] = np.dtype(arrays[path].dtype) if dtype == "auto" else dtype_of(parameter, dtype)
+        if dtypes[path] not in filling.EXPONENTS:
+            raise ValueError(f"parameter {path} is {dtypes[path].name}: wanted one of {', '.join(DTYPES[1:])}")
+    return dtypes
+
+
+def write(
+    folder: str | os.PathLike,
+    architecture: Architecture,
+    params: Mapping[str, Any],
+    texts_of: Callable[[np.dtype], Mapping[str, str]],
+    files: Mapping[str, bytes],
+    *,
+    dtype: str = "auto",
+    replace: bool = False,
+) -> None:
+    """Writes a stacked folder; it appears whole, or not at all.
+
+    Args:
+        folder: where; it must not exist yet, or be an empty folder.
+        architecture: of the model.
+        params: a nested dict of arrays.
+        texts_of: gives config.json and generation_config.json for the dtype of most numbers.
+        files: what else is written beside the weights, by name.
+        dtype: of every parameter but a selection bias; "auto": as it is.
+        replace: whether a folder that is already there is replaced, with everything in it.
+
+    Raises:
+        ValueError: the folder is taken, the parameters are not those of the architecture, or one is not finite.
+    """
+    folder = pathlib.Path(folder)
+    huggingface.require_free(folder, replace)
+    shapes: dict[str, huggingface.TypeAndShape] = {}
+    sizes: dict[np.dtype, int] = collections.Counter()
+    for path, wanted in dtypes_of(params, architecture, dtype).items():
+        shape = parameters.find([path]).shape(architecture)
+        shapes[path] = (wanted, shape)
+        sizes[wanted] += math.prod(shape)
+        if gap := -math.prod(shape) * wanted.itemsize % _ALIGNMENT_BYTES:
+            shapes[f"{_GAP}{len(shapes)}"] = (np.dtype(np.uint8), (gap,))
+    made = in_dtype(params, architecture, dtype)
+    tensors = (
+        np.zeros(shape, one) if name.startswith(_GAP) else next(made)[1] for name, (one, shape) in shapes.items()
+    )
+    with replaced_folder(folder) as partial:
+        huggingface.write_files(partial, {**texts_of(max(sizes, key=sizes.get)), **files})
+        safetensors_file.write_file(partial / STACKS, shapes, tensors, _ALIGNMENT_BYTES)
+        written = {
+            "format": _FORMAT,
+            "bytes": (partial / STACKS).stat().st_size,
+            "head_sha256": safetensors_file.head_sha256(partial / STACKS),
+        }
+        huggingface.write_files(partial, {WRITTEN: json.dumps(written, indent=2) + "\n"})
