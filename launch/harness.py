@@ -50,7 +50,7 @@ def main(run: command.Command) -> None:
     compared = policy_of_each(config.evaluation.policies, len(config.evaluation.policies), opened.calibration)
     for policy in compared:
         settings_of(policy, 1, execution)
-    opened.require_tokenizer()
+    tokenizer = opened.require_tokenizer()
     if CHAT.value:
         chat.load_template(opened.folder)
     run.implementations["tasks"] = f"lm-eval {importlib.metadata.version('lm-eval')}"
@@ -66,7 +66,9 @@ def main(run: command.Command) -> None:
     for policy in compared:
         settings = {"policy": policy, "batch_size": config.evaluation.batch_size, "seed": config.run.seed}
         with run.timed("run"):
-            result, count = evaluate(LanguageModel(opened, engine, execution, **settings), tasks, manager)
+            result, count = evaluate(
+                LanguageModel(opened.folder, engine, tokenizer, execution, **settings), tasks, manager
+            )
         results.append(result)
         truncated.append(count)
 

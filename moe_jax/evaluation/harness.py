@@ -5,17 +5,19 @@ Importing this file needs the package `lm_eval`; nothing else in `moe_jax` does.
 
 import dataclasses
 import os
+import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import tokenizers
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
-from moe_jax.checkpoint import Checkpoint
+from moe_jax import checkpoint
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.engine.generate import Engine
 from moe_jax.engine.request import AnyPolicy, Request, make_requests, policy_of_each
@@ -38,8 +40,9 @@ class LanguageModel(TemplateLM):
         num_truncated: requests whose context has lost its beginning to the length of the model's, so far.
 
     Args:
-        checkpoint: of the model, for its tokenizer, special tokens and chat template.
+        folder: of the checkpoint, for its special tokens and its chat template.
         engine: holds the weights, and generates.
+        tokenizer: of the model.
         execution: the static half of the steps; policies keep at most its `k_max` experts.
         policy: which experts run, a spec such as "topk:4"; row-wise for any request but those of generation.
         batch_size: rows per compiled step.
@@ -52,8 +55,9 @@ class LanguageModel(TemplateLM):
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        folder: str | os.PathLike,
         engine: Engine,
+        tokenizer: tokenizers.Tokenizer,
         execution: Execution,
         *,
         policy: AnyPolicy = "model",
@@ -65,11 +69,10 @@ class LanguageModel(TemplateLM):
         self.batch_size = batch_size
         [self._policy] = policy_of_each(policy, 1)
         settings_of(self._policy, 1, execution)
-        tokenizer = checkpoint.require_tokenizer()
-        self._folder = checkpoint.folder
+        self._folder = pathlib.Path(folder)
         self._engine, self._tokenizer, self._execution = engine, tokenizer, execution
         self._seed = seed
-        self._prefix_id, self._end_id = framing.outer_ids(self._folder, tokenizer, checkpoint.token_ids)
+        self._prefix_id, self._end_id = framing.outer_ids(self._folder, tokenizer, checkpoint.open(folder).token_ids)
         self._end_text = tuple(filter(None, [tokenizer.decode([self._end_id], skip_special_tokens=False)]))
 
     @property

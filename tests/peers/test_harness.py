@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 
 import moe_jax
-from moe_jax import checkpoint
 from moe_jax.engine.request import execution_of
 from moe_jax.evaluation.likelihood import score_documents
 from moe_jax.text.corpus import Document, load_held_out
-from moe_jax.text.tokenizer import encode_documents
+from moe_jax.text.tokenizer import encode_documents, load_tokenizer
 from tests import chained_model
 from tests.chat_templates import CHATML
 from tests.peers import peer
@@ -39,7 +38,7 @@ def adapt(model):
 
     def adapt(policy="model", folder=DEMO, **settings):
         execution = execution_of(model.architecture)
-        return LanguageModel(checkpoint.open(folder), model.engine, execution, policy=policy, **settings)
+        return LanguageModel(folder, model.engine, load_tokenizer(folder), execution, policy=policy, **settings)
 
     return adapt
 
@@ -240,7 +239,7 @@ def test_special_tokens_stop_as_they_stop_the_peer(tmp_path, requests, case):
     folder = chained_model.write(tmp_path / "model", chain, tokenizer, config)
     asked = requests("generate_until", ("ab", {"until": until, "max_gen_toks": 9, "do_sample": False}))
     model = moe_jax.load(folder)
-    ours = LanguageModel(model.checkpoint, model.engine, execution_of(model.architecture))
+    ours = LanguageModel(folder, model.engine, model.tokenizer, execution_of(model.architecture))
     theirs = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=1, max_length=64)
     assert ours.generate_until(asked) == theirs.generate_until(asked)
 
@@ -257,7 +256,7 @@ def test_a_continuation_begins_as_the_peer_decodes_it(tmp_path, requests):
     folder = chained_model.write(tmp_path / "model", chain, tokenizer, config, token_ids={"eos_token_id": 2})
     asked = requests("generate_until", ("ha", {"until": ["Q"], "max_gen_toks": 5, "do_sample": False}))
     model = moe_jax.load(folder)
-    ours = LanguageModel(model.checkpoint, model.engine, execution_of(model.architecture))
+    ours = LanguageModel(folder, model.engine, model.tokenizer, execution_of(model.architecture))
     theirs = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=1, max_length=64)
     assert ours.generate_until(asked) == theirs.generate_until(asked) == ["be c"]
 
