@@ -114,7 +114,8 @@ class EvaluationConfig:
     """What is measured on the held-out text."""
 
     policies: tuple[str, ...] = ("model",)  # the first is what the others are compared with
-    batch_size: int = 16  # windows, or questions, per step
+    batch_size: int = 16  # windows, or questions, per step; fewer windows where they are long
+    context: int = 0  # tokens of a window of text; 0: the model's context, or 2048 where that is longer
     documents: int = 0  # the first so many of the held-out text; 0: all
     half: str = ""  # "even" or "odd": only every second file of it; "": all
     choice_questions: int = 512
@@ -125,6 +126,7 @@ class EvaluationConfig:
         require(len(self.policies) > 0, "evaluation.policies", self.policies, "at least one policy")
         require_one_of("evaluation", self, "half", ("", "even", "odd"))
         require(self.documents >= 0, "evaluation.documents", self.documents, "0 (all) or more")
+        require(self.context == 0 or self.context > 3, "evaluation.context", self.context, "0, or 4 or more")
         require_positive(
             *("evaluation", self, "batch_size"), *("choice_questions", "completion_headers", "completion_tokens")
         )

@@ -12,6 +12,8 @@ from moe_jax.model import decoder
 from moe_jax.routing import policies
 from moe_jax.text.batches import windows
 
+TOKENS = 8192  # of all windows of a step, at most: what they take in memory is then a part of what a model does
+
 
 class Likelihood(NamedTuple):
     """What one policy gave on some documents."""
@@ -45,7 +47,7 @@ def score_documents(
         compared: the policies; each batch runs under all of them in turn.
         execution: the static half of the step.
         context: T, tokens of a window.
-        batch_size: windows per compiled step.
+        batch_size: windows per compiled step, fewer where those have more than `TOKENS` tokens.
         reference: which policy divergences are measured from; None: no divergences.
         journal: where finished batches are kept; None: nowhere.
         advance: called with the number of windows done since the last call, for a progress bar.
@@ -57,7 +59,7 @@ def score_documents(
         NotFiniteError: a token's log-probability is NaN or infinite.
     """
     journal = journal or Journal(None, {})
-    cut = _Windows(documents, context)
+    cut, batch_size = _Windows(documents, context), max(1, min(batch_size, TOKENS // context))
     moe, num_layers = execution.architecture.moe, execution.architecture.decoder.num_moe_layers
     settings = [
         policies.settings([policy] * batch_size, execution.architecture, execution.k_max) for policy in compared

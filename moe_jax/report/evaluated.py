@@ -23,6 +23,8 @@ from moe_jax.routing.policies.parse import MODEL_OWN, parse
 from moe_jax.text.corpus import Document, half
 from moe_jax.text.tokenizer import encode_documents
 
+LONGEST_WINDOW = 2048  # tokens, where nothing else is asked for: contexts are up to a hundred times that
+
 
 class Task(NamedTuple):
     """What is asked of every policy: made, and checked, before anything is computed."""
@@ -57,6 +59,8 @@ def prepare(
             functions.
     """
     context = execution.architecture.decoder.max_context
+    if config.context > context:
+        raise ValueError(f"evaluation.context = {config.context}: expected at most the model's context, {context}")
     needed = max(choices.ROW, completions.PROMPT + config.completion_tokens)
     if context < needed:
         raise ValueError(
@@ -84,7 +88,7 @@ def measure(
     config: EvaluationConfig, seed: int, task: Task, engine: Engine, tokenizer, execution: Execution, journal: Journal
 ) -> Measured:
     """Runs every measurement under every policy; what the journal holds is not run again."""
-    context = execution.architecture.decoder.max_context
+    context = window_of(config, execution.architecture)
     shared = {"execution": execution, "journal": journal}
     scored, reference = _with_full(task.compared, execution.architecture)
 
@@ -113,6 +117,11 @@ def measure(
             **shared,
         )
     return Measured(likelihoods[: len(task.compared)], choices.is_right(per_byte), parses)
+
+
+def window_of(config: EvaluationConfig, architecture: Architecture) -> int:
+    """Tokens of the windows into which longer documents are cut."""
+    return config.context or min(architecture.decoder.max_context, LONGEST_WINDOW)
 
 
 def _with_full(compared: Sequence[policies.Policy], architecture: Architecture) -> tuple[list[policies.Policy], int]:

@@ -119,3 +119,23 @@ def test_xz():
     wanted = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
     np.testing.assert_allclose(likelihood.xz_bits_per_byte(texts), wanted, rtol=0.01)
     assert likelihood.xz_bits_per_byte(texts, primer=texts) < 0.05 * wanted
+
+
+def test_long_windows_are_read_fewer_at_a_time(params, monkeypatch):
+    """And give what they give together."""
+    documents = [np.arange(40, dtype=np.int32) % 50 for _ in range(3)]
+    settings = {"context": 16, "batch_size": 4}
+    compared = [parse("topk:2")]
+    [together] = likelihood.score_documents(params, documents, compared, EXECUTION, **settings)
+    rows = []
+    score = likelihood.score
+
+    def counted(params, batch, *args, **named):
+        rows.append(len(batch.tokens_BT))
+        return score(params, batch, *args, **named)
+
+    monkeypatch.setattr(likelihood, "score", counted)
+    monkeypatch.setattr(likelihood, "TOKENS", 32)
+    [apart] = likelihood.score_documents(params, documents, compared, EXECUTION, **settings)
+    assert set(rows) == {2}
+    np.testing.assert_allclose(apart.bits_J, together.bits_J, rtol=1e-6)

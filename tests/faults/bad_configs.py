@@ -62,6 +62,7 @@ OUT_OF_RANGE = {
     **{name: ["-1.0", "-0.001"] for name in ["objective.distillation", "objective.hidden", "objective.sparsity"]},
     "objective.temperature": ["0.0", "-2.0"],
     "finetune.train": ["'routers'", "'LoRA'", "''"],
+    "evaluation.context": ["3", "-1"],
     "finetune.k_drawn_per": ["'token'", "''"],
     **{name: ["0", "-1"] for name in ["finetune.lora_rank", "finetune.lora_alpha", "finetune.k_min"]},
     "finetune.k_weights": ["[0.0]", "(0.0, 0.0)", "(1.0, -1.0)"],
