@@ -5,7 +5,6 @@ stored. Tensors go straight into those arrays and straight out of them, so a mod
 """
 
 import collections
-import dataclasses
 import itertools
 import json
 import math
@@ -21,7 +20,7 @@ from absl import logging
 
 from moe_jax.checkpoint import filling, layouts, redundant, safetensors_file
 from moe_jax.checkpoint.beside import TOKEN_IDS, read_token_ids
-from moe_jax.checkpoint.families import Family, family_of
+from moe_jax.checkpoint.families import Family, base, family_of
 from moe_jax.checkpoint.names import Rule
 from moe_jax.checkpoint.quantization import FLOAT8, Blocks, blocks_of, take_scales
 from moe_jax.checkpoint.safetensors_file import StoredTensor
@@ -33,8 +32,7 @@ from moe_jax.files import replaced_folder
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SHARD_BYTES = 5_000_000_000  # of one file, as transformers writes them
 TypeAndShape = tuple[np.dtype, tuple[int, ...]]
-_K_OF_LAYERS = "num_experts_per_tok_of_layers"  # our own: published families have one number for all layers
-_OF_STORED_WEIGHTS = ("quantization_config", "compression_config", _K_OF_LAYERS)  # no fields of what is written
+_OF_STORED_WEIGHTS = ("quantization_config", "compression_config", *base.OF_LAYERS)  # no fields of what is written
 
 
 def read_architecture(folder: str | os.PathLike) -> Architecture:
@@ -104,10 +102,7 @@ def read_checkpoint(folder: str | os.PathLike, dtype: str = "auto") -> tuple[Arc
 
 def config_fields(family: Family, architecture: Architecture) -> dict[str, Any]:
     """What `config.json` says of an architecture; ValueError names a setting that the family lacks."""
-    fields = family.config_json(architecture)
-    if architecture.moe.k_of_layers:
-        fields[_K_OF_LAYERS] = list(architecture.moe.k_of_layers)
-    return fields
+    return family.config_json(architecture) | base.numbers_of_layers_json(architecture)
 
 
 def config_texts(
@@ -244,19 +239,11 @@ def _describe(folder: pathlib.Path) -> tuple[Family, Architecture, dict[str, Any
         family = family_of(fields)
         blocks = blocks_of(fields)
         architecture = family.architecture({**fields, "quantization_config": None})
-        if (k_of_layers := fields.get(_K_OF_LAYERS)) is not None:
-            architecture = _with_k_of_layers(architecture, k_of_layers)
+        architecture = base.with_numbers_of_layers(architecture, fields)
     except ValueError as error:
         raise ValueError(f"{folder / 'config.json'}: {error}") from error
     read_token_ids(folder)  # what is damaged there is told here, before anything large is read
     return family, architecture, fields, blocks
-
-
-def _with_k_of_layers(architecture: Architecture, k_of_layers: Any) -> Architecture:
-    if not isinstance(k_of_layers, list) or not all(type(k) is int for k in k_of_layers):
-        raise ValueError(f"{_K_OF_LAYERS} = {json.dumps(k_of_layers)[:100]}: wanted a list of integers")
-    moe = dataclasses.replace(architecture.moe, k_of_layers=tuple(k_of_layers))
-    return dataclasses.replace(architecture, moe=moe)
 
 
 def _wanted_names(rules: tuple[Rule, ...], architecture: Architecture) -> set[str]:
