@@ -26,9 +26,9 @@ from tests.family_variants import GROUPED, TRUNK, Variant, write
 from tests.model import plain_loop
 
 TOLERANCE = 1e-5
-K_L, EXPERTS_L = (4, 3, 4, 2, 4, 3), (12, 12, 6, 12, 6, 3)
+K_L, EXPERTS_L = (4, 4, 3, 2, 2), (12, 12, 3, 12, 3)
 ARCHITECTURE = Architecture(
-    dataclasses.replace(TRUNK, num_layers=8, num_dense_layers=2, dense_layers=(1, 6), d_model=24, dense_hidden=20),
+    dataclasses.replace(TRUNK, num_layers=6, num_dense_layers=1, dense_layers=(1,), d_model=24, dense_hidden=20),
     dataclasses.replace(GROUPED, qk_norm=True),
     MoEConfig(
         num_experts=12,
@@ -79,9 +79,11 @@ def settings_of(policy, execution):
 
 
 def test_the_stacks_are_of_layers_that_are_alike(model):
-    assert layers.stacks(ARCHITECTURE) == {"dense": (1, 6), "moe": [0, 2, 4], "moe_6": [3, 5], "moe_3": [7]}
-    shapes = {stack: model.params[stack]["router"]["weight_LED"].shape for stack in ("moe", "moe_6", "moe_3")}
-    assert shapes == {"moe": (3, 12, 24), "moe_6": (2, 6, 24), "moe_3": (1, 3, 24)}
+    assert layers.stacks(ARCHITECTURE) == {"dense": (1,), "moe": [0, 2, 4], "moe_3": [3, 5]}
+    shapes = {stack: model.params[stack]["router"]["weight_LED"].shape for stack in ("moe", "moe_3")}
+    assert shapes == {"moe": (3, 12, 24), "moe_3": (2, 3, 24)}
+    passes = [(len(block.layers), block.times) for block in layers.blocks(ARCHITECTURE)]
+    assert passes == [(1, 1), (1, 1), (2, 2)]
 
 
 def test_logits(model, tensors):
@@ -121,17 +123,15 @@ def test_gradients(model, tensors):
     weight_BTV = random.standard_normal((ROWS, LENGTH, TRUNK.vocab_size)).astype(np.float32)
     live = settings_of(MODEL_OWN, execution)
 
-    def ours(params, remat):
+    def ours(params):
         rows = TOKENS_BT, POSITIONS_BT, np.ones_like(TOKENS_BT)
-        x_BTD, _ = decoder.hidden(params, *rows, live, execution, remat=remat)
+        x_BTD, _ = decoder.hidden(params, *rows, live, execution)
         return (decoder.logits(params, x_BTD) * weight_BTV).sum()
 
-    both = [jax.jit(jax.grad(ours), static_argnums=1)(model.params, remat) for remat in (False, True)]
-    got, again = (dict(huggingface.flattened(one)) for one in both)
+    got = dict(huggingface.flattened(jax.jit(jax.grad(ours))(model.params)))
     wanted = jax.grad(lambda tensors: (plain(tensors, K_L) * weight_BTV).sum())(tensors)
     seen = set()
     for rule in FAMILIES["qwen3_moe"].rules(ARCHITECTURE):
-        np.testing.assert_allclose(got[rule.parameter], again[rule.parameter], rtol=1e-4, atol=1e-4)
         for name, index in rule.placements(ARCHITECTURE):
             one = np.asarray(wanted[name])
             ours_of_it = np.asarray(got[rule.parameter])[index].reshape(one.shape)
@@ -147,18 +147,20 @@ def test_no_policy_chooses_an_expert_that_a_layer_lacks(model):
     assert not calibration.similarity_LEE[MISSING_LE].any()
     own = [calibration.similarity_LEE[layer, :experts, :experts] for layer, experts in enumerate(EXPERTS_L)]
     assert all(np.allclose(np.diag(similarity_EE), 1, atol=1e-5) for similarity_EE in own)
-    specs = "opportunistic:1", "budget:5", "reroute:1,-1", "capacity:0.5", "capacity:0.5,overflow=next"
-    for spec in (*(f"topk:8+{spec}" for spec in specs), "median", "mass:0.5", "schedule:8,2,8,1"):
-        live = settings_of(parse(spec, calibration), execution)
-        ones_BT = np.ones_like(TOKENS_BT)
-        _, traffic = decoder.hidden(
-            model.params, TOKENS_BT, POSITIONS_BT, ones_BT, live, execution, side_by_side=True, in_stacks=True
-        )
-        chosen_LNK = np.asarray(traffic.chosen_NK)
-        assert (chosen_LNK < np.array(EXPERTS_L)[:, None, None]).all() and (chosen_LNK >= 0).any(axis=(1, 2)).all(), (
-            spec
-        )
-        assert not np.asarray(traffic.load_E)[MISSING_LE].any(), spec
+    of_step = "opportunistic:1", "budget:5", "reroute:1,-1", "capacity:0.5", "capacity:0.5,overflow=next"
+    specs = [*(f"topk:8+{spec}" for spec in of_step), "median", "mass:0.5", "schedule:8,2,8,1"]
+    rows = np.repeat(np.arange(len(specs)), ROWS)
+    live = policies.settings([parse(specs[row], calibration) for row in rows], ARCHITECTURE, execution.k_max)
+    sequences = (np.tile(every_BT, (len(specs), 1)) for every_BT in (TOKENS_BT, POSITIONS_BT, np.ones_like(TOKENS_BT)))
+    _, traffic = decoder.hidden(model.params, *sequences, live, execution, side_by_side=True, in_stacks=True)
+    chosen_LBTK = np.asarray(traffic.chosen_NK).reshape(len(EXPERTS_L), len(rows), LENGTH, -1)
+    assert (chosen_LBTK < np.array(EXPERTS_L)[:, None, None, None]).all()
+    assert not np.asarray(traffic.load_E)[MISSING_LE].any()
+    for number, spec in enumerate(specs):
+        of_spec_LBTK = chosen_LBTK[:, rows == number]
+        assert (of_spec_LBTK >= 0).any(axis=(1, 2, 3)).all(), spec
+        ordered = np.sort(np.where(of_spec_LBTK < 0, -1 - np.arange(of_spec_LBTK.shape[-1]), of_spec_LBTK))
+        assert (np.diff(ordered) > 0).all(), f"{spec} chose an expert twice"
 
 
 def test_what_is_measured_leaves_out_experts_that_are_not_there(model):
@@ -186,18 +188,18 @@ def test_there_and_back(model, tensors, tmp_path):
     fields = json.loads((tmp_path / "again" / "config.json").read_text())
     assert (fields["num_experts"], fields["num_experts_of_layers"]) == (12, list(EXPERTS_L))
     assert (fields["num_experts_per_tok"], fields["num_experts_per_tok_of_layers"]) == (4, list(K_L))
-    assert fields["mlp_only_layers"] == [1, 6]
+    assert fields["mlp_only_layers"] == [1]
     assert huggingface.read_architecture(tmp_path / "again") == ARCHITECTURE
     exported = policies.with_own(parse("topk:4"), ARCHITECTURE)
-    assert exported.moe.k_of_layers == (4, 4, 4, 4, 4, 3)
+    assert exported.moe.k_of_layers == (4, 4, 3, 4, 3)
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"num_experts_of_layers": [12, 6]}, "moe.num_experts_of_layers"),
-        ({"num_experts_of_layers": [12, 12, 6, 12, 6, "3"]}, "num_experts_of_layers = .*: wanted a list of integers"),
-        ({"num_experts_per_tok_of_layers": [4, 3, 4, 2, 4, 4]}, "k of MoE layer 5 = 4: wanted at most its 3 experts"),
+        ({"num_experts_of_layers": [12, 3]}, "moe.num_experts_of_layers"),
+        ({"num_experts_of_layers": [12, 12, 3, 12, "3"]}, "num_experts_of_layers = .*: wanted a list of integers"),
+        ({"num_experts_per_tok_of_layers": [4, 4, 3, 2, 4]}, "k of MoE layer 4 = 4: wanted at most its 3 experts"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(folder, tmp_path, changes, words):
