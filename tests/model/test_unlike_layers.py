@@ -19,7 +19,7 @@ from moe_jax.engine import cache as caches
 from moe_jax.engine.request import execution_of
 from moe_jax.evaluation.likelihood import score_documents
 from moe_jax.model import decoder
-from moe_jax.routing.policies import base as policies
+from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
 from moe_jax.study import calibrate
 from tests.family_variants import GROUPED, TRUNK, Variant, write

@@ -11,8 +11,7 @@ from moe_jax.config.finetuning import FinetuneConfig, ObjectiveConfig
 from moe_jax.config.schema import TrainingConfig
 from moe_jax.engine.request import execution_of
 from moe_jax.model import decoder
-from moe_jax.routing import mask
-from moe_jax.routing.policies import base as policies
+from moe_jax.routing import mask, policies
 from moe_jax.routing.policies.parse import MODEL_OWN
 from moe_jax.training import trainable
 from moe_jax.training.optimizer import with_selection_bias, without_selection_bias
