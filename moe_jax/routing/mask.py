@@ -28,12 +28,11 @@ def masked(selection: Selection, mask_E: jax.Array) -> Selection:
 
 def merge(params: dict[str, Any]) -> dict[str, Any]:
     """Parameters without a mask that do the same: masked experts have output weights of zero."""
-    merged = dict(params)
     for stack in moe_stacks(params):
         router = dict(params[stack]["router"])
         mask_LE = router.pop("mask_LE", None)
         if mask_LE is not None:
             experts = dict(params[stack]["experts"])
             experts["down_LEDF"] = jnp.where(mask_LE[:, :, None, None] > 0, experts["down_LEDF"], 0)
-            merged[stack] = params[stack] | {"router": router, "experts": experts}
-    return merged
+            params = params | {stack: params[stack] | {"router": router, "experts": experts}}
+    return params
