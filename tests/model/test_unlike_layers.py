@@ -64,9 +64,9 @@ def tensors(folder):
     return {name: jnp.asarray(one) for name, one in found.items()}
 
 
-def plain(tensors, k_L):
+def plain(tensors, k_L, architecture=ARCHITECTURE):
     with jax.numpy_rank_promotion("allow"):
-        return jax.vmap(lambda tokens_T: plain_loop.logits(tensors, tokens_T, ARCHITECTURE, k_L))(TOKENS_BT)
+        return jax.vmap(lambda tokens_T: plain_loop.logits(tensors, tokens_T, architecture, k_L))(TOKENS_BT)
 
 
 def assert_close(got, wanted):
@@ -88,6 +88,23 @@ def test_the_stacks_are_of_layers_that_are_alike(model):
 
 def test_logits(model, tensors):
     assert_close(model.logits(TOKENS_BT), plain(tensors, K_L))
+
+
+def test_a_pattern_with_several_layers_of_one_stack(tmp_path):
+    """Read within the stacks, and taken out of them as training does."""
+    trunk = dataclasses.replace(ARCHITECTURE.decoder, num_dense_layers=2, dense_layers=(2, 5))
+    moe = dataclasses.replace(ARCHITECTURE.moe, num_experts=6, k=2, num_experts_of_layers=(), k_of_layers=())
+    architecture = Architecture(trunk, ARCHITECTURE.attention, moe)
+    assert [(len(block.layers), block.times) for block in layers.blocks(architecture)] == [(3, 2)]
+    folder = write(tmp_path / "model", Variant("qwen3_moe", architecture), dtype="float32")
+    model, tensors = moe_jax.load(folder, dtype="float32"), safetensors.numpy.load_file(folder / "model.safetensors")
+    wanted_BTV = plain({name: jnp.asarray(one) for name, one in tensors.items()}, (2,) * 4, architecture)
+    assert_close(model.logits(TOKENS_BT), wanted_BTV)
+    execution = execution_of(architecture)
+    live = policies.settings([MODEL_OWN] * ROWS, architecture, execution.k_max)
+    rows = TOKENS_BT, POSITIONS_BT, np.ones_like(TOKENS_BT)
+    x_BTD, _ = jax.jit(lambda params: decoder.hidden(params, *rows, live, execution))(model.params)
+    assert_close(decoder.logits(model.params, x_BTD), wanted_BTV)
 
 
 @pytest.mark.parametrize("k", [1, 5])
