@@ -62,16 +62,36 @@ _QWEN2 = {"num_shared_experts": 1, "shared_gate": True}
 _V2 = {"num_shared_experts": 2, "group_score": "best"}
 _SCALED = {"routed_scaling": 2.5, "num_shared_experts": 2}
 _DENSE = {"num_dense_layers": 1}
+_FEWER = {"num_experts": 8, "k": 2}
 VARIANTS = {
     "olmoe": _variant("olmoe", GROUPED, SOFTMAX, _NO_DENSE, {**_OLMOE, "num_kv_heads": 4}),
     "olmoe_few_kv_heads": _variant(
         "olmoe", GROUPED, SOFTMAX, {**_NO_DENSE, "tie_embeddings": True}, _OLMOE, {"normalize": True}
+    ),
+    "olmoe_clipped": _variant(
+        "olmoe", GROUPED, SOFTMAX, _NO_DENSE, {**_OLMOE, "num_kv_heads": 4, "clip_qkv": 0.8}, _FEWER
     ),
     "qwen2_moe": _variant("qwen2_moe", GROUPED, SOFTMAX, {}, {"bias": True}, {**_QWEN2, "shared_hidden": 20}),
     "qwen2_moe_dense": _variant("qwen2_moe", GROUPED, SOFTMAX, _DENSE, {}, {**_QWEN2, "normalize": True}),
     "qwen3_moe": _variant("qwen3_moe", GROUPED, SOFTMAX, {}, {"qk_norm": True}, {"normalize": True}),
     "qwen3_moe_yarn": _variant(
         "qwen3_moe", GROUPED, SOFTMAX, {**_DENSE, "tie_embeddings": True, "norm_eps": 1e-3}, {**YARN, "qk_norm": True}
+    ),
+    "qwen3_moe_middle": _variant(
+        "qwen3_moe",
+        GROUPED,
+        SOFTMAX,
+        {"num_dense_layers": 1, "dense_layers": (1,)},
+        {"qk_norm": True},
+        {**_FEWER, "normalize": True},
+    ),
+    "qwen2_moe_every_second": _variant(
+        "qwen2_moe",
+        GROUPED,
+        SOFTMAX,
+        {"num_layers": 4, "num_dense_layers": 2, "dense_layers": (0, 2)},
+        {"bias": True},
+        {**_QWEN2, **_FEWER, "shared_hidden": 20},
     ),
     "mixtral": _variant(
         "mixtral", GROUPED, SOFTMAX, _NO_DENSE, {"rope_theta": 1e6}, {"num_experts": 8, "k": 2, "normalize": True}
@@ -126,6 +146,7 @@ VARIANTS = {
 GOLDEN = (
     *("olmoe", "qwen2_moe", "qwen3_moe_yarn", "mixtral", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3"),
     *("moonlight", "kimi_k2", "glm4_moe"),
+    *("olmoe_clipped", "qwen3_moe_middle", "qwen2_moe_every_second"),
 )
 
 

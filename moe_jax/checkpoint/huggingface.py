@@ -5,7 +5,6 @@ stored. Tensors go straight into those arrays and straight out of them, so a mod
 """
 
 import collections
-import dataclasses
 import itertools
 import json
 import math
@@ -20,7 +19,7 @@ from absl import logging
 
 from moe_jax.checkpoint import families, filling, layouts, redundant, safetensors_file
 from moe_jax.checkpoint.beside import TOKEN_IDS
-from moe_jax.checkpoint.families import Family, family_of
+from moe_jax.checkpoint.families import Family, base, family_of
 from moe_jax.checkpoint.names import Rule
 from moe_jax.checkpoint.quantization import FLOAT8, blocks_of, take_scales
 from moe_jax.checkpoint.reading import Piece, Stack
@@ -33,8 +32,7 @@ from moe_jax.files import replaced_folder
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SHARD_BYTES = 5_000_000_000  # of one file, as transformers writes them
 TypeAndShape = tuple[np.dtype, tuple[int, ...]]
-_K_OF_LAYERS = "num_experts_per_tok_of_layers"  # our own: published families have one number for all layers
-_OF_STORED_WEIGHTS = ("quantization_config", "compression_config", _K_OF_LAYERS)  # no fields of what is written
+_OF_STORED_WEIGHTS = ("quantization_config", "compression_config", *base.OF_LAYERS)  # no fields of what is written
 
 
 def describe(fields: dict[str, Any]) -> tuple[Family, Architecture]:
@@ -46,9 +44,7 @@ def describe(fields: dict[str, Any]) -> tuple[Family, Architecture]:
     family = family_of(fields)
     blocks_of(fields)
     architecture = family.architecture({**fields, "quantization_config": None})
-    if (k_of_layers := fields.get(_K_OF_LAYERS)) is not None:
-        architecture = _with_k_of_layers(architecture, k_of_layers)
-    return family, architecture
+    return family, base.with_numbers_of_layers(architecture, fields)
 
 
 def stacks_of(
@@ -98,10 +94,7 @@ def stacks_of(
 
 def config_fields(family: Family, architecture: Architecture) -> dict[str, Any]:
     """What `config.json` says of an architecture; ValueError names a setting that the family lacks."""
-    fields = family.config_json(architecture)
-    if architecture.moe.k_of_layers:
-        fields[_K_OF_LAYERS] = list(architecture.moe.k_of_layers)
-    return fields
+    return family.config_json(architecture) | base.numbers_of_layers_json(architecture)
 
 
 def config_texts(
@@ -240,13 +233,6 @@ def _shards(shapes: Mapping[str, TypeAndShape], most_bytes: int) -> dict[str, li
 
 def _json_text(fields: dict[str, Any]) -> str:
     return json.dumps(fields, indent=2) + "\n"
-
-
-def _with_k_of_layers(architecture: Architecture, k_of_layers: Any) -> Architecture:
-    if not isinstance(k_of_layers, list) or not all(type(k) is int for k in k_of_layers):
-        raise ValueError(f"{_K_OF_LAYERS} = {json.dumps(k_of_layers)[:100]}: wanted a list of integers")
-    moe = dataclasses.replace(architecture.moe, k_of_layers=tuple(k_of_layers))
-    return dataclasses.replace(architecture, moe=moe)
 
 
 def _wanted_names(rules: tuple[Rule, ...], architecture: Architecture) -> set[str]:

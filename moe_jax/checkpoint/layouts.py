@@ -13,6 +13,7 @@ from absl import logging
 from moe_jax.checkpoint.names import Rule
 from moe_jax.checkpoint.safetensors_file import StoredTensor
 from moe_jax.config.architecture import Architecture
+from moe_jax.config.layers import kind_of
 
 _TRUNK, _EMBEDDING, _HEAD = "model.", "embed_tokens.weight", "lm_head."
 # parameter -> what follows the layer in the name of its tensor, and how that is stored
@@ -75,7 +76,9 @@ def shape_complaint(name: str, stored: StoredTensor, wanted: tuple[int, ...]) ->
 
 
 def _stacked(rule: Rule) -> Rule | None:
-    if rule.parameter not in _STACKED:
+    stack, slash, within = rule.parameter.partition("/")
+    parameter = kind_of(stack) + slash + within
+    if parameter not in _STACKED:
         return None
-    suffix, stored = _STACKED[rule.parameter]
+    suffix, stored = _STACKED[parameter]
     return dataclasses.replace(rule, tensor=f"model.layers.{{L}}{suffix}", stored=stored)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moe_jax.config import layers
 from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig
 from moe_jax.model import parameters
 
@@ -53,11 +54,12 @@ class Rule:
         return self._declared.kind is parameters.SelectionBias
 
     def _sizes(self, architecture: Architecture) -> dict[str, int]:
-        return parameters.sizes_of(architecture, self._declared.modules) | {"1": 1}
+        return parameters.sizes_of(architecture, self.parameter.split("/")[:-1]) | {"1": 1}
 
     def shape(self, architecture: Architecture) -> tuple[int, ...]:
         """Shape of the stacked parameter."""
-        return self._declared.shape(architecture)
+        sizes = self._sizes(architecture)
+        return tuple(sizes[letter] for letter in self.letters)
 
     def stored_shape(self, architecture: Architecture) -> tuple[int, ...]:
         """Shape of each of its tensors in the checkpoint."""
@@ -85,8 +87,10 @@ class Rule:
         return self._spelled(architecture, dict.fromkeys(self._named(), 0))
 
     def _spelled(self, architecture: Architecture, at: dict[str, int]) -> str:
-        first_layer = 0 if self.parameter.startswith("dense/") else architecture.decoder.num_dense_layers
-        return self.tensor.format(**{**at, "L": first_layer + at.get("L", 0), "I": self.halves[at.get("I", 0)]})
+        if "L" in at:
+            stack, _, _ = self.parameter.partition("/")
+            at = {**at, "L": layers.stacks(architecture)[stack][at["L"]]}
+        return self.tensor.format(**{**at, "I": self.halves[at.get("I", 0)]})
 
 
 def trunk_rules(decoder: DecoderConfig) -> list[Rule]:
@@ -159,9 +163,21 @@ def gated_rules(
 
 
 def decoder_rules(architecture: Architecture, experts: list[Rule]) -> tuple[Rule, ...]:
-    """All rules but those of what stands where the dense layers have their feed-forward, which are given."""
+    """All rules of a model, the stacks of its layers one after another.
+
+    Args:
+        architecture: of the model.
+        experts: what stands where dense layers have their feed-forward, of the stack `moe`.
+    """
     rules = trunk_rules(architecture.decoder)
-    if architecture.decoder.num_dense_layers:
-        rules += attention_rules("dense", architecture.attention)
-        rules += gated_rules("dense/ffn", "model.layers.{L}.mlp")
-    return tuple(rules + attention_rules("moe", architecture.attention) + experts)
+    for stack in layers.stacks(architecture):
+        rules += attention_rules(stack, architecture.attention)
+        if stack == layers.DENSE:
+            rules += gated_rules(f"{stack}/ffn", "model.layers.{L}.mlp")
+        else:
+            within = (rule.parameter.removeprefix(f"{layers.MOE}/") for rule in experts)
+            rules += [
+                dataclasses.replace(rule, parameter=f"{stack}/{name}")
+                for rule, name in zip(experts, within, strict=True)
+            ]
+    return tuple(rules)

@@ -12,12 +12,13 @@ NORM_SPANS = ("head", "all")
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The decoder's trunk: a dense prefix, then MoE layers."""
+    """The decoder's trunk: layers whose feed-forward is dense, most often the first ones, and MoE layers."""
 
     vocab_size: int = 4096
     d_model: int = 256
-    num_layers: int = 8  # dense prefix included
-    num_dense_layers: int = 1  # the prefix whose feed-forward is dense
+    num_layers: int = 8  # dense ones included
+    num_dense_layers: int = 1  # those whose feed-forward is dense
+    dense_layers: tuple[int, ...] = ()  # which those are, counted from 0, where they are not the first
     dense_hidden: int = 512  # F of those
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
@@ -31,12 +32,25 @@ class DecoderConfig:
             self.num_dense_layers,
             f"0 to decoder.num_layers - 1 = {self.num_layers - 1}",
         )
+        places = self.dense_layers
+        require(
+            not places or (len(places) == self.num_dense_layers and list(places) == sorted({*places})),
+            "decoder.dense_layers",
+            places,
+            f"() or decoder.num_dense_layers = {self.num_dense_layers} different layers in ascending order",
+        )
+        require(
+            not places or 0 <= places[0] <= places[-1] < self.num_layers,
+            "decoder.dense_layers",
+            places,
+            f"layers from 0 to decoder.num_layers - 1 = {self.num_layers - 1}",
+        )
         if self.num_dense_layers:
             require_positive("decoder", self, "dense_hidden")
 
     @property
     def num_moe_layers(self) -> int:
-        """Layers behind the dense prefix: the columns of a policy."""
+        """Layers that are not dense: the columns of a policy."""
         return self.num_layers - self.num_dense_layers
 
 
@@ -53,6 +67,7 @@ class AttentionConfig:
     qk_norm_span: str = "head"  # what is normed at once: one head, or "all" heads of a token
     bias: bool = False  # on the query, key and value projections
     rope_fraction: float = 0.5  # of head_dim that rotates
+    clip_qkv: float = 0.0  # queries, keys and values are clipped to +- this before rotation; 0: they are not
     # of kind "latent"; not read otherwise
     query_rank: int = 0  # width of the latent that queries go through; 0: queries are projected directly
     latent_rank: int = 512  # width of the latent that keys and values are made of
@@ -80,14 +95,16 @@ class AttentionConfig:
         for field in ("query_rank", "yarn_mscale", "yarn_mscale_all_dim"):
             require(getattr(self, field) >= 0, f"attention.{field}", getattr(self, field), "0 or more")
         require_fraction("attention", self, "rope_fraction")
+        require(self.clip_qkv >= 0, "attention.clip_qkv", self.clip_qkv, "0 (no clipping) or more")
         require(self.yarn_factor >= 1, "attention.yarn_factor", self.yarn_factor, "1 (no stretching) or more")
         if self.yarn_factor > 1:
             require(self.rope_theta > 1, "attention.rope_theta", self.rope_theta, "above 1 for YaRN")
         slow, fast = self.yarn_beta_slow, self.yarn_beta_fast
         require(slow <= fast, "attention.yarn_beta_slow", slow, f"at most attention.yarn_beta_fast = {fast}")
         if self.kind == "latent":
-            for field in ("qk_norm", "bias"):
-                require(not getattr(self, field), f"attention.{field}", True, 'False where attention.kind = "latent"')
+            for field, none in (("qk_norm", False), ("bias", False), ("clip_qkv", 0.0)):
+                value = getattr(self, field)
+                require(value == none, f"attention.{field}", value, f'{none} where attention.kind = "latent"')
             require(self.rope_head_dim % 2 == 0, "attention.rope_head_dim", self.rope_head_dim, "an even number")
             return
         require(
@@ -132,7 +149,9 @@ class MoEConfig:
     group_score: str = "best_two"  # what a group is worth: the sum of its two best scores, or its "best"
     normalize: bool = True  # mixing weights of the kept experts sum to one before scaling
     routed_scaling: float = 1.0
-    k_of_layers: tuple[int, ...] = ()  # of each MoE layer, where they differ; k is then the most of them
+    # of each MoE layer, where they differ, as in models that were pruned; the number for all is then the most of them
+    num_experts_of_layers: tuple[int, ...] = ()
+    k_of_layers: tuple[int, ...] = ()
 
     def __post_init__(self):
         require_positive("moe", self, "num_experts", "k", "expert_hidden", "num_groups", "num_groups_kept")
@@ -165,11 +184,17 @@ class MoEConfig:
             self.num_groups_kept,
             f"at most moe.num_groups = {self.num_groups}",
         )
+        for name in ("num_experts", "k"):
+            numbers, most = getattr(self, f"{name}_of_layers"), getattr(self, name)
+            require(
+                not numbers or (min(numbers) >= 1 and max(numbers) == most),
+                f"moe.{name}_of_layers",
+                numbers,
+                f"numbers of at least 1, the largest of them moe.{name} = {most}",
+            )
+        unlike = len({*self.num_experts_of_layers}) > 1
         require(
-            not self.k_of_layers or (min(self.k_of_layers) >= 1 and max(self.k_of_layers) == self.k),
-            "moe.k_of_layers",
-            self.k_of_layers,
-            f"numbers of at least 1, the largest of them moe.k = {self.k}",
+            self.num_groups == 1 or not unlike, "moe.num_groups", self.num_groups, "1 where layers differ in experts"
         )
         reachable = self.num_experts // self.num_groups * self.num_groups_kept
         require(self.k <= reachable, "moe.k", self.k, f"at most the {reachable} experts of the groups kept")
@@ -189,7 +214,23 @@ class Architecture:
     moe: MoEConfig = MoEConfig()
 
     def __post_init__(self):
-        layers, numbers = self.decoder.num_moe_layers, self.moe.k_of_layers
-        require(
-            not numbers or len(numbers) == layers, "moe.k_of_layers", numbers, f"one for each of {layers} MoE layers"
-        )
+        layers, moe = self.decoder.num_moe_layers, self.moe
+        for name in ("num_experts_of_layers", "k_of_layers"):
+            numbers = getattr(moe, name)
+            require(
+                not numbers or len(numbers) == layers, f"moe.{name}", numbers, f"one for each of {layers} MoE layers"
+            )
+        if moe.num_experts_of_layers:
+            for layer, (experts, k) in enumerate(zip(self.num_experts_L, self.k_L, strict=True)):
+                remedy = "a smaller moe.k, or another for this layer in moe.k_of_layers"
+                require(k <= experts, f"k of MoE layer {layer}", k, f"at most its {experts} experts: {remedy}")
+
+    @property
+    def num_experts_L(self) -> tuple[int, ...]:
+        """Of each MoE layer."""
+        return self.moe.num_experts_of_layers or (self.moe.num_experts,) * self.decoder.num_moe_layers
+
+    @property
+    def k_L(self) -> tuple[int, ...]:
+        """Experts per token that each MoE layer was trained with."""
+        return self.moe.k_of_layers or (self.moe.k,) * self.decoder.num_moe_layers

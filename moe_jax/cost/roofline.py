@@ -63,7 +63,7 @@ def _always_read(parameter: Parameter) -> bool:
 
 def expert_parameters(architecture: Architecture) -> int:
     """Of one routed expert: gate, up and down."""
-    return count(architecture, _routed) // (architecture.decoder.num_moe_layers * architecture.moe.num_experts)
+    return count(architecture, _routed) // sum(architecture.num_experts_L)
 
 
 def parameters(architecture: Architecture) -> int:
@@ -76,8 +76,8 @@ def active_parameters(architecture: Architecture) -> int:
 
     Both embeddings count in full, as most publishers have it.
     """
-    unused = architecture.moe.num_experts - architecture.moe.k
-    return parameters(architecture) - architecture.decoder.num_moe_layers * unused * expert_parameters(architecture)
+    unused = sum(architecture.num_experts_L) - sum(architecture.k_L)
+    return parameters(architecture) - unused * expert_parameters(architecture)
 
 
 def expected_distinct(num_experts: int, k: int, tokens: int) -> float:

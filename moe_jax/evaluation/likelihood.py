@@ -21,7 +21,7 @@ class Likelihood(NamedTuple):
     bits_J: np.ndarray  # float64
     kl_J: np.ndarray | None  # float64 nats, summed over scored tokens: divergence of the reference from this policy
     tokens_J: np.ndarray  # int64: tokens scored
-    load_LE: np.ndarray  # int64: slots that each expert received
+    load_LE: np.ndarray  # int64: slots that each expert received; masked where a layer has fewer experts
 
 
 def score_documents(
@@ -60,12 +60,11 @@ def score_documents(
     """
     journal = journal or Journal(None, {})
     cut, batch_size = _Windows(documents, context), max(1, min(batch_size, TOKENS // context))
-    moe, num_layers = execution.architecture.moe, execution.architecture.decoder.num_moe_layers
-    settings = [
-        policies.settings([policy] * batch_size, execution.architecture, execution.k_max) for policy in compared
-    ]
+    architecture = execution.architecture
+    settings = [policies.settings([policy] * batch_size, architecture, execution.k_max) for policy in compared]
     nats_PJ, kl_PJ = np.zeros((2, len(compared), len(documents)))
-    load_PLE = np.zeros((len(compared), num_layers, moe.num_experts), np.int64)
+    num_experts_L = np.array(architecture.num_experts_L)
+    load_PLE = np.zeros((len(compared), len(num_experts_L), architecture.moe.num_experts), np.int64)
     for first in range(0, len(cut.owner), batch_size):
         batch = cut.batch(first, batch_size)
 
@@ -83,6 +82,9 @@ def score_documents(
                 kl_PJ[number] += np.bincount(owner_Y, np.float64(part["kl_PY"][number]), len(documents))
         load_PLE += part["load_PLE"]
         advance(min(batch_size, len(cut.owner) - first))
+    if architecture.moe.num_experts_of_layers:
+        missing_LE = np.arange(load_PLE.shape[2]) >= num_experts_L[:, None]
+        load_PLE = np.ma.masked_array(load_PLE, np.broadcast_to(missing_LE, load_PLE.shape))
     tokens_J = np.array([max(len(tokens) - 1, 0) for tokens in documents])
     return [
         Likelihood(nats_J / np.log(2), None if reference is None else kl_J, tokens_J, load_LE)

@@ -28,7 +28,7 @@ class Kept(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What attention keeps of the positions seen so far, all layers: the dense prefix first."""
+    """What attention keeps of the positions seen so far, all layers in order."""
 
     key_LBMGA: jax.Array
     value_LBMGX: jax.Array | None  # None where the keys hold the values
@@ -157,6 +157,9 @@ def heads(
     elif attention.qk_norm:
         query_BTHA = rms_norm(query_BTHA, weights["query_norm_A"], norm_eps)
         key_BTGA = rms_norm(key_BTGA, weights["key_norm_A"], norm_eps)
+    if attention.clip_qkv:
+        bound = attention.clip_qkv
+        query_BTHA, key_BTGA, value_BTGA = (jnp.clip(x, -bound, bound) for x in (query_BTHA, key_BTGA, value_BTGA))
     query_BTHA, key_BTGA = (rope.rotate(x, turn, attention.rope_interleaved) for x in (query_BTHA, key_BTGA))
     return Heads(query_BTHA, key_BTGA, value_BTGA, rope.score_scale(attention, attention.head_dim))
 

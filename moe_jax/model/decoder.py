@@ -1,6 +1,8 @@
-"""The decoder: a dense prefix, then MoE layers; whole sequences for training, and prefill and decode with a cache."""
+"""The decoder: dense and MoE layers; whole sequences for training, and prefill and decode with a cache."""
 
 import dataclasses
+import functools
+import itertools
 from typing import Any
 
 import jax
@@ -8,7 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from moe_jax.config import layers
 from moe_jax.config.architecture import Architecture
+from moe_jax.config.layers import Block, Layer
 from moe_jax.kernels import chooser
 from moe_jax.kernels.chooser import Kernels
 from moe_jax.model import attention, latent_attention, parameters, rope
@@ -120,9 +124,21 @@ def _dense_ffn(weights):
     return lambda x_ND: (feed_forward(x_ND, weights["ffn"]), None)
 
 
-def _moe_ffn(weights, experts, layer, live, context, execution):
-    moe, k_max, implementation = execution.architecture.moe, execution.k_max, execution.kernels.grouped_matmul
-    return lambda x_ND: moe_layer(x_ND, weights, experts, layer, live, context, moe, k_max, implementation)
+def _moe_ffn(weights, experts, layer: Layer, live, context, execution):
+    """Tells what a layer with fewer experts than most did as one with all of them would: the others got nothing."""
+    most, moe = execution.architecture.moe.num_experts, layers.moe_of(execution.architecture, layer.stack)
+    k_max = min(execution.k_max, moe.num_experts)
+
+    def run(x_ND):
+        implementation = execution.kernels.grouped_matmul
+        y_ND, traffic = moe_layer(x_ND, weights, experts, layer.index, live, context, moe, k_max, implementation)
+        if moe.num_experts == most:
+            return y_ND, traffic
+        load_E = jnp.pad(traffic.load_E, (0, most - moe.num_experts))
+        chosen_NK = jnp.pad(traffic.chosen_NK, ((0, 0), (0, execution.k_max - k_max)), constant_values=-1)
+        return y_ND, traffic._replace(load_E=load_E, chosen_NK=chosen_NK)
+
+    return run
 
 
 def _context(column: jax.Array, valid_BT: jax.Array, steps: int) -> Context:
@@ -160,8 +176,8 @@ def hidden(
             the rows are read as prompts are.
         in_stacks: whether weights are read within their stacks, which has no gradient. Otherwise every layer is taken
             out of its stack, whole, and its gradient is no larger; so it is in any case where some are `LowRank`.
-        remat: whether a gradient computes each MoE layer again instead of keeping what it made on the way: memory for
-            the input of each layer alone, at a third more time.
+        remat: whether a gradient computes each layer of a loop again instead of keeping what it made on the way:
+            memory for the input of each layer alone, at a third more time.
 
     Returns:
         normed x_BTD, and the `Traffic` of the MoE layers stacked, L first.
@@ -193,16 +209,17 @@ def _whole(
     adapted = holds_any(params)
     apart = adapted or not in_stacks
     projection = "" if apart else execution.kernels.projection
-    for layer in range(architecture.decoder.num_dense_layers):
-        weights = merge(_one_layer(params["dense"], ("dense",), layer, projection))
-        x_BTD, _, _ = _layer(x_BTD, weights, turn, core, _dense_ffn(weights), architecture)
+    steps = tokens_BT.shape[1] if side_by_side else 0
 
-    def moe_step(x_BTD, scanned):
-        column, stack = scanned
-        stack, layer = (merge(stack), jnp.int32(0)) if apart else (params["moe"], column)
+    def run(layer, x_BTD, stack):
+        if apart:
+            stack = merge(stack)
         around = {name: part for name, part in stack.items() if name != "experts"}
-        weights = _one_layer(around, ("moe",), layer, projection)
-        context = _context(column, segments_BT != 0, tokens_BT.shape[1] if side_by_side else 0)
+        weights = _one_layer(around, (layer.stack,), layer.index, projection)
+        if not layer.is_moe:
+            x_BTD, _, _ = _layer(x_BTD, weights, turn, core, _dense_ffn(weights), architecture)
+            return x_BTD, None
+        context = _context(layer.column, segments_BT != 0, steps)
         ffn = _moe_ffn(weights, stack["experts"], layer, live, context, execution)
 
         def observed_ffn(x_ND):
@@ -212,14 +229,54 @@ def _whole(
         x_BTD, _, seen = _layer(x_BTD, weights, turn, core, observed_ffn, architecture)
         return x_BTD, seen
 
-    if remat:
-        moe_step = jax.checkpoint(moe_step)
-    elif adapted:
-        moe_step = jax.checkpoint(moe_step, policy=KEPT)
-    stacks = jax.tree.map(lambda weight: weight[:, None], params["moe"]) if apart else None  # each layer one of one
-    columns = jnp.arange(architecture.decoder.num_moe_layers, dtype=jnp.int32)
-    x_BTD, (traffic, observed) = lax.scan(moe_step, x_BTD, (columns, stacks))
+    def again(layer):  # how much of the layer a gradient computes again
+        if remat:
+            return jax.checkpoint(functools.partial(run, layer))
+        return jax.checkpoint(functools.partial(run, layer), policy=KEPT) if adapted else functools.partial(run, layer)
+
+    def one_pass(block, x_BTD, scanned):
+        time, own = scanned
+        seen = []
+        for layer, place in zip(block.at(time), block.places, strict=True):
+            stack = params[layer.stack]
+            if apart:  # each layer one of one
+                stack, layer = _alone(own[layer.stack], place), layer._replace(index=jnp.int32(0))
+            x_BTD, of_layer = again(layer)(x_BTD, stack)
+            seen += [of_layer] if layer.is_moe else []
+        return x_BTD, seen[0] if len(seen) == 1 else jax.tree.map(lambda *parts: jnp.stack(parts), *seen)
+
+    seen = []
+    for block in layers.blocks(architecture):
+        if not block.is_moe:
+            for layer in itertools.chain(*map(block.at, range(block.times))):
+                stack = params[layer.stack]
+                if apart:
+                    stack, layer = _alone(stack, layer.index), layer._replace(index=0)
+                x_BTD, _ = run(layer, x_BTD, stack)
+            continue
+        own = {stack: _of_passes(params[stack], stack, block) for stack in block.stacks} if apart else None
+        times = jnp.arange(block.times, dtype=jnp.int32)
+        x_BTD, of_block = lax.scan(functools.partial(one_pass, block), x_BTD, (times, own))
+        if block.num_moe > 1:
+            of_block = jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), of_block)
+        seen.append(of_block)
+    traffic, observed = seen[0] if len(seen) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen)
     return x_BTD, traffic, observed
+
+
+def _alone(stack: Params, index: int) -> Params:
+    """A stack of one of the layers of a stack."""
+    return jax.tree.map(lambda weight: weight[index : index + 1], stack)
+
+
+def _of_passes(weights: Params, stack: str, block: Block) -> Params:
+    """The layers of a stack that run in a block: passes first, then those of one pass."""
+    first, count = block.first(stack), block.stride(stack)
+
+    def of_passes(weight):
+        return weight[first : first + block.times * count].reshape(block.times, count, *weight.shape[1:])
+
+    return jax.tree.map(of_passes, weights)
 
 
 def head(params: Params) -> jax.Array:
@@ -283,27 +340,34 @@ def extend(
 
         return run
 
-    num_dense, num_moe = architecture.decoder.num_dense_layers, architecture.decoder.num_moe_layers
-    for layer in range(num_dense):
-        weights = _one_layer(params["dense"], ("dense",), layer, execution.kernels.projection)
-        x_BTD, cache, _ = _layer(x_BTD, weights, turn, core(layer, cache), _dense_ffn(weights), architecture)
+    def one_pass(block, time, carried):
+        for layer in block.at(time):
+            x_BTD, cache, traffic = carried
+            around = {name: part for name, part in params[layer.stack].items() if name != "experts"}
+            weights = _one_layer(around, (layer.stack,), layer.index, execution.kernels.projection)
+            ffn = _dense_ffn(weights)
+            if layer.is_moe:
+                context = _context(layer.column, valid_BT, 1 if is_step else 0)
+                ffn = _moe_ffn(weights, params[layer.stack]["experts"], layer, live, context, execution)
+            x_BTD, cache, new = _layer(x_BTD, weights, turn, core(layer.number, cache), ffn, architecture)
+            if layer.is_moe:
+                traffic = Traffic(*(every.at[layer.column].set(one) for every, one in zip(traffic, new, strict=True)))
+            carried = x_BTD, cache, traffic
+        return carried
 
-    stack = dict(params["moe"])
-    experts = stack.pop("experts")
-
-    def moe_step(column, carried):
-        x_BTD, cache, traffic = carried
-        weights = _one_layer(stack, ("moe",), column, execution.kernels.projection)
-        context = _context(column, valid_BT, 1 if is_step else 0)
-        ffn = _moe_ffn(weights, experts, column, live, context, execution)
-        x_BTD, cache, new = _layer(x_BTD, weights, turn, core(num_dense + column, cache), ffn, architecture)
-        return x_BTD, cache, jax.tree.map(lambda all_L, one: all_L.at[column].set(one), traffic, new)
-
+    num_moe = architecture.decoder.num_moe_layers
     nothing = Traffic(
         jnp.zeros((num_moe, architecture.moe.num_experts), jnp.int32),
         jnp.zeros(num_moe, jnp.float32),
         jnp.zeros(num_moe, jnp.float32),
         jnp.zeros((num_moe, batch * length, execution.k_max), jnp.int32),
     )
-    x_BTD, cache, traffic = lax.fori_loop(0, num_moe, moe_step, (x_BTD, cache, nothing))
+    carried = x_BTD, cache, nothing
+    for block in layers.blocks(architecture):
+        if block.is_moe:
+            carried = lax.fori_loop(0, block.times, functools.partial(one_pass, block), carried)
+        else:
+            for time in range(block.times):
+                carried = one_pass(block, time, carried)
+    x_BTD, cache, traffic = carried
     return rms_norm(x_BTD, params["norm_D"], architecture.decoder.norm_eps), cache, traffic

@@ -55,6 +55,6 @@ def swiglu(gate_up_NI: jax.Array) -> jax.Array:
 
 
 def feed_forward(x_ND: jax.Array, weights: dict[str, jax.Array | Stacked]) -> jax.Array:
-    """A dense gated feed-forward: of the dense prefix, and of the shared experts."""
+    """A dense gated feed-forward: of dense layers, and of the shared experts."""
     gate_up_NIF = project(x_ND, weights["gate_up_IFD"])
     return project(swiglu(gate_up_NIF.reshape(len(x_ND), -1)), weights["down_DF"])

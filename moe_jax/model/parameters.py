@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.config import layers
 from moe_jax.config.architecture import Architecture, AttentionConfig
 
 _STACKED = "LEI"
@@ -52,7 +53,8 @@ class Parameter:
     """One parameter, of all layers of a stack.
 
     Attributes:
-        path: its place in the tree, such as `moe/experts/down_LEDF`; the letters (`dims.py`) are its dimensions.
+        path: its place in the tree, such as `moe/experts/down_LEDF`; the letters (`dims.py`) are its dimensions. Of a
+            MoE layer `moe/...` in the table, whatever the stack.
         kind: a matrix, a norm, a bias ...
         inputs: of a matrix, the letters that its product sums over.
         gain: of a matrix, the standard deviation that it is drawn with, times the root of the number of its inputs.
@@ -101,12 +103,13 @@ class Parameter:
 
 def sizes_of(architecture: Architecture, modules: Sequence[str]) -> dict[str, int]:
     """The size of every letter for the parameters of a module, such as ("moe", "experts")."""
-    decoder, attention, moe = architecture.decoder, architecture.attention, architecture.moe
+    decoder, attention, stack = architecture.decoder, architecture.attention, modules[0] if modules else layers.MOE
+    moe = layers.moe_of(architecture, stack)
     hidden = {"ffn": decoder.dense_hidden, "experts": moe.expert_hidden, "shared": moe.shared_width}
     return {
         "V": decoder.vocab_size,
         "D": decoder.d_model,
-        "L": decoder.num_dense_layers if "dense" in modules[:1] else decoder.num_moe_layers,
+        "L": len(layers.stacks(architecture).get(stack, ())),
         "E": moe.num_experts,
         "I": 2,
         "F": hidden.get(modules[-1], 0) if modules else 0,
@@ -219,13 +222,21 @@ TABLE = (
 
 
 def of(architecture: Architecture) -> list[Parameter]:
-    """The parameters that a model has."""
-    return [parameter for parameter in TABLE if parameter.present(architecture)]
+    """The parameters that a model has, those of MoE layers once for every stack of them."""
+    moe_stacks = layers.moe_stacks(layers.stacks(architecture))
+    found = []
+    for parameter in TABLE:
+        if parameter.present(architecture):
+            within = parameter.path.removeprefix(f"{layers.MOE}/")
+            others = [] if within == parameter.path else [f"{stack}/{within}" for stack in moe_stacks[1:]]
+            found += [parameter, *(dataclasses.replace(parameter, path=path) for path in others)]
+    return found
 
 
 def find(path: Iterable[str]) -> Parameter:
-    """The parameter at a path, or whose part is there, such as a factor of LoRA; KeyError where there is none."""
-    path = "/".join(path)
+    """The entry for a path, or for what a part of it is at, such as a factor of LoRA; KeyError where there is none."""
+    stack, slash, within = "/".join(path).partition("/")
+    path = layers.kind_of(stack) + slash + within
     for parameter in TABLE:
         if path.startswith(parameter.path) and path[len(parameter.path) :][:1] in ("", "/"):
             return parameter

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import pathlib
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,7 @@ from tqdm import tqdm
 from moe_jax import checkpoint, files
 from moe_jax.checkpoint import families
 from moe_jax.config.schema import Config
+from moe_jax.cost import roofline
 from moe_jax.evaluation.intervals import Estimate, paired_ratio, ratio
 from moe_jax.evaluation.likelihood import num_windows, score_documents, xz_bits_per_byte
 from moe_jax.model.decoder import Execution, Params
@@ -66,7 +67,8 @@ def finish(config: Config, folder: pathlib.Path, text: Text, execution: Executio
         xz_bits_per_byte(held_out_text),
         xz_bits_per_byte(held_out_text, primer=training_text),
         statistics.median(line["tokens_per_s"] for line in lines if "tokens_per_s" in line),
-        *count_parameters(exported, config.moe.k),
+        roofline.parameters(config.architecture),
+        roofline.active_parameters(config.architecture),
     )
     files.write_atomically(folder / "model" / "MODEL_CARD.md", model_card(config, text, finished))
     return finished
@@ -95,17 +97,6 @@ def _measure(config: Config, text: Text, execution: Execution, params: Params) -
         )
         for number, (spec, one) in enumerate(zip(config.evaluation.policies, scored))
     ]
-
-
-def count_parameters(params: Params, k: int) -> tuple[int, int]:
-    """All parameters, and those that one token reads: of the routed experts, k out of E."""
-
-    def size(part) -> int:
-        return sum(map(size, part.values())) if isinstance(part, Mapping) else part.size
-
-    routed = size(params["moe"]["experts"])
-    num_experts = params["moe"]["experts"]["down_LEDF"].shape[1]
-    return size(params), size(params) - routed + routed * k // num_experts
 
 
 def figures(finished: Finished) -> tuple[dict[str, Any], list[dict[str, Any]]]:
@@ -165,7 +156,7 @@ A fine-grained Mixture-of-Experts decoder, trained from scratch by `launch/train
 
 ## Shape
 
-- {decoder.num_layers} layers, {decoder.num_dense_layers} of them a dense prefix; model width {decoder.d_model}
+- {decoder.num_layers} layers, {decoder.num_dense_layers} of them dense; model width {decoder.d_model}
 - {moe.num_experts} routed experts of width {moe.expert_hidden}, {moe.k} active; {moe.num_shared_experts} shared
 - {attention.num_heads} query heads and {attention.num_kv_heads} key and value heads of {attention.head_dim}
 - byte-level BPE of {decoder.vocab_size} tokens; context {decoder.max_context} tokens

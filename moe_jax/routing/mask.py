@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moe_jax.config.layers import moe_stacks
 from moe_jax.routing.selection import Selection
 
 START = 0.05  # of every expert: above zero, and so near that a learning rate of 1e-4 gets past it in some hundred steps
@@ -27,10 +28,11 @@ def masked(selection: Selection, mask_E: jax.Array) -> Selection:
 
 def merge(params: dict[str, Any]) -> dict[str, Any]:
     """Parameters without a mask that do the same: masked experts have output weights of zero."""
-    router = dict(params["moe"]["router"])
-    mask_LE = router.pop("mask_LE", None)
-    if mask_LE is None:
-        return params
-    experts = dict(params["moe"]["experts"])
-    experts["down_LEDF"] = jnp.where(mask_LE[:, :, None, None] > 0, experts["down_LEDF"], 0)
-    return params | {"moe": params["moe"] | {"router": router, "experts": experts}}
+    for stack in moe_stacks(params):
+        router = dict(params[stack]["router"])
+        mask_LE = router.pop("mask_LE", None)
+        if mask_LE is not None:
+            experts = dict(params[stack]["experts"])
+            experts["down_LEDF"] = jnp.where(mask_LE[:, :, None, None] > 0, experts["down_LEDF"], 0)
+            params = params | {stack: params[stack] | {"router": router, "experts": experts}}
+    return params

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moe_jax.config import layers
 from moe_jax.model import decoder
 from moe_jax.model.finite import require_finite
 from moe_jax.model.layers import swiglu
@@ -52,19 +53,21 @@ def measure(params: decoder.Params, tokens_JT: np.ndarray, execution: decoder.Ex
     architecture = execution.architecture
     live = policies.settings([MODEL_OWN] * ROWS, architecture, execution.k_max)
     inputs = jax.jit(decoder.moe_inputs, static_argnums=3)
-    experts = params["moe"]["experts"]
-    layers = architecture.decoder.num_moe_layers
-    ratios, gram_LEE = [[] for _ in range(layers)], np.zeros((layers, *[architecture.moe.num_experts] * 2))
+    moe_layers = [layer for layer in layers.layers(architecture) if layer.is_moe]
+    ratios, gram_LEE = [[] for _ in moe_layers], np.zeros((len(moe_layers), *[architecture.moe.num_experts] * 2))
     for first in range(0, len(tokens_JT), ROWS):
         x_LND = inputs(params, tokens_JT[first : first + ROWS], live, execution)
         sample = np.linspace(0, x_LND.shape[1] - 1, SAMPLED).astype(int)
-        for layer in range(layers):
-            router = {name: value[layer] for name, value in params["moe"]["router"].items()}
-            ratios[layer].append(np.asarray(_ratios(x_LND[layer], router, moe=architecture.moe)))
-            gram_LEE[layer] += _gram(x_LND[layer, sample], experts["gate_up_LEIFD"][layer], experts["down_LEDF"][layer])
+        for stack, index, _, column in moe_layers:
+            moe, experts = layers.moe_of(architecture, stack), params[stack]["experts"]
+            router = {name: value[index] for name, value in params[stack]["router"].items()}
+            ratios[column].append(np.asarray(_ratios(x_LND[column], router, moe=moe)))
+            own = slice(moe.num_experts)  # the others have no likeness to any
+            gram_EE = _gram(x_LND[column, sample], experts["gate_up_LEIFD"][index], experts["down_LEDF"][index])
+            gram_LEE[column, own, own] += gram_EE
     norm_LE = np.sqrt(np.maximum(np.einsum("lee->le", gram_LEE), np.finfo(np.float32).tiny))
     require_finite(gram_LEE, "what experts make of tokens", params)
-    medians = [np.median(np.concatenate(of_layer)) if architecture.moe.k > 1 else 1.0 for of_layer in ratios]
+    medians = [np.median(of_layer) if of_layer.size else 1.0 for of_layer in map(np.concatenate, ratios)]
     require_finite(np.array(medians), "the weights of experts", params)
     return Calibration(
         np.array(medians, np.float32),

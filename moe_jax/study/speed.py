@@ -47,6 +47,10 @@ class Subject:
     trace: Trace | None = None
     routing: bool = False
 
+    def __post_init__(self):
+        if self.trace is not None and len({*self.execution.architecture.num_experts_L}) > 1:
+            raise ValueError("benchmark.trace is of layers that are alike: wanted moe.num_experts_of_layers = ()")
+
     def batch(self, tokens_BT: np.ndarray, max_new_tokens: int) -> Batch:
         """Rows as a batch of requests."""
         sampling = dataclasses.replace(self.sampling, max_new_tokens=max_new_tokens)
@@ -228,7 +232,7 @@ def timing_of(
 ) -> Timing:
     """Sets the samples of a case beside their floors."""
     architecture = execution.architecture
-    layers, experts = architecture.decoder.num_moe_layers, architecture.moe.num_experts
+    layers = architecture.decoder.num_moe_layers
     works = [roofline.work(architecture, sample.step, itemsize) for sample in samples]
     kept = statistics.mean(sample.step.kept_slots for sample in samples) / (layers * case.tokens)
     return Timing(
@@ -239,7 +243,10 @@ def timing_of(
         statistics.median(work.flops for work in works),
         1e3 * statistics.median(roofline.floor_s(work, machine) for work in works),
         statistics.mean(sample.step.distinct_experts for sample in samples) / layers,
-        roofline.expected_distinct(experts, kept, case.tokens),
+        statistics.mean(
+            roofline.expected_distinct(experts, min(kept, experts), case.tokens)
+            for experts in architecture.num_experts_L
+        ),
     )
 
 

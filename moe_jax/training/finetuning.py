@@ -11,6 +11,7 @@ import numpy as np
 from absl import logging
 
 from moe_jax.checkpoint import Checkpoint
+from moe_jax.config import layers
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import Config, TextConfig
 from moe_jax.cost import hardware
@@ -161,8 +162,8 @@ def require_memory(config: Config, params: Params) -> None:
     if config.finetune.train == "lora":
         copies_bytes += trainable.num_bytes(params)  # merged, for the export
     training = config.training
-    layers, d_model = params["moe"]["ffn_norm_LD"].shape
-    batch_bytes = training.batch_size * training.sequence_length * layers * d_model * params["norm_D"].dtype.itemsize
+    numbers = sum(params[stack]["ffn_norm_LD"].size for stack in layers.moe_stacks(params))
+    batch_bytes = training.batch_size * training.sequence_length * numbers * params["norm_D"].dtype.itemsize
     needed_bytes = copies_bytes + 12 * weights + batch_bytes
     available_bytes = hardware.available_bytes()
     model_bytes = trainable.num_bytes(params)
@@ -179,10 +180,10 @@ def require_memory(config: Config, params: Params) -> None:
         )
 
 
-def _divided(config: Config, params: Params) -> tuple[Params, Params, jax.Array | None]:
-    without, bias_LE = without_selection_bias(params)
+def _divided(config: Config, params: Params) -> tuple[Params, Params, dict[str, jax.Array]]:
+    without, biases = without_selection_bias(params)
     trained, frozen = trainable.divide(without, config.finetune, config.training.weights, config.run.seed)
-    return trained, frozen, bias_LE
+    return trained, frozen, biases
 
 
 def finetune(
@@ -209,7 +210,7 @@ def finetune(
         def live(step: int):
             return settings
 
-    trained, frozen, bias_LE = _divided(config, params)
+    trained, frozen, biases = _divided(config, params)
     teacher = None
     if config.objective.has_teacher:
         teacher = Teacher(params, policies.settings([MODEL_OWN] * rows, architecture, architecture.moe.k))
@@ -222,7 +223,7 @@ def finetune(
     def judge(state: State) -> float:
         joined = trainable.join(state.params, frozen, lora_scale)
         scored = likelihood.score_documents(
-            with_selection_bias(joined, state.bias_LE),
+            with_selection_bias(joined, state.biases),
             watched.tokens,
             judged,
             execution,
@@ -232,7 +233,7 @@ def finetune(
         return float(np.mean([one.bits_J.sum() for one in scored]) / sizes.sum())
 
     task = loop.Task(
-        state_of(trained, None if bias_LE is None else bias_LE + 0, training),
+        state_of(trained, {stack: bias_LE + 0 for stack, bias_LE in biases.items()}, training),
         Fixed(frozen, teacher),
         make_step(kept, training, config.objective, lora_scale),
         live,
@@ -243,8 +244,9 @@ def finetune(
         patience=config.finetune.patience,
     )
     outcome = loop.run(config, folder, task)
-    best = with_selection_bias(trainable.whole(outcome.state.params, frozen, lora_scale), outcome.state.bias_LE)
-    masked_experts = int((best["moe"]["router"].get("mask_LE", np.ones(1)) <= 0).sum())
+    best = with_selection_bias(trainable.whole(outcome.state.params, frozen, lora_scale), outcome.state.biases)
+    masks = [best[stack]["router"].get("mask_LE", np.ones(1)) for stack in layers.moe_stacks(best)]
+    masked_experts = sum(int((mask_LE <= 0).sum()) for mask_LE in masks)
     return Tuned(mask.merge(best), outcome.step, outcome.steps, masked_experts)
 
 

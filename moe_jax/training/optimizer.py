@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from moe_jax.config import layers
 from moe_jax.config.schema import TrainingConfig
 from moe_jax.model import parameters
 from moe_jax.model.decoder import Params
@@ -72,15 +73,22 @@ def _moved(param: jax.Array, update: jax.Array, key: jax.Array) -> jax.Array:
     return lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
-def without_selection_bias(params: Params) -> tuple[Params, jax.Array | None]:
-    """Takes the selection bias out of the parameters: balancing moves it, the optimizer must not."""
-    router = dict(params["moe"]["router"])
-    bias_LE = router.pop("bias_LE", None)
-    return params | {"moe": params["moe"] | {"router": router}}, bias_LE
+def without_selection_bias(params: Params) -> tuple[Params, dict[str, jax.Array]]:
+    """Takes the selection bias out of the parameters: balancing moves it, the optimizer must not.
+
+    Returns:
+        The parameters without it, and bias_LE of each stack that has one, by the name of the stack.
+    """
+    without, biases = dict(params), {}
+    for stack in layers.moe_stacks(params):
+        router = dict(params[stack]["router"])
+        if "bias_LE" in router:
+            biases[stack] = router.pop("bias_LE")
+        without[stack] = params[stack] | {"router": router}
+    return without, biases
 
 
-def with_selection_bias(params: Params, bias_LE: jax.Array | None) -> Params:
+def with_selection_bias(params: Params, biases: dict[str, jax.Array]) -> Params:
     """The inverse of `without_selection_bias`."""
-    if bias_LE is None:
-        return params
-    return params | {"moe": params["moe"] | {"router": params["moe"]["router"] | {"bias_LE": bias_LE}}}
+    routers = {stack: params[stack]["router"] | {"bias_LE": bias_LE} for stack, bias_LE in biases.items()}
+    return params | {stack: params[stack] | {"router": router} for stack, router in routers.items()}

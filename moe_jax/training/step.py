@@ -5,10 +5,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax import lax
 
+from moe_jax.config import layers
+from moe_jax.config.architecture import Architecture
 from moe_jax.config.finetuning import ObjectiveConfig
 from moe_jax.config.schema import TrainingConfig
 from moe_jax.model import decoder
@@ -22,12 +25,12 @@ class State(NamedTuple):
     """All that training carries from step to step."""
 
     params: decoder.Params  # those that train, without the selection bias
-    bias_LE: jax.Array | None  # the selection bias
+    biases: dict[str, jax.Array]  # the selection bias, bias_LE of each stack that has one
     optimizer: Any
 
     def whole(self) -> decoder.Params:
         """The parameters with the selection bias back in its place."""
-        return optimizer.with_selection_bias(self.params, self.bias_LE)
+        return optimizer.with_selection_bias(self.params, self.biases)
 
 
 class Fixed(NamedTuple):
@@ -47,9 +50,9 @@ def start(execution: decoder.Execution, training: TrainingConfig, seed: int) -> 
     return state_of(*optimizer.without_selection_bias(whole), training)
 
 
-def state_of(params: decoder.Params, bias_LE: jax.Array | None, training: TrainingConfig) -> State:
+def state_of(params: decoder.Params, biases: dict[str, jax.Array], training: TrainingConfig) -> State:
     """The state before the first step."""
-    return State(params, bias_LE, optimizer.make_optimizer(training).init(_float32(params)))
+    return State(params, biases, optimizer.make_optimizer(training).init(_float32(params)))
 
 
 def make_step(
@@ -61,12 +64,13 @@ def make_step(
     of one part. Metrics are float32 scalars: the terms of the objective before they are weighted ("loss": nats per
     token), "gradient_norm" before clipping, and "load_max_over_mean" of the worst MoE layer.
     """
-    update_rule = optimizer.make_optimizer(training)
+    update_rule, architecture = optimizer.make_optimizer(training), execution.architecture
+    num_experts_L = np.array(architecture.num_experts_L, np.float32)
 
     def gradient_of(state: State, fixed: Fixed, batch, live) -> tuple[Measured, decoder.Params]:
         def loss(params):
             joined = trainable.join(params, fixed.frozen, lora_scale)
-            whole = optimizer.with_selection_bias(joined, state.bias_LE)
+            whole = optimizer.with_selection_bias(joined, state.biases)
             return objective(
                 whole, batch, live, execution, config, training.balance_loss, fixed.teacher, training.remat
             )
@@ -94,17 +98,27 @@ def make_step(
         measured, gradient = of(state, fixed, batch, live)
         updates, optimizer_state = update_rule.update(gradient, state.optimizer, _float32(state.params))
         load_LE = measured.load_LE.astype(jnp.float32)
-        bias_LE = state.bias_LE
-        if bias_LE is not None and training.balance_bias_rate:
-            bias_LE = balance.update_bias(bias_LE, load_LE, training.balance_bias_rate)
+        biases = state.biases
+        if training.balance_bias_rate:
+            biases = {
+                stack: balance.update_bias(bias_LE, _of_stack(load_LE, stack, architecture), training.balance_bias_rate)
+                for stack, bias_LE in biases.items()
+            }
         metrics = measured.terms | {
             "gradient_norm": optax.tree.norm(gradient),
-            "load_max_over_mean": (load_LE.max(axis=1) / load_LE.mean(axis=1)).max(),
+            "load_max_over_mean": (load_LE.max(axis=1) / (load_LE.sum(axis=1) / num_experts_L)).max(),
         }
         params = optimizer.apply_updates(state.params, updates, optimizer.steps_done(state.optimizer))
-        return State(params, bias_LE, optimizer_state), metrics
+        return State(params, biases, optimizer_state), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _of_stack(load_LE: jax.Array, stack: str, architecture: Architecture) -> jax.Array:
+    """The rows of all MoE layers that are of one stack, without experts that its layers lack."""
+    columns = [layer.column for layer in layers.layers(architecture) if layer.stack == stack]
+    experts = layers.moe_of(architecture, stack).num_experts
+    return load_LE if len(columns) == len(load_LE) else load_LE[np.array(columns), :experts]
 
 
 def _float32(tree):

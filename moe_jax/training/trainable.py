@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from moe_jax.config import layers
 from moe_jax.config.finetuning import FinetuneConfig
 from moe_jax.model import parameters
 from moe_jax.model.decoder import Params
@@ -49,8 +50,9 @@ def divide(params: Params, config: FinetuneConfig, dtype: str, seed: int) -> tup
 
     trained, frozen = (_without_empty(part) for part in of(params, ()))
     if config.mask:
-        router = trained.setdefault("moe", {}).setdefault("router", {})
-        router["mask_LE"] = jnp.full(params["moe"]["router"]["weight_LED"].shape[:2], mask.START, jnp.float32)
+        for stack in layers.moe_stacks(params):
+            router = trained.setdefault(stack, {}).setdefault("router", {})
+            router["mask_LE"] = jnp.full(params[stack]["router"]["weight_LED"].shape[:2], mask.START, jnp.float32)
     return trained, frozen
 
 

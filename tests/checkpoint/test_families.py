@@ -98,7 +98,7 @@ def test_prediction_layers_and_computed_frequencies_are_skipped(tmp_path, caplog
     ("fields", "words"),
     [
         ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
-        ({"clip_qkv": 8.0}, ["clip_qkv", "8.0"]),
+        ({"clip_qkv": "8"}, ["clip_qkv", '"8"']),
         ({"use_sliding_window": True}, ["use_sliding_window"]),
         ({"layer_types": ["sliding_attention"]}, ["layer_types"]),
         ({"attention_sinks": True}, ["attention_sinks"]),
@@ -129,8 +129,12 @@ def test_what_asks_for_something_else_is_refused_by_name(model_type, fields, wor
         ("olmoe", {"attention_bias": True}, ["attention_bias"]),
         ("olmoe", {"head_dim": 16}, ["head_dim", "16"]),
         ("qwen3_moe", {"attention_bias": True}, ["attention_bias"]),
-        ("qwen3_moe", {"mlp_only_layers": [1]}, ["mlp_only_layers", "[1]"]),
-        ("qwen3_moe", {"decoder_sparse_step": 2}, ["decoder_sparse_step", "2"]),
+        ("qwen3_moe", {"mlp_only_layers": ["1"]}, ["mlp_only_layers", '["1"]']),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1, 2]}, ["decoder.num_dense_layers", "3"]),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, ["decoder_sparse_step", "0"]),
+        ("qwen3_moe", {"num_hidden_layers": 10**9}, ["num_hidden_layers", "1000000000"]),
+        ("olmoe", {"clip_qkv": 0}, ["clip_qkv", "0"]),
+        ("olmoe", {"clip_qkv": float("inf")}, ["clip_qkv", "inf"]),
         ("qwen3_moe", {"rope_scaling": YARN | {"mscale_all_dim": 1.0}}, ["attention.yarn_mscale_all_dim"]),
         ("qwen3_moe", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor", "0.5"]),
         ("qwen2_moe", {"shared_expert_intermediate_size": 0}, ["shared_expert_intermediate_size"]),
@@ -143,7 +147,10 @@ def test_what_asks_for_something_else_is_refused_by_name(model_type, fields, wor
         ("deepseek_v3", {"num_key_value_heads": 2}, ["num_key_value_heads", "2"]),
         ("deepseek_v3", {"attention_bias": True}, ["attention_bias"]),
         ("deepseek_v3", {"n_group": 3}, ["moe.num_groups", "3"]),
-        ("deepseek_v3", {"moe_layer_freq": 2}, ["moe_layer_freq", "2"]),
+        ("deepseek_v3", {"moe_layer_freq": 0}, ["moe_layer_freq", "0"]),
+        ("deepseek_v3", {"moe_layer_freq": [0, 1]}, ["moe_layer_freq", "[0, 1]"]),
+        ("glm4_moe", {"moe_layer_freq": 2}, ["moe_layer_freq", "2"]),
+        ("qwen3_moe", {"clip_qkv": 8.0}, ["clip_qkv", "8.0"]),
         ("kimi_k2", {"num_nextn_predict_layers": -1}, ["num_nextn_predict_layers", "-1"]),
     ],
 )
@@ -210,12 +217,38 @@ def test_the_scale_of_yarn_may_be_said(name):
 def test_dense_layers_may_be_listed_and_groups_be_null():
     family, plain = FAMILIES["deepseek_v3"], fields_of("deepseek_v3")
     assert family.architecture(plain | {"moe_layer_freq": [0, 1, 1]}) == family.architecture(plain)
-    with pytest.raises(ValueError, match="moe_layer_freq"):
-        family.architecture(plain | {"moe_layer_freq": [0, 1, 0]})
     without = family.architecture(plain | {"n_group": None, "topk_group": None})
     assert (without.moe.num_groups, without.moe.num_groups_kept) == (1, 1)
     absent = family.architecture({name: x for name, x in plain.items() if "group" not in name})
     assert (absent.moe.num_groups, absent.moe.num_groups_kept) == (8, 4)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "dense"),
+    [
+        ("qwen3_moe", {"mlp_only_layers": [5, 2]}, (2, 5)),
+        ("qwen3_moe", {"mlp_only_layers": [0, 1]}, (0, 1)),
+        ("qwen2_moe", {"decoder_sparse_step": 2}, (0, 2, 4)),
+        ("qwen2_moe", {"decoder_sparse_step": 3, "mlp_only_layers": [5, 0]}, (0, 1, 3, 4, 5)),
+        ("deepseek_v2", {"moe_layer_freq": 2}, (0, 1, 3, 5)),
+        ("deepseek_v3", {"moe_layer_freq": 2, "first_k_dense_replace": 3}, (0, 1, 2, 3, 5)),
+        ("deepseek_v3", {"moe_layer_freq": [0, 1, 0, 1, 1, 0], "first_k_dense_replace": 0}, (0, 2, 5)),
+        ("kimi_k2", {"moe_layer_freq": [1, 1, 0, 1, 1, 1], "first_k_dense_replace": 1}, (0, 2)),
+    ],
+    ids=str,
+)
+def test_any_layer_may_be_dense(model_type, fields, dense):
+    """As the models' own code decides it, and there and back."""
+    family = FAMILIES[model_type]
+    architecture = family.architecture(fields_of(model_type, num_hidden_layers=6, **fields))
+    decoder = architecture.decoder
+    assert decoder.num_dense_layers == len(dense)
+    assert (decoder.dense_layers or tuple(range(len(dense)))) == dense
+    assert bool(decoder.dense_layers) == (dense != tuple(range(len(dense))))
+    written = json.loads(json.dumps(family.config_json(architecture)))
+    assert family.architecture(written) == architecture
+    if model_type == "deepseek_v3" and isinstance(fields["moe_layer_freq"], int):
+        assert written["moe_layer_freq"] == fields["moe_layer_freq"]
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -1,6 +1,6 @@
 """Makes the golden files: random checkpoints of every family, tokens, and the logits that transformers gives for them.
 
-    pip install -r requirements-peers.txt && PYTHONPATH=. python tests/golden/make.py
+    pip install -r requirements-peers.txt && PYTHONPATH=. python tests/golden/make.py [NAME ...]
 
 A file is a safetensors file with the tensors of a checkpoint as transformers writes them, `golden.tokens`,
 `golden.logits` and, in its metadata, the text of config.json.
@@ -8,6 +8,7 @@ A file is a safetensors file with the tensors of a checkpoint as transformers wr
 
 import json
 import pathlib
+import sys
 import tempfile
 
 import numpy as np
@@ -20,6 +21,11 @@ from tests.peers import peer
 
 FOLDER = pathlib.Path(__file__).parent
 SHAPE = 2, 24  # rows and positions
+# Fields of config.json other than ours.
+SAID_OTHERWISE = {
+    "kimi_k2": {"model_type": "deepseek_v3"},  # it has no class of its own; that one serves
+    "qwen2_moe_every_second": {"mlp_only_layers": [], "decoder_sparse_step": 2},
+}
 
 
 def make(name: str) -> None:
@@ -29,8 +35,7 @@ def make(name: str) -> None:
         path = pathlib.Path(folder)
         write(path / "ours", VARIANTS[name], seed=1)
         fields = json.loads((path / "ours" / "config.json").read_text())
-        if model_type == "kimi_k2":  # which has no class; that of deepseek_v3 serves
-            (path / "ours" / "config.json").write_text(json.dumps(fields | {"model_type": "deepseek_v3"}))
+        (path / "ours" / "config.json").write_text(json.dumps(fields | SAID_OTHERWISE.get(name, {})))
         model = peer.load(transformers, path / "ours")
         tokens_BT = peer.clear_tokens(model, architecture, SHAPE)
         logits_BTV, _ = peer.logits(model, tokens_BT, np.ones(SHAPE, bool), architecture.moe)
@@ -43,5 +48,5 @@ def make(name: str) -> None:
 
 if __name__ == "__main__":
     transformers.logging.set_verbosity_error()
-    for name in GOLDEN:
+    for name in sys.argv[1:] or GOLDEN:
         make(name)

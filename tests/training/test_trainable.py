@@ -16,7 +16,7 @@ from moe_jax.model import decoder
 from moe_jax.routing import mask, policies
 from moe_jax.routing.policies.parse import parse
 from moe_jax.training import trainable
-from moe_jax.training.optimizer import without_selection_bias
+from moe_jax.training.optimizer import with_selection_bias, without_selection_bias
 from moe_jax.training.step import Fixed, make_step, state_of
 from tests import family_variants
 from tests.tiny_model import ARCHITECTURE, random_params
@@ -51,16 +51,16 @@ def trained(config, steps=1, training=TRAINING, latent=False):
     architecture = LATENT.architecture if latent else ARCHITECTURE
     params = family_variants.random_params(LATENT) if latent else random_params()
     before = jax.tree.map(lambda leaf: jnp.asarray(leaf, training.weights), params)
-    without, bias_LE = without_selection_bias(before)
+    without, biases = without_selection_bias(before)
     parts, frozen = trainable.divide(without, config, training.weights, seed=0)
     scale = config.lora_alpha / config.lora_rank
     execution = execution_of(architecture)
     live = policies.settings([parse("topk:3")] * ROWS, architecture, execution.k_max)
     step = make_step(execution, training, ObjectiveConfig(), scale)
-    state = state_of(parts, None if bias_LE is None else bias_LE + 0, training)
+    state = state_of(parts, {stack: bias_LE + 0 for stack, bias_LE in biases.items()}, training)
     for _ in range(steps):
         state, _ = step(state, Fixed(frozen, None), batch_of(architecture, ROWS * training.accumulation), live)
-    after, bias_LE = trainable.whole(state.params, frozen, scale), state.bias_LE
+    after = trainable.whole(state.params, frozen, scale)
     return dict(flattened(without)), dict(flattened(after)), state
 
 
@@ -149,7 +149,7 @@ def test_lora_merged_is_lora_applied_to_what_passes():
 
 def test_hidden_reads_unmerged_lora_as_the_merged_model():
     params = jax.tree.map(jnp.asarray, random_params())
-    without, bias_LE = without_selection_bias(params)
+    without, biases = without_selection_bias(params)
     parts, frozen = trainable.divide(without, FinetuneConfig(train="lora"), "float32", seed=0)
     parts = jax.tree.map(lambda leaf: leaf + 0.05, parts)
     execution = execution_of(ARCHITECTURE)
@@ -159,7 +159,7 @@ def test_hidden_reads_unmerged_lora_as_the_merged_model():
     found = []
     for whole in (trainable.join(parts, frozen, 2.0), trainable.whole(parts, frozen, 2.0)):
         whole = trainable.join({}, whole, 2.0)
-        whole["moe"] = whole["moe"] | {"router": whole["moe"]["router"] | {"bias_LE": bias_LE}}
+        whole = with_selection_bias(whole, biases)
         found.append(decoder.hidden(whole, *rows, live, execution)[0])
     np.testing.assert_allclose(*found, atol=1e-5)
 
@@ -167,13 +167,13 @@ def test_hidden_reads_unmerged_lora_as_the_merged_model():
 def test_gradients_accumulate_to_those_of_one_batch():
     config, twice = FinetuneConfig(), dataclasses.replace(TRAINING, accumulation=2)
     execution = execution_of(ARCHITECTURE)
-    without, bias_LE = without_selection_bias(jax.tree.map(jnp.asarray, random_params()))
+    without, biases = without_selection_bias(jax.tree.map(jnp.asarray, random_params()))
     found = []
     for training, rows in ((dataclasses.replace(TRAINING, batch_size=2 * ROWS), 2 * ROWS), (twice, ROWS)):
         live = policies.settings([parse("topk:3")] * rows, ARCHITECTURE, execution.k_max)
         parts, frozen = trainable.divide(without, config, "float32", seed=0)
         step = make_step(execution, training, ObjectiveConfig())
-        state = state_of(parts, bias_LE + 0, training)
+        state = state_of(parts, {"moe": biases["moe"] + 0}, training)
         _, metrics = step(state, Fixed(frozen, None), batch_of(ARCHITECTURE, 2 * ROWS), live)
         found.append(metrics)
     for name in ("loss", "gradient_norm", "load_max_over_mean"):
@@ -197,9 +197,9 @@ def test_weights_in_bfloat16_have_float32_moments_and_move_by_less_than_their_la
 def test_the_selection_bias_moves_where_balancing_asks_for_it_and_not_otherwise():
     bias_LE = random_params()["moe"]["router"]["bias_LE"]
     *_, state = trained(ALL)
-    assert np.array_equal(state.bias_LE, bias_LE)
+    assert np.array_equal(state.biases["moe"], bias_LE)
     *_, state = trained(ALL, training=dataclasses.replace(TRAINING, balance_bias_rate=1e-2))
-    assert not np.array_equal(state.bias_LE, bias_LE)
+    assert not np.array_equal(state.biases["moe"], bias_LE)
 
 
 @pytest.mark.parametrize("config", [ALL, LORA], ids=["all", "lora"])

@@ -77,6 +77,41 @@ def require_settings(model_type: str, architecture: Architecture, only: dict[str
             raise ValueError(f"{setting} = {given!r}: the Hugging Face family {model_type} only has {wanted!r}")
 
 
+_MOST_LISTED_LAYERS = 10_000  # more than any model has: a list of them is no longer
+
+
+def dense_layers(fields: dict[str, Any], is_dense: Callable[[int], bool]) -> dict[str, Any]:
+    """`num_dense_layers` and `dense_layers` of a model whose dense layers a rule tells, from 0 on."""
+    count = field(fields, "num_hidden_layers", int)
+    if count > _MOST_LISTED_LAYERS:
+        raise ValueError(f"num_hidden_layers = {count}: wanted at most {_MOST_LISTED_LAYERS}")
+    places = tuple(filter(is_dense, range(count)))
+    return {"num_dense_layers": len(places), "dense_layers": () if places == tuple(range(len(places))) else places}
+
+
+# Of each MoE layer in order, where they differ. These fields are our own: published families have one number for all
+# layers, which then says the most of them.
+_OF_LAYERS = {"num_experts_of_layers": "num_experts_of_layers", "num_experts_per_tok_of_layers": "k_of_layers"}
+OF_LAYERS = tuple(_OF_LAYERS)
+
+
+def with_numbers_of_layers(architecture: Architecture, fields: dict[str, Any]) -> Architecture:
+    """The architecture with what `config.json` says of single layers; ValueError where that does not fit."""
+    given = {setting: fields[name] for name, setting in _OF_LAYERS.items() if fields.get(name) is not None}
+    for name, setting in _OF_LAYERS.items():
+        numbers = given.get(setting, [])
+        if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
+            raise ValueError(f"{name} = {json.dumps(numbers)[:100]}: wanted a list of integers")
+    moe = dataclasses.replace(architecture.moe, **{setting: tuple(numbers) for setting, numbers in given.items()})
+    return dataclasses.replace(architecture, moe=moe)
+
+
+def numbers_of_layers_json(architecture: Architecture) -> dict[str, list[int]]:
+    """The inverse of `with_numbers_of_layers`."""
+    found = {name: list(getattr(architecture.moe, setting)) for name, setting in _OF_LAYERS.items()}
+    return {name: numbers for name, numbers in found.items() if numbers}
+
+
 # What families have that know neither latents nor a selection bias, groups, scaling or shared experts.
 PLAIN_SETTINGS = {
     "attention.kind": "grouped",
@@ -107,14 +142,14 @@ def field(fields: dict[str, Any], name: str, kind: type, default: Any = _REQUIRE
     return value
 
 
-def trunk(fields: dict[str, Any], *, norm_eps: float, max_context: int, **dense: int) -> DecoderConfig:
+def trunk(fields: dict[str, Any], *, norm_eps: float, max_context: int, **dense: Any) -> DecoderConfig:
     """The trunk.
 
     Args:
         fields: of `config.json`.
         norm_eps: where no field says it.
         max_context: where no field says it.
-        **dense: `num_dense_layers` and `dense_hidden`.
+        **dense: `num_dense_layers`, `dense_layers` and `dense_hidden`.
     """
     return DecoderConfig(
         vocab_size=field(fields, "vocab_size", int),
@@ -128,7 +163,7 @@ def trunk(fields: dict[str, Any], *, norm_eps: float, max_context: int, **dense:
 
 
 def trunk_json(decoder: DecoderConfig) -> dict[str, Any]:
-    """The inverse of `trunk`, the dense prefix left out."""
+    """The inverse of `trunk`, dense layers left out."""
     return {
         "vocab_size": decoder.vocab_size,
         "hidden_size": decoder.d_model,

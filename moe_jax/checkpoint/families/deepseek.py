@@ -1,13 +1,15 @@
 """DeepSeek-V2 (arXiv 2405.04434), and DeepSeek-V3 (arXiv 2412.19437) with those of its shape: Moonlight, Kimi K2."""
 
+import json
 from typing import Any
 
 from moe_jax.checkpoint.families import base
 from moe_jax.checkpoint.families.base import Family, field
 from moe_jax.checkpoint.names import Rule, decoder_rules, gated_rules
-from moe_jax.config.architecture import Architecture, AttentionConfig, MoEConfig
+from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 
-_NEUTRAL = {**base.NEUTRAL, "attention_bias": (None, False)}
+_NEUTRAL = {name: accepted for name, accepted in base.NEUTRAL.items() if name != "moe_layer_freq"}
+_NEUTRAL["attention_bias"] = (None, False)
 _V2_NEUTRAL = {
     **_NEUTRAL,
     "rope_interleave": (None, True),
@@ -37,9 +39,35 @@ _V2_ONLY = {
 _V3_ONLY = {**_ONLY, "moe.score": "sigmoid", "moe.selection_bias": True, "moe.group_score": "best_two"}
 
 
-def _dense(fields: dict[str, Any], default: int) -> dict[str, int]:
-    count = field(fields, "first_k_dense_replace", int, default)
-    return {"num_dense_layers": count, "dense_hidden": field(fields, "intermediate_size", int, 0)}
+def _dense(fields: dict[str, Any], default: int) -> dict[str, Any]:
+    """MoE layers are those from the first on whose number is a multiple of `moe_layer_freq`, or that have a 1 there.
+
+    As in the models' own code; transformers does not read `moe_layer_freq`.
+    """
+    first, freq = field(fields, "first_k_dense_replace", int, default), fields.get("moe_layer_freq")
+    sizes = {"dense_hidden": field(fields, "intermediate_size", int, 0)}
+    if freq is None or (type(freq) is int and freq == 1):
+        return {"num_dense_layers": first, **sizes}
+    is_list = isinstance(freq, list) and len(freq) == fields.get("num_hidden_layers")
+    if is_list and all(type(one) is int and one in (0, 1) for one in freq):
+        return base.dense_layers(fields, lambda layer: layer < first or not freq[layer]) | sizes
+    if type(freq) is int and freq > 1:
+        return base.dense_layers(fields, lambda layer: layer < first or layer % freq != 0) | sizes
+    wanted = "a whole number from 1 on, or 0 or 1 for each layer"
+    raise ValueError(f"moe_layer_freq = {json.dumps(freq)[:100]}: wanted {wanted}")
+
+
+def _dense_json(decoder: DecoderConfig) -> dict[str, Any]:
+    """The inverse: a list where no number says it."""
+    if not decoder.dense_layers:
+        return {"first_k_dense_replace": decoder.num_dense_layers, "moe_layer_freq": 1}
+    layers = range(decoder.num_layers)
+    is_moe = [layer not in decoder.dense_layers for layer in layers]
+    first = is_moe.index(True)
+    for freq in layers[2:]:
+        if is_moe == [layer >= first and layer % freq == 0 for layer in layers]:
+            return {"first_k_dense_replace": first, "moe_layer_freq": freq}
+    return {"first_k_dense_replace": first, "moe_layer_freq": [int(moe) for moe in is_moe]}
 
 
 def _attention(fields: dict[str, Any], interleaved: bool) -> AttentionConfig:
@@ -66,9 +94,8 @@ def _common_json(architecture: Architecture) -> dict[str, Any]:
     decoder, attention, moe = architecture.decoder, architecture.attention, architecture.moe
     return {
         **base.trunk_json(decoder),
-        "first_k_dense_replace": decoder.num_dense_layers,
+        **_dense_json(decoder),
         "intermediate_size": decoder.dense_hidden,
-        "moe_layer_freq": 1,
         "num_attention_heads": attention.num_heads,
         "num_key_value_heads": attention.num_heads,
         "attention_bias": False,

@@ -10,7 +10,9 @@ from moe_jax.config.architecture import Architecture, AttentionConfig, MoEConfig
 _MODEL_TYPE = "glm4_moe"
 _NEUTRAL = {**base.NEUTRAL, "scoring_func": (None, "sigmoid"), "topk_method": (None, "noaux_tc")}
 _ONLY = {
+    "decoder.dense_layers": (),
     "attention.kind": "grouped",
+    "attention.clip_qkv": 0.0,
     "attention.qk_norm_span": "head",
     "attention.rope_interleaved": False,
     "moe.score": "sigmoid",

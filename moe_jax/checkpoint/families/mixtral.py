@@ -15,6 +15,7 @@ _ONLY = {
     "decoder.num_dense_layers": 0,
     "attention.qk_norm": False,
     "attention.bias": False,
+    "attention.clip_qkv": 0.0,
     "moe.normalize": True,
 }
 

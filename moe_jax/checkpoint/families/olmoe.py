@@ -1,5 +1,6 @@
 """OLMoE (arXiv 2409.02060): queries and keys normed over all heads, a softmax router, no shared experts."""
 
+import math
 from typing import Any
 
 from moe_jax.checkpoint.families import base
@@ -8,7 +9,8 @@ from moe_jax.checkpoint.names import Rule, decoder_rules, gated_rules
 from moe_jax.config.architecture import Architecture, AttentionConfig, MoEConfig
 
 _MODEL_TYPE = "olmoe"
-_NEUTRAL = {**base.NEUTRAL, "attention_bias": (None, False)}
+_NEUTRAL = {name: accepted for name, accepted in base.NEUTRAL.items() if name != "clip_qkv"}
+_NEUTRAL["attention_bias"] = (None, False)
 _ONLY = {
     **base.PLAIN_SETTINGS,
     **base.NO_SHARED_EXPERTS,
@@ -32,6 +34,7 @@ def _architecture(fields: dict[str, Any]) -> Architecture:
             rope_fraction=1.0,
             qk_norm=True,
             qk_norm_span="all",
+            clip_qkv=_bound(fields),
         ),
         MoEConfig(
             num_experts=field(fields, "num_experts", int, 64),
@@ -43,6 +46,14 @@ def _architecture(fields: dict[str, Any]) -> Architecture:
             normalize=field(fields, "norm_topk_prob", bool, False),
         ),
     )
+
+
+def _bound(fields: dict[str, Any]) -> float:
+    """Of queries, keys and values; 0 where there is none, which would leave nothing of them."""
+    bound = field(fields, "clip_qkv", float, None)
+    if bound is not None and not 0 < bound < math.inf:
+        raise ValueError(f"clip_qkv = {bound}: wanted a positive number, or null")
+    return bound or 0.0
 
 
 def _require_heads_that_fill(d_model: int, num_heads: int, head_dim: int) -> None:
@@ -60,7 +71,7 @@ def _config_json(architecture: Architecture) -> dict[str, Any]:
         **base.trunk_json(decoder),
         **base.grouped_heads_json(attention),
         "attention_bias": False,
-        "clip_qkv": None,
+        "clip_qkv": attention.clip_qkv or None,
         **base.rope_json(attention),
         "num_experts": moe.num_experts,
         "num_experts_per_tok": moe.k,

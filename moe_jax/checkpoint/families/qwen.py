@@ -1,5 +1,6 @@
 """Qwen1.5-MoE and Qwen2-MoE (arXiv 2407.10671), with a gated shared expert; Qwen3-MoE (arXiv 2505.09388), without."""
 
+import json
 from typing import Any
 
 from moe_jax.checkpoint.families import base
@@ -9,10 +10,10 @@ from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderCo
 
 # sliding_window stands in published files beside use_sliding_window = false, which leaves it without effect.
 _NEUTRAL = {name: accepted for name, accepted in base.NEUTRAL.items() if name != "sliding_window"}
-_NEUTRAL["decoder_sparse_step"] = (None, 1)
 _QWEN2_ONLY = {
     **base.PLAIN_SETTINGS,
     "attention.qk_norm": False,
+    "attention.clip_qkv": 0.0,
     "moe.num_shared_experts": 1,
     "moe.shared_gate": True,
 }
@@ -23,15 +24,20 @@ _QWEN3_ONLY = {
     "attention.qk_norm": True,
     "attention.qk_norm_span": "head",
     "attention.bias": False,
+    "attention.clip_qkv": 0.0,
 }
 
 
 def _trunk(fields: dict[str, Any]) -> DecoderConfig:
-    dense = field(fields, "mlp_only_layers", list, [])
-    if dense != list(range(len(dense))):
-        raise ValueError(f"mlp_only_layers = {dense}: wanted none, or the first layers: 0, 1, ...")
-    sizes = {"num_dense_layers": len(dense), "dense_hidden": field(fields, "intermediate_size", int, 0)}
-    return base.trunk(fields, norm_eps=1e-6, max_context=32768, **sizes)
+    """Dense are the layers that are listed, and those but every so many, the first of which is dense."""
+    listed, step = field(fields, "mlp_only_layers", list, []), field(fields, "decoder_sparse_step", int, 1)
+    if not all(type(layer) is int for layer in listed):
+        raise ValueError(f"mlp_only_layers = {json.dumps(listed)[:100]}: wanted numbers of layers, from 0 on")
+    if step < 1:
+        raise ValueError(f"decoder_sparse_step = {step}: wanted 1 or more")
+    dense = base.dense_layers(fields, lambda layer: layer in listed or (layer + 1) % step != 0)
+    dense_hidden = field(fields, "intermediate_size", int, 0)
+    return base.trunk(fields, norm_eps=1e-6, max_context=32768, **dense, dense_hidden=dense_hidden)
 
 
 def _routed(fields: dict[str, Any], **shared: Any) -> MoEConfig:
@@ -51,7 +57,7 @@ def _shared_json(architecture: Architecture) -> dict[str, Any]:
     return {
         **base.trunk_json(decoder),
         "intermediate_size": decoder.dense_hidden,
-        "mlp_only_layers": list(range(decoder.num_dense_layers)),
+        "mlp_only_layers": list(decoder.dense_layers or range(decoder.num_dense_layers)),
         "decoder_sparse_step": 1,
         **base.grouped_heads_json(attention),
         "use_sliding_window": False,

@@ -74,6 +74,8 @@ def with_own(policy: Policy, architecture: Architecture) -> Architecture | None:
     k_L = fixed_k(policy, architecture)
     if k_L is None:
         return None
+    if k_L.max() <= architecture.moe.num_experts:  # else the architecture refuses it
+        k_L = np.minimum(k_L, architecture.num_experts_L)  # all experts of a layer that has fewer
     of_layers = () if (k_L == k_L[0]).all() else tuple(map(int, k_L))
     moe = dataclasses.replace(architecture.moe, k=int(k_L.max()), k_of_layers=of_layers)
     return dataclasses.replace(architecture, moe=moe)

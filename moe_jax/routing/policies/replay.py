@@ -27,7 +27,8 @@ class Replayed(NamedTuple):
 
     def in_slots(self, slots: Slots, routing: Routing, layer: jax.Array) -> Slots:
         """The slots of one layer with the given experts in them."""
-        given_NK = self.expert_LNK[layer]
+        slots_K = slice(slots.expert_NK.shape[1])  # a layer with few experts has no more
+        given_NK = self.expert_LNK[layer][:, slots_K]
         expert_NK = jnp.where(given_NK >= 0, given_NK, slots.expert_NK)
-        keep_NK = slots.keep_NK if self.keep_LNK is None else self.keep_LNK[layer]
+        keep_NK = slots.keep_NK if self.keep_LNK is None else self.keep_LNK[layer][:, slots_K]
         return Slots(expert_NK, jnp.take_along_axis(routing.mix_NE, expert_NK, axis=1), keep_NK)

@@ -62,6 +62,8 @@ class Reroute(StepWise):
         similarity_EE: jax.Array,
     ) -> Slots:
         """Replaces experts, then merges the slots that name the same."""
+        experts = slice(routing.score_NE.shape[1])  # of a layer that may have fewer than most
+        similarity_EE = similarity_EE[experts, experts]
         primary_BE = anyone(same_BB, holds(slots, k0_B, len(similarity_EE)))
         target_BE = primary_BE & (routing.score_NE > -jnp.inf)
         similarity_BKE = jnp.where(target_BE[:, None, :], similarity_EE[slots.expert_NK], -jnp.inf)

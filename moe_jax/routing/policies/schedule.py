@@ -44,7 +44,7 @@ class TopK(Kind):
 class Schedule(Kind):
     """`schedule:b,h,e,p`: the best b experts in the first MoE layer, h in layer p, e in the last, linear between.
 
-    Layers count from 0, after the dense prefix. What the line gives between its ends is rounded to the nearest whole
+    MoE layers count from 0. What the line gives between its ends is rounded to the nearest whole
     number, halves up (*Faster MoE LLM Inference for Extremely Large Models*, arXiv 2505.03531, whose letters these are;
     it does not say how it rounds).
     """
@@ -69,7 +69,7 @@ class Schedule(Kind):
 
 @dataclasses.dataclass(frozen=True)
 class Layers(Kind):
-    """`layers:k,k,...`: the best k experts, one k for each MoE layer; the first is that after the dense prefix."""
+    """`layers:k,k,...`: the best k experts, one k for each MoE layer in order."""
 
     name, form, sets = "layers", "layers:8,8,4", ModelOwn.sets
     k_L: tuple[int, ...]

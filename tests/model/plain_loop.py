@@ -1,0 +1,65 @@
+"""A Qwen3-MoE whose layers may differ, as a loop over the tensors of its checkpoint: float32, nothing stacked."""
+
+import jax
+import jax.numpy as jnp
+
+
+def norm(x, scale, eps):
+    return x / jnp.sqrt((x * x).mean(-1, keepdims=True) + eps) * scale
+
+
+def rotate(x_THA, theta):
+    """Channel i turns with channel i + half."""
+    length, _, width = x_THA.shape
+    angle = jnp.arange(length)[:, None] * theta ** (-jnp.arange(0, width, 2) / width)
+    cos, sin = (jnp.concatenate([f(angle), f(angle)], -1)[:, None] for f in (jnp.cos, jnp.sin))
+    one, other = jnp.split(x_THA, 2, -1)
+    return x_THA * cos + jnp.concatenate([-other, one], -1) * sin
+
+
+def gated(x, tensors, name):
+    gate, up, down = (tensors[f"{name}.{part}_proj.weight"] for part in ("gate", "up", "down"))
+    return (jax.nn.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
+def attention(x_TD, tensors, name, architecture):
+    config, eps, length = architecture.attention, architecture.decoder.norm_eps, len(x_TD)
+    query, key, value = (
+        (x_TD @ tensors[f"{name}.{part}_proj.weight"].T).reshape(length, -1, config.head_dim) for part in "qkv"
+    )
+    query, key = (
+        rotate(norm(x, tensors[f"{name}.{part}_norm.weight"], eps), config.rope_theta)
+        for x, part in ((query, "q"), (key, "k"))
+    )
+    key, value = (jnp.repeat(x, config.num_heads // config.num_kv_heads, 1) for x in (key, value))
+    scores = jnp.einsum("tha,sha->hts", query, key) * config.head_dim**-0.5
+    seen = jnp.arange(length)[:, None] >= jnp.arange(length)
+    mixed = jnp.einsum("hts,sha->tha", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), -1), value)
+    return mixed.reshape(length, -1) @ tensors[f"{name}.o_proj.weight"].T
+
+
+def sparse(x_TD, tensors, name, k, normalize):
+    """Every expert works on every token; those of the k largest weights count."""
+    weight = jax.nn.softmax(x_TD @ tensors[f"{name}.gate.weight"].T, -1)
+    k_th = jnp.sort(weight, -1)[:, -k][:, None]
+    weight = jnp.where(weight >= k_th, weight, 0)
+    if normalize:
+        weight = weight / weight.sum(-1, keepdims=True)
+    outs = [gated(x_TD, tensors, f"{name}.experts.{expert}") for expert in range(weight.shape[1])]
+    return sum(weight[:, expert : expert + 1] * out for expert, out in enumerate(outs))
+
+
+def logits(tensors, tokens_T, architecture, k_L):
+    """Of one row; `k_L` is of each MoE layer."""
+    decoder, k_of = architecture.decoder, iter(k_L)
+    x_TD = tensors["model.embed_tokens.weight"][tokens_T]
+    for layer in range(decoder.num_layers):
+        name = f"model.layers.{layer}"
+        normed = norm(x_TD, tensors[f"{name}.input_layernorm.weight"], decoder.norm_eps)
+        x_TD = x_TD + attention(normed, tensors, f"{name}.self_attn", architecture)
+        normed = norm(x_TD, tensors[f"{name}.post_attention_layernorm.weight"], decoder.norm_eps)
+        if f"{name}.mlp.gate.weight" in tensors:
+            x_TD = x_TD + sparse(normed, tensors, f"{name}.mlp", next(k_of), architecture.moe.normalize)
+        else:
+            x_TD = x_TD + gated(normed, tensors, f"{name}.mlp")
+    return norm(x_TD, tensors["model.norm.weight"], decoder.norm_eps) @ tensors["lm_head.weight"].T
