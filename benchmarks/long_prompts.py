@@ -87,10 +87,10 @@ def _result(length: int, calls, memory) -> tuple[dict, list[str]]:
         }
         for name, taken in calls.items()
     }
-    wanted = calls[PEER][0][1]
+    expected = calls[PEER][0][1]
     figures, lines = {}, []
     for name, values in of.items():
-        off = float(np.linalg.norm(calls[name][0][1] - wanted) / np.linalg.norm(wanted))
+        off = float(np.linalg.norm(calls[name][0][1] - expected) / np.linalg.norm(expected))
         figures[f"{name} {length} logits"] = {"value": off, "unit": "relative difference"}
         texts = [f"{value:.2f}" for value, _ in values.values()]
         lines.append(f"{f'{length} {name}':40}{texts[0]:>10}{texts[1]:>10}{texts[2]:>12}{off:12.1e}")

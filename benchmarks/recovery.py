@@ -137,7 +137,7 @@ def main(run: command.Command) -> None:
     named = {name: settings for group in GROUPS.values() for name, settings in group.items()}
     chosen = [name for asked in RUNS.value or GROUPS for name in GROUPS.get(asked, [asked])]
     if unknown := [name for name in chosen if name not in named]:
-        raise ValueError(f"--runs = {unknown[0]!r}: wanted some of {', '.join([*GROUPS, *named])}")
+        raise ValueError(f"--runs = {unknown[0]!r}: expected some of {', '.join([*GROUPS, *named])}")
     opened = checkpoint.open(command.in_repository(base.model.path), calibration=None)
     architecture = opened.architecture
     execution = execution_of(architecture)
@@ -163,7 +163,7 @@ def main(run: command.Command) -> None:
         folder = run.out / name
         if (folder / "result.json").exists():
             if (folder / "config.gin").read_text() != gin.to_gin(config):
-                raise ValueError(f"{folder} holds a run of other settings: wanted another --out")
+                raise ValueError(f"{folder} holds a run of other settings: expected another --out")
             continue
         folder.mkdir(exist_ok=True)
         planned = recover.plan(config, architecture)
@@ -236,8 +236,8 @@ def summary(folder: pathlib.Path, names) -> tuple[str, dict]:
 
     runs = tables.read_runs(folder, list(names))
 
-    def finished(*wanted):
-        return [runs[name] for name in wanted if name in runs]
+    def finished(*expected):
+        return [runs[name] for name in expected if name in runs]
 
     parts = [tables.short_runs(runs, GROUPS["table"]), tables.short_runs(runs, [*GROUPS["long_table"], "k4_seed0"])]
     parts += [tables.control_rates(runs, GROUPS["control_rates"])]

@@ -89,7 +89,7 @@ def prepare(run: command.Command):
         trace.require(architecture.moe.num_experts, execution.k_max)
         if fixed_k(policy, architecture) is None:
             raise ValueError(
-                f"policy.spec = {policy.spec!r}: the recorded routing is the full model's; wanted a number of experts "
+                f"policy.spec = {policy.spec!r}: recorded routing is the full model's; expected a number of experts "
                 "for each layer, or launch/sweep.py, which replays what a policy chose"
             )
     routing = "of random routers" if trace is None else f"replayed from {config.benchmark.trace}"
@@ -110,13 +110,13 @@ def cases_of(benchmark, max_context: int) -> tuple[list[tuple[str, int, int]], l
     if benchmark.decode_batches and length > max_context:
         raise ValueError(
             f"benchmark.prompt_length, and {benchmark.rounds} benchmark.rounds of {benchmark.decode_steps} "
-            f"benchmark.decode_steps, take {length} tokens of a row: wanted at most the model's context, {max_context}"
+            f"benchmark.decode_steps, take {length} tokens a row: expected at most the model's context, {max_context}"
         )
     permitted = [("decode", rows, length) for rows in benchmark.decode_batches]
     permitted += [("prefill", 1, length) for length in benchmark.prefill_lengths if length < max_context]
     left_out = [f"prefill_{length}" for length in benchmark.prefill_lengths if length >= max_context]
     if not permitted:
-        raise ValueError(f"benchmark.prefill_lengths: wanted some below the model's context, {max_context}")
+        raise ValueError(f"benchmark.prefill_lengths: expected some below the model's context, {max_context}")
     return permitted, left_out
 
 

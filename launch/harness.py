@@ -36,7 +36,7 @@ def main(run: command.Command) -> None:
     """Checks all that was asked for, then loads the model and runs the tasks under each policy."""
     config = run.config
     if not TASKS.value:
-        raise ValueError("--tasks: wanted at least one name, such as --tasks held_out_next_line")
+        raise ValueError("--tasks: expected at least one name, such as --tasks held_out_next_line")
     require_lm_eval()
     folders = include_folders()
 
@@ -105,12 +105,12 @@ def include_folders() -> list[pathlib.Path]:
     """Where tasks are looked for beside lm-eval's own."""
     for name in INCLUDE.value:
         if not pathlib.Path(name).is_dir():
-            raise ValueError(f"--include = {name!r}: wanted a folder of tasks")
+            raise ValueError(f"--include = {name!r}: expected a folder of tasks")
     return [OURS, *map(pathlib.Path, INCLUDE.value)]
 
 
 def task_manager(folders: list[pathlib.Path]):
-    """Knows every task asked for; lm-eval's own, which take seconds to list, only where one of them is wanted."""
+    """Knows every task asked for; lm-eval's own, which take seconds to list, only where one of them is expected."""
     from lm_eval.tasks import TaskManager
 
     names = [name.strip() for name in TASKS.value]

@@ -131,15 +131,15 @@ def read_piped() -> bytes:
 def as_text(data: bytes, name: str) -> str:
     """Decodes UTF-8; ValueError, naming the source, for anything else."""
     if len(data) > MOST_BYTES:
-        raise ValueError(f"{name} has more than {MOST_BYTES} bytes: wanted a prompt")
+        raise ValueError(f"{name} has more than {MOST_BYTES} bytes: expected a prompt")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{name}: byte {error.start} is not UTF-8; wanted text") from error
+        raise ValueError(f"{name}: byte {error.start} is not UTF-8; expected text") from error
     if "\0" in text:
-        raise ValueError(f"{name}: byte {data.index(0)} is 0; wanted text")
+        raise ValueError(f"{name}: byte {data.index(0)} is 0; expected text")
     if not text:
-        raise ValueError(f"{name} is empty: wanted text")
+        raise ValueError(f"{name} is empty: expected text")
     return text
 
 

@@ -45,13 +45,13 @@ def main(run: command.Command) -> None:
     execution = dataclasses.replace(execution, k_max=max(execution.k_max, original.architecture.moe.k))
     compared = study.parsed(sweep, opened.calibration, execution)
     if sweep.context > architecture.decoder.max_context:
-        raise ValueError(f"sweep.context = {sweep.context}: wanted at most {architecture.decoder.max_context}")
+        raise ValueError(f"sweep.context = {sweep.context}: expected at most {architecture.decoder.max_context}")
     timed, timed_opened = timed_model(config, opened)
     with run.timed("text"):
         documents = load_held_out(held_out)[: config.evaluation.documents or None]
         tokenizer = opened.require_tokenizer()
         if original.require_tokenizer().to_str() != tokenizer.to_str():
-            raise ValueError(f"sweep.original = {sweep.original!r}: wanted a model with the tokenizer of model.path")
+            raise ValueError(f"sweep.original = {sweep.original!r}: expected a model with the tokenizer of model.path")
         tokens = encode_documents(tokenizer, documents)
         windows = concurrent.cut(tokens, tokenizer, sweep.context, sweep.windows, config.run.seed)
     model = run.load(opened)
@@ -102,7 +102,7 @@ def timed_model(config, opened):
     require_alike(own, opened.architecture, "sweep.timed_config")
     if own.decoder.max_context < config.sweep.cached_tokens + 2:
         raise ValueError(
-            f"sweep.cached_tokens = {config.sweep.cached_tokens}: wanted at most {own.decoder.max_context - 2}, two "
+            f"sweep.cached_tokens = {config.sweep.cached_tokens}: expected at most {own.decoder.max_context - 2}, two "
             "less than the context of the model that is timed"
         )
     return timed, other

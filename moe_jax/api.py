@@ -64,13 +64,13 @@ class Model:
         tokens_BT = np.asarray(tokens_BT)
         trunk = self.architecture.decoder
         if tokens_BT.ndim != 2 or not tokens_BT.size or not np.issubdtype(tokens_BT.dtype, np.integer):
-            raise ValueError(f"tokens_BT is {tokens_BT.dtype}{list(tokens_BT.shape)}: wanted whole numbers [B, T]")
+            raise ValueError(f"tokens_BT is {tokens_BT.dtype}{list(tokens_BT.shape)}: expected whole numbers [B, T]")
         batch, length = tokens_BT.shape
         if length > trunk.max_context:
-            raise ValueError(f"tokens_BT has {length} positions: wanted at most the model's {trunk.max_context}")
+            raise ValueError(f"tokens_BT has {length} positions: expected at most the model's {trunk.max_context}")
         if tokens_BT.min() < 0 or tokens_BT.max() >= trunk.vocab_size:
             wrong = tokens_BT.min() if tokens_BT.min() < 0 else tokens_BT.max()
-            raise ValueError(f"tokens_BT has the token {wrong}: wanted 0 to {trunk.vocab_size - 1}")
+            raise ValueError(f"tokens_BT has the token {wrong}: expected 0 to {trunk.vocab_size - 1}")
         execution = execution_of(self.architecture, k_max)
         policy_B = policy_of_each(policy, batch, self.calibration)
         rows = caches.round_up(batch)
@@ -123,7 +123,7 @@ class Model:
             NotFiniteError: a token's log-probability is NaN or infinite; a ValueError too.
         """
         if self.tokenizer is None:
-            raise ValueError("the model's folder has no tokenizer.json: wanted one, to generate text")
+            raise ValueError("the model's folder has no tokenizer.json: expected one, to generate text")
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         sampling = SamplingConfig(max_new_tokens, temperature, top_k, top_p, stop)
         execution = execution_of(self.architecture, k_max)

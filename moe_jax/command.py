@@ -177,7 +177,7 @@ def run(
 def in_repository(path: str, setting: str = "model.path") -> pathlib.Path:
     """A path as given or, where there is nothing, relative to the repository; `setting` is what gave it."""
     if not path:
-        raise ValueError(f"{setting} = '': wanted a folder")
+        raise ValueError(f"{setting} = '': expected a folder")
     return pathlib.Path(path) if os.path.exists(path) or not (_ROOT / path).exists() else _ROOT / path
 
 
@@ -186,10 +186,12 @@ def refuse_other_shape(config: schema.Config, architecture: Architecture) -> Non
     for section in ("decoder", "attention", "moe"):
         given, own = getattr(config, section), getattr(architecture, section)
         for field in dataclasses.fields(given):
-            value, wanted = getattr(given, field.name), getattr(own, field.name)
-            if value not in (field.default, wanted):
+            value, expected = getattr(given, field.name), getattr(own, field.name)
+            if value not in (field.default, expected):
                 hint = "; for fewer active experts: policy.spec=topk:4" if field.name == "k" else ""
-                raise ValueError(f"{section}.{field.name} = {value!r}: the model's own is {wanted!r}, and stays{hint}")
+                raise ValueError(
+                    f"{section}.{field.name} = {value!r}: the model's own is {expected!r}, and stays{hint}"
+                )
 
 
 def _use_huge_pages() -> None:
@@ -213,7 +215,7 @@ def _parse_flags(arguments: Sequence[str]) -> list[str]:
         sys.exit(0)
     if len(rest) > 1:
         hint = "--set " if "=" in rest[1] else "a flag, as in --config "
-        sys.exit(_refuse(ValueError(f"{rest[1]!r}: unexpected argument; wanted {hint}{rest[1]}")))
+        sys.exit(_refuse(ValueError(f"{rest[1]!r}: unexpected argument; expected {hint}{rest[1]}")))
     return rest
 
 
@@ -300,12 +302,12 @@ def _open_folder(name: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
     while not os.path.lexists(folder) and folder != folder.parent:
         made.append(folder)
         folder = folder.parent
-    wanted = "wanted a folder that exists or can be made, and can be written to"
+    expected = "expected a folder that exists or can be made, and can be written to"
     try:
         if not name:
-            raise ValueError(f"{name!r}: {wanted}")
+            raise ValueError(f"{name!r}: {expected}")
         if not folder.is_dir():
-            raise ValueError(f"{name!r}: {folder} is not a folder; {wanted}")
+            raise ValueError(f"{name!r}: {folder} is not a folder; {expected}")
         path.mkdir(parents=True, exist_ok=True)
         probe = path / f".{uuid.uuid4().hex}.partial"
         try:
@@ -314,7 +316,7 @@ def _open_folder(name: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
             probe.unlink(missing_ok=True)
     except OSError as error:
         _remove_empty(made)
-        raise ValueError(f"{name!r}: {error.strerror}; {wanted}") from error
+        raise ValueError(f"{name!r}: {error.strerror}; {expected}") from error
     return path, made
 
 
@@ -352,7 +354,7 @@ def _require_device() -> None:
         asked = os.environ.get("JAX_PLATFORMS", "")
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"JAX_PLATFORMS = {asked!r}: JAX finds no such device here; wanted cpu, or the extra of requirements that "
+            f"JAX_PLATFORMS = {asked!r}: JAX finds no such device; expected cpu, or the extra of requirements that "
             f"brings it, as in pip install -e .[cuda13]{f' ({reason})' if reason else ''}"
         ) from error
 

@@ -65,7 +65,7 @@ def convert(
     """
     source, destination = pathlib.Path(source), pathlib.Path(destination)
     if layout not in LAYOUTS:
-        raise ValueError(f"layout = {layout!r}: wanted one of {', '.join(LAYOUTS)}")
+        raise ValueError(f"layout = {layout!r}: expected one of {', '.join(LAYOUTS)}")
     huggingface.require_free(destination)
     if (source / _RUN).is_file():
         with_k(gin.read_config(source / _RUN).architecture, policy)
@@ -111,14 +111,14 @@ def _read_orbax(opened: Checkpoint) -> Held:
             for one in parameters.of(architecture)
         }
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is missing or damaged: wanted the dtype of each parameter ({error!r})") from error
+        raise ValueError(f"{path} is missing or damaged: expected the dtype of each parameter ({error!r})") from error
     params, _ = _restore(opened.folder / _PARAMS, like)
     return Held(opened, huggingface.nested(params))
 
 
 def _restore(folder: pathlib.Path, like: Any) -> tuple[Any, Any]:
     if not folder.is_dir():
-        raise ValueError(f"{folder} is missing: wanted a folder of checkpoints")
+        raise ValueError(f"{folder} is missing: expected a folder of checkpoints")
     checkpoints = Checkpoints(folder, kept=None)
     try:
         if checkpoints.latest_step is None:

@@ -33,9 +33,9 @@ def model(folder):
     return moe_jax.load(folder)
 
 
-def assert_close(got, wanted):
-    assert got.shape == wanted.shape
-    assert np.abs(got - wanted).max() <= 1e-5 * np.abs(wanted).max()
+def assert_close(got, expected):
+    assert got.shape == expected.shape
+    assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def test_the_public_names_are_there_and_importing_them_is_cheap():
@@ -68,8 +68,8 @@ def test_logits_and_completions_agree(model):
     whole_BT = np.concatenate([TOKENS_BT[:1, :9], [completion.ids]], axis=1)
     logits_TV = model.logits(whole_BT, policy="topk:3")[0, 8:13]
     assert completion.ids == tuple(logits_TV.argmax(axis=1))
-    wanted = np.asarray(jax.nn.log_softmax(logits_TV))[np.arange(5), list(completion.ids)]
-    np.testing.assert_allclose(completion.log_probabilities, wanted, rtol=1e-4, atol=1e-5)
+    expected = np.asarray(jax.nn.log_softmax(logits_TV))[np.arange(5), list(completion.ids)]
+    np.testing.assert_allclose(completion.log_probabilities, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_generate_hands_all_it_is_given_to_the_engine(model):
@@ -92,14 +92,14 @@ def test_generate_hands_all_it_is_given_to_the_engine(model):
 @pytest.mark.parametrize(
     ("tokens_BT", "settings", "expected"),
     [
-        ([1, 2], {}, r"int64\[2\]: wanted whole numbers \[B, T\]"),
-        ([[]], {}, "wanted whole numbers"),
+        ([1, 2], {}, r"int64\[2\]: expected whole numbers \[B, T\]"),
+        ([[]], {}, "expected whole numbers"),
         ([[1.0]], {}, "float64"),
-        ([[512]], {}, "token 512: wanted 0 to 511"),
-        ([[3, -1]], {}, "token -1: wanted 0 to 511"),
-        ([[1] * 33], {}, "33 positions: wanted at most the model's 32"),
+        ([[512]], {}, "token 512: expected 0 to 511"),
+        ([[3, -1]], {}, "token -1: expected 0 to 511"),
+        ([[1] * 33], {}, "33 positions: expected at most the model's 32"),
         ([[1], [2]], {"policy": ["topk:1"]}, "1 policies for 2 rows"),
-        ([[1]], {"policy": "topk:9"}, "wanted 1 to 8 experts"),
+        ([[1]], {"policy": "topk:9"}, "expected 1 to 8 experts"),
         ([[1]], {"k_max": 17}, "to 16 experts"),
     ],
     ids=str,
@@ -153,7 +153,7 @@ def test_a_model_without_a_tokenizer_gives_logits_alone(model, folder, tmp_path)
     (bare / "tokenizer.json").unlink()
     loaded = moe_jax.load(bare)
     assert_close(loaded.logits(TOKENS_BT), model.logits(TOKENS_BT))
-    with pytest.raises(ValueError, match=r"no tokenizer\.json: wanted one"):
+    with pytest.raises(ValueError, match=r"no tokenizer\.json: expected one"):
         loaded.generate(["The"], max_new_tokens=1)
     with pytest.raises(ValueError, match="does not exist"):
         moe_jax.load(tmp_path / "nowhere")

@@ -110,8 +110,8 @@ def test_a_platform_that_is_not_here_is_refused(start, monkeypatch, platform):
         (["--cofig=a.gin"], ["cofig", "config"]),
         (["--config"], ["config"]),
         (["--json=perhaps"], ["json", "perhaps"]),
-        (["a.gin"], ["'a.gin'", "wanted a flag, as in --config a.gin"]),
-        (["moe.k=3"], ["wanted --set moe.k=3"]),
+        (["a.gin"], ["'a.gin'", "expected a flag, as in --config a.gin"]),
+        (["moe.k=3"], ["expected --set moe.k=3"]),
         (["--config=missing.gin"], ["missing.gin: no such config file"]),
         (["--set", "moe.kk=3"], ["--set moe.kk=3", "nearest: moe.k;"]),
         (["--set", "moe.k=a\nb"], ["moe.k=a b"]),
@@ -141,7 +141,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatc
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(pathlib.Path, "write_bytes", read_only)
-    with pytest.raises(ValueError, match="Read-only file system; wanted a folder"):
+    with pytest.raises(ValueError, match="Read-only file system; expected a folder"):
         command._open_folder(str(tmp_path / "a" / "b"))
     assert list(tmp_path.iterdir()) == []
 
@@ -243,5 +243,5 @@ def test_a_folder_of_the_repository_is_found_from_anywhere(tmp_path, monkeypatch
     (tmp_path / "configs").mkdir()
     assert command.in_repository("configs") == pathlib.Path("configs")
     assert command.in_repository("nowhere") == pathlib.Path("nowhere")
-    with pytest.raises(ValueError, match=r"text\.held_out = '': wanted a folder"):
+    with pytest.raises(ValueError, match=r"text\.held_out = '': expected a folder"):
         command.in_repository("", "text.held_out")

@@ -41,8 +41,8 @@ def test_dtype_and_k_by_either_way(folder, tmp_path, layout):
     opened = checkpoint.open(tmp_path / "back")
     architecture, params = opened.architecture, opened.read()
     assert architecture == tiny_model.changed(moe={"k": 3})
-    wanted = checkpoint.open(folder).read("float32")
-    jax.tree.map(np.testing.assert_array_equal, params, wanted)
+    expected = checkpoint.open(folder).read("float32")
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
     assert {array.dtype.name for array in jax.tree.leaves(params)} == {"float32"}
 
 
@@ -73,10 +73,10 @@ def run_folder(tmp_path):
 
 
 def test_the_last_checkpoint_of_a_run(run_folder, tmp_path):
-    folder, wanted = run_folder
+    folder, expected = run_folder
     conversion.convert(folder, tmp_path / "out", policy="topk:2")
     model = moe_jax.load(tmp_path / "out")
-    jax.tree.map(np.testing.assert_array_equal, model.params, wanted)
+    jax.tree.map(np.testing.assert_array_equal, model.params, expected)
     assert model.architecture == tiny_model.changed(moe={"k": 2})
     assert model.tokenizer.encode("The fox").ids == tiny_model.tokenizer().encode("The fox").ids
     conversion.convert(folder, tmp_path / "orbax", layout="orbax", dtype="bfloat16")
@@ -94,7 +94,7 @@ def test_the_last_checkpoint_of_a_run(run_folder, tmp_path):
     ("options", "words"),
     [
         ({"policy": "mass:0.5"}, r"policy\.spec = 'mass:0\.5': a checkpoint has one k for all tokens"),
-        ({"policy": "topk:17"}, r"moe\.k = 17: wanted at most moe\.num_experts = 16"),
+        ({"policy": "topk:17"}, r"moe\.k = 17: expected at most moe\.num_experts = 16"),
         ({"policy": "tpok:2"}, "did you mean"),
         ({"layout": "gguf"}, "layout = 'gguf'"),
         ({"dtype": "int8"}, "dtype = 'int8'"),

@@ -111,6 +111,6 @@ SUBJECTS += sorted(path for folder in ("launch", "benchmarks") for path in (ROOT
 @pytest.mark.parametrize("path", SUBJECTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_the_first_docstring_line_states_the_subject(path):
     docstring = ast.get_docstring(ast.parse(path.read_text()))
-    assert docstring, "wanted a docstring"
+    assert docstring, "expected a docstring"
     first, *rest = docstring.split("\n")
-    assert first.endswith((".", ":")) and (not rest or rest[0] == ""), "wanted a sentence on a line of its own"
+    assert first.endswith((".", ":")) and (not rest or rest[0] == ""), "expected a sentence on a line of its own"

@@ -33,12 +33,12 @@ class System:
         return self._library.llama_init_from_model(self._model, options)
 
     def _call(self, context, token_N, position_N, row_N, wanted_N) -> tuple[float, list[np.ndarray]]:
-        """Reads tokens; returns the seconds, and logits behind those that are wanted."""
+        """Reads tokens; returns the seconds, and logits behind those that are expected."""
         library = self._library
         batch = library.llama_batch_init(len(token_N), 0, 1)
         batch.n_tokens = len(token_N)
-        for i, (token, position, row, wanted) in enumerate(zip(token_N, position_N, row_N, wanted_N)):
-            batch.token[i], batch.pos[i], batch.logits[i] = int(token), int(position), bool(wanted)
+        for i, (token, position, row, expected) in enumerate(zip(token_N, position_N, row_N, wanted_N)):
+            batch.token[i], batch.pos[i], batch.logits[i] = int(token), int(position), bool(expected)
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, int(row)
         began = time.perf_counter()
         status = library.llama_decode(context, batch)

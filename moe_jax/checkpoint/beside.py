@@ -30,7 +30,7 @@ def token_ids_of(config: Mapping[str, Any], generation_config: Mapping[str, Any]
     token_ids = {name: fields[name] for name in TOKEN_IDS if fields.get(name) is not None}
     for name, ids in token_ids.items():
         if not all(type(one) is int for one in (ids if isinstance(ids, list) else [ids])):
-            raise ValueError(f"{name} = {json.dumps(ids)[:100]}: wanted an integer, or a list of them")
+            raise ValueError(f"{name} = {json.dumps(ids)[:100]}: expected an integer, or a list of them")
     return token_ids
 
 

@@ -48,7 +48,7 @@ class Source(NamedTuple):
         destination: contiguous, in the order of the tensor, of any dtype of `EXPONENTS`.
         scale: where the scales of its blocks lie, if it is quantised.
         blocks: what shares a scale.
-        seen_as: the shape in which the tensor is cut, where only a part of it is wanted.
+        seen_as: the shape in which the tensor is cut, where only a part of it is expected.
         part: that part, which has the shape of the destination.
     """
 
@@ -145,9 +145,9 @@ def _copying() -> ctypes.CDLL | None:
 
 def _fill(source: Source, files: Mapping[pathlib.Path, np.ndarray], copying: ctypes.CDLL | None) -> None:
     values, flat = _values(source.stored, files), source.destination.reshape(-1)
-    wanted = math.prod(source.seen_as) if source.part else flat.size
-    if values.size != wanted:
-        raise ValueError(f"tensor {source.name} has {values.size} numbers: wanted {wanted}")
+    expected = math.prod(source.seen_as) if source.part else flat.size
+    if values.size != expected:
+        raise ValueError(f"tensor {source.name} has {values.size} numbers: expected {expected}")
     if source.scale is not None:
         _fill_scaled(source, values, files)
         return

@@ -61,7 +61,7 @@ def find(path: str | os.PathLike) -> Found:
     if missing:
         raise ValueError(
             f"model.path = {os.fspath(path)!r} is no folder, and as a model of a hub it is not whole in the cache (it "
-            f"lacks {missing}) and cannot be fetched: {_in_words(reason)}; wanted {LAYOUT}, or a name that can be "
+            f"lacks {missing}) and cannot be fetched: {_in_words(reason)}; expected {LAYOUT}, or a name that can be "
             "fetched"
         ) from reason
     logging.warning("%s is taken from the cache: %s", os.fspath(path), _in_words(reason))
@@ -81,7 +81,7 @@ def _fetched(repository: str, revision: str) -> Found:
         disable_progress_bars()
     names = [one.rfilename for one in huggingface_hub.HfApi().model_info(repository, revision=revision).siblings or ()]
     if "config.json" not in names:
-        raise _Refused(f"{repository} at {revision} has no config.json: wanted {LAYOUT}")
+        raise _Refused(f"{repository} at {revision} has no config.json: expected {LAYOUT}")
     small = [name for name in names if name in _SMALL or _TEMPLATES.fullmatch(name)]
     weights = _weights(repository, revision, names)
     folder = pathlib.Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=small))
@@ -108,9 +108,9 @@ def _weights(repository: str, revision: str, names: Sequence[str]) -> list[str]:
     if pickled := [name for name in names if name.endswith(_PICKLED)]:
         raise _Refused(
             f"{repository} at {revision} has pickled weights alone ({pickled[0]}), which may run any code and are not "
-            "read: wanted safetensors"
+            "read: expected safetensors"
         )
-    raise _Refused(f"{repository} at {revision} has neither {WEIGHTS} nor {INDEX}: wanted {LAYOUT}")
+    raise _Refused(f"{repository} at {revision} has neither {WEIGHTS} nor {INDEX}: expected {LAYOUT}")
 
 
 def _shards(index: pathlib.Path) -> list[str]:
@@ -130,8 +130,8 @@ def _missing(folder: pathlib.Path) -> str:
     """The first file of weights that a folder in the cache lacks; "": none."""
     if (folder / WEIGHTS).exists():
         return ""
-    wanted = _shards(folder / INDEX) if (folder / INDEX).exists() else [WEIGHTS]
-    return next((name for name in wanted if not (folder / name).exists()), "")
+    expected = _shards(folder / INDEX) if (folder / INDEX).exists() else [WEIGHTS]
+    return next((name for name in expected if not (folder / name).exists()), "")
 
 
 def _in_words(error: Exception) -> str:

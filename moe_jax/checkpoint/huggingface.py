@@ -73,11 +73,11 @@ def stacks_of(
     given -= redundant.agreeing(folder, sorted(given - wanted_names), stored, architecture)
     require_same_names(folder, wanted_names, given, stored)
     for rule in rules:
-        wanted = rule.stored_shape(architecture)
+        expected = rule.stored_shape(architecture)
         for name, _ in rule.placements(architecture):
             stored[name].require_float(name)
-            if stored[name].shape != wanted:
-                raise ValueError(layouts.shape_complaint(name, stored[name], wanted))
+            if stored[name].shape != expected:
+                raise ValueError(layouts.shape_complaint(name, stored[name], expected))
     most = most_common(stored)
     return [
         Stack(
@@ -159,7 +159,7 @@ def write_checkpoint(
     require_dtype(dtype)
     require_free(folder, replace)
     if unknown := sorted(set(token_ids or {}) - set(TOKEN_IDS)):
-        raise ValueError(f"token_ids has {unknown[0]}: wanted some of {', '.join(TOKEN_IDS)}")
+        raise ValueError(f"token_ids has {unknown[0]}: expected some of {', '.join(TOKEN_IDS)}")
     family = family_of({"model_type": model_type})
     fields = config_fields(family, architecture)  # what the family cannot say is told before anything else
     rules = family.rules(architecture)
@@ -167,9 +167,9 @@ def write_checkpoint(
     require_same_names(folder, {rule.parameter for rule in rules}, set(arrays))
     shapes, dtypes = {}, {}
     for rule in rules:
-        given, wanted = arrays[rule.parameter].shape, rule.shape(architecture)
-        if given != wanted:
-            raise ValueError(f"parameter {rule.parameter} has shape {given}: the architecture asks for {wanted}")
+        given, expected = arrays[rule.parameter].shape, rule.shape(architecture)
+        if given != expected:
+            raise ValueError(f"parameter {rule.parameter} has shape {given}: the architecture asks for {expected}")
         dtypes[rule] = _written_dtype(rule, dtype, arrays[rule.parameter].dtype)
         for placement in rule.placements(architecture):
             shapes[placement.tensor] = (dtypes[rule], rule.stored_shape(architecture))
@@ -241,9 +241,9 @@ def _wanted_names(rules: tuple[Rule, ...], architecture: Architecture) -> set[st
 
 def _require_enough(folder: pathlib.Path, rules: tuple[Rule, ...], architecture: Architecture, given: int) -> None:
     """Refuses an architecture of many more tensors than there are, before their names are spelled out."""
-    wanted = sum(rule.num_tensors(architecture) for rule in rules)
-    if wanted > 10 * given + 1000:
-        raise ValueError(f"{folder} holds {given} tensors: config.json asks for {wanted}")
+    expected = sum(rule.num_tensors(architecture) for rule in rules)
+    if expected > 10 * given + 1000:
+        raise ValueError(f"{folder} holds {given} tensors: config.json asks for {expected}")
 
 
 def _without_skipped(folder: pathlib.Path, stored: Mapping, family: Family, fields: dict[str, Any]) -> set[str]:
@@ -258,7 +258,7 @@ def _without_skipped(folder: pathlib.Path, stored: Mapping, family: Family, fiel
 
 
 def require_same_names(
-    folder: pathlib.Path, wanted: set[str], given: set[str], stored: Mapping[str, StoredTensor] | None = None
+    folder: pathlib.Path, expected: set[str], given: set[str], stored: Mapping[str, StoredTensor] | None = None
 ) -> None:
     """ValueError where tensors or parameters are missing or unknown; `stored` tells what those are that are there."""
 
@@ -267,11 +267,11 @@ def require_same_names(
         return name if tensor is None or tensor.dtype in safetensors_file.FLOATS else f"{name} ({tensor.code})"
 
     complaints = []
-    for what, names in (("missing", sorted(wanted - given)), ("unknown", sorted(given - wanted))):
+    for what, names in (("missing", sorted(expected - given)), ("unknown", sorted(given - expected))):
         if names:
             some = ", ".join(map(shown, names[:3]))
             complaints.append(f"{len(names)} {what}: {some}{', ...' if len(names) > 3 else ''}")
-    if wanted - given == {"lm_head.weight"} and not given - wanted:
+    if expected - given == {"lm_head.weight"} and not given - expected:
         complaints.append("this is a model without its output head")
     if complaints:
         raise ValueError(f"{folder} does not hold the parameters of its architecture: {'; '.join(complaints)}")
@@ -280,7 +280,7 @@ def require_same_names(
 def require_dtype(dtype: str) -> None:
     """ValueError where there is no such setting."""
     if dtype not in DTYPES:
-        raise ValueError(f"dtype = {dtype!r}: wanted one of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype = {dtype!r}: expected one of {', '.join(DTYPES)}")
 
 
 def _in_memory(dtype: np.dtype) -> np.dtype:
@@ -308,10 +308,10 @@ def _dtype_of(
 
 
 def _written_dtype(rule: Rule, dtype: str, given: np.dtype) -> np.dtype:
-    wanted = np.dtype(np.float32) if rule.float32 else given if dtype == "auto" else np.dtype(dtype)
-    if wanted not in filling.EXPONENTS:
-        raise ValueError(f"parameter {rule.parameter} is {given.name}: wanted one of {', '.join(DTYPES[1:])}")
-    return wanted
+    expected = np.dtype(np.float32) if rule.float32 else given if dtype == "auto" else np.dtype(dtype)
+    if expected not in filling.EXPONENTS:
+        raise ValueError(f"parameter {rule.parameter} is {given.name}: expected one of {', '.join(DTYPES[1:])}")
+    return expected
 
 
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -68,11 +68,11 @@ def rules_of(
     return tuple(chosen)
 
 
-def shape_complaint(name: str, stored: StoredTensor, wanted: tuple[int, ...]) -> str:
-    """Says how a tensor's shape differs from what is wanted."""
-    turned = len(wanted) == 3 and stored.shape == (wanted[0], wanted[2], wanted[1])
+def shape_complaint(name: str, stored: StoredTensor, expected: tuple[int, ...]) -> str:
+    """Says how a tensor's shape differs from what is expected."""
+    turned = len(expected) == 3 and stored.shape == (expected[0], expected[2], expected[1])
     hint = ": its matrices are stored inputs first, which is not read" if turned else ""
-    return f"{stored.path}: {name} has shape {stored.shape}: config.json asks for {wanted}{hint}"
+    return f"{stored.path}: {name} has shape {stored.shape}: config.json asks for {expected}{hint}"
 
 
 def _stacked(rule: Rule) -> Rule | None:

@@ -185,7 +185,7 @@ def open(path: str | os.PathLike, *, calibration: str | os.PathLike | None = "")
 
     Args:
         path: a folder in Hugging Face layout or a stacked one, or the name of a model of a hub, see `hub.find`: its
-            weights are fetched when they are first wanted.
+            weights are fetched when they are first expected.
         calibration: a file that `launch/calibrate.py` wrote for this model; "": calibration.npz in the folder, where
             there is one; None: none.
 

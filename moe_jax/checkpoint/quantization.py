@@ -41,18 +41,18 @@ def blocks_of(fields: Mapping[str, Any]) -> Blocks | None:
     given = fields.get("quantization_config")
     if given is None or given == {}:
         return None
-    wanted = 'wanted {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}, or none'
+    expected = 'expected {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}, or none'
     method = given.get("quant_method") if isinstance(given, dict) else given
     if method != "fp8":
-        raise ValueError(f"quantization_config.quant_method = {_text(method)}: {wanted}")
+        raise ValueError(f"quantization_config.quant_method = {_text(method)}: {expected}")
     if given.get("fmt", "e4m3") != "e4m3":
-        raise ValueError(f"quantization_config.fmt = {_text(given['fmt'])}: {wanted}")
+        raise ValueError(f"quantization_config.fmt = {_text(given['fmt'])}: {expected}")
     size = given.get("weight_block_size")
     if not isinstance(size, list) or len(size) != 2 or not all(type(one) is int and one > 0 for one in size):
-        raise ValueError(f"quantization_config.weight_block_size = {_text(size)}: {wanted}")
+        raise ValueError(f"quantization_config.weight_block_size = {_text(size)}: {expected}")
     given = {name: x for name, x in given.items() if x is not None and (name not in _NEUTRAL or x != _NEUTRAL[name])}
     if others := sorted(set(given) - {"quant_method", "fmt", "weight_block_size", *_SILENT}):
-        raise ValueError(f"quantization_config.{others[0]} = {_text(given[others[0]])}: not implemented; {wanted}")
+        raise ValueError(f"quantization_config.{others[0]} = {_text(given[others[0]])}: not implemented; {expected}")
     return Blocks(*size)
 
 
@@ -69,13 +69,13 @@ def take_scales(stored: dict[str, StoredTensor], blocks: Blocks | None) -> dict[
         if blocks is None:
             raise ValueError(f"{one.path}: {name} is stored as F8_E4M3: config.json has no quantization_config for it")
         if len(one.shape) != 2:
-            raise ValueError(f"{one.path}: {name} is F8_E4M3 and has shape {one.shape}: wanted a matrix")
+            raise ValueError(f"{one.path}: {name} is F8_E4M3 and has shape {one.shape}: expected a matrix")
         if name + SCALE_SUFFIX not in stored:
             raise ValueError(f"{one.path}: {name} is F8_E4M3, and its scales {name + SCALE_SUFFIX} are missing")
         scale = stored[name + SCALE_SUFFIX]
         if scale.dtype not in FLOATS - {FLOAT8} or scale.shape != blocks.scale_shape(one.shape):
             raise ValueError(
-                f"{scale.path}: {name + SCALE_SUFFIX} has shape {scale.shape} and dtype {scale.dtype.name}: wanted "
+                f"{scale.path}: {name + SCALE_SUFFIX} has shape {scale.shape} and dtype {scale.dtype.name}: expected "
                 f"{blocks.scale_shape(one.shape)}, a float32 for each block of {name}"
             )
         scales[name] = scale

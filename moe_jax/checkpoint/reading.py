@@ -1,4 +1,4 @@
-"""From the tensors of files to parameters in memory or on devices: which lie where, and which part of them is wanted.
+"""From the tensors of files to parameters in memory or on devices: which lie where, and which part of them is expected.
 
 Everything goes through `read`: a whole model is its one part, and a shard on a device is another part, of which only
 the bytes that belong to it are read.
@@ -32,14 +32,14 @@ class Piece(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """Where one parameter is to be found, and how it is wanted.
+    """Where one parameter is to be found, and how it is expected.
 
     Attributes:
         path: its place in the tree of parameters.
         shape: of the whole of it.
         dtype: in memory.
         pieces: all of its tensors.
-        mapped: whether it has one piece, which lies in its file as it is wanted in memory: it is not copied.
+        mapped: whether it has one piece, which lies in its file as it is expected in memory: it is not copied.
         halved_itemsize: bytes of each number in a dtype of 16 bits, which not every parameter may have.
     """
 
@@ -64,7 +64,7 @@ def read(
     Args:
         folder: of the model, for messages.
         stacks: the parameters.
-        parts: of each, those that are wanted, as slices with a start and an end.
+        parts: of each, those that are expected, as slices with a start and an end.
         blocks: what shares a scale where tensors are quantised.
 
     Returns:
@@ -76,13 +76,13 @@ def read(
     _require_memory(folder, stacks, parts)
     sources: list[filling.Source] = []
     found: list[list[np.ndarray]] = []
-    for stack, wanted in zip(stacks, parts, strict=True):
+    for stack, expected in zip(stacks, parts, strict=True):
         if stack.mapped:
             values = filling.map_values(stack.pieces[0].stored)
-            found.append([values[part] for part in wanted])
+            found.append([values[part] for part in expected])
             continue
-        arrays = [filling.allocate(_shape(part), stack.dtype) for part in wanted]
-        for part, array in zip(wanted, arrays):
+        arrays = [filling.allocate(_shape(part), stack.dtype) for part in expected]
+        for part, array in zip(expected, arrays):
             sources += _sources(stack, part, array, blocks)
         found.append(arrays)
     filling.fill(sources)
@@ -112,10 +112,10 @@ def load(
     shardings = [sharding_of(parameters.find([stack.path])) for stack in stacks]
     places = [_places(*pair) for pair in zip(stacks, shardings)]
     parts = [list(dict.fromkeys(part for part, _ in place)) for place in places]
-    arrays = read(folder, stacks, [[_index(part) for part in wanted] for wanted in parts], blocks)
+    arrays = read(folder, stacks, [[_index(part) for part in expected] for expected in parts], blocks)
     loaded = {}
-    for stack, sharding, place, wanted in zip(stacks, shardings, places, parts):
-        of_part = dict(zip(wanted, arrays.pop(0)))
+    for stack, sharding, place, expected in zip(stacks, shardings, places, parts):
+        of_part = dict(zip(expected, arrays.pop(0)))
         on_devices = [
             jax.device_put(of_part[part], device, may_alias=True).block_until_ready() for part, device in place
         ]
@@ -155,15 +155,15 @@ def _sources(stack: Stack, part: Index, array: np.ndarray, blocks: Blocks | None
         place: list[int | slice] = []
         taken: list[slice] = []
         seen_as: list[int] = []
-        for at, wanted, size in zip(piece.index, part, stack.shape, strict=True):
+        for at, expected, size in zip(piece.index, part, stack.shape, strict=True):
             first, end = (at, at + 1) if isinstance(at, int) else at.indices(size)[:2]
-            low, high = max(first, wanted.start), min(end, wanted.stop)
+            low, high = max(first, expected.start), min(end, expected.stop)
             if low >= high:
                 break
             if isinstance(at, int):
-                place.append(at - wanted.start)
+                place.append(at - expected.start)
             else:
-                place.append(slice(low - wanted.start, high - wanted.start))
+                place.append(slice(low - expected.start, high - expected.start))
                 taken.append(slice(low - first, high - first))
                 seen_as.append(end - first)
         else:
@@ -175,8 +175,8 @@ def _sources(stack: Stack, part: Index, array: np.ndarray, blocks: Blocks | None
 def _require_memory(folder: pathlib.Path, stacks: Sequence[Stack], parts: Sequence[Sequence[Index]]) -> None:
     """Refuses what does not fit; what is mapped takes none that the system could not take back."""
     needed_bytes = halved_bytes = 0
-    for stack, wanted in zip(stacks, parts):
-        numbers = 0 if stack.mapped else sum(math.prod(_shape(part)) for part in wanted)
+    for stack, expected in zip(stacks, parts):
+        numbers = 0 if stack.mapped else sum(math.prod(_shape(part)) for part in expected)
         needed_bytes += numbers * stack.dtype.itemsize
         halved_bytes += numbers * stack.halved_itemsize
     available_bytes = psutil.virtual_memory().available
@@ -185,4 +185,4 @@ def _require_memory(folder: pathlib.Path, stacks: Sequence[Stack], parts: Sequen
         remedy = "a smaller model"
         if halved_bytes <= available_bytes:
             remedy = f"model.dtype=bfloat16, which needs {halved_bytes / 1e9:.1f} GB"
-        raise ValueError(f"{folder} needs {needed} of memory, {available} available: wanted {remedy}")
+        raise ValueError(f"{folder} needs {needed} of memory, {available} available: expected {remedy}")

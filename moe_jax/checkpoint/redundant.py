@@ -61,10 +61,10 @@ def _same(one: StoredTensor, other: StoredTensor) -> bool:
 
 def _are_frequencies(tensor: StoredTensor, architecture: Architecture) -> bool:
     """To what is lost where they are stored in half precision."""
-    wanted = rope.frequencies(architecture.attention)
+    expected = rope.frequencies(architecture.attention)
     given = read_values(tensor).astype(np.float32)
     relative = 1e-5 if tensor.dtype == np.float32 else 2.0**-7
-    return given.shape == wanted.shape and np.allclose(given, wanted, rtol=relative, atol=1e-7)
+    return given.shape == expected.shape and np.allclose(given, expected, rtol=relative, atol=1e-7)
 
 
 def _are_positions(tensor: StoredTensor) -> bool:

@@ -49,7 +49,9 @@ class StoredTensor(NamedTuple):
     def require_float(self, name: str) -> None:
         """ValueError where it holds integers, which are no weights."""
         if self.dtype not in FLOATS:
-            raise ValueError(f"{self.path}: tensor {name} is stored as {self.code}: wanted one of {', '.join(_DTYPES)}")
+            raise ValueError(
+                f"{self.path}: tensor {name} is stored as {self.code}: expected one of {', '.join(_DTYPES)}"
+            )
 
     @property
     def nbytes(self) -> int:
@@ -83,11 +85,11 @@ def read_table(path: Path) -> dict[str, StoredTensor]:
     table, before = {}, 0
     for name, (first, last, code, shape) in sorted(spans.items(), key=lambda item: item[1][:2]):
         if code not in _KNOWN:
-            raise ValueError(f"{path}: tensor {name} is stored as {code}: wanted one of {', '.join(_DTYPES)}")
+            raise ValueError(f"{path}: tensor {name} is stored as {code}: expected one of {', '.join(_DTYPES)}")
         if min((first, *shape)) < 0 or last - first != math.prod(shape) * _KNOWN[code].itemsize:
             raise ValueError(f"{path} has a damaged table: {name} takes {last - first} bytes for {list(shape)} {code}")
         if first != before:
-            raise ValueError(f"{path} has a damaged table: {name} begins at {first}: wanted {before}, where one ends")
+            raise ValueError(f"{path} has a damaged table: {name} begins at {first}: expected {before}, where one ends")
         before = last
         table[name] = StoredTensor(path, _KNOWN[code], shape, 8 + table_bytes + first)
     return table

@@ -36,7 +36,7 @@ def is_stacked(folder: pathlib.Path) -> bool:
     if not (folder / STACKS).exists() and not (folder / WRITTEN).exists():
         return False
     if other := [name for name in (WEIGHTS, INDEX) if (folder / name).exists()]:
-        raise ValueError(f"{folder} holds both {STACKS} and {other[0]}: wanted one of them")
+        raise ValueError(f"{folder} holds both {STACKS} and {other[0]}: expected one of them")
     return True
 
 
@@ -50,20 +50,20 @@ def read_table(folder: pathlib.Path, architecture: Architecture) -> dict[str, St
     path = folder / STACKS
     written = read_json(folder / WRITTEN)
     if written.get("format") != _FORMAT:
-        raise ValueError(f"{folder / WRITTEN}: format = {written.get('format')!r}: wanted {_FORMAT}")
+        raise ValueError(f"{folder / WRITTEN}: format = {written.get('format')!r}: expected {_FORMAT}")
     if not path.is_file():
         raise ValueError(f"{path} is missing: {WRITTEN} stands beside it")
     if (file_bytes := path.stat().st_size) != written.get("bytes"):
-        raise ValueError(f"{path} has {file_bytes} bytes, {written.get('bytes')!r} were written: wanted it whole")
+        raise ValueError(f"{path} has {file_bytes} bytes, {written.get('bytes')!r} were written: expected it whole")
     table = safetensors_file.read_table(path)
     if safetensors_file.head_sha256(path) != written.get("head_sha256"):
-        raise ValueError(f"{path} begins otherwise than was written: wanted it as it was")
+        raise ValueError(f"{path} begins otherwise than was written: expected it as it was")
     found = {name: tensor for name, tensor in table.items() if not name.startswith(_GAP)}
-    wanted = {parameter.path: parameter.shape(architecture) for parameter in parameters.of(architecture)}
-    huggingface.require_same_names(folder, set(wanted), set(found))
+    expected = {parameter.path: parameter.shape(architecture) for parameter in parameters.of(architecture)}
+    huggingface.require_same_names(folder, set(expected), set(found))
     for name, tensor in found.items():
-        if tensor.shape != wanted[name]:
-            raise ValueError(f"{path}: {name} has shape {tensor.shape}: config.json asks for {wanted[name]}")
+        if tensor.shape != expected[name]:
+            raise ValueError(f"{path}: {name} has shape {tensor.shape}: config.json asks for {expected[name]}")
         if tensor.dtype not in filling.EXPONENTS or tensor.start % _ALIGNMENT_BYTES:
             raise ValueError(f"{path}: {name} is {tensor.code} at {tensor.start}: that cannot be mapped")
     return found
@@ -74,10 +74,10 @@ def stacks_of(table: Mapping[str, StoredTensor], architecture: Architecture, dty
     stacks = []
     for parameter in parameters.of(architecture):
         stored, shape = table[parameter.path], parameter.shape(architecture)
-        wanted = stored.dtype if dtype == "auto" else dtype_of(parameter, dtype)
+        expected = stored.dtype if dtype == "auto" else dtype_of(parameter, dtype)
         piece = Piece(parameter.path, (slice(None),) * len(shape), stored)
         halved_itemsize = dtype_of(parameter, "bfloat16").itemsize
-        stacks.append(Stack(parameter.path, shape, wanted, (piece,), wanted == stored.dtype, halved_itemsize))
+        stacks.append(Stack(parameter.path, shape, expected, (piece,), expected == stored.dtype, halved_itemsize))
     return stacks
 
 
@@ -93,10 +93,10 @@ def in_dtype(params: Mapping[str, Any], architecture: Architecture, dtype: str) 
         ValueError: one is not finite in it.
     """
     arrays = dict(huggingface.flattened(params))
-    for path, wanted in dtypes_of(params, architecture, dtype).items():
+    for path, expected in dtypes_of(params, architecture, dtype).items():
         given = np.asarray(arrays[path])
-        if given.dtype != wanted:
-            values, given = given, filling.allocate(given.shape, wanted)
+        if given.dtype != expected:
+            values, given = given, filling.allocate(given.shape, expected)
             filling.cast_into(given, values)
         filling.require_finite(given, path)
         yield path, given
@@ -114,11 +114,11 @@ def dtypes_of(params: Mapping[str, Any], architecture: Architecture, dtype: str)
     if differing := sorted(table.keys() ^ arrays.keys()):
         raise ValueError(f"params: {differing[0]} is {'missing' if differing[0] in table else 'unknown'}")
     for path, parameter in table.items():
-        if arrays[path].shape != (wanted := parameter.shape(architecture)):
-            raise ValueError(f"parameter {path} has shape {arrays[path].shape}: the architecture asks for {wanted}")
+        if arrays[path].shape != (expected := parameter.shape(architecture)):
+            raise ValueError(f"parameter {path} has shape {arrays[path].shape}: the architecture asks for {expected}")
         dtypes[path] = np.dtype(arrays[path].dtype) if dtype == "auto" else dtype_of(parameter, dtype)
         if dtypes[path] not in filling.EXPONENTS:
-            raise ValueError(f"parameter {path} is {dtypes[path].name}: wanted one of {', '.join(DTYPES[1:])}")
+            raise ValueError(f"parameter {path} is {dtypes[path].name}: expected one of {', '.join(DTYPES[1:])}")
     return dtypes
 
 
@@ -150,11 +150,11 @@ def write(
     huggingface.require_free(folder, replace)
     shapes: dict[str, huggingface.TypeAndShape] = {}
     sizes: dict[np.dtype, int] = collections.Counter()
-    for path, wanted in dtypes_of(params, architecture, dtype).items():
+    for path, expected in dtypes_of(params, architecture, dtype).items():
         shape = parameters.find([path]).shape(architecture)
-        shapes[path] = (wanted, shape)
-        sizes[wanted] += math.prod(shape)
-        if gap := -math.prod(shape) * wanted.itemsize % _ALIGNMENT_BYTES:
+        shapes[path] = (expected, shape)
+        sizes[expected] += math.prod(shape)
+        if gap := -math.prod(shape) * expected.itemsize % _ALIGNMENT_BYTES:
             shapes[f"{_GAP}{len(shapes)}"] = (np.dtype(np.uint8), (gap,))
     made = in_dtype(params, architecture, dtype)
     tensors = (

@@ -18,9 +18,9 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     folder = path.parent
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise ValueError(f"model.path = {str(folder)!r} {what}: wanted {LAYOUT}")
+        raise ValueError(f"model.path = {str(folder)!r} {what}: expected {LAYOUT}")
     if not path.is_file():
-        raise ValueError(f"model.path = {str(folder)!r} has no {path.name}: wanted {LAYOUT}")
+        raise ValueError(f"model.path = {str(folder)!r} has no {path.name}: expected {LAYOUT}")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -28,7 +28,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a JSON {type(fields).__name__}: wanted an object")
+        raise ValueError(f"{path} holds a JSON {type(fields).__name__}: expected an object")
     return fields
 
 
@@ -37,7 +37,7 @@ def read_tables(folder: pathlib.Path) -> dict[str, StoredTensor]:
     if (folder / WEIGHTS).is_file():
         return safetensors_file.read_table(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
-        raise ValueError(f"model.path = {str(folder)!r} has neither {WEIGHTS} nor {INDEX}: wanted {LAYOUT}")
+        raise ValueError(f"model.path = {str(folder)!r} has neither {WEIGHTS} nor {INDEX}: expected {LAYOUT}")
     weight_map = read_json(folder / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{folder / INDEX} has no weight_map from tensors to files")

@@ -3,10 +3,10 @@
 import math
 
 
-def require(condition: bool, setting: str, given, wanted: str) -> None:
+def require(condition: bool, setting: str, given, expected: str) -> None:
     """Refuses a setting, written `section.field`, where the condition does not hold."""
     if not condition:
-        raise ValueError(f"{setting} = {given!r}: wanted {wanted}")
+        raise ValueError(f"{setting} = {given!r}: expected {expected}")
 
 
 def require_positive(section: str, config, *fields: str) -> None:

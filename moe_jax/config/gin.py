@@ -155,14 +155,14 @@ def _nearest_file(path: pathlib.Path) -> str:
 def _read_file(path: pathlib.Path, collected: _Collected, including: tuple[pathlib.Path, ...]) -> None:
     collected.files += 1
     if collected.files > _MOST_FILES:
-        raise _refusal(str(path), f"is included in a chain or a crowd: wanted at most {_MOST_FILES} files")
+        raise _refusal(str(path), f"is included in a chain or a crowd: expected at most {_MOST_FILES} files")
     including = (*including, path.resolve())
     for statement in _parse(_read_text(path), path):
         where = f"{path}:{statement.location.line_num}"
         if isinstance(statement, config_parser.IncludeStatement):
             _read_file(_locate_include(statement.filename, path, where, including), collected, including)
         elif isinstance(statement, config_parser.ImportStatement):
-            raise _refusal(where, f"`{statement.format()}`: imports are not taken; wanted {_GRAMMAR}")
+            raise _refusal(where, f"`{statement.format()}`: imports are not taken; expected {_GRAMMAR}")
         else:
             _collect(statement, where, collected)
 
@@ -170,16 +170,18 @@ def _read_file(path: pathlib.Path, collected: _Collected, including: tuple[pathl
 def _read_text(path: pathlib.Path) -> str:
     try:
         if not path.is_file() and not path.is_dir():  # a pipe or a device may never end
-            raise _refusal(str(path), "is not a regular file; wanted a gin file")
+            raise _refusal(str(path), "is not a regular file; expected a gin file")
         if path.stat().st_size > _MOST_BYTES:
-            raise _refusal(str(path), f"holds {path.stat().st_size} bytes: wanted a gin file of at most {_MOST_BYTES}")
+            raise _refusal(
+                str(path), f"holds {path.stat().st_size} bytes: expected a gin file of at most {_MOST_BYTES}"
+            )
         text = path.read_bytes().decode("utf-8-sig")
     except OSError as error:
-        raise _refusal(str(path), f"cannot be read: {error.strerror}; wanted a gin file") from None
+        raise _refusal(str(path), f"cannot be read: {error.strerror}; expected a gin file") from None
     except UnicodeDecodeError as error:
-        raise _refusal(str(path), f"is not UTF-8 text (byte {error.start}); wanted a gin file") from None
+        raise _refusal(str(path), f"is not UTF-8 text (byte {error.start}); expected a gin file") from None
     if "\0" in text:
-        raise _refusal(str(path), "is not text (it holds zero bytes); wanted a gin file")
+        raise _refusal(str(path), "is not text (it holds zero bytes); expected a gin file")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -214,12 +216,12 @@ def _parse(text: str, path: pathlib.Path) -> list:
     lines = text.split("\n")
     content = lines[min(line, len(lines)) - 1].strip() if line else ""
     problem = " ".join(problem.split()).rstrip(".")
-    raise _refusal(f"{path}:{line}", f"cannot parse {_shown(content)} ({problem}); wanted {_GRAMMAR}")
+    raise _refusal(f"{path}:{line}", f"cannot parse {_shown(content)} ({problem}); expected {_GRAMMAR}")
 
 
 def _collect(statement, where: str, collected: _Collected) -> None:
     if statement.scope:
-        raise _refusal(where, f"scope {statement.scope!r}: scopes are not taken; wanted {_GRAMMAR}")
+        raise _refusal(where, f"scope {statement.scope!r}: scopes are not taken; expected {_GRAMMAR}")
     if isinstance(statement, config_parser.BlockDeclaration):
         if statement.selector not in _section_types():
             raise _refusal(where, _unknown_setting(statement.selector, ""))
@@ -264,17 +266,17 @@ def _without_macros(given: _Given, collected: _Collected, through: tuple[str, ..
     def replaced(value, within_list=False):
         if isinstance(value, (list, tuple)):
             if within_list:  # no setting is one, and macros could double it at every level
-                raise _refusal(given.where, f"{_shown(value)}: a list within a list; wanted a list of plain values")
+                raise _refusal(given.where, f"{_shown(value)}: a list within a list; expected a list of plain values")
             return type(value)(replaced(item, within_list=True) for item in value)
         if isinstance(value, _Reference):
-            raise _refusal(given.where, f"{value}: references are not taken; wanted {_GRAMMAR}")
+            raise _refusal(given.where, f"{value}: references are not taken; expected {_GRAMMAR}")
         if not isinstance(value, _Macro):
             return value
         if value.name in through:
             raise _refusal(given.where, f"{value}: defined by itself, through {' > '.join(through)}")
         if value.name not in collected.macros:
             known = f"nearest: %{_nearest(value.name, collected.macros)}" if collected.macros else "no macro is defined"
-            raise _refusal(given.where, f"{value}: unknown macro; {known}; wanted `{value.name} = literal` in a file")
+            raise _refusal(given.where, f"{value}: unknown macro; {known}; expected `{value.name} = literal` in a file")
         if len(through) >= _MOST_MACROS:
             raise _refusal(given.where, f"{value}: is defined through more than {_MOST_MACROS} macros")
         found = _without_macros(collected.macros[value.name], collected, (*through, value.name)).value
@@ -289,7 +291,7 @@ def _refuse_unused_macros(collected: _Collected) -> None:
         if name not in collected.used_macros:
             fields = {setting.split(".")[1]: setting for setting in reversed(_setting_types())}
             nearest = fields[_nearest(name, fields)]
-            raise _refusal(given.where, f"{name}: a macro that nothing uses; nearest: {nearest}; wanted {_GRAMMAR}")
+            raise _refusal(given.where, f"{name}: a macro that nothing uses; nearest: {nearest}; expected {_GRAMMAR}")
 
 
 def _parse_override(override: str) -> tuple[str, _Given]:
@@ -298,7 +300,7 @@ def _parse_override(override: str) -> tuple[str, _Given]:
     name, text = name.strip(), text.strip()
     section, dot, field = name.rpartition(".")
     if not equals or not dot:
-        raise _refusal(where, f"wanted section.field=value; nearest: {_nearest(name, _setting_types())}")
+        raise _refusal(where, f"expected section.field=value; nearest: {_nearest(name, _setting_types())}")
     if name not in _setting_types():
         raise _refusal(where, _unknown_setting(section, field))
     try:
@@ -315,13 +317,13 @@ def _parse_override(override: str) -> tuple[str, _Given]:
 def _typed(name: str, given: _Given) -> _Given:
     kind = _setting_types()[name]
     if not _fits(given.value, kind):
-        raise _refusal(given.where, f"{name} = {_shown(given.value)}: wanted {_wanted(kind)}")
+        raise _refusal(given.where, f"{name} = {_shown(given.value)}: expected {_wanted(kind)}")
     try:
         value = _converted(given.value, kind)
     except OverflowError:
         value = math.inf
-    if wanted := _wanted_instead(value, kind):
-        raise _refusal(given.where, f"{name} = {_shown(given.value)}: wanted {wanted}")
+    if expected := _wanted_instead(value, kind):
+        raise _refusal(given.where, f"{name} = {_shown(given.value)}: expected {expected}")
     return _Given(value, given.where)
 
 

@@ -198,8 +198,8 @@ class SweepConfig:
         require(len(set(loads)) == len(loads), "sweep.concurrencies", loads, "each number once")
         require_positive("sweep", self, "windows", "context", "cached_tokens", "rounds", "steps")
         for rows in map(side_by_side, loads):
-            wanted = f"a multiple of the {rows} rows that are read side by side at one of sweep.concurrencies"
-            require(self.windows % rows == 0, "sweep.windows", self.windows, wanted)
+            expected = f"a multiple of the {rows} rows that are read side by side at one of sweep.concurrencies"
+            require(self.windows % rows == 0, "sweep.windows", self.windows, expected)
 
 
 def steps_at(config: SweepConfig, concurrency: int) -> int:

@@ -73,7 +73,7 @@ def require_memory(architecture: Architecture, rows_and_positions: Sequence[tupl
         rows, positions = rows_and_positions[0]
         raise ValueError(
             f"the cache of {rows} prompts with up to {positions} tokens needs {needed_bytes / 1e9:.1f} GB, "
-            f"{free_bytes / 1e9:.1f} GB available: wanted fewer prompts or fewer tokens"
+            f"{free_bytes / 1e9:.1f} GB available: expected fewer prompts or fewer tokens"
         )
 
 

@@ -44,7 +44,7 @@ def execution_of(architecture: Architecture, k_max: int = 0, kernels: KernelsCon
     moe = architecture.moe
     reachable = moe.num_experts // moe.num_groups * moe.num_groups_kept
     if not 0 <= operator.index(k_max) <= reachable:
-        raise ValueError(f"policy.k_max = {k_max}: wanted 0 (the model's own {moe.k}) to {reachable} experts")
+        raise ValueError(f"policy.k_max = {k_max}: expected 0 (the model's own {moe.k}) to {reachable} experts")
     resolved = chooser.resolve(jax.default_backend(), dataclasses.asdict(kernels or KernelsConfig()))
     return Execution(architecture, k_max or moe.k, resolved)
 
@@ -59,7 +59,7 @@ def policy_of_each(
     """
     each = list(policy) if isinstance(policy, (list, tuple)) else [policy] * count
     if len(each) != count:
-        raise ValueError(f"{len(each)} policies for {count} rows: wanted one, or one for each row")
+        raise ValueError(f"{len(each)} policies for {count} rows: expected one, or one for each row")
     return [_policy(one, calibration) for one in each]
 
 
@@ -97,20 +97,20 @@ def make_requests(
             or a seed does not fit.
     """
     if isinstance(prompts, str) or not len(prompts):
-        raise ValueError(f"prompts = {prompts!r}: wanted a sequence of at least one prompt")
+        raise ValueError(f"prompts = {prompts!r}: expected a sequence of at least one prompt")
     trunk = execution.architecture.decoder
     policy_B = policy_of_each(policy, len(prompts), calibration)
     policies.settings(policy_B, execution.architecture, execution.k_max)
     seed_B = [seed] * len(prompts) if np.ndim(seed) == 0 else list(seed)
     if len(seed_B) != len(prompts) or not all(0 <= operator.index(one) < 2**32 for one in seed_B):
-        raise ValueError(f"seed = {seed!r}: wanted a whole number from 0 to 2**32 - 1, or one for each prompt")
+        raise ValueError(f"seed = {seed!r}: expected a whole number from 0 to 2**32 - 1, or one for each prompt")
     requests = []
     for number, prompt in enumerate(prompts, start=1):
         ids = _encode(prompt, tokenizer, trunk.vocab_size, f"prompt {number}")
         room = trunk.max_context - len(ids)
         if room < 1:
             raise ValueError(
-                f"prompt {number} has {len(ids)} tokens: wanted at most {trunk.max_context - 1}, one less than "
+                f"prompt {number} has {len(ids)} tokens: expected at most {trunk.max_context - 1}, one less than "
                 "the model's context"
             )
         budget = min(sampling.max_new_tokens, room)
@@ -128,7 +128,9 @@ def _encode(prompt, tokenizer, vocab_size: int, name: str) -> tuple[int, ...]:
     else:
         ids = [operator.index(token) for token in prompt]
     if not ids:
-        raise ValueError(f"{name} is empty: wanted at least one token")
+        raise ValueError(f"{name} is empty: expected at least one token")
     if min(ids) < 0 or max(ids) >= vocab_size:
-        raise ValueError(f"{name} has the token {min(ids) if min(ids) < 0 else max(ids)}: wanted 0 to {vocab_size - 1}")
+        raise ValueError(
+            f"{name} has the token {min(ids) if min(ids) < 0 else max(ids)}: expected 0 to {vocab_size - 1}"
+        )
     return tuple(ids)

@@ -59,7 +59,7 @@ def make_questions(
             question = _draw(document.text, number, places[number], waiting[number], tokenizer, rng)
             questions += [] if question is None else [question]
     if len(questions) < count:
-        raise ValueError(f"the text has {len(questions)} next-line questions: wanted {count}")
+        raise ValueError(f"the text has {len(questions)} next-line questions: expected {count}")
     return questions[:count]
 
 

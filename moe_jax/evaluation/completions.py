@@ -58,7 +58,7 @@ def make_headers(
                     found.append(header)
                     break
     if len(found) < count:
-        raise ValueError(f"the text has {len(found)} headers of functions: wanted {count}")
+        raise ValueError(f"the text has {len(found)} headers of functions: expected {count}")
     return found[:count]
 
 

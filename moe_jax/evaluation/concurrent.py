@@ -52,7 +52,7 @@ def cut(documents: Sequence[np.ndarray], tokenizer, context: int, count: int, se
         owners += [number] * len(ends)
     if len(tokens) < count:
         raise ValueError(
-            f"the held-out text has {len(tokens)} full windows of {context} tokens: wanted at least {count}"
+            f"the held-out text has {len(tokens)} full windows of {context} tokens: expected at least {count}"
         )
     order = np.random.default_rng(seed).permutation(len(tokens))[:count]
     return Windows(*(np.asarray(part)[order] for part in (np.int32(tokens), sizes, owners)))

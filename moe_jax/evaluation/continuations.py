@@ -36,7 +36,7 @@ def require_row_wise(policy: policies.Policy) -> None:
     """
     if policy.batch_aware:
         raise ValueError(
-            f"policy {policy.spec!r} looks at the rows of one decode step: wanted a row-wise policy, such as "
+            f"policy {policy.spec!r} looks at the rows of one decode step: expected a row-wise policy, such as "
             '"topk:4", where the likelihood of given text is asked for'
         )
 
@@ -104,10 +104,10 @@ def _read(index: int, pair: Pair, max_context: int) -> tuple[int, ...]:
     count = len(pair.continuation_ids)
     if not len(pair.context_ids) or not count:
         empty = "continuation" if len(pair.context_ids) else "context"
-        raise ValueError(f"request {index + 1} has no tokens in its {empty}: wanted at least one")
+        raise ValueError(f"request {index + 1} has no tokens in its {empty}: expected at least one")
     if count > max_context:
         raise ValueError(
-            f"request {index + 1} has a continuation of {count} tokens: wanted at most the model's context, "
+            f"request {index + 1} has a continuation of {count} tokens: expected at most the model's context, "
             f"{max_context}"
         )
     return (*pair.context_ids, *pair.continuation_ids)[-(max_context + 1) :][:-1]

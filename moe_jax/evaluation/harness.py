@@ -184,7 +184,7 @@ class LanguageModel(TemplateLM):
         room = self.max_length - sampling.max_new_tokens
         if room < 1:
             raise ValueError(
-                f"the task asks for max_gen_toks = {sampling.max_new_tokens}: wanted fewer than the model's context, "
+                f"the task asks for max_gen_toks = {sampling.max_new_tokens}: expected fewer than the model's context, "
                 f"{self.max_length}"
             )
         ids = self.tok_encode(context) or [self._prefix_id]
@@ -211,7 +211,7 @@ def sampling_of(arguments: Mapping[str, Any]) -> SamplingConfig:
     unknown = sorted(name for name in given if name not in _SAMPLING and (name, given[name]) != ("num_beams", 1))
     if unknown:
         raise ValueError(
-            f"generation_kwargs: {unknown[0]} = {given[unknown[0]]!r} is not supported: wanted {', '.join(_SAMPLING)}"
+            f"generation_kwargs: {unknown[0]} = {given[unknown[0]]!r} is not supported: expected {', '.join(_SAMPLING)}"
         )
     return SamplingConfig(
         given["max_gen_toks"],

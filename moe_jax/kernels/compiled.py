@@ -55,7 +55,7 @@ def _library(source: pathlib.Path) -> pathlib.Path:
     """The compiled source: from the cache, where it is known by all that it depends on."""
     cxx = compiler()
     if cxx is None:
-        raise ValueError(f"{source.name} needs a C++ compiler: wanted one as c++ on PATH, or its name in CXX")
+        raise ValueError(f"{source.name} needs a C++ compiler: expected one as c++ on PATH, or its name in CXX")
     command = [cxx, *_FLAGS, f"-I{jax.ffi.include_dir()}", f"-I{_SHARED.parent}"]
     version = subprocess.run([cxx, "--version"], capture_output=True, text=True).stdout
     headers = sorted(source.parent.glob("*.h"))
@@ -81,7 +81,7 @@ def _library(source: pathlib.Path) -> pathlib.Path:
     if done.returncode != 0:
         shutil.rmtree(folder)
         reason = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr)
-        raise ValueError(f"{cxx} cannot compile {source.name}: {reason[:500]}; wanted g++ 12 (on ARM 13) or clang 15")
+        raise ValueError(f"{cxx} cannot compile {source.name}: {reason[:500]}; expected g++ 12 (on ARM 13) or clang 15")
     os.replace(partial, library)
     if library.parent != pathlib.Path(folder):
         os.rmdir(folder)

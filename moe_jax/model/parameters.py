@@ -248,9 +248,9 @@ def find_key(path: Sequence[Any]) -> Parameter:
     return find(entry.key for entry in path)
 
 
-def count(architecture: Architecture, wanted: Callable[[Parameter], bool] = lambda parameter: True) -> int:
-    """How many numbers the parameters of a model have, or those of them that are wanted."""
-    return sum(parameter.size(architecture) for parameter in of(architecture) if wanted(parameter))
+def count(architecture: Architecture, expected: Callable[[Parameter], bool] = lambda parameter: True) -> int:
+    """How many numbers the parameters of a model have, or those of them that are expected."""
+    return sum(parameter.size(architecture) for parameter in of(architecture) if expected(parameter))
 
 
 def shapes(architecture: Architecture, dtype: jnp.dtype = jnp.float32) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def prepare(
     needed = max(choices.ROW, completions.PROMPT + config.completion_tokens)
     if context < needed:
         raise ValueError(
-            f"the model's context is {context} tokens: wanted at least {needed}, for choices and completions"
+            f"the model's context is {context} tokens: expected at least {needed}, for choices and completions"
         )
     compared = [parse(spec, calibration) for spec in config.policies]
     policies.settings(compared, execution.architecture, execution.k_max)
@@ -72,7 +72,7 @@ def prepare(
         if policy.batch_aware:
             raise ValueError(
                 f"evaluation.policies: {policy.spec!r} looks at all rows of a decode step, launch/sweep.py measures it "
-                "at every load; wanted policies that look at one row"
+                "at every load; expected policies that look at one row"
             )
     documents = half(documents, config.half)[: config.documents or None]
     return Task(

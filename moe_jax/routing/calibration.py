@@ -39,7 +39,7 @@ class Calibration:
         other = sample_of(router_LED)
         if not np.linalg.norm(other - self.router) <= SAME * np.linalg.norm(self.router):
             raise ValueError(
-                "policy.calibration is of another model: wanted one that `launch/calibrate.py` wrote for this one"
+                "policy.calibration is of another model: expected one that `launch/calibrate.py` wrote for this one"
             )
 
 
@@ -74,7 +74,7 @@ def load(path: str | os.PathLike) -> Calibration:
         raise ValueError(f"policy.calibration = {os.fspath(path)!r}: no calibration ({error})") from error
     layers = len(found.median_ratio_L)
     if found.similarity_LEE.ndim != 3 or len(found.similarity_LEE) != layers or found.median_ratio_L.ndim != 1:
-        raise ValueError(f"policy.calibration = {os.fspath(path)!r}: wanted median_ratio_L and similarity_LEE")
+        raise ValueError(f"policy.calibration = {os.fspath(path)!r}: expected median_ratio_L and similarity_LEE")
     return found
 
 

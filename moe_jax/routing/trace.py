@@ -33,12 +33,12 @@ class Trace:
         largest = recorded_layers * self.num_experts
         if num_experts % self.num_experts or num_experts > largest:
             raise ValueError(
-                f"moe.num_experts = {num_experts}: wanted a multiple of the {self.num_experts} experts of the recorded "
+                f"moe.num_experts = {num_experts}: expected a multiple of the {self.num_experts} experts of a recorded "
                 f'trace, at most {largest}; or benchmark.trace = "", for the random routers\' own choice'
             )
         largest = recorded_k * num_experts // self.num_experts
         if k_max > largest:
-            raise ValueError(f"{k_max} slots per token: wanted at most the {largest} of the recorded trace")
+            raise ValueError(f"{k_max} slots per token: expected at most the {largest} of the recorded trace")
 
     def replay(self, num_layers: int, num_experts: int, k_max: int, rows: int, length: int) -> np.ndarray:
         """The trace as the routing of another model, for rows that read different texts.
@@ -90,9 +90,11 @@ def load(path: str | os.PathLike) -> Trace:
         with np.load(path) as arrays:
             trace = Trace(arrays["expert_LJTK"], int(arrays["num_experts"]))
     except (OSError, ValueError, KeyError, EOFError) as error:
-        raise ValueError(f"benchmark.trace = {os.fspath(path)!r}: no trace ({error}); wanted an .npz of one") from error
+        raise ValueError(
+            f"benchmark.trace = {os.fspath(path)!r}: no trace ({error}); expected an .npz of one"
+        ) from error
     if trace.expert_LJTK.ndim != 4 or not trace.expert_LJTK.size or trace.expert_LJTK.max() >= trace.num_experts:
-        raise ValueError(f"benchmark.trace = {os.fspath(path)!r}: wanted expert_LJTK below num_experts")
+        raise ValueError(f"benchmark.trace = {os.fspath(path)!r}: expected expert_LJTK below num_experts")
     return trace
 
 

@@ -30,7 +30,7 @@ def rows_of(documents: Sequence[np.ndarray], length: int, count: int) -> np.ndar
     long_enough = [tokens[:length] for tokens in documents if len(tokens) >= length][: count - count % ROWS]
     if len(long_enough) < ROWS:
         raise ValueError(
-            f"text.sources: {len(long_enough)} documents of {length} tokens or more; wanted at least {ROWS}, to "
+            f"text.sources: {len(long_enough)} documents of {length} tokens or more; expected at least {ROWS}, to "
             "calibrate on"
         )
     return np.asarray(long_enough[: len(long_enough) - len(long_enough) % ROWS], np.int32)

@@ -31,7 +31,7 @@ def random_params(architecture: Architecture, dtype: jnp.dtype, seed: int) -> de
     free_bytes = caches.available_bytes()
     if needed_bytes > free_bytes:
         raise ValueError(
-            f"the model needs {needed_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB available: wanted fewer "
+            f"the model needs {needed_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB available: expected fewer "
             "decoder.num_layers or a smaller model.dtype"
         )
     deviation = architecture.decoder.d_model**-0.5

@@ -56,7 +56,7 @@ def plan(config: Config, architecture: Architecture, calibration: Calibration | 
     """
     if config.finetune.rollouts and config.training.sequence_length <= rollouts.PROMPT:
         raise ValueError(
-            f"training.sequence_length = {config.training.sequence_length}: wanted more than the {rollouts.PROMPT} "
+            f"training.sequence_length = {config.training.sequence_length}: expected more than the {rollouts.PROMPT} "
             "tokens that the model continues, since finetune.rollouts asks for texts"
         )
     trained = finetuning.trained_policy(config, architecture, calibration)
@@ -70,7 +70,7 @@ def plan(config: Config, architecture: Architecture, calibration: Calibration | 
                 "is read whole: launch/sweep.py measures it"
             )
     if config.evaluation.half:
-        raise ValueError(f"evaluation.half = {config.evaluation.half!r}: the odd half is reported, wanted ''")
+        raise ValueError(f"evaluation.half = {config.evaluation.half!r}: the odd half is reported, expected ''")
     compared = list(dict.fromkeys([MODEL_OWN, trained, *given]))
     policies.settings(compared, architecture, max(config.policy.k_max, architecture.moe.k))
     return Plan(trained, compared)

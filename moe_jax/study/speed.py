@@ -49,7 +49,7 @@ class Subject:
 
     def __post_init__(self):
         if self.trace is not None and len({*self.execution.architecture.num_experts_L}) > 1:
-            raise ValueError("benchmark.trace is of layers that are alike: wanted moe.num_experts_of_layers = ()")
+            raise ValueError("benchmark.trace is of layers that are alike: expected moe.num_experts_of_layers = ()")
 
     def batch(self, tokens_BT: np.ndarray, max_new_tokens: int) -> Batch:
         """Rows as a batch of requests."""
@@ -173,7 +173,7 @@ def _require_room(program: jax.stages.Compiled, name: str) -> None:
     needed_bytes = 0 if analysis is None else analysis.temp_size_in_bytes
     if needed_bytes > (free_bytes := caches.available_bytes()):
         raise ValueError(
-            f"{name} needs {needed_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB available: wanted fewer or shorter "
+            f"{name} needs {needed_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB available: expected fewer or shorter "
             "rows in benchmark.decode_batches and benchmark.prefill_lengths"
         )
 
@@ -222,9 +222,9 @@ def take_turns(cases: Sequence[Prefill | Decode], decode_steps: int, samples: di
         samples: by name of the case, added to.
     """
     for case in cases:
-        wanted = len(samples[case.name]) + (decode_steps if isinstance(case, Decode) else 1)
-        while len(samples[case.name]) < wanted:
-            samples[case.name] += case.take(wanted - len(samples[case.name]))
+        expected = len(samples[case.name]) + (decode_steps if isinstance(case, Decode) else 1)
+        while len(samples[case.name]) < expected:
+            samples[case.name] += case.take(expected - len(samples[case.name]))
 
 
 def timing_of(

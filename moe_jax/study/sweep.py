@@ -50,13 +50,13 @@ def require_alike(other: Architecture, model: Architecture, setting: str) -> Non
     Raises:
         ValueError: saying what the model that the setting names should have.
     """
-    for name, own, wanted in (
+    for name, own, expected in (
         ("MoE layers", other.decoder.num_moe_layers, model.decoder.num_moe_layers),
         ("moe.num_experts", other.moe.num_experts, model.moe.num_experts),
         ("moe.num_experts_of_layers", other.num_experts_L, model.num_experts_L),
     ):
-        if own != wanted:
-            raise ValueError(f"{setting}: {name} = {own}; wanted {wanted}, as the model that is swept")
+        if own != expected:
+            raise ValueError(f"{setting}: {name} = {own}; expected {expected}, as the model that is swept")
 
 
 def num_qualities(compared: Sequence[policies.Policy], config: SweepConfig) -> int:

@@ -100,7 +100,7 @@ def pack(
       ValueError: no documents, `sequence_length` is not positive, or a document does not begin with `<|endoftext|>`.
     """
     if sequence_length < 1:
-        raise ValueError(f"sequence_length = {sequence_length}: wanted 1 or more")
+        raise ValueError(f"sequence_length = {sequence_length}: expected 1 or more")
     for tokens in token_arrays:
         if not len(tokens) or tokens[0] != end_of_text:
             raise ValueError(f"a document does not begin with the end-of-text token (id {end_of_text})")
@@ -182,7 +182,7 @@ def windows(tokens: np.ndarray, context: int, stride: int) -> tuple[np.ndarray, 
       ValueError: `stride` is not within 1 to `context`.
     """
     if not 1 <= stride <= context:
-        raise ValueError(f"stride = {stride}: wanted 1 to the context of {context} tokens")
+        raise ValueError(f"stride = {stride}: expected 1 to the context of {context} tokens")
     num_labels = max(len(tokens) - 1, 0)
     count = 0 if num_labels == 0 else 1 + max(0, -(-(num_labels - context) // stride))
     tokens_NT = np.zeros((count, context), np.int32)

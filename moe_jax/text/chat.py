@@ -53,7 +53,7 @@ def load_template(folder: str | os.PathLike) -> tuple[str, dict[str, str]]:
     template, special_tokens = _find_template(pathlib.Path(folder))
     if template is None:
         raise ValueError(
-            f"{folder} has no chat template: wanted chat_template.jinja, or chat_template in tokenizer_config.json; a "
+            f"{folder} has no chat template: expected chat_template.jinja or chat_template in tokenizer_config.json; a "
             "model that was not tuned for chat takes plain prompts"
         )
     return template, special_tokens

@@ -162,7 +162,7 @@ def load_held_out(path: str | os.PathLike, chat: jsonl.Chat | None = None) -> tu
     """
     source = str(path)
     if not _is_file_or_folder(source):
-        raise ValueError(f"text.held_out = {source!r}: wanted a file or folder")
+        raise ValueError(f"text.held_out = {source!r}: expected a file or folder")
     if (pathlib.Path(path) / MANIFEST).is_file():
         return _load_archive(pathlib.Path(path))
     documents, left_out = [], collections.Counter()
@@ -275,7 +275,7 @@ def _read(source: str, chat: jsonl.Chat | None) -> _Read:
         yield from _read_files(root, files, source, chat, _why_not_library)
     else:
         if not source.strip():
-            raise ValueError("text.sources: a source is empty; wanted stdlib, a distribution, or a file or folder")
+            raise ValueError("text.sources: a source is empty; expected stdlib, a distribution, or a file or folder")
         if not _is_file_or_folder(source):
             hint = distributions.did_you_mean(source, STDLIB)
             raise ValueError(f"text.sources: {source!r} is neither installed nor a file or folder{hint}")
@@ -295,7 +295,7 @@ def _read_path(source: str, chat: jsonl.Chat | None, setting: str, why_not: Call
     else:
         text, reason = _read_text(root)
         if reason:
-            raise ValueError(f"{setting}: {source!r} is {reason}; wanted a readable text file in UTF-8")
+            raise ValueError(f"{setting}: {source!r} is {reason}; expected a readable text file in UTF-8")
         yield Document(source, root.name, text), ""
 
 
@@ -317,11 +317,11 @@ def _read_lines(path: pathlib.Path, source: str, name: str, chat: jsonl.Chat | N
         yield (document, "") if line.text.strip() else (None, "empty")
 
 
-def _walk(root: pathlib.Path, wanted: Callable[[str], bool]) -> list[str]:
+def _walk(root: pathlib.Path, expected: Callable[[str], bool]) -> list[str]:
     names = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _NOT_LIBRARY_CODE and not name.startswith(".")]
-        paths = [pathlib.Path(folder) / name for name in files if wanted(name)]
+        paths = [pathlib.Path(folder) / name for name in files if expected(name)]
         names += [path.relative_to(root).as_posix() for path in paths if path.is_file()]  # no pipes or sockets
     return sorted(names)
 

@@ -31,7 +31,7 @@ def read_fields(path: pathlib.Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{path} holds a JSON {type(fields).__name__}: wanted an object")
+        raise ValueError(f"{path} holds a JSON {type(fields).__name__}: expected an object")
     return fields
 
 
@@ -80,14 +80,14 @@ def _declared(folder: pathlib.Path, fields: Mapping[str, Any]) -> dict[str, _Dec
     with_id = {}
     decoder = fields.get("added_tokens_decoder")
     if not isinstance(decoder or {}, dict):
-        raise ValueError(f"{folder / CONFIG}: added_tokens_decoder is no object: wanted tokens by their ids")
+        raise ValueError(f"{folder / CONFIG}: added_tokens_decoder is no object: expected tokens by their ids")
     entries = list((decoder or {}).items())
     entries += [(number, content) for content, number in read_fields(folder / _ADDED).items()]
     for number, one in entries:
         content = _content(one)
         if content is None or not str(number).isdecimal():
             raise ValueError(
-                f"{folder}: {json.dumps(one)[:100]} is declared as the token {number!r}: wanted one, by id"
+                f"{folder}: {json.dumps(one)[:100]} is declared as the token {number!r}: expected one, by id"
             )
         is_special = content in special or (isinstance(one, dict) and one.get("special") is True)
         with_id.setdefault(content, _Declared(int(number), is_special, _options(one)))
@@ -123,21 +123,21 @@ def _with_outer_tokens(
     outer = {"bos_token": around[:first], "eos_token": around[first + len(bare) :]}
     changed = []
     for role, ids in outer.items():
-        wanted = fields.get(f"add_{role}")
-        if wanted is None:
+        expected = fields.get(f"add_{role}")
+        if expected is None:
             continue
-        if not isinstance(wanted, bool):
-            raise ValueError(f"{folder / CONFIG}: add_{role} = {json.dumps(wanted)[:100]}: wanted true or false")
+        if not isinstance(expected, bool):
+            raise ValueError(f"{folder / CONFIG}: add_{role} = {json.dumps(expected)[:100]}: expected true or false")
         token_id = tokenizer.token_to_id(named[role]) if role in named else None
-        if wanted and token_id is None:
+        if expected and token_id is None:
             raise ValueError(
-                f"{folder / CONFIG}: add_{role} = true, and {role} = {json.dumps(named.get(role))}: wanted a token of "
+                f"{folder / CONFIG}: add_{role} = true and {role} = {json.dumps(named.get(role))}: expected a token of "
                 "tokenizer.json"
             )
-        if wanted == (token_id in ids):
+        if expected == (token_id in ids):
             continue
         changed.append(role)
-        if wanted:
+        if expected:
             outer[role] = [token_id, *ids] if role == "bos_token" else [*ids, token_id]
             where = "before" if role == "bos_token" else "after"
             _say(f"{folder}: add_{role} = true: {named[role]!r} stands {where} a text, where tokenizer.json puts none")

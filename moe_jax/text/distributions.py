@@ -54,7 +54,7 @@ def require_permissive(distribution: importlib.metadata.Distribution) -> None:
         permissive, licence = bool(_PERMISSIVE_WORDS.search(written)) and not copyleft, written.split("\n")[0]
     if not permissive:
         raise ValueError(
-            f"text.sources: the licence of {metadata['Name']!r} is {licence or 'not stated'!r}; wanted a permissive "
+            f"text.sources: the licence of {metadata['Name']!r} is {licence or 'not stated'!r}; expected a permissive "
             "one (MIT, BSD, Apache-2.0, PSF, ISC, HPND, Zlib, 0BSD, CC0, Unlicense)"
         )
 

@@ -38,7 +38,7 @@ def outer_ids(
     found = [next((one for one in candidates if one is not None), None) for candidates in (begin, end)]
     if None in found:
         raise ValueError(
-            f"{folder} names no token that begins or ends a text: wanted bos_token or eos_token in "
+            f"{folder} names no token that begins or ends a text: expected bos_token or eos_token in "
             "tokenizer_config.json, or eos_token_id in config.json"
         )
     return found[0], found[1]

@@ -70,33 +70,33 @@ def _parse(line: bytes, number: int, where: str, chat: Chat | None) -> Line:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON in UTF-8: {error}") from error
     if not isinstance(fields, dict):
-        raise ValueError(f"{where} = {_shown(fields)}: wanted an object with text or messages")
+        raise ValueError(f"{where} = {_shown(fields)}: expected an object with text or messages")
     given = [name for name in _FIELDS if fields.get(name) is not None]
     if len(given) != 1:
-        raise ValueError(f"{where} has {' and '.join(given) or 'neither text nor messages'}: wanted one of the two")
+        raise ValueError(f"{where} has {' and '.join(given) or 'neither text nor messages'}: expected one of the two")
     text = _render(fields["messages"], where, chat) if given == ["messages"] else fields["text"]
     if not isinstance(text, str):
-        raise ValueError(f"{where}: text = {_shown(text)}: wanted a string")
+        raise ValueError(f"{where}: text = {_shown(text)}: expected a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{where} holds half of a surrogate pair: wanted Unicode text") from error
+        raise ValueError(f"{where} holds half of a surrogate pair: expected Unicode text") from error
     return Line(number, text, given == ["messages"])
 
 
 def _render(messages: Any, where: str, chat: Chat | None) -> str:
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: messages = {_shown(messages)}: wanted a list of one message or more")
+        raise ValueError(f"{where}: messages = {_shown(messages)}: expected a list of one message or more")
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
-            raise ValueError(f"{where}: messages[{index}] = {_shown(message)}: wanted an object")
+            raise ValueError(f"{where}: messages[{index}] = {_shown(message)}: expected an object")
         for name in ("role", "content"):
             if not isinstance(message.get(name), str):
                 value = _shown(message.get(name))
-                raise ValueError(f"{where}: messages[{index}].{name} = {value}: wanted a string")
+                raise ValueError(f"{where}: messages[{index}].{name} = {value}: expected a string")
     if chat is None:
         raise ValueError(
-            f"{where} has messages, but the model's folder has no chat template: wanted chat_template.jinja, or "
+            f"{where} has messages, but the model's folder has no chat template: expected chat_template.jinja, or "
             "chat_template in tokenizer_config.json, or lines with text"
         )
     try:

@@ -23,12 +23,12 @@ class Draws:
     def __init__(self, config: FinetuneConfig, architecture: Architecture, rows: int, seed: int):
         most = architecture.moe.k
         if config.k_min > most:
-            raise ValueError(f"finetune.k_min = {config.k_min}: wanted at most the model's own {most} experts")
+            raise ValueError(f"finetune.k_min = {config.k_min}: expected at most the model's own {most} experts")
         self._numbers = np.arange(config.k_min, most + 1)
         weights = np.array(config.k_weights or np.ones(len(self._numbers)))
         if len(weights) != len(self._numbers):
             raise ValueError(
-                f"finetune.k_weights has {len(weights)} numbers: wanted {len(self._numbers)}, one for each k from "
+                f"finetune.k_weights has {len(weights)} numbers: expected {len(self._numbers)}, one for each k from "
                 f"finetune.k_min = {config.k_min} to the model's own {most}"
             )
         self._shares = weights / weights.sum()

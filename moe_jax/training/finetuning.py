@@ -70,14 +70,14 @@ def trained_policy(config: Config, architecture: Architecture, calibration=None)
     if policy.batch_aware:
         raise ValueError(
             f"policy.spec = {policy.spec!r} looks at all rows of a decode step, and training reads whole texts: "
-            "wanted a policy that looks at one row"
+            "expected a policy that looks at one row"
         )
     keeps_all = policies.uniform_k(policy, architecture) == architecture.moe.k
     if keeps_all and not config.finetune.elastic:
         if not config.objective.language_model and not config.objective.sparsity:
             raise ValueError(
                 f"policy.spec = {policy.spec!r} keeps all {architecture.moe.k} experts, and a model is no different "
-                "from itself: wanted fewer, as in topk:4, or finetune.elastic=True, or objective.language_model above 0"
+                "from itself: expected fewer, as topk:4, or finetune.elastic=True, or objective.language_model above 0"
             )
         logging.warning("policy.spec = %r keeps all experts: there is nothing to recover", policy.spec)
     if config.finetune.mask and not config.objective.sparsity:
@@ -98,7 +98,7 @@ def prepare_text(config: Config, model: Checkpoint) -> Text:
     training, tokenizer, context = config.training, model.require_tokenizer(), model.architecture.decoder.max_context
     if training.sequence_length > context:
         raise ValueError(
-            f"training.sequence_length = {training.sequence_length}: wanted at most the model's context of {context} "
+            f"training.sequence_length = {training.sequence_length}: expected at most the model's context of {context} "
             "tokens"
         )
     begin_id, end_id = outer_ids(model.folder, tokenizer, model.token_ids)
@@ -112,7 +112,7 @@ def prepare_text(config: Config, model: Checkpoint) -> Text:
     if packed.num_rows < rows:
         raise ValueError(
             f"text.sources has {packed.num_tokens:,} tokens, {packed.num_rows} rows of training.sequence_length = "
-            f"{training.sequence_length}: wanted at least the {rows} rows of one step; name more text, or lower "
+            f"{training.sequence_length}: expected at least the {rows} rows of one step; name more text, or lower "
             "training.batch_size"
         )
     logging.info("%d documents, %.2f M tokens", len(documents), packed.num_tokens / 1e6)
@@ -137,7 +137,7 @@ def _documents(text: TextConfig, fraction: float, chat) -> tuple[Sequence[Docume
     if len(held_out) < 2 or not training:
         raise ValueError(
             f"text.sources has {len(corpus.documents)} documents, and {len(held_out)} are held out (text.held_out = "
-            f"{text.held_out!r}): wanted at least 2 of these, one to choose by and one to report, and some others to "
+            f"{text.held_out!r}): expected at least 2 of these, one to choose by and one to report, and some others to "
             "train on"
         )
     if len(held_out) < 2 * FEW_DOCUMENTS:
@@ -175,7 +175,7 @@ def require_memory(config: Config, params: Params) -> None:
     if needed_bytes > available_bytes:
         raise ValueError(
             f"finetune.train = {config.finetune.train!r} needs {needed_bytes / 1e9:,.2f} GB beside the model's "
-            f"{model_bytes / 1e9:,.2f}, {available_bytes / 1e9:,.2f} GB available: wanted fewer weights, as with "
+            f"{model_bytes / 1e9:,.2f}, {available_bytes / 1e9:,.2f} GB available: expected fewer weights, as with "
             "finetune.train=lora, training.weights=bfloat16, or a smaller training.batch_size"
         )
 

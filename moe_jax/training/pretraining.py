@@ -45,7 +45,7 @@ def require_possible(config: Config) -> None:
     if weights_bytes + batch_bytes > available_bytes:
         raise ValueError(
             f"{numbers / 1e6:,.1f} M parameters need {weights_bytes / 1e9:,.1f} GB to train, and a batch of "
-            f"training.batch_size = {training.batch_size} at least {batch_bytes / 1e9:,.1f} GB: wanted at most the "
+            f"training.batch_size = {training.batch_size} at least {batch_bytes / 1e9:,.1f} GB: expected at most the "
             f"{available_bytes / 1e9:,.1f} GB available"
         )
 
@@ -76,7 +76,7 @@ def prepare_text(config: Config, folder: pathlib.Path) -> Text:
             save_tokenizer(tokenizer, partial, config.decoder.max_context)
     if tokenizer.get_vocab_size() > config.decoder.vocab_size:
         raise ValueError(
-            f"decoder.vocab_size = {config.decoder.vocab_size}: wanted at least the tokenizer's "
+            f"decoder.vocab_size = {config.decoder.vocab_size}: expected at least the tokenizer's "
             f"{tokenizer.get_vocab_size()}"
         )
     packed = pack(encode_documents(tokenizer, corpus.documents), config.training.sequence_length)

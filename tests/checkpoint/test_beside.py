@@ -103,8 +103,8 @@ def test_files_and_fields_survive(folder, tmp_path, way, dtype):
     assert written == {*FILES, *own, "config.json", "generation_config.json", "model.safetensors"}
     assert json.loads((out / "generation_config.json").read_text()) == GENERATION
     before, after = (json.loads((path / "config.json").read_text()) for path in (folder, out))
-    wanted = "bfloat16" if dtype == "auto" else "float32"
-    changed = {"num_nextn_predict_layers": 0, "dtype": wanted, "torch_dtype": wanted, "pad_token_id": 7}
+    expected = "bfloat16" if dtype == "auto" else "float32"
+    changed = {"num_nextn_predict_layers": 0, "dtype": expected, "torch_dtype": expected, "pad_token_id": 7}
     assert after == {**before, **changed}
     assert checkpoint.open(out).token_ids == checkpoint.open(folder).token_ids
     assert moe_jax.load(out).calibration is not None

@@ -71,10 +71,10 @@ def test_what_is_written_is_read(tmp_path, name):
     opened = checkpoint.open(tmp_path / "model")
     architecture, params = opened.architecture, opened.read("float32")
     assert architecture == VARIANTS[name].architecture
-    wanted = dict(huggingface.flattened(random_params(VARIANTS[name])))
+    expected = dict(huggingface.flattened(random_params(VARIANTS[name])))
     for path, array in huggingface.flattened(params):
-        np.testing.assert_array_equal(array, wanted.pop(path), err_msg=path)
-    assert not wanted
+        np.testing.assert_array_equal(array, expected.pop(path), err_msg=path)
+    assert not expected
 
 
 @pytest.mark.parametrize("model_type", ["deepseek_v3", "kimi_k2", "deepseek_v2"])
@@ -210,7 +210,7 @@ def test_the_scale_of_yarn_may_be_said(name):
         if accepted:
             assert FAMILIES[model_type].architecture(said) == architecture
         else:
-            with pytest.raises(ValueError, match=r"rope_scaling\.attention_factor = .*: wanted"):
+            with pytest.raises(ValueError, match=r"rope_scaling\.attention_factor = .*: expected"):
                 FAMILIES[model_type].architecture(said)
 
 

@@ -61,12 +61,12 @@ def refusal(name):
 @pytest.mark.parametrize("name", ["tiny/one", "tiny/shards@main", f"tiny/one@{small_hub.COMMIT}"])
 def test_a_name_is_fetched_once(hub, folders, name):
     opened = checkpoint.open(name)
-    assert set(hub.sent) - {"model.safetensors.index.json"} == SMALL  # nothing large before it is wanted
+    assert set(hub.sent) - {"model.safetensors.index.json"} == SMALL  # nothing large before it is expected
     loaded = opened.load()
     weights = SHARDS | {"model.safetensors.index.json"} if "shards" in name else {"model.safetensors"}
     assert sorted(hub.sent) == sorted(SMALL | weights)
-    wanted = checkpoint.open(folders[name.partition("@")[0]]).read()
-    jax.tree.map(np.testing.assert_array_equal, loaded, wanted)
+    expected = checkpoint.open(folders[name.partition("@")[0]]).read()
+    jax.tree.map(np.testing.assert_array_equal, loaded, expected)
     checkpoint.open(name).read()
     assert len(hub.sent) == len(SMALL | weights)
 
@@ -110,8 +110,8 @@ def test_what_was_fetched_in_part_goes_on(hub, folders, monkeypatch):
     assert f"lacks {broken}" in refusal("tiny/shards")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     hub.cut, hub.sent = {}, []
-    wanted = checkpoint.open(folders["tiny/shards"]).read()
-    jax.tree.map(np.testing.assert_array_equal, checkpoint.open("tiny/shards").read(), wanted)
+    expected = checkpoint.open(folders["tiny/shards"]).read()
+    jax.tree.map(np.testing.assert_array_equal, checkpoint.open("tiny/shards").read(), expected)
     assert broken in hub.sent and not SMALL & set(hub.sent)
 
 

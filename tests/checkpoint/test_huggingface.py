@@ -181,7 +181,7 @@ def test_every_tensor_lies_where_the_published_name_says(folder):
     params = random_params(TINY, np.float32)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     gate_up, down = params["moe/experts/gate_up_LEIFD"], params["moe/experts/down_LEDF"]
-    wanted = {
+    expected = {
         "model.embed_tokens.weight": params["embedding_VD"],
         "model.norm.weight": params["norm_D"],
         "lm_head.weight": params["head_VD"],
@@ -190,7 +190,7 @@ def test_every_tensor_lies_where_the_published_name_says(folder):
         stack, at = ("dense", layer) if layer < 2 else ("moe", layer - 2)
         names = f"model.layers.{layer}"
         attention = {name.split("/")[-1]: x[at] for name, x in params.items() if name.startswith(f"{stack}/attention")}
-        wanted |= {
+        expected |= {
             f"{names}.input_layernorm.weight": attention["attention_norm_LD"],
             f"{names}.post_attention_layernorm.weight": params[f"{stack}/ffn_norm_LD"][at],
             f"{names}.self_attn.q_proj.weight": attention["query_LHAD"].reshape(48, 16),
@@ -209,14 +209,14 @@ def test_every_tensor_lies_where_the_published_name_says(folder):
             feed_forwards = {f"mlp.experts.{e}": (gate_up[at, e], down[at, e]) for e in range(8)}
             shared = params["moe/shared/gate_up_LIFD"][at], params["moe/shared/down_LDF"][at]
             feed_forwards["mlp.shared_experts"] = shared
-            wanted[f"{names}.mlp.gate.weight"] = params["moe/router/weight_LED"][at]
-            wanted[f"{names}.mlp.gate.e_score_correction_bias"] = params["moe/router/bias_LE"][at]
+            expected[f"{names}.mlp.gate.weight"] = params["moe/router/weight_LED"][at]
+            expected[f"{names}.mlp.gate.e_score_correction_bias"] = params["moe/router/bias_LE"][at]
         for name, (gate_up_IFD, down_DF) in feed_forwards.items():
-            wanted[f"{names}.{name}.gate_proj.weight"] = gate_up_IFD[0]
-            wanted[f"{names}.{name}.up_proj.weight"] = gate_up_IFD[1]
-            wanted[f"{names}.{name}.down_proj.weight"] = down_DF
-    assert tensors.keys() == wanted.keys()
-    for name, array in wanted.items():
+            expected[f"{names}.{name}.gate_proj.weight"] = gate_up_IFD[0]
+            expected[f"{names}.{name}.up_proj.weight"] = gate_up_IFD[1]
+            expected[f"{names}.{name}.down_proj.weight"] = down_DF
+    assert tensors.keys() == expected.keys()
+    for name, array in expected.items():
         np.testing.assert_array_equal(tensors[name], array, err_msg=name)
 
 
@@ -485,7 +485,7 @@ def test_memory_is_checked_before_it_is_taken(folder, monkeypatch):
 
     monkeypatch.setattr(psutil, "virtual_memory", Memory)
     monkeypatch.setattr(filling, "allocate", None)
-    assert refusal(folder).endswith("GB of memory, 0.0 GB available: wanted a smaller model")
+    assert refusal(folder).endswith("GB of memory, 0.0 GB available: expected a smaller model")
 
 
 def test_a_dtype_that_would_fit_is_named(folder, monkeypatch):
@@ -495,7 +495,7 @@ def test_a_dtype_that_would_fit_is_named(folder, monkeypatch):
         available = sum(one.size * (4 if "score_correction" in name else 2) for name, one in tensors.items())
 
     monkeypatch.setattr(psutil, "virtual_memory", Memory)
-    assert "wanted model.dtype=bfloat16, which needs 0.0 GB" in refusal(folder, dtype="float32")
+    assert "expected model.dtype=bfloat16, which needs 0.0 GB" in refusal(folder, dtype="float32")
     checkpoint.open(folder).read("bfloat16")
 
 

@@ -47,9 +47,9 @@ def stacked(tensors, turned=False):
 def assert_same_parameters(folder, variant):
     read = dict(huggingface.flattened(checkpoint.open(folder).read()))
     write(folder.with_name("plain"), variant)
-    wanted = dict(huggingface.flattened(checkpoint.open(folder.with_name("plain")).read()))
-    assert read.keys() == wanted.keys()
-    for name, x in wanted.items():
+    expected = dict(huggingface.flattened(checkpoint.open(folder.with_name("plain")).read()))
+    assert read.keys() == expected.keys()
+    for name, x in expected.items():
         assert read[name].dtype == x.dtype
         np.testing.assert_array_equal(read[name], x, err_msg=name)
 
@@ -192,7 +192,7 @@ def test_a_weight_in_integers_is_refused_as_that(tmp_path):
         write(tmp_path / "model", VARIANTS["qwen3_moe"]),
         lambda tensors: tensors | {"model.norm.weight": np.ones(32, np.int8)},
     )
-    assert "tensor model.norm.weight is stored as I8: wanted one of F32, F16, BF16" in refusal(folder)
+    assert "tensor model.norm.weight is stored as I8: expected one of F32, F16, BF16" in refusal(folder)
 
 
 def test_scales_in_integers_are_refused(tmp_path):
@@ -206,4 +206,4 @@ def test_scales_in_integers_are_refused(tmp_path):
     fields = json.loads((folder / "config.json").read_text())
     fields["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (folder / "config.json").write_text(json.dumps(fields))
-    assert f"{name}_scale_inv has shape (1, 1) and dtype uint8: wanted (1, 1), a float32" in refusal(folder)
+    assert f"{name}_scale_inv has shape (1, 1) and dtype uint8: expected (1, 1), a float32" in refusal(folder)

@@ -50,11 +50,13 @@ def mixed(folder, family, parts, narrow=ml_dtypes.bfloat16):
 def test_what_is_stored_wider_stays_so(tmp_path, case):
     family, parts, wide = MIXTURES[case]
     folder = mixed(tmp_path / "model", family, parts)
-    found, wanted = (dict(huggingface.flattened(checkpoint.open(folder).read(dtype))) for dtype in ("auto", "float32"))
+    found, expected = (
+        dict(huggingface.flattened(checkpoint.open(folder).read(dtype))) for dtype in ("auto", "float32")
+    )
     in_float32 = {name for name, x in found.items() if x.dtype == np.float32 and not name.endswith("/bias_LE")}
     assert in_float32 == (wide or found.keys())
     for name, x in found.items():
-        np.testing.assert_array_equal(x.astype(np.float32), wanted[name], err_msg=name)
+        np.testing.assert_array_equal(x.astype(np.float32), expected[name], err_msg=name)
     assert decoder.dtype_of(found) == (ml_dtypes.bfloat16 if wide else np.float32)
 
 

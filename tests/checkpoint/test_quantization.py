@@ -20,17 +20,17 @@ DOWN = "model.layers.3.mlp.experts.5.down_proj.weight"
 
 def plain_loop(tensor, scale, rows, columns):
     """float32, number by number."""
-    wanted = np.empty(tensor.shape, np.float32)
+    expected = np.empty(tensor.shape, np.float32)
     for row in range(tensor.shape[0]):
         for column in range(tensor.shape[1]):
-            wanted[row, column] = np.float32(tensor[row, column]) * scale[row // rows, column // columns]
-    return wanted
+            expected[row, column] = np.float32(tensor[row, column]) * scale[row // rows, column // columns]
+    return expected
 
 
 def quantize(folder, rows=ROWS, columns=COLUMNS, scale_dtype=np.float32):
     """Stores the projections as random FP8 with random scales; returns what each is to be read as, in float32."""
     random = np.random.default_rng(0)
-    tensors, wanted = safetensors.numpy.load_file(folder / "model.safetensors"), {}
+    tensors, expected = safetensors.numpy.load_file(folder / "model.safetensors"), {}
     for name, tensor in list(tensors.items()):
         if "_proj.weight" in name:
             bits = random.integers(0, 256, tensor.shape, np.uint8)
@@ -39,10 +39,10 @@ def quantize(folder, rows=ROWS, columns=COLUMNS, scale_dtype=np.float32):
             shape = -(-tensor.shape[0] // rows), -(-tensor.shape[1] // columns)
             scale = random.uniform(1e-4, 1e-2, shape).astype(scale_dtype)
             tensors[f"{name}_scale_inv"] = scale
-            wanted[name] = plain_loop(tensors[name], scale.astype(np.float32), rows, columns)
+            expected[name] = plain_loop(tensors[name], scale.astype(np.float32), rows, columns)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     whole.edit_config(folder, quantization_config={**PUBLISHED, "weight_block_size": [rows, columns]})
-    return wanted
+    return expected
 
 
 def load_file(path):
@@ -75,9 +75,9 @@ def as_stored(params):
 @pytest.mark.parametrize(("rows", "columns"), [(ROWS, COLUMNS), (8, 16), (128, 128)])
 def test_values_are_those_of_a_plain_loop(folder, monkeypatch, dtype, rows, columns):
     monkeypatch.setattr(filling, "_CHECKED_BYTES", 200)  # so that pieces begin within blocks
-    wanted = quantize(folder, rows, columns)
+    expected = quantize(folder, rows, columns)
     read = as_stored(checkpoint.open(folder).read(dtype))
-    for name, values in wanted.items():
+    for name, values in expected.items():
         narrow = np.dtype("bfloat16" if dtype == "auto" else dtype)
         assert read[name].dtype == narrow
         np.testing.assert_array_equal(read[name], values.astype(narrow), err_msg=name)
@@ -87,29 +87,29 @@ def test_values_are_those_of_a_plain_loop(folder, monkeypatch, dtype, rows, colu
 def test_a_part_is_that_of_the_whole(folder):
     quantize(folder)
     opened = checkpoint.open(folder)
-    wanted = whole.flattened(opened.read("float32"))
+    expected = whole.flattened(opened.read("float32"))
     stacks = opened._stacks("float32")
     parts = [[tuple(slice(size // 3, size // 3 + 1 + size // 2) for size in stack.shape)] for stack in stacks]
     arrays = reading.read(folder, stacks, parts, blocks_of(opened.config))
     for stack, [part], [array] in zip(stacks, parts, arrays):
-        np.testing.assert_array_equal(array, wanted[stack.path][part], err_msg=stack.path)
+        np.testing.assert_array_equal(array, expected[stack.path][part], err_msg=stack.path)
 
 
 def test_scales_may_be_narrow_and_lie_in_another_shard(folder, monkeypatch):
-    wanted = quantize(folder, scale_dtype=ml_dtypes.bfloat16)
+    expected = quantize(folder, scale_dtype=ml_dtypes.bfloat16)
     monkeypatch.setattr(safetensors.numpy, "load_file", load_file)
     whole.shard(folder)
     read = as_stored(checkpoint.open(folder).read())
-    for name, values in wanted.items():
+    for name, values in expected.items():
         np.testing.assert_array_equal(read[name], values.astype(ml_dtypes.bfloat16), err_msg=name)
 
 
 def test_fields_that_newer_libraries_add_change_nothing(folder):
-    wanted = quantize(folder)
+    expected = quantize(folder)
     added = {"dequantize": False, "modules_to_convert": None, "expert_dtype": "fp8", "scale_fmt": "float"}
     whole.edit_config(folder, quantization_config={**PUBLISHED, "weight_block_size": [ROWS, COLUMNS], **added})
     read = as_stored(checkpoint.open(folder).read("float32"))
-    for name, values in wanted.items():
+    for name, values in expected.items():
         np.testing.assert_array_equal(read[name], values, err_msg=name)
     for field, value in (("dequantize", True), ("expert_dtype", "fp4")):
         given = {**PUBLISHED, "weight_block_size": [ROWS, COLUMNS], field: value}

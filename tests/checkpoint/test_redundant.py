@@ -76,10 +76,10 @@ def test_what_agrees_is_passed_over(tmp_path, case, monkeypatch):
     opened = checkpoint.open(with_tensors(tmp_path / "more", variant, change))
     architecture, read = opened.architecture, opened.read()
     assert architecture == variant.architecture
-    wanted = dict(huggingface.flattened(checkpoint.open(write(tmp_path / "model", variant)).read()))
+    expected = dict(huggingface.flattened(checkpoint.open(write(tmp_path / "model", variant)).read()))
     read = dict(huggingface.flattened(read))
-    assert read.keys() == wanted.keys()
-    for name, x in wanted.items():
+    assert read.keys() == expected.keys()
+    for name, x in expected.items():
         assert read[name].dtype == x.dtype
         np.testing.assert_array_equal(read[name], x, err_msg=name)
 

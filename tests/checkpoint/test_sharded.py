@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
     return tiny_model.write_model(tmp_path_factory.mktemp("models") / "tiny", dtype="bfloat16")
 
 
-# path -> the part that is wanted, and how the bytes around it are found by the names of tensors
+# path -> the part that is expected, and how the bytes around it are found by the names of tensors
 PARTS = {
     "moe/experts/gate_up_LEIFD": np.s_[0:2, 4:8, 0:2, 8:16, 0:64],
     "moe/experts/down_LEDF": np.s_[1:2, 4:8, 0:64, 8:16],
@@ -56,7 +56,7 @@ def poisoned(name, tensor):
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_a_part_is_read_without_what_lies_around_it(folder, tmp_path, dtype):
-    wanted = dict(huggingface.flattened(checkpoint.open(folder).read(dtype)))
+    expected = dict(huggingface.flattened(checkpoint.open(folder).read(dtype)))
     for path in folder.iterdir():
         if path.suffix == ".json":
             (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -68,7 +68,7 @@ def test_a_part_is_read_without_what_lies_around_it(folder, tmp_path, dtype):
     arrays = reading.read(tmp_path, stacks, [[PARTS[stack.path]] for stack in stacks], None)
     assert len(stacks) == len(PARTS)
     for stack, [array] in zip(stacks, arrays):
-        np.testing.assert_array_equal(array, wanted[stack.path][PARTS[stack.path]])
+        np.testing.assert_array_equal(array, expected[stack.path][PARTS[stack.path]])
         assert array.dtype == (np.float32 if dtype == "float32" else ml_dtypes.bfloat16)
     for stack in stacks:
         with pytest.raises(ValueError, match="holds NaN"):

@@ -81,8 +81,8 @@ def test_every_family_goes_there_and_back(tmp_path, name):
 
 
 def test_another_dtype_is_read_and_takes_memory(folder, published, monkeypatch):
-    wanted = moe_jax.load(published, dtype="float32").logits(TOKENS_BT)
-    np.testing.assert_array_equal(moe_jax.load(folder, dtype="float32").logits(TOKENS_BT), wanted)
+    expected = moe_jax.load(published, dtype="float32").logits(TOKENS_BT)
+    np.testing.assert_array_equal(moe_jax.load(folder, dtype="float32").logits(TOKENS_BT), expected)
     stacked = checkpoint.open(folder)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": 0}))
     stacked.load()
@@ -127,13 +127,13 @@ def in_json(name, **fields):
 DAMAGES = {
     "no bytes": (cut(0), "has 0 bytes, [0-9]+ were written"),
     "cut in its table": (cut(300), "has 300 bytes"),
-    "cut in its last number": (cut(-1), "were written: wanted it whole"),
-    "a byte more": (cut(None), "were written: wanted it whole"),
+    "cut in its last number": (cut(-1), "were written: expected it whole"),
+    "a byte more": (cut(None), "were written: expected it whole"),
     "another table": (change_head, "begins otherwise than was written"),
     "no weights": (lambda folder: (folder / "stacked.safetensors").unlink(), r"stacked\.safetensors is missing"),
     "no description": (lambda folder: (folder / "stacked.json").unlink(), r"has no stacked\.json"),
     "no JSON": (lambda folder: (folder / "stacked.json").write_text("{"), r"stacked\.json is not JSON"),
-    "a later format": (in_json("stacked.json", format=2), "format = 2: wanted 1"),
+    "a later format": (in_json("stacked.json", format=2), "format = 2: expected 1"),
     "another shape": (in_json("config.json", hidden_size=32), "config.json asks for"),
     "more layers": (in_json("config.json", num_hidden_layers=4), "config.json asks for"),
     "untied": (in_json("config.json", tie_word_embeddings=False), "1 missing: head_VD"),

@@ -69,7 +69,7 @@ def test_a_prefix_may_be_said_by_its_length_alone(dense, moe):
         ("moe", {"num_experts_of_layers": (64, 32)}, "one for each of 3 MoE layers"),
         ("moe", {"num_experts_of_layers": (64, 32, 65)}, "the largest of them moe.num_experts = 64"),
         ("moe", {"num_experts_of_layers": (64, 32, 0)}, "at least 1"),
-        ("moe", {"num_experts_of_layers": (64, 32, 4)}, "k of MoE layer 2 = 8: wanted at most its 4 experts"),
+        ("moe", {"num_experts_of_layers": (64, 32, 4)}, "k of MoE layer 2 = 8: expected at most its 4 experts"),
         ("moe", {"num_experts_of_layers": (64, 32, 32), "num_groups": 4, "num_groups_kept": 2}, "moe.num_groups = 4"),
     ],
 )

@@ -33,8 +33,8 @@ def test_plan(monkeypatch, few_slots, num_tokens, k_max, keep_share, seed):
     expert_S, keep_S = (np.asarray(part).reshape(-1) for part in (selection.expert_NK, selection.keep_NK))
 
     # the order, written out: a plain stable sort of kept slots by expert, then the dropped ones
-    wanted = sorted(range(num_tokens * k_max), key=lambda s: (not keep_S[s], expert_S[s] if keep_S[s] else 0, s))
-    np.testing.assert_array_equal(plan.token_S, np.array(wanted) // k_max)
-    np.testing.assert_array_equal(np.argsort(np.asarray(plan.position_NK).reshape(-1)), wanted)
+    expected = sorted(range(num_tokens * k_max), key=lambda s: (not keep_S[s], expert_S[s] if keep_S[s] else 0, s))
+    np.testing.assert_array_equal(plan.token_S, np.array(expected) // k_max)
+    np.testing.assert_array_equal(np.argsort(np.asarray(plan.position_NK).reshape(-1)), expected)
     np.testing.assert_array_equal(plan.group_sizes_E, np.bincount(expert_S[keep_S], minlength=num_experts))
     assert int(plan.group_sizes_E.sum()) == keep_S.sum()

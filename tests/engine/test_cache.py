@@ -9,11 +9,11 @@ from tests import tiny_model
 
 
 @pytest.mark.parametrize(
-    ("length", "max_context", "wanted"),
+    ("length", "max_context", "expected"),
     [(1, 512, 16), (16, 512, 16), (17, 512, 32), (256, 512, 256), (257, 512, 512), (290, 300, 300), (3, 8, 8)],
 )
-def test_lengths_round_up_to_a_power_of_two_within_the_context(length, max_context, wanted):
-    assert cache.length_bucket(length, max_context) == wanted
+def test_lengths_round_up_to_a_power_of_two_within_the_context(length, max_context, expected):
+    assert cache.length_bucket(length, max_context) == expected
 
 
 def test_a_shape_holds_every_request():
@@ -40,7 +40,7 @@ def test_a_cache_beyond_the_memory_is_refused(monkeypatch):
     assert sum(part.nbytes for part in cache.allocate(tiny_model.ARCHITECTURE, 4, 64, jnp.float32)) == needed_bytes
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(needed_bytes - 1))
     with pytest.raises(
-        ValueError, match=r"4 prompts with up to 64 tokens needs 0.0 GB, 0.0 GB available: wanted fewer"
+        ValueError, match=r"4 prompts with up to 64 tokens needs 0.0 GB, 0.0 GB available: expected fewer"
     ):
         cache.require_memory(tiny_model.ARCHITECTURE, [(4, 64)], jnp.float32)
     with pytest.raises(ValueError, match="the cache of 2 prompts with up to 64 tokens needs"):  # and a prefix beside it

@@ -117,10 +117,10 @@ def test_a_prompt_read_in_chunks_is_continued_as_one_read_at_once(params, engine
     """Prompts that end within every chunk and at the end of one, a policy for each, and a row without a request."""
     prompts = [list(range(5, 5 + length)) for length in (3, 26, 16)]
     settings = {"policy": ["topk:3", None, "layers:2,5"], "max_new_tokens": 6}
-    wanted, at_once = run(engine, prompts, **settings)
+    expected, at_once = run(engine, prompts, **settings)
     monkeypatch.setattr(cache, "CHUNK", 8)
     got, in_chunks = run(Engine(params, tiny_model.tokenizer(), end_ids=()), prompts, **settings)
-    for one, other in zip(got, wanted, strict=True):
+    for one, other in zip(got, expected, strict=True):
         assert (one.ids, one.experts_per_token) == (other.ids, other.experts_per_token)
         np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, rtol=1e-5, atol=1e-5)
     assert in_chunks.kept_slots == at_once.kept_slots
@@ -132,14 +132,14 @@ def test_a_long_prompt_beside_short_ones_pads_none_of_them(params, engine, monke
     """Read in groups and put into slots, all draw what they drew when they were read together."""
     prompts = [[1, 2, 3], [4] * 26, [5, 6], [7] * 25, [8]]
     settings = {"policy": ["topk:3", None, "opportunistic:2", "topk:2", "opportunistic:2"], "max_new_tokens": 6}
-    wanted, together = run(engine, prompts, **settings)
+    expected, together = run(engine, prompts, **settings)
     assert len(plan_of(requests(prompts, **settings), EXECUTION).groups) == 1
     monkeypatch.setattr(cache, "CHUNK", 32)
     monkeypatch.setattr(cache, "SHORTEST", 4)
     plan = plan_of(requests(prompts, **settings), EXECUTION)
     assert plan == (8, 32, (((1, 3), (2, 32, 32)), ((0, 2, 4), (4, 4, 4))))
     got, apart = run(Engine(params, tiny_model.tokenizer(), end_ids=()), prompts, **settings)
-    for one, other in zip(got, wanted, strict=True):
+    for one, other in zip(got, expected, strict=True):
         assert (one.ids, one.experts_per_token) == (other.ids, other.experts_per_token)
         np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, rtol=1e-5, atol=1e-5)
     assert (apart.kept_slots, apart.distinct_experts) == (together.kept_slots, together.distinct_experts)
@@ -225,8 +225,8 @@ def test_completions_end_at_a_stop_string_the_end_of_text_or_the_limit(engine, p
 
     ending = Engine(params, tiny_model.tokenizer(), end_ids=[end_id])
     completions, measured = run(ending, temperature=1.0, stop=(stop,), on_text=on_text)
-    wanted = [cut(one.ids, stop, end_id) for one in whole]
-    assert [(one.ids, one.text, one.finish_reason) for one in completions] == wanted
+    expected = [cut(one.ids, stop, end_id) for one in whole]
+    assert [(one.ids, one.text, one.finish_reason) for one in completions] == expected
     assert [one.finish_reason for one in completions][1:] == ["stop", "end"]
     assert [one.text for one in completions] == ["".join(parts) for parts in pieces]
     assert all(itertools.chain(*pieces))  # no empty pieces
@@ -272,20 +272,20 @@ def test_one_token_takes_no_decode_step(engine):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ({"prompts": []}, "wanted a sequence of at least one prompt"),
-        ({"prompts": "The"}, "wanted a sequence of at least one prompt"),
+        ({"prompts": []}, "expected a sequence of at least one prompt"),
+        ({"prompts": "The"}, "expected a sequence of at least one prompt"),
         ({"prompts": ["a", ""]}, "prompt 2 is empty"),
         ({"prompts": [[]]}, "prompt 1 is empty"),
-        ({"prompts": [[1, 512]]}, "prompt 1 has the token 512: wanted 0 to 511"),
+        ({"prompts": [[1, 512]]}, "prompt 1 has the token 512: expected 0 to 511"),
         ({"prompts": [[-1]]}, "prompt 1 has the token -1"),
         ({"prompts": ["a\udcff"]}, "prompt 1 is not text"),
-        ({"prompts": [[1] * 32]}, "prompt 1 has 32 tokens: wanted at most 31"),
-        ({"policy": "topk:0"}, "wanted whole numbers of at least 1"),
-        ({"policy": "topk:9"}, "wanted 1 to 8 experts in every layer; more need a larger policy.k_max"),
-        ({"policy": "layers:8"}, "wanted one number for each of the model's 2 MoE layers"),
+        ({"prompts": [[1] * 32]}, "prompt 1 has 32 tokens: expected at most 31"),
+        ({"policy": "topk:0"}, "expected whole numbers of at least 1"),
+        ({"policy": "topk:9"}, "expected 1 to 8 experts in every layer; more need a larger policy.k_max"),
+        ({"policy": "layers:8"}, "expected one number for each of the model's 2 MoE layers"),
         ({"policy": "topq:4"}, "did you mean"),
         ({"policy": ["topk:4"] * 2}, "2 policies for 3 rows"),
-        ({"seed": -1}, "seed = -1: wanted"),
+        ({"seed": -1}, "seed = -1: expected"),
         ({"seed": [1, 2]}, "or one for each prompt"),
     ],
     ids=lambda value: str(value)[:40],
@@ -299,7 +299,7 @@ def test_what_cannot_run_is_refused_before_it_does(arguments, expected):
 def test_k_max_stays_within_what_the_groups_leave(k_max):
     grouped = tiny_model.changed(moe={"num_groups": 4, "num_groups_kept": 2})
     assert execution_of(grouped, 8).k_max == execution_of(grouped).k_max == 8
-    with pytest.raises(ValueError, match=r"wanted 0 \(the model's own 8\) to 8 experts"):
+    with pytest.raises(ValueError, match=r"expected 0 \(the model's own 8\) to 8 experts"):
         execution_of(grouped, k_max)
 
 

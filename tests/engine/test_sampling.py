@@ -38,8 +38,8 @@ def test_temperature_zero_takes_the_best_token_and_the_lower_of_equals():
     logits_BV = np.array([[0, 3, 1, 3], [2, 0, 5, 1]], np.float32)
     token_B, log_probability_B = drawn(logits_BV, top_k=3, top_p=0.5)
     assert token_B.tolist() == [1, 2]
-    wanted = logits_BV.max(axis=1) - np.log(np.exp(logits_BV).sum(axis=1))
-    np.testing.assert_allclose(log_probability_B, wanted, rtol=1e-6)
+    expected = logits_BV.max(axis=1) - np.log(np.exp(logits_BV).sum(axis=1))
+    np.testing.assert_allclose(log_probability_B, expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

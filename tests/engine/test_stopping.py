@@ -58,7 +58,7 @@ def shown(parts, stop, end_id=None):
 
 
 @pytest.mark.parametrize(
-    ("parts", "stop", "wanted"),
+    ("parts", "stop", "expected"),
     [
         (["cd", "<|im_end|>", "e"], ["<|im_end|>"], ("cd", True)),
         (["cd", "<s>", "e"], ["<|im_end|>"], ("cde", False)),
@@ -75,8 +75,8 @@ def shown(parts, stop, end_id=None):
         (["é", "<|im_end|>"], ["<|im_end|>", "Question:"], ("é", True)),
     ],
 )
-def test_a_stop_string_may_name_special_tokens(parts, stop, wanted):
-    assert shown(parts, stop) == wanted
+def test_a_stop_string_may_name_special_tokens(parts, stop, expected):
+    assert shown(parts, stop) == expected
 
 
 def test_what_may_begin_a_name_is_held_back_no_longer_than_needed():
@@ -87,10 +87,10 @@ def test_what_may_begin_a_name_is_held_back_no_longer_than_needed():
 
 
 @pytest.mark.parametrize(
-    ("stop", "wanted"), [(["<|endoftext|>"], "c\n"), (["\n<|endoftext|>"], "c"), (["\n<|im_end|>"], "c\n")]
+    ("stop", "expected"), [(["<|endoftext|>"], "c\n"), (["\n<|endoftext|>"], "c"), (["\n<|im_end|>"], "c\n")]
 )
-def test_the_end_of_text_may_be_the_end_of_a_stop_string(stop, wanted):
-    assert shown(["c\n"], stop, end_id=256) == (wanted, False)
+def test_the_end_of_text_may_be_the_end_of_a_stop_string(stop, expected):
+    assert shown(["c\n"], stop, end_id=256) == (expected, False)
 
 
 def test_stop_strings_behind_a_prompt_begin_after_it():

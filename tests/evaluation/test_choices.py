@@ -53,7 +53,7 @@ def test_questions_are_four_lines_of_one_file_the_true_one_first(documents, ques
 
 
 def test_too_many_questions_are_refused(documents):
-    with pytest.raises(ValueError, match="next-line questions: wanted 10000"):
+    with pytest.raises(ValueError, match="next-line questions: expected 10000"):
         choices.make_questions(documents, tiny_model.tokenizer(), 10_000)
 
 

@@ -42,7 +42,7 @@ def test_headers_end_where_their_body_begins():
     for header in found:
         text = tiny_model.tokenizer().decode(list(header.ids))
         assert text.endswith(header.text) and text in TEXT and len(header.ids) <= completions.PROMPT
-    with pytest.raises(ValueError, match="has 3 headers of functions: wanted 4"):
+    with pytest.raises(ValueError, match="has 3 headers of functions: expected 4"):
         completions.make_headers(DOCUMENTS, tiny_model.tokenizer(), 4)
 
 
@@ -50,7 +50,7 @@ TOP, METHOD = Header(0, (), "def f(x):\n    ", 0), Header(0, (), "    def f(x):\
 
 
 @pytest.mark.parametrize(
-    ("header", "text", "finished", "wanted"),
+    ("header", "text", "finished", "expected"),
     [
         (TOP, "return x\n", True, True),
         (TOP, "return (x\n", True, False),
@@ -67,8 +67,8 @@ TOP, METHOD = Header(0, (), "def f(x):\n    ", 0), Header(0, (), "    def f(x):\
         (TOP, "x = '\0'\n", True, False),
     ],
 )
-def test_bodies_are_judged_to_their_end(header, text, finished, wanted):
-    assert parses(header, text, finished) is wanted
+def test_bodies_are_judged_to_their_end(header, text, finished, expected):
+    assert parses(header, text, finished) is expected
 
 
 def test_every_policy_completes_every_header_twice(tmp_path, monkeypatch):
@@ -92,10 +92,10 @@ def test_every_policy_completes_every_header_twice(tmp_path, monkeypatch):
     assert [header for header, _ in asked] == headers * 4
     assert found.reshape(-1).tolist() == [n % 3 == 2 for n in range(12)]
     prompts = [list(header.ids) for header in headers]
-    wanted = [
+    expected = [
         one.text
         for spec in ("topk:8", "topk:2")
         for temperature in (0.0, completions.SAMPLED_TEMPERATURE)
         for one in model.generate(prompts, max_new_tokens=6, policy=spec, temperature=temperature, seed=[3, 4, 5])
     ]
-    assert [text for _, text in asked] == wanted
+    assert [text for _, text in asked] == expected

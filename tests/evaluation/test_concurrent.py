@@ -72,13 +72,13 @@ def test_the_set_is_never_formed_over_the_tokens_of_a_row():
 
 def test_distinct_experts_are_counted_over_the_rows_of_a_step():
     seen = concurrent.read(PARAMS, windows(), parse("topk:3"), EXECUTION, rows=4, concurrency=4)
-    wanted = [
+    expected = [
         len({int(e) for row in range(first, first + 4) for e in seen.chosen_LJTK[layer, row, at]})
         for layer in range(2)
         for first in (0, 4)
         for at in range(LENGTH)
     ]
-    assert concurrent.distinct_at(seen.chosen_LJTK, 4) == pytest.approx(np.mean(wanted))
+    assert concurrent.distinct_at(seen.chosen_LJTK, 4) == pytest.approx(np.mean(expected))
     assert concurrent.distinct_at(seen.chosen_LJTK, 1) == 3
 
 
@@ -103,7 +103,7 @@ def test_windows_are_full_and_know_their_bytes():
         assert cut.bytes_J[of_document].sum() == len(tokenizer.decode(ids[1 : full + 1].tolist()).encode())
         starts = sorted(map(tuple, cut.tokens_JT[of_document].tolist()))
         assert starts == sorted(tuple(ids[at : at + LENGTH + 1].tolist()) for at in range(0, full, LENGTH))
-    with pytest.raises(ValueError, match=rf"has {count} full windows of 8 tokens: wanted at least {count + 1}"):
+    with pytest.raises(ValueError, match=rf"has {count} full windows of 8 tokens: expected at least {count + 1}"):
         concurrent.cut(documents, tokenizer, LENGTH, count + 1, seed=0)
 
 

@@ -45,8 +45,8 @@ def test_scores_of_all_lengths(model, spec):
     found = score_continuations(model.params, pairs, parse(spec), execution, batch_size=4, on_scored=known.__setitem__)
     assert known == dict(enumerate(found))
     for pair, scored in zip(pairs, found):
-        wanted, is_greedy = one_by_one(model, pair, spec)
-        assert scored.log_probability == pytest.approx(wanted, rel=1e-5)
+        expected, is_greedy = one_by_one(model, pair, spec)
+        assert scored.log_probability == pytest.approx(expected, rel=1e-5)
         assert scored.is_greedy == is_greedy
     if spec == "model":
         assert found[-2].is_greedy and not found[-1].is_greedy
@@ -86,7 +86,7 @@ def test_few_shapes_are_compiled(model, shapes):
     [
         (Pair([], [1]), "request 1 has no tokens in its context"),
         (Pair([1], []), "request 1 has no tokens in its continuation"),
-        (Pair([1], [2] * (CONTEXT + 1)), f"a continuation of {CONTEXT + 1} tokens: wanted at most"),
+        (Pair([1], [2] * (CONTEXT + 1)), f"a continuation of {CONTEXT + 1} tokens: expected at most"),
     ],
 )
 def test_pairs_that_cannot_be_scored(model, pair, words):
@@ -103,5 +103,5 @@ def test_policies_that_look_at_their_neighbours_are_refused(model):
         spec, batch_aware = "pool:4", True
 
     require_row_wise(parse("topk:4"))
-    with pytest.raises(ValueError, match="'pool:4' looks at the rows of one decode step: wanted a row-wise policy"):
+    with pytest.raises(ValueError, match="'pool:4' looks at the rows of one decode step: expected a row-wise policy"):
         score_continuations(model.params, [Pair([1], [2])], Pooled(), execution_of(model.architecture), batch_size=4)

@@ -83,11 +83,11 @@ def test_every_token_is_scored_once_with_the_context_it_has(params):
 def test_divergence_is_that_of_the_reference_from_each_policy(params):
     few, full = score(params, "topk:1", "model", reference=1)
     for number, tokens in enumerate(documents()):
-        wanted = 0.0
+        expected = 0.0
         for window, skip in windows(tokens):
             p_TV, q_TV = (probabilities(params, window, parse(spec)) for spec in ("model", "topk:1"))
-            wanted += (p_TV * np.log(p_TV / q_TV)).sum(axis=1)[skip:].sum()
-        np.testing.assert_allclose(few.kl_J[number], wanted, rtol=1e-4)
+            expected += (p_TV * np.log(p_TV / q_TV)).sum(axis=1)[skip:].sum()
+        np.testing.assert_allclose(few.kl_J[number], expected, rtol=1e-4)
     assert few.kl_J.min() > 0
     np.testing.assert_array_equal(full.kl_J, 0)
 
@@ -109,16 +109,16 @@ def test_a_finished_batch_is_not_computed_again(params, tmp_path):
     again = score(params, "model", "topk:1", reference=0, journal=Journal(tmp_path, {}))
     read = score(dead, "model", "topk:1", reference=0, journal=Journal(tmp_path, {}))
     for other in (with_journal, again, read):
-        for one, wanted in zip(other, whole):
-            jax.tree.map(np.testing.assert_array_equal, one, wanted)
+        for one, expected in zip(other, whole):
+            jax.tree.map(np.testing.assert_array_equal, one, expected)
 
 
 def test_xz():
     texts = [b"def f(x):\n    return x + 1\n" * 50, bytes(np.random.default_rng(0).integers(256, size=3000).tolist())]
     text = b"".join(texts)
-    wanted = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
-    np.testing.assert_allclose(likelihood.xz_bits_per_byte(texts), wanted, rtol=0.01)
-    assert likelihood.xz_bits_per_byte(texts, primer=texts) < 0.05 * wanted
+    expected = 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
+    np.testing.assert_allclose(likelihood.xz_bits_per_byte(texts), expected, rtol=0.01)
+    assert likelihood.xz_bits_per_byte(texts, primer=texts) < 0.05 * expected
 
 
 def test_long_windows_are_read_fewer_at_a_time(params, monkeypatch):

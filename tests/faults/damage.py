@@ -201,7 +201,9 @@ DAMAGES = [
     Damage("offsets below zero", retabled(lambda t: t[EXPERT].update(data_offsets=[-4, 0])), "damaged table"),
     Damage("a shape of floats", retabled(lambda t: t[EXPERT].update(shape=[64.0, 24.0])), "damaged table"),
     Damage("a shape of 2**70", retabled(lambda t: t[EXPERT].update(shape=[2**35, 2**35])), "damaged table"),
-    Damage("a dtype of its own", retabled(lambda t: t[EXPERT].update(dtype="F31")), "stored as F31: wanted one of F32"),
+    Damage(
+        "a dtype of its own", retabled(lambda t: t[EXPERT].update(dtype="F31")), "stored as F31: expected one of F32"
+    ),
     Damage("a table that is a list", retabled(lambda t: [t]), "damaged table"),
     Damage(
         "a tensor transposed",
@@ -227,11 +229,11 @@ DAMAGES = [
     Damage("config.json is a folder", replaced(CONFIG, pathlib.Path.mkdir), "has no config.json"),
     Damage("config.json of brackets", lambda f: (f / CONFIG).write_text("[" * 10**5), "config.json is not JSON"),
     Damage("a width of another model", configured(hidden_size=128), r"has shape .*: config.json asks for"),
-    Damage("a width below zero", configured(hidden_size=-64), "decoder.d_model = -64: wanted a positive number"),
-    Damage("a width in words", configured(hidden_size="sixty-four"), 'hidden_size = "sixty-four": wanted int'),
+    Damage("a width below zero", configured(hidden_size=-64), "decoder.d_model = -64: expected a positive number"),
+    Damage("a width in words", configured(hidden_size="sixty-four"), 'hidden_size = "sixty-four": expected int'),
     Damage("another architecture", configured(model_type="mamba"), 'model_type = "mamba": supported: .*glm4_moe'),
-    Damage("more active experts than there are", configured(num_experts_per_tok=17), "moe.k = 17: wanted at most"),
-    Damage("groups that do not divide the experts", configured(n_group=3), "moe.num_groups = 3: wanted a divisor"),
+    Damage("more active experts than there are", configured(num_experts_per_tok=17), "moe.k = 17: expected at most"),
+    Damage("groups that do not divide the experts", configured(n_group=3), "moe.num_groups = 3: expected a divisor"),
     Damage("fewer layers than tensors say", configured(num_hidden_layers=2), "unknown: model.layers.2"),
     Damage("more layers than there are", configured(num_hidden_layers=4), "missing: model.layers.3"),
     Damage("eight bits of another kind", configured(quantization_config={"quant_method": "awq"}), "awq"),

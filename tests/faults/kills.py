@@ -94,11 +94,11 @@ def wait_for_lines(process: subprocess.Popen, out: pathlib.Path, count: int) -> 
         time.sleep(0.002)
 
 
-def assert_same(out: pathlib.Path, wanted: pathlib.Path, files: Sequence[str]) -> None:
+def assert_same(out: pathlib.Path, expected: pathlib.Path, files: Sequence[str]) -> None:
     """Two finished runs have the same figures, and the same bytes in some files."""
-    assert figures(out) == figures(wanted)
+    assert figures(out) == figures(expected)
     for file in files:
-        assert (out / file).read_bytes() == (wanted / file).read_bytes(), file
+        assert (out / file).read_bytes() == (expected / file).read_bytes(), file
 
 
 def figures(out: pathlib.Path) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ BOTH_WAYS = pytest.mark.parametrize("way", [best_way(), pytest.param(LIMIT, mark
 @BOTH_WAYS
 def test_a_checkpoint_that_does_not_fit_stops_the_run_and_space_lets_it_go_on(training_run, tmp_path, way):
     """One checkpoint is some 800 kB in files of up to 400 kB, and the export smaller; of a fine-tuning, 3 MB."""
-    launcher, flags, wanted = training_run
+    launcher, flags, expected = training_run
     size_bytes = {"train": 1_500_000, "finetune": 5_500_000}[launcher]
     with small_disk(tmp_path / "disk", {LIMIT: 50_000}.get(way, size_bytes), way) as disk:
         flags = [*flags, f"--out={disk.folder / 'out'}"]
@@ -36,7 +36,7 @@ def test_a_checkpoint_that_does_not_fit_stops_the_run_and_space_lets_it_go_on(tr
         disk.grow()
         ended = launched.run(launcher, *flags, folder=tmp_path, within=disk.within)
         assert ended.status == 0, ended.stderr
-        weights = [(out / "model" / "model.safetensors").read_bytes() for out in (wanted, disk.seen / "out")]
+        weights = [(out / "model" / "model.safetensors").read_bytes() for out in (expected, disk.seen / "out")]
         assert weights[0] == weights[1]
 
 

@@ -39,7 +39,7 @@ def test_a_read_only_file_system_is_refused(tmp_path, way):
         remount = ["mount", "-o", "remount,ro", str(disk.folder)]
         assert launched.subprocess.run([*disk.within, *remount], check=False).returncode == 0
         ended = launched.run("train", f"--out={disk.folder}/out", folder=tmp_path, within=disk.within)
-    assert launched.not_refused(ended, "Read-only file system; wanted a folder") == ""
+    assert launched.not_refused(ended, "Read-only file system; expected a folder") == ""
 
 
 def test_a_cache_that_cannot_be_written_is_only_said(model, tmp_path, monkeypatch):
@@ -94,7 +94,7 @@ def test_a_prompt_file_that_is_none_is_refused(read_prompts, tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("stdin", "says"),
-    [(b"a\0b", "byte 1 is 0"), (b"\x89PNG\r\n", "byte 0 is not UTF-8"), (b"fox " * 500_000, "wanted at most 255")],
+    [(b"a\0b", "byte 1 is 0"), (b"\x89PNG\r\n", "byte 0 is not UTF-8"), (b"fox " * 500_000, "expected at most 255")],
 )
 def test_what_is_piped_in_is_text_that_fits_or_refused(model, tmp_path, stdin, says):
     ended = launched.run("infer", f"--set=model.path={model}", folder=tmp_path, stdin=stdin)

@@ -57,17 +57,17 @@ def undisturbed(training_flags, finetuning_flags, model, sources, tmp_path_facto
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_a_storm_of_kills_changes_nothing(undisturbed, tmp_path, record_property, launcher):
-    flags, wanted, seconds = undisturbed(launcher)
+    flags, expected, seconds = undisturbed(launcher)
     files, count = LAUNCHERS[launcher]
     been = kills.storm(launcher, flags, tmp_path / "out", kills=count, within_s=seconds, seed=1)
     record_property("storm", repr(been))
     print(launcher, been, f"{seconds:.1f} s undisturbed")
-    kills.assert_same(tmp_path / "out", wanted, files)
+    kills.assert_same(tmp_path / "out", expected, files)
 
 
 def test_training_killed_once_goes_on_bit_identically(training_run, tmp_path):
     """At a random step behind its first checkpoint, or soon after the last."""
-    launcher, flags, wanted = training_run
+    launcher, flags, expected = training_run
     out, wait_for = tmp_path / "out", random.randrange(4, 9)
     with kills.started(launcher, flags, out) as process:
         kills.wait_for_lines(process, out, wait_for)
@@ -77,5 +77,5 @@ def test_training_killed_once_goes_on_bit_identically(training_run, tmp_path):
     assert not (out / "result.json").exists()
     ended = launched.run(launcher, *flags, f"--out={out}", folder=tmp_path)
     assert ended.status == 0, f"killed after {wait_for} lines: {ended.stderr}"
-    assert kills.steps(out) == kills.steps(wanted)
-    kills.assert_same(out, wanted, ["model/model.safetensors"])
+    assert kills.steps(out) == kills.steps(expected)
+    kills.assert_same(out, expected, ["model/model.safetensors"])

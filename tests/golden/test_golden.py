@@ -38,9 +38,9 @@ def golden(request, tmp_path_factory):
     return moe_jax.load(folder, dtype="float32"), tokens_BT, logits_BTV
 
 
-def assert_close(got, wanted):
-    assert got.shape == wanted.shape
-    assert np.linalg.norm(got - wanted) <= TOLERANCE * np.linalg.norm(wanted)
+def assert_close(got, expected):
+    assert got.shape == expected.shape
+    assert np.linalg.norm(got - expected) <= TOLERANCE * np.linalg.norm(expected)
 
 
 def test_the_files_are_small():

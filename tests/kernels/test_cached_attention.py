@@ -44,8 +44,8 @@ def run(implementation, query, key, value, keys, values, layer, position, scale,
     return call(query, key, value, keys, values, layer, position, scale, value_channels, implementation)
 
 
-def assert_agrees(got, wanted, dtype):
-    mixed, keys, values = wanted
+def assert_agrees(got, expected, dtype):
+    mixed, keys, values = expected
     assert got[0].dtype == jnp.dtype(dtype)
     assert np.abs(np.asarray(got[0], np.float64) - mixed).max() <= TOLERANCE[dtype] * np.abs(mixed).max()
     np.testing.assert_array_equal(got[1], keys)

@@ -115,11 +115,11 @@ def plain(*given):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_mixes_and_has_the_gradients_of_the_plain_loop(implementation, case, dtype):
     given = draw(case, dtype)
-    for name, got, wanted in zip(("mixed", "query", "key", "value"), run(implementation, *given), plain(*given)):
-        assert got.dtype == jnp.dtype(dtype) and got.shape == wanted.shape
+    for name, got, expected in zip(("mixed", "query", "key", "value"), run(implementation, *given), plain(*given)):
+        assert got.dtype == jnp.dtype(dtype) and got.shape == expected.shape
         allowed = TOLERANCE[dtype] + ROUNDED * CASES[case][-1]
-        largest = max(np.abs(wanted).max(), given[5] * np.abs(given[1]).max())  # 0 for a query that sees one key
-        assert np.abs(np.asarray(got, np.float64) - wanted).max() <= allowed * largest, name
+        largest = max(np.abs(expected).max(), given[5] * np.abs(given[1]).max())  # 0 for a query that sees one key
+        assert np.abs(np.asarray(got, np.float64) - expected).max() <= allowed * largest, name
 
 
 @pytest.mark.parametrize("case", ["prefix_segments", "every_row_from_elsewhere"])
@@ -138,8 +138,8 @@ def test_the_plain_loop_has_the_gradients_of_a_dense_softmax(case):
         return jnp.einsum("bhtm,bmhx->bthx", share_BHTM, value)
 
     mixed, pull = jax.vjp(dense, query, key, value)
-    for got, wanted in zip((mixed, *pull(grad)), plain(query, key, value, segments_BM, start_B, scale, grad)):
-        np.testing.assert_allclose(got, wanted, rtol=0, atol=3e-6 * np.abs(wanted).max())
+    for got, expected in zip((mixed, *pull(grad)), plain(query, key, value, segments_BM, start_B, scale, grad)):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=3e-6 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -219,13 +219,13 @@ def test_inputs_of_several_dtypes(implementation):
     value, grad = value.astype("bfloat16"), grad.astype("bfloat16")
     mixed, *grads = run(implementation, query, key, value, segments_BM, start_B, scale, grad)
     assert [x.dtype.name for x in (mixed, *grads)] == ["bfloat16", "float32", "float32", "bfloat16"]
-    wanted = reference.forward(query, key, value, segments_BM, start_B, scale)
-    np.testing.assert_allclose(np.asarray(mixed, np.float64), wanted, rtol=0, atol=2e-2 * np.abs(wanted).max())
+    expected = reference.forward(query, key, value, segments_BM, start_B, scale)
+    np.testing.assert_allclose(np.asarray(mixed, np.float64), expected, rtol=0, atol=2e-2 * np.abs(expected).max())
 
 
 def test_numbers_that_are_no_floats_are_refused():
     ones = jnp.ones((1, 4, 2, 8), jnp.int32)
-    with pytest.raises(ValueError, match="values are int32: wanted one of three floats"):
+    with pytest.raises(ValueError, match="values are int32: expected one of three floats"):
         causal_attention(ones, ones, ones, ones[:, :, 0, 0], ones[:, 0, 0, 0], 1.0, "native")
 
 

@@ -34,10 +34,10 @@ def test_gradients_are_those_of_the_definition():
     rng = np.random.default_rng(1)
     rows_grad_SD = rng.standard_normal(out_SD.shape).astype(np.float32)
     _, pull = jax.vjp(lambda x: spread(x, token_S, position_NK), jnp.asarray(x_ND))
-    wanted = np.zeros_like(x_ND)
+    expected = np.zeros_like(x_ND)
     for row, token in enumerate(token_S):
-        wanted[token] += rows_grad_SD[row]
-    np.testing.assert_allclose(pull(jnp.asarray(rows_grad_SD))[0], wanted, rtol=1e-5, atol=1e-5)
+        expected[token] += rows_grad_SD[row]
+    np.testing.assert_allclose(pull(jnp.asarray(rows_grad_SD))[0], expected, rtol=1e-5, atol=1e-5)
 
     y_grad_ND = rng.standard_normal(x_ND.shape).astype(np.float32)
     _, pull = jax.vjp(lambda out, weight: combine(out, weight, token_S, position_NK), jnp.asarray(out_SD), weight_NK)

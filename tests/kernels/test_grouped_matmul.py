@@ -37,10 +37,10 @@ def draw(num_rows, num_experts, dtype, seed=0):
     return rows, weights, out_grad
 
 
-def assert_close(got, wanted, dtype):
-    got, wanted = np.asarray(got, np.float32), np.asarray(wanted, np.float32)
-    scale = np.abs(wanted).max(initial=0)
-    assert np.abs(got - wanted).max(initial=0) <= TOLERANCE[dtype] * scale
+def assert_close(got, expected, dtype):
+    got, expected = np.asarray(got, np.float32), np.asarray(expected, np.float32)
+    scale = np.abs(expected).max(initial=0)
+    assert np.abs(got - expected).max(initial=0) <= TOLERANCE[dtype] * scale
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -75,7 +75,7 @@ def test_native_refuses_rows_of_another_depth():
 
 def test_native_refuses_an_output_of_another_half():
     rows, weights, _ = draw(4, 4, jnp.dtype("float32"))
-    with pytest.raises(jax.errors.JaxRuntimeError, match="wanted an output of float32, or of the type of the rows"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="expected an output of float32, or of the type of the rows"):
         native.forward(rows, weights, np.ones(4, np.int32), 1, jnp.bfloat16).block_until_ready()
 
 
@@ -138,8 +138,8 @@ def test_blocks_cover_every_kept_row_once(sizes, spare):
             rows = int(start) + np.flatnonzero(own)
             assert len(rows) and (served[rows] == -1).all()
             served[rows] = expert
-    wanted = np.repeat(np.arange(len(sizes)), sizes)
-    np.testing.assert_array_equal(served, np.r_[wanted, np.full(spare, -1)])
+    expected = np.repeat(np.arange(len(sizes)), sizes)
+    np.testing.assert_array_equal(served, np.r_[expected, np.full(spare, -1)])
 
 
 @pytest.mark.parametrize("implementation", ["native", "blocked"])

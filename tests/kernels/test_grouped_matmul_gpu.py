@@ -40,9 +40,9 @@ def draw(num_rows, num_experts, dtype=jnp.bfloat16):
     return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
 
 
-def assert_close(got, wanted):
-    scale = np.abs(wanted).max(initial=0)
-    assert np.abs(np.asarray(got, np.float32) - wanted).max(initial=0) <= TOLERANCE * scale
+def assert_close(got, expected):
+    scale = np.abs(expected).max(initial=0)
+    assert np.abs(np.asarray(got, np.float32) - expected).max(initial=0) <= TOLERANCE * scale
 
 
 def exact(*arrays):
@@ -84,8 +84,8 @@ def test_gradients(case, interpreted):
     call = jax.jit(functools.partial(pallas_gpu.backward, tiles=tiles, num_cores=2))
     got = call(rows, weights, jnp.asarray(sizes, jnp.int32), jnp.int32(1), out_grad)
     rows, weights, out_grad = exact(rows, weights, out_grad)
-    for gradient, wanted in zip(got, reference.backward(rows, weights, sizes, 1, out_grad)):
-        assert_close(gradient, wanted)
+    for gradient, expected in zip(got, reference.backward(rows, weights, sizes, 1, out_grad)):
+        assert_close(gradient, expected)
 
 
 @new_enough
@@ -115,10 +115,10 @@ def test_what_the_kernels_lack_is_refused_in_one_line(monkeypatch):
     rows, weights, _ = draw(8, 2)
     sizes = jnp.asarray([3, 5], jnp.int32)
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
-    with pytest.raises(ValueError, match=r"wanted rows and weights in bfloat16 or float16, got \{'float32'\}"):
+    with pytest.raises(ValueError, match=r"expected rows and weights in bfloat16 or float16, got \{'float32'\}"):
         pallas_gpu.forward(rows.astype(jnp.float32), weights.astype(jnp.float32), sizes, 0)
     with pytest.raises(ValueError, match=r"multiples of 64 by 64, got \(192, 100\); padded takes any"):
         pallas_gpu.forward(rows[:, :100], weights[..., :100], sizes, 0)
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
-    with pytest.raises(ValueError, match=r"wanted jax 0\.11 or newer"):
+    with pytest.raises(ValueError, match=r"expected jax 0\.11 or newer"):
         pallas_gpu.forward(rows, weights, sizes, 0)

@@ -32,10 +32,10 @@ def run(x, stack, layer, contracted, dtype, implementation):
     return jax.jit(projection, static_argnums=(3, 4, 5))(x, stack, layer, contracted, dtype, implementation)
 
 
-def assert_close(got, wanted, dtype):
-    assert got.shape == wanted.shape
-    scale = np.abs(wanted).max(initial=0)
-    assert np.abs(np.asarray(got, np.float64) - wanted).max(initial=0) <= TOLERANCE[dtype] * scale
+def assert_close(got, expected, dtype):
+    assert got.shape == expected.shape
+    scale = np.abs(expected).max(initial=0)
+    assert np.abs(np.asarray(got, np.float64) - expected).max(initial=0) <= TOLERANCE[dtype] * scale
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -44,11 +44,11 @@ def assert_close(got, wanted, dtype):
 def test_forward(implementation, case, dtype):
     x, stack, contracted = draw(case, dtype)
     for layer in (0, 2):
-        wanted = reference.forward(x, stack, layer, contracted)
+        expected = reference.forward(x, stack, layer, contracted)
         for out_dtype in (dtype, "float32"):
             got = run(x, stack, layer, contracted, jnp.dtype(out_dtype), implementation)
             assert got.dtype == out_dtype
-            assert_close(got, wanted, out_dtype if dtype == "float32" else dtype)
+            assert_close(got, expected, out_dtype if dtype == "float32" else dtype)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

@@ -67,8 +67,8 @@ def test_as_a_user_runs_it_with_a_profile(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result == json.loads((tmp_path / "out" / "result.json").read_text())
-    wanted = {f"{case}_{name}" for case in CASES for name in OF_CASE} | {"bandwidth", "matmul_rate"}
-    assert set(result["figures"]) == wanted
+    expected = {f"{case}_{name}" for case in CASES for name in OF_CASE} | {"bandwidth", "matmul_rate"}
+    assert set(result["figures"]) == expected
     assert all(figure["value"] > 0 for figure in result["figures"].values())
     for case in CASES:
         first_ms, third_ms = result["figures"][f"{case}_ms"]["quartiles"]
@@ -133,14 +133,14 @@ def test_a_checkpoint_reads_held_out_text(main, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"policy.spec": "topk:9"}, "policy.spec = 'topk:9': wanted 1 to 8 experts"),
-        ({"policy.k_max": 16}, "16 slots per token: wanted at most the 8 of the recorded trace"),
-        ({"moe.num_experts": 48}, "moe.num_experts = 48: wanted a multiple of the 64 experts"),
+        ({"policy.spec": "topk:9"}, "policy.spec = 'topk:9': expected 1 to 8 experts"),
+        ({"policy.k_max": 16}, "16 slots per token: expected at most the 8 of the recorded trace"),
+        ({"moe.num_experts": 48}, "moe.num_experts = 48: expected a multiple of the 64 experts"),
         ({"benchmark.trace": "nowhere.npz"}, "benchmark.trace = 'nowhere.npz': no trace"),
-        ({"benchmark.rounds": 30}, "take 100 tokens of a row: wanted at most the model's context, 64"),
+        ({"benchmark.rounds": 30}, "take 100 tokens of a row: expected at most the model's context, 64"),
         (
             {"benchmark.decode_batches": "()", "benchmark.prefill_lengths": "(64,)"},
-            "benchmark.prefill_lengths: wanted some below the model's context, 64",
+            "benchmark.prefill_lengths: expected some below the model's context, 64",
         ),
         ({"model.path": "nowhere"}, "model.path = 'nowhere' does not exist"),
         ({"kernels.grouped_matmul": "fast"}, "kernels.grouped_matmul = 'fast'"),
@@ -162,10 +162,10 @@ def test_what_cannot_run_is_refused_before_anything_is_measured(main, monkeypatc
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("benchmark.decode_batches=(0,)", r"benchmark.decode_batches = \(0,\): wanted positive numbers"),
-        ("benchmark.decode_batches=(8, 8)", "wanted each number once"),
-        ("benchmark.decode_batches=8", "wanted a list, each item an integer"),
-        ("benchmark.rounds=0", "benchmark.rounds = 0: wanted a positive number"),
+        ("benchmark.decode_batches=(0,)", r"benchmark.decode_batches = \(0,\): expected positive numbers"),
+        ("benchmark.decode_batches=(8, 8)", "expected each number once"),
+        ("benchmark.decode_batches=8", "expected a list, each item an integer"),
+        ("benchmark.rounds=0", "benchmark.rounds = 0: expected a positive number"),
     ],
 )
 def test_settings_are_refused(setting, message):
@@ -174,7 +174,7 @@ def test_settings_are_refused(setting, message):
 
 
 def test_no_case_at_all_is_refused():
-    with pytest.raises(ValueError, match="wanted at least one case"):
+    with pytest.raises(ValueError, match="expected at least one case"):
         gin.read_config(None, ["benchmark.decode_batches=()", "benchmark.prefill_lengths=()"])
 
 

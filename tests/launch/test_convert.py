@@ -29,7 +29,7 @@ def test_fewer_experts_and_another_dtype(folder, tmp_path):
     ("flags", "says"),
     [
         (["--set=model.path=nowhere"], "model.path = 'nowhere' does not exist"),
-        ([], "model.path = '': wanted a folder"),
+        ([], "model.path = '': expected a folder"),
         (["--to=gguf"], "gguf"),
     ],
 )

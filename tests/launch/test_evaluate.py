@@ -69,17 +69,17 @@ def test_details_add_up_to_the_table(done):
 
 
 @pytest.mark.parametrize(
-    ("setting", "wanted"),
+    ("setting", "expected"),
     [
-        ('evaluation.policies=("topk:9",)', "wanted 1 to 8 experts"),
-        ("evaluation.choice_questions=100000", "next-line questions: wanted 100000"),
-        ("evaluation.completion_headers=100000", "headers of functions: wanted 100000"),
-        ("evaluation.completion_tokens=200", "context is 256 tokens: wanted at least 328"),
+        ('evaluation.policies=("topk:9",)', "expected 1 to 8 experts"),
+        ("evaluation.choice_questions=100000", "next-line questions: expected 100000"),
+        ("evaluation.completion_headers=100000", "headers of functions: expected 100000"),
+        ("evaluation.completion_tokens=200", "context is 256 tokens: expected at least 328"),
         ("text.held_out=nowhere", "nowhere"),
     ],
 )
-def test_refusals_are_one_line(model, tmp_path, setting, wanted):
+def test_refusals_are_one_line(model, tmp_path, setting, expected):
     done = evaluate(model, tmp_path / "out", f"--set={setting}")
-    assert done.returncode == 2 and wanted in done.stderr and done.stdout == ""
+    assert done.returncode == 2 and expected in done.stderr and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -26,8 +26,8 @@ def harness(model, out, *arguments, program=(LAUNCHER,)):
     return subprocess.run([*launch, *arguments], capture_output=True, text=True)
 
 
-def assert_refused(done, out, wanted):
-    assert done.returncode == 2 and wanted in done.stderr and done.stdout == "", done.stderr
+def assert_refused(done, out, expected):
+    assert done.returncode == 2 and expected in done.stderr and done.stdout == "", done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not out.exists()
 
@@ -54,35 +54,35 @@ def test_the_install_command_is_that_of_the_requirements():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "wanted"),
+    ("arguments", "expected"),
     [
-        ((), "--tasks: wanted at least one name"),
+        ((), "--tasks: expected at least one name"),
         (("--tasks=held_out_bits", "--limit=0"), "--limit=0"),
         (("--tasks=held_out_bits", "--num_fewshot=-1"), "--num_fewshot=-1"),
     ],
 )
-def test_refusals_of_flags(model, tmp_path, arguments, wanted):
-    assert_refused(harness(model, tmp_path / "out", *arguments), tmp_path / "out", wanted)
+def test_refusals_of_flags(model, tmp_path, arguments, expected):
+    assert_refused(harness(model, tmp_path / "out", *arguments), tmp_path / "out", expected)
 
 
 @pytest.mark.peers
 @pytest.mark.parametrize(
-    ("arguments", "wanted"),
+    ("arguments", "expected"),
     [
         (("--tasks=held_out_bit",), 'did you mean "held_out_bits"?'),
         (("--tasks=held_out_bits,qqqqq",), "--tasks: 'qqqqq' is no task of lm-eval"),
-        (("--tasks=held_out_bits", "--include=nowhere"), "--include = 'nowhere': wanted a folder of tasks"),
-        (("--tasks=held_out_bits", '--set=evaluation.policies=("topk:9",)'), "wanted 1 to 8 experts"),
+        (("--tasks=held_out_bits", "--include=nowhere"), "--include = 'nowhere': expected a folder of tasks"),
+        (("--tasks=held_out_bits", '--set=evaluation.policies=("topk:9",)'), "expected 1 to 8 experts"),
         (("--tasks=held_out_bits", '--set=evaluation.policies=("model","tokp:2")'), "policy.spec = 'tokp:2'"),
         (("--tasks=held_out_bits", "--chat"), "has no chat template"),
         (("--tasks=held_out_bits", "--set=model.path=nowhere"), "nowhere"),
-        (("--tasks=long_answer", "--include={tasks}"), "max_gen_toks = 128: wanted fewer than the model's context"),
+        (("--tasks=long_answer", "--include={tasks}"), "max_gen_toks = 128: expected fewer than the model's context"),
     ],
 )
-def test_refusals(model, tmp_path, arguments, wanted):
+def test_refusals(model, tmp_path, arguments, expected):
     write_tasks(tmp_path / "tasks")
     arguments = [one.format(tasks=tmp_path / "tasks") for one in arguments]
-    assert_refused(harness(model, tmp_path / "out", *arguments), tmp_path / "out", wanted)
+    assert_refused(harness(model, tmp_path / "out", *arguments), tmp_path / "out", expected)
 
 
 def write_tasks(folder):

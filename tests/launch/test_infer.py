@@ -93,7 +93,7 @@ def test_json_is_all_that_standard_output_holds(folder):
 def test_a_refusal_is_one_line_and_status_2(folder):
     done = start(folder, "--set=policy.spec=topk:0", "--prompt=The", "--out=refused", stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[-1].startswith("error: policy.spec = 'topk:0': wanted")
+    assert done.stderr.splitlines()[-1].startswith("error: policy.spec = 'topk:0': expected")
     assert not (folder.parent / "refused").exists()
 
 
@@ -103,8 +103,8 @@ def test_several_prompts_run_as_a_batch(main, capsys, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in lines] == ["The quick", "lazy", "said the fox"]
     assert all(len(line["ids"]) == 6 for line in lines)
-    wanted = [f"--- {n} of 3\n{line['prompt']}{line['text']}\n" for n, line in enumerate(lines, start=1)]
-    assert capsys.readouterr().out == "".join(wanted) + "\n"
+    expected = [f"--- {n} of 3\n{line['prompt']}{line['text']}\n" for n, line in enumerate(lines, start=1)]
+    assert capsys.readouterr().out == "".join(expected) + "\n"
     assert "18 tokens made (length, length, length)" in text
 
 
@@ -115,8 +115,8 @@ def test_a_chat_model_reads_messages_within_its_template(main, folder, tmp_path,
     main("--chat", "--prompt=fox", "--prompt=lazy", **{"model.path": str(chatting)})
     asked = [json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()]
     assert [line["prompt"] for line in asked] == ["fox", "lazy"]
-    wanted = [f"--- {n} of 2\n{line['prompt']}\n{line['text']}\n" for n, line in enumerate(asked, start=1)]
-    assert capsys.readouterr().out == "".join(wanted) + "\n"
+    expected = [f"--- {n} of 2\n{line['prompt']}\n{line['text']}\n" for n, line in enumerate(asked, start=1)]
+    assert capsys.readouterr().out == "".join(expected) + "\n"
     loaded = moe_jax.load(chatting)
     ids = loaded.tokenizer.encode("FOX:True", add_special_tokens=False).ids
     assert asked[0]["text"] == loaded.generate([ids], max_new_tokens=6)[0].text
@@ -131,7 +131,7 @@ def test_one_token_leaves_no_nan_in_json(main, tmp_path):
 
 def test_what_is_not_finite_is_named_and_what_was_made_is_kept(main, tmp_path):
     folder = chained_model.write(tmp_path / "large", chain=[*range(256)], gain=40_000)
-    with pytest.raises(ValueError, match=r"prompt 1, 'model': not finite .* wanted model\.dtype=bfloat16 or float32"):
+    with pytest.raises(ValueError, match=r"prompt 1, 'model': not finite .* expected model\.dtype=bfloat16 or float32"):
         main("--prompt=ab", "--prompt=hello there", **{"model.path": str(folder), "model.dtype": "float16"})
     completions = [json.loads(line) for line in (tmp_path / "out" / "completions.jsonl").read_text().splitlines()]
     assert [one["finish_reason"] for one in completions] == ["not finite"] * 2
@@ -164,18 +164,18 @@ def test_an_interruption_saves_what_is_done(main, capsys, tmp_path, monkeypatch)
     ("arguments", "settings", "expected"),
     [
         (["--prompt="], {}, "prompt 1 is empty"),
-        (["--prompt=" + "fox " * 200], {}, r"prompt 1 has \d+ tokens: wanted at most 127"),
+        (["--prompt=" + "fox " * 200], {}, r"prompt 1 has \d+ tokens: expected at most 127"),
         (["--prompt_file=nowhere.txt"], {}, "--prompt_file = 'nowhere.txt': No such file"),
         (["--prompt_file=."], {}, "--prompt_file = '.': Is a directory"),
-        (["--prompt_file=binary"], {}, "--prompt_file = 'binary': byte 1 is not UTF-8; wanted text"),
-        (["--prompt_file=zeros"], {}, "'zeros': byte 2 is 0; wanted text"),
+        (["--prompt_file=binary"], {}, "--prompt_file = 'binary': byte 1 is not UTF-8; expected text"),
+        (["--prompt_file=zeros"], {}, "'zeros': byte 2 is 0; expected text"),
         (["--prompt_file=empty"], {}, "'empty' is empty"),
-        (["--chat", "--prompt=The"], {}, "tiny has no chat template: wanted chat_template.jinja"),
+        (["--chat", "--prompt=The"], {}, "tiny has no chat template: expected chat_template.jinja"),
         ([], {"model.path": "nowhere"}, "model.path = 'nowhere' does not exist"),
-        ([], {"model.path": ""}, "model.path = '': wanted a folder"),
-        ([], {"policy.spec": "topk:9"}, "wanted 1 to 8 experts in every layer; more need a larger policy.k_max"),
+        ([], {"model.path": ""}, "model.path = '': expected a folder"),
+        ([], {"policy.spec": "topk:9"}, "expected 1 to 8 experts in every layer; more need a larger policy.k_max"),
         ([], {"policy.spec": "tpok:2"}, 'did you mean "topk:4"'),
-        ([], {"policy.k_max": 17}, "policy.k_max = 17: wanted 0"),
+        ([], {"policy.k_max": 17}, "policy.k_max = 17: expected 0"),
         ([], {"moe.k": 3}, "moe.k = 3: the model's own is 8, and stays; for fewer active experts: policy.spec"),
         ([], {"kernels.grouped_matmul": "fast"}, "kernels.grouped_matmul = 'fast'"),
     ],

@@ -121,7 +121,7 @@ def test_speed_of_another_shape(model, tmp_path):
     assert "random weights of the shape of" in (tmp_path / "out" / "frontier.html").read_text()
     shape.write_text("\n".join(line.replace("16", "8") for line in lines))
     done = sweep(model, tmp_path / "out2", f"--set=sweep.timed_config={shape}")
-    assert done.returncode == 2 and "moe.num_experts = 8; wanted 16" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "moe.num_experts = 8; expected 16" in done.stderr.splitlines()[-1]
 
 
 def test_a_tuned_model_is_compared_with_all_experts_of_the_original(model, done, tmp_path):
@@ -145,13 +145,13 @@ def test_a_tuned_model_is_compared_with_all_experts_of_the_original(model, done,
 
 def test_an_original_of_another_tokenizer_is_refused(model, tmp_path):
     done = sweep(model, tmp_path / "out", "--set=sweep.original=assets/demo")
-    assert done.returncode == 2 and "sweep.original: MoE layers = 5; wanted 2" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "sweep.original: MoE layers = 5; expected 2" in done.stderr.splitlines()[-1]
     other = tiny_model.write_model(tmp_path / "other")
     text = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(text.replace('"add_prefix_space": false', '"add_prefix_space": true'))
     assert (other / "tokenizer.json").read_text() != text
     done = sweep(model, tmp_path / "out", f"--set=sweep.original={other}")
-    assert done.returncode == 2 and "wanted a model with the tokenizer of model.path" in done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and "expected a model with the tokenizer of model.path" in done.stderr.splitlines()[-1]
 
 
 def test_a_calibration_of_another_model_is_refused(model, tmp_path):
@@ -165,13 +165,13 @@ def test_a_calibration_of_another_model_is_refused(model, tmp_path):
     ("argument", "message"),
     [
         ('sweep.policies=("topk:2","oportunistic:3")', 'did you mean "opportunistic:3"'),
-        ('sweep.policies=("layers:8,8,8",)', "3 layers; wanted one number for each of the model's 2"),
+        ('sweep.policies=("layers:8,8,8",)', "3 layers; expected one number for each of the model's 2"),
         ("sweep.policies=()", "at least one policy"),
         ("sweep.windows=10", "a multiple of the 16 rows"),
-        ("sweep.windows=100000", "full windows of 24 tokens: wanted at least 100000"),
-        ("sweep.context=64", "sweep.context = 64: wanted at most 32"),
+        ("sweep.windows=100000", "full windows of 24 tokens: expected at least 100000"),
+        ("sweep.context=64", "sweep.context = 64: expected at most 32"),
         ("sweep.timed_config=nowhere.gin", "nowhere.gin"),
-        ("sweep.cached_tokens=31", "sweep.cached_tokens = 31: wanted at most 30"),
+        ("sweep.cached_tokens=31", "sweep.cached_tokens = 31: expected at most 30"),
         ("policy.calibration=assets/demo/calibration.npz", "other layers or experts"),
         ("policy.calibration=README.md", "no calibration"),
     ],

@@ -41,10 +41,10 @@ def whole(params, tokens_BT, live, *, execution):
     return decoder.logits(params, x_BTD)
 
 
-def assert_close(got, wanted):
-    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
-    assert got.shape == wanted.shape
-    assert np.abs(got - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+def assert_close(got, expected):
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    assert got.shape == expected.shape
+    assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("kernels", [resolve("cpu"), Kernels("blocked", "xla", "xla", "blocked")])

@@ -20,10 +20,10 @@ EXECUTION = decoder.Execution(UNTIED, 8, resolve("cpu"))
 TOLERANCE = 1e-5  # of the largest value, float32
 
 
-def assert_close(got, wanted):
-    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
-    assert got.shape == wanted.shape
-    assert np.abs(got - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+def assert_close(got, expected):
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    assert got.shape == expected.shape
+    assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
 def live(*k):

@@ -29,7 +29,7 @@ def overflowing(folder):
 
 def test_logits_are_refused_and_the_dtype_is_named(folder, overflowing):
     with pytest.raises(
-        NotFiniteError, match=r"logits: not finite .* float16.*: wanted model\.dtype=bfloat16 or float32"
+        NotFiniteError, match=r"logits: not finite .* float16.*: expected model\.dtype=bfloat16 or float32"
     ):
         overflowing.logits(TOKENS_BT)
     assert np.isfinite(moe_jax.load(folder, dtype="bfloat16").logits(TOKENS_BT)).all()
@@ -37,7 +37,7 @@ def test_logits_are_refused_and_the_dtype_is_named(folder, overflowing):
 
 def test_weights_beyond_float32_are_named_as_such(tmp_path):
     model = moe_jax.load(chained_model.write(tmp_path / "model", gain=1e38))
-    with pytest.raises(NotFiniteError, match="float32, so they come from its weights: wanted others"):
+    with pytest.raises(NotFiniteError, match="float32, so they come from its weights: expected others"):
         model.logits(TOKENS_BT)
 
 

@@ -15,10 +15,10 @@ from tests.family_variants import VARIANTS, random_params
 TOLERANCE = 1e-5  # of the largest value, float32
 
 
-def assert_close(got, wanted):
-    got, wanted = np.asarray(got, np.float64), np.asarray(wanted, np.float64)
-    assert got.shape == wanted.shape
-    assert np.abs(got - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+def assert_close(got, expected):
+    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
+    assert got.shape == expected.shape
+    assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
 @pytest.mark.parametrize("name", ["deepseek_v2_lite", "deepseek_v3", "deepseek_v3_halves"])

@@ -70,9 +70,9 @@ def plain(tensors, k_L, architecture=ARCHITECTURE):
         return jax.vmap(lambda tokens_T: plain_loop.logits(tensors, tokens_T, architecture, k_L))(TOKENS_BT)
 
 
-def assert_close(got, wanted):
-    got, wanted = np.asarray(got), np.asarray(wanted)
-    assert got.shape == wanted.shape and np.linalg.norm(got - wanted) <= TOLERANCE * np.linalg.norm(wanted)
+def assert_close(got, expected):
+    got, expected = np.asarray(got), np.asarray(expected)
+    assert got.shape == expected.shape and np.linalg.norm(got - expected) <= TOLERANCE * np.linalg.norm(expected)
 
 
 def settings_of(policy, execution):
@@ -110,8 +110,8 @@ def test_a_pattern_with_several_layers_of_one_stack(tmp_path):
 
 @pytest.mark.parametrize("k", [1, 5])
 def test_a_layer_with_fewer_experts_than_a_policy_asks_for_keeps_all_of_them(model, tensors, k):
-    wanted = plain(tensors, tuple(min(k, experts) for experts in EXPERTS_L))
-    assert_close(model.logits(TOKENS_BT, policy=f"topk:{k}", k_max=5), wanted)
+    expected = plain(tensors, tuple(min(k, experts) for experts in EXPERTS_L))
+    assert_close(model.logits(TOKENS_BT, policy=f"topk:{k}", k_max=5), expected)
 
 
 def test_prompts_in_chunks_and_decode(model, tensors):
@@ -147,11 +147,11 @@ def test_gradients(model, tensors):
         return (decoder.logits(params, x_BTD) * weight_BTV).sum()
 
     got = dict(huggingface.flattened(jax.jit(jax.grad(ours))(model.params)))
-    wanted = jax.grad(lambda tensors: (plain(tensors, K_L) * weight_BTV).sum())(tensors)
+    expected = jax.grad(lambda tensors: (plain(tensors, K_L) * weight_BTV).sum())(tensors)
     seen = set()
     for rule in FAMILIES["qwen3_moe"].rules(ARCHITECTURE):
         for name, index in rule.placements(ARCHITECTURE):
-            one = np.asarray(wanted[name])
+            one = np.asarray(expected[name])
             ours_of_it = np.asarray(got[rule.parameter])[index].reshape(one.shape)
             assert np.linalg.norm(ours_of_it - one) <= 1e-4 * np.linalg.norm(one) + 1e-6, name
             seen.add(name)
@@ -216,8 +216,8 @@ def test_there_and_back(model, tensors, tmp_path):
     ("changes", "words"),
     [
         ({"num_experts_of_layers": [12, 3]}, "moe.num_experts_of_layers"),
-        ({"num_experts_of_layers": [12, 12, 3, 12, "3"]}, "num_experts_of_layers = .*: wanted a list of integers"),
-        ({"num_experts_per_tok_of_layers": [4, 4, 3, 2, 4]}, "k of MoE layer 4 = 4: wanted at most its 3 experts"),
+        ({"num_experts_of_layers": [12, 12, 3, 12, "3"]}, "num_experts_of_layers = .*: expected a list of integers"),
+        ({"num_experts_per_tok_of_layers": [4, 4, 3, 2, 4]}, "k of MoE layer 4 = 4: expected at most its 3 experts"),
     ],
 )
 def test_a_config_that_does_not_fit_is_refused(folder, tmp_path, changes, words):

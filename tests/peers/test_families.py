@@ -68,8 +68,8 @@ def assert_same_logits(ours, model, architecture, k=None):
     assert got_BTV.dtype == np.float32 and got_BTV.shape == wanted_BTV.shape
     compared_BT = clear_BT & valid_BT
     assert compared_BT.sum() > valid_BT.sum() / 3
-    got, wanted = got_BTV[compared_BT], wanted_BTV[compared_BT]
-    assert np.linalg.norm(got - wanted) <= TOLERANCE * np.linalg.norm(wanted)
+    got, expected = got_BTV[compared_BT], wanted_BTV[compared_BT]
+    assert np.linalg.norm(got - expected) <= TOLERANCE * np.linalg.norm(expected)
 
 
 def test_logits_of_what_we_write(transformers, tiny):
@@ -148,15 +148,15 @@ def test_gradients(transformers, tiny, fewer):
         if rule.parameter == "moe/router/bias_LE":
             assert not ours.any()
             continue
-        wanted = np.zeros_like(ours)
+        expected = np.zeros_like(ours)
         for name, index in rule.placements(architecture):
-            wanted[index] = wanted_of(name).reshape(wanted[index].shape)
+            expected[index] = wanted_of(name).reshape(expected[index].shape)
         if rule.parameter == "moe/router/weight_LED" and k == 1 and architecture.moe.normalize:
             # one expert has all the weight, whatever the router says: both are rounding alone
-            assert max(np.linalg.norm(ours), np.linalg.norm(wanted)) < 1e-6
+            assert max(np.linalg.norm(ours), np.linalg.norm(expected)) < 1e-6
             continue
-        assert np.linalg.norm(wanted) > 0, rule.parameter
-        assert np.linalg.norm(ours - wanted) <= GRADIENT_TOLERANCE * np.linalg.norm(wanted), rule.parameter
+        assert np.linalg.norm(expected) > 0, rule.parameter
+        assert np.linalg.norm(ours - expected) <= GRADIENT_TOLERANCE * np.linalg.norm(expected), rule.parameter
 
 
 @pytest.mark.parametrize("layout", ["stacked", "without its head"])
@@ -173,8 +173,8 @@ def test_other_layouts_that_the_peer_writes(transformers, tiny, tmp_path, layout
     assert b"experts.0." not in (tmp_path / "written" / "model.safetensors").read_bytes() or layout != "stacked"
     opened = checkpoint.open(tmp_path / "written")
     architecture, read = opened.architecture, opened.read()
-    wanted = dict(huggingface.flattened(checkpoint.open(path).read()))
+    expected = dict(huggingface.flattened(checkpoint.open(path).read()))
     read = dict(huggingface.flattened(read))
-    assert architecture == variant.architecture and read.keys() == wanted.keys()
-    for name, x in wanted.items():
+    assert architecture == variant.architecture and read.keys() == expected.keys()
+    for name, x in expected.items():
         np.testing.assert_array_equal(read[name], x, err_msg=name)

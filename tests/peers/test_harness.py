@@ -107,7 +107,7 @@ def test_bits_per_byte_by_our_likelihood(model, evaluate, manager, policy):
     short = [number for number, ids in enumerate(tokens) if len(ids) <= context + 1][:5]
     assert len(short) == 5
     _, samples = evaluate("held_out_bits", policy, chosen=short)
-    [wanted] = score_documents(
+    [expected] = score_documents(
         *(
             model.params,
             [tokens[number] for number in short],
@@ -117,7 +117,7 @@ def test_bits_per_byte_by_our_likelihood(model, evaluate, manager, policy):
         context=context,
         batch_size=4,
     )
-    for sample, bits in zip(samples, wanted.bits_J):
+    for sample, bits in zip(samples, expected.bits_J):
         nats, size = sample["bits_per_byte"]
         assert size == len(sample["doc"]["text"].encode())
         assert -nats / np.log(2) == pytest.approx(bits, rel=TOLERANCE)
@@ -135,8 +135,8 @@ def test_bits_per_byte_of_the_task(evaluate):
 def test_line_ends_by_generate(model, evaluate, policy):
     figures, samples = evaluate("held_out_line_end", policy, 6)
     for sample in samples:
-        [wanted] = model.generate([sample["doc"]["before"]], max_new_tokens=32, policy=policy, stop="\n")
-        assert sample["resps"] == [[wanted.text]]
+        [expected] = model.generate([sample["doc"]["before"]], max_new_tokens=32, policy=policy, stop="\n")
+        assert sample["resps"] == [[expected.text]]
     assert figures["exact_match,none"] == np.mean([one["resps"][0][0] == one["doc"]["end"] for one in samples])
 
 
@@ -175,11 +175,11 @@ def both(request, adapt):
 
 def test_loglikelihood_of_the_peer(both, requests):
     theirs, ours = both
-    wanted, found = (one.loglikelihood(requests("loglikelihood", *PAIRS)) for one in (theirs, ours))
+    expected, found = (one.loglikelihood(requests("loglikelihood", *PAIRS)) for one in (theirs, ours))
     np.testing.assert_allclose(
-        *([answer[0] for answer in answers] for answers in (found, wanted)), rtol=TOLERANCE, atol=TOLERANCE
+        *([answer[0] for answer in answers] for answers in (found, expected)), rtol=TOLERANCE, atol=TOLERANCE
     )
-    assert [one[1] for one in found] == [one[1] for one in wanted]
+    assert [one[1] for one in found] == [one[1] for one in expected]
     assert {type(one) for one in itertools.chain(*found)} == {float, bool}
     assert ours.num_truncated == 3
 
@@ -199,8 +199,8 @@ def test_loglikelihood_rolling_of_the_peer(both, requests, monkeypatch):
     theirs, ours = both
     monkeypatch.setattr(theirs, "add_bos_token", False)
     asked = requests("loglikelihood_rolling", ("import os\n",), (LONG,), ("",), (LONG[:700],))
-    wanted, found = theirs.loglikelihood_rolling(asked), ours.loglikelihood_rolling(asked)
-    np.testing.assert_allclose(found, wanted, rtol=TOLERANCE)
+    expected, found = theirs.loglikelihood_rolling(asked), ours.loglikelihood_rolling(asked)
+    np.testing.assert_allclose(found, expected, rtol=TOLERANCE)
     assert found[2] == 0
 
 
@@ -268,8 +268,8 @@ def test_generate_until_by_generate(model, adapt, requests):
     for text, (context, settings) in zip(found, GREEDY):
         budget = settings["max_gen_toks"]
         ids = model.tokenizer.encode(context).ids[-(512 - budget) :]
-        [wanted] = model.generate([ids], max_new_tokens=budget, policy="topk:2", stop=settings["until"])
-        assert text == wanted.text
+        [expected] = model.generate([ids], max_new_tokens=budget, policy="topk:2", stop=settings["until"])
+        assert text == expected.text
     assert ours.num_truncated == 1 and any(found)
 
 
@@ -279,15 +279,15 @@ def test_draws_depend_on_the_request_alone(model, adapt, requests):
     first, second = (adapt(batch_size=size, seed=3).generate_until(asked) for size in (2, 5))
     assert first == second and len(set(first)) > 1
     assert adapt(seed=4).generate_until(asked) != first
-    [wanted] = model.generate([asked[1].args[0]], max_new_tokens=16, temperature=0.9, top_p=0.95, seed=4)
-    assert first[1] == wanted.text
+    [expected] = model.generate([asked[1].args[0]], max_new_tokens=16, temperature=0.9, top_p=0.95, seed=4)
+    assert first[1] == expected.text
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"max_gen_toks": 512}, "max_gen_toks = 512: wanted fewer than the model's context, 512"),
-        ({"repetition_penalty": 1.1}, "repetition_penalty = 1.1 is not supported: wanted until, max_gen_toks"),
+        ({"max_gen_toks": 512}, "max_gen_toks = 512: expected fewer than the model's context, 512"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty = 1.1 is not supported: expected until, max_gen_toks"),
         ({"num_beams": 4}, "num_beams = 4 is not supported"),
     ],
 )
@@ -297,7 +297,7 @@ def test_generation_that_we_do_not_have_is_refused(adapt, requests, settings, wo
 
 
 @pytest.mark.parametrize(
-    ("arguments", "wanted"),
+    ("arguments", "expected"),
     [
         ({}, (256, 0.0, 0, 1.0, ())),
         ({"until": "\n", "max_new_tokens": 5, "num_beams": 1}, (5, 0.0, 0, 1.0, ("\n",))),
@@ -306,11 +306,11 @@ def test_generation_that_we_do_not_have_is_refused(adapt, requests, settings, wo
         ({"do_sample": True}, (256, 1.0, 0, 1.0, ())),
     ],
 )
-def test_what_generation_settings_mean(arguments, wanted):
+def test_what_generation_settings_mean(arguments, expected):
     from moe_jax.config.schema import SamplingConfig
     from moe_jax.evaluation.harness import sampling_of
 
-    assert sampling_of(arguments) == SamplingConfig(*wanted)
+    assert sampling_of(arguments) == SamplingConfig(*expected)
 
 
 def test_partial_results_are_cached(adapt, requests):
@@ -351,11 +351,11 @@ def test_conversations_of_the_peer(adapt, chatting):
         {"role": "assistant", "content": "They share"},
         {"role": "user", "content": "Since when? "},
     ]
-    wanted = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    assert ours.apply_chat_template(messages) == wanted
+    expected = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert ours.apply_chat_template(messages) == expected
     begun = [*messages[:2], {"role": "assistant", "content": "They share"}]
-    wanted = theirs.apply_chat_template(begun, continue_final_message=True, tokenize=False)
-    assert ours.apply_chat_template(begun, add_generation_prompt=False) == wanted
+    expected = theirs.apply_chat_template(begun, continue_final_message=True, tokenize=False)
+    assert ours.apply_chat_template(begun, add_generation_prompt=False) == expected
 
 
 def test_a_text_that_brings_its_own_first_token_gets_no_second(adapt, tmp_path):
@@ -375,10 +375,10 @@ def test_a_checkpoint_without_outer_tokens_is_refused(adapt, tmp_path):
     config = json.loads((DEMO / "config.json").read_text())
     nameless = {name: value for name, value in config.items() if not name.endswith("_token_id")}
     (tmp_path / "config.json").write_text(json.dumps(nameless))
-    with pytest.raises(ValueError, match="names no token that begins or ends a text: wanted bos_token or eos_token"):
+    with pytest.raises(ValueError, match="names no token that begins or ends a text: expected bos_token or eos_token"):
         adapt(folder=tmp_path)
 
 
 def test_policies_that_do_not_fit_are_refused(adapt):
-    with pytest.raises(ValueError, match="wanted 1 to 8 experts"):
+    with pytest.raises(ValueError, match="expected 1 to 8 experts"):
         adapt("topk:9")

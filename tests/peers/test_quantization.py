@@ -24,9 +24,9 @@ def test_torch_writes_and_multiplies_alike(tmp_path, shape):
     scale = torch.rand([-(-size // 128) for size in shape], generator=generator) / 100
     safetensors.torch.save_file({"w": weight, "w_scale_inv": scale}, tmp_path / "a.safetensors")
     spread = scale.repeat_interleave(128, 0).repeat_interleave(128, 1)[: shape[0], : shape[1]]
-    wanted = weight.to(torch.float32) * spread
+    expected = weight.to(torch.float32) * spread
     stored = read_table(tmp_path / "a.safetensors")
     for dtype, narrow in ((np.dtype(np.float32), torch.float32), (np.dtype(ml_dtypes.bfloat16), torch.bfloat16)):
         got = filling.allocate(shape, dtype)
         filling.fill([filling.Source("w", stored["w"], got, stored["w_scale_inv"], Blocks(128, 128))])
-        np.testing.assert_array_equal(got.astype(np.float32), wanted.to(narrow).to(torch.float32).numpy())
+        np.testing.assert_array_equal(got.astype(np.float32), expected.to(narrow).to(torch.float32).numpy())

@@ -96,9 +96,9 @@ def assert_same_logits(ours, model, vocab_size, policy=None):
     assert got_BTV.dtype == np.float32 and got_BTV.shape == wanted_BTV.shape
     compared_BT = clear_BT & valid_BT
     assert compared_BT.sum() > valid_BT.sum() / 2
-    got, wanted = got_BTV[compared_BT], wanted_BTV[compared_BT]
-    assert np.linalg.norm(got - wanted) <= TOLERANCE * np.linalg.norm(wanted)
-    assert np.abs(got - wanted).max() <= TOLERANCE * np.abs(wanted).max()
+    got, expected = got_BTV[compared_BT], wanted_BTV[compared_BT]
+    assert np.linalg.norm(got - expected) <= TOLERANCE * np.linalg.norm(expected)
+    assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

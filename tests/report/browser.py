@@ -35,7 +35,7 @@ HEIGHT = 800
 def find() -> str:
     """The path of a Chromium."""
     found = next(filter(None, map(shutil.which, NAMES)), None)
-    assert found, f"no Chromium on PATH: wanted one of {', '.join(NAMES)}; on Debian, apt-get install chromium"
+    assert found, f"no Chromium on PATH: expected one of {', '.join(NAMES)}; on Debian, apt-get install chromium"
     return found
 
 

@@ -57,8 +57,8 @@ def test_every_tag_is_closed():
 
 def test_recommended_are_the_choices():
     rows = [row for row in Reader(PAGE).rows["recommended"] if row[0] != "Concurrency"]
-    wanted = sorted(choices(FRONTIER), key=lambda choice: (LIMITS.index(choice.limit), choice.concurrency))
-    for row, choice in zip(rows, wanted, strict=True):
+    expected = sorted(choices(FRONTIER), key=lambda choice: (LIMITS.index(choice.limit), choice.concurrency))
+    for row, choice in zip(rows, expected, strict=True):
         load, policy, gain, increase, beside = row
         assert load.split()[-1] == str(choice.concurrency)
         assert policy == choice.best.policy

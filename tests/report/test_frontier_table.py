@@ -21,27 +21,27 @@ def test_csv_reads_back_to_the_same_numbers():
     for line, point in zip(parsed(FRONTIER), FRONTIER.points, strict=True):
         quality, speed = point.quality, point.speed
         assert (line["policy"], int(line["concurrency"])) == (point.policy, point.concurrency)
-        wanted = {
+        expected = {
             "experts_per_token": quality.experts_per_token,
             "distinct_experts_quality": quality.distinct_experts,
             "tokens_per_s": speed.tokens_per_s,
             "bytes": speed.bytes,
             "distinct_experts_timed": speed.distinct_experts,
         }
-        wanted |= dict(zip(("ms_first_quartile", "ms_median", "ms_third_quartile"), speed.quartiles_ms))
-        wanted |= {f"kept_layer_{layer}": kept for layer, kept in enumerate(quality.kept_L)}
+        expected |= dict(zip(("ms_first_quartile", "ms_median", "ms_third_quartile"), speed.quartiles_ms))
+        expected |= {f"kept_layer_{layer}": kept for layer, kept in enumerate(quality.kept_L)}
         for name, (value, (low, high)) in (
             ("bits_per_byte", quality.bits_per_byte),
             ("increase", quality.increase),
             ("gain", speed.gain),
         ):
-            wanted |= {name: value, f"{name}_low": low, f"{name}_high": high}
+            expected |= {name: value, f"{name}_low": low, f"{name}_high": high}
         if point.rival is not None:
             value, (low, high) = point.rival.difference
-            wanted |= {"over_rival": value, "over_rival_low": low, "over_rival_high": high}
+            expected |= {"over_rival": value, "over_rival_low": low, "over_rival_high": high}
         assert line["rival"] == (point.rival.policy if point.rival else "")
         words = ("policy", "concurrency", "rival")
-        assert {name: float(text) for name, text in line.items() if text and name not in words} == wanted
+        assert {name: float(text) for name, text in line.items() if text and name not in words} == expected
 
 
 def test_csv_quotes_specs():

@@ -105,8 +105,8 @@ def test_a_new_kind_is_parsed(registered):
     ("spec", "message"),
     [
         ("at_last:0.5", r'"at_least:0.5", .*"crowd:2".*; did you mean "at_least:0.5"\?'),
-        ("crowd", r'crowd.*wanted n, as in "crowd:2"'),
-        ("crowd:2+crowd:3", "crowd and crowd: wanted one of them"),
+        ("crowd", r'crowd.*expected n, as in "crowd:2"'),
+        ("crowd:2+crowd:3", "crowd and crowd: expected one of them"),
     ],
 )
 def test_a_new_kind_is_named_in_errors(registered, spec, message):
@@ -120,7 +120,7 @@ def test_a_new_kind_is_bound_where_it_belongs(registered):
     assert np.asarray(having.of_BL["at_least"]).tolist() == [[0, 0], [0, 0], [0.5, 0.25]]
     assert np.asarray(having.of_BL["crowd"]).tolist() == [[0, 0], [2, 2], [0, 0]]
     assert (without.table_of.keys(), having.table_of.keys()) == (set(), {"crowd"})
-    with pytest.raises(ValueError, match=r"at_least:0.1/0.2/0.3: 3 numbers; wanted one, or one for each"):
+    with pytest.raises(ValueError, match=r"at_least:0.1/0.2/0.3: 3 numbers; expected one, or one for each"):
         bound("at_least:0.1/0.2/0.3")
 
 
@@ -131,11 +131,11 @@ def test_a_new_kind_acts_and_composes(registered):
         [e for e in best(row, 4) if MIX_BE[row, e] >= 0.7 and MIX_BE[row, e] >= 0.7 * MIX_BE[row].max()]
         for row in (0, 1)
     ]
-    wanted = [{e: 10 * MIX_BE[row, e] for e in after_k[row] if e in after_k[1 - row]} for row in (0, 1)]
-    wanted.append({e: MIX_BE[2, e] for e in best(2, 4) if MIX_BE[2, e] >= 0.7})
-    wanted.append({e: MIX_BE[3, e] for e in best(3, 4)})
-    assert kept(*specs) == wanted  # eighths, of which products are exact
-    assert 0 < len(wanted[0]) < len(after_k[0]) and len(wanted[2]) < 4  # each of them took something
+    expected = [{e: 10 * MIX_BE[row, e] for e in after_k[row] if e in after_k[1 - row]} for row in (0, 1)]
+    expected.append({e: MIX_BE[2, e] for e in best(2, 4) if MIX_BE[2, e] >= 0.7})
+    expected.append({e: MIX_BE[3, e] for e in best(3, 4)})
+    assert kept(*specs) == expected  # eighths, of which products are exact
+    assert 0 < len(expected[0]) < len(after_k[0]) and len(expected[2]) < 4  # each of them took something
 
 
 def test_a_new_kind_changes_nothing_where_nobody_has_it(registered, monkeypatch):

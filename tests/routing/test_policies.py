@@ -121,9 +121,9 @@ SPECS = [
 @hypothesis.settings(deadline=None, max_examples=25)
 def test_a_policy_equals_its_plain_loop(spec, routing, groups):
     got = kept_of(select(*routing, bound([spec] * B, group_B=groups)))
-    wanted = plain_slots(routing, spec, groups)
-    assert experts_of(got) == experts_of(wanted)
-    for one, other in zip(got, wanted):
+    expected = plain_slots(routing, spec, groups)
+    assert experts_of(got) == experts_of(expected)
+    for one, other in zip(got, expected):
         np.testing.assert_allclose([w for _, w in one], [w for _, w in other], rtol=1e-6)
 
 
@@ -138,8 +138,8 @@ NEUTRAL = [
 @hypothesis.given(routing=routings())
 @hypothesis.settings(deadline=None, max_examples=10)
 def test_neutral_settings_are_the_identity_bit_for_bit(spec, routing):
-    got, wanted = (select(*routing, bound([one] * B)) for one in (spec, "model"))
-    for one, other in zip(got, wanted):
+    got, expected = (select(*routing, bound([one] * B)) for one in (spec, "model"))
+    for one, other in zip(got, expected):
         np.testing.assert_array_equal(one, other)
 
 
@@ -182,8 +182,8 @@ def test_requests_of_other_policies_neither_help_nor_hinder():
     specs = ["opportunistic:1", "opportunistic:1", "budget:3", "budget:3", "ratio:0.8", "model"]
     together = kept_of(select(score_BE, score_BE, bound(specs)))
     for rows in ([0, 1], [2, 3], [4], [5]):
-        wanted = plain_slots((score_BE[rows], score_BE[rows]), specs[rows[0]])
-        assert experts_of(together[b] for b in rows) == experts_of(wanted)
+        expected = plain_slots((score_BE[rows], score_BE[rows]), specs[rows[0]])
+        assert experts_of(together[b] for b in rows) == experts_of(expected)
 
 
 def test_steps_side_by_side_are_steps_one_by_one():
@@ -230,13 +230,13 @@ def test_renormalisation_with_fewer_and_more_static_slots(normalize, rule, k_max
     context = policies.Context(jnp.int32(LAYER), jnp.arange(B), jnp.ones(B, bool), 1)
     got = kept_of(jax.device_get(policies.select(Routing(score_BE, score_BE), live, context, moe, k_max)))
     for row, mix in zip(got, np.float64(score_BE)):
-        wanted = plain.weighted(plain.topk(mix, mix, 2), mix, mix, 4, normalize, 1.5, rule)
-        assert [e for e, _ in row] == [e for e, _ in wanted]
-        np.testing.assert_allclose([w for _, w in row], [w for _, w in wanted], rtol=1e-6)
+        expected = plain.weighted(plain.topk(mix, mix, 2), mix, mix, 4, normalize, 1.5, rule)
+        assert [e for e, _ in row] == [e for e, _ in expected]
+        np.testing.assert_allclose([w for _, w in row], [w for _, w in expected], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
-    ("spec", "wanted"),
+    ("spec", "expected"),
     [
         ("model", [4, 4, 4]),
         ("topk:3", [3, 3, 3]),
@@ -245,8 +245,8 @@ def test_renormalisation_with_fewer_and_more_static_slots(normalize, rule, k_max
         ("schedule:1,5,2,1", [1, 5, 2]),
     ],
 )
-def test_k_of_each_layer(spec, wanted):
-    assert np.asarray(bound([spec]).of_BL["k"]).tolist() == [wanted]
+def test_k_of_each_layer(spec, expected):
+    assert np.asarray(bound([spec]).of_BL["k"]).tolist() == [expected]
 
 
 def test_a_schedule_is_linear_between_its_ends_and_rounds_halves_up():
@@ -272,24 +272,24 @@ def test_a_spec_prints_as_it_parses(spec):
         ("topk:two", "whole numbers"),
         ("topk:3000000000", "whole numbers"),
         ("layers:3000000000,1,1", "whole numbers"),
-        ("topk:2,3", "'3' is not known here; wanted k"),
-        ("topk", "wanted k"),
-        ("model:3", "wanted nothing behind its name"),
+        ("topk:2,3", "'3' is not known here; expected k"),
+        ("topk", "expected k"),
+        ("model:3", "expected nothing behind its name"),
         ("layers:", "whole numbers"),
         ("layers:8,,4", "whole numbers"),
         ("top_k:3", 'did you mean "topk:4"'),
-        ("", "wanted one of the forms"),
-        ("topk:3+", "wanted one of the forms"),
-        ("topk:3+layers:1,2,3", "topk and layers: wanted one of them"),
-        ("ratio:0.2+ratio:0.3", "ratio and ratio: wanted one of them"),
+        ("", "expected one of the forms"),
+        ("topk:3+", "expected one of the forms"),
+        ("topk:3+layers:1,2,3", "topk and layers: expected one of them"),
+        ("ratio:0.2+ratio:0.3", "ratio and ratio: expected one of them"),
         ("ratio:1.5", "numbers from 0 to 1"),
         ("ratio:nan", "numbers from 0 to 1"),
-        ("ratio:0.3,least=2", "'least=2' is not known here; wanted t, min=..."),
+        ("ratio:0.3,least=2", "'least=2' is not known here; expected t, min=..."),
         ("ratio:0.3,min=0", "at least 1"),
-        ("mass:much", "'much': wanted numbers"),
-        ("schedule:1,2,3", "wanted b, h, e, p"),
+        ("mass:much", "'much': expected numbers"),
+        ("schedule:1,2,3", "expected b, h, e, p"),
         ("budget:0", "at least 1"),
-        ("reroute:2", "wanted k0, s"),
+        ("reroute:2", "expected k0, s"),
         ("capacity:-1", "numbers from 0 on"),
         ("capacity:1,overflow=spill", "overflow = drop or next"),
         ("renormalize:two", "none, own, one"),
@@ -304,10 +304,10 @@ def test_refused(spec, message):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("topk:9", r"topk:9.*wanted 1 to 5 experts.*policy.k_max"),
-        ("layers:1,2", r"2 layers; wanted one number for each of the model's 3"),
-        ("ratio:0.1/0.2", r"2 numbers; wanted one, or one for each of the model's 3"),
-        ("schedule:2,4,2,2", r"p = 2; wanted a layer between the first MoE layer, 0, and the last, 2"),
+        ("topk:9", r"topk:9.*expected 1 to 5 experts.*policy.k_max"),
+        ("layers:1,2", r"2 layers; expected one number for each of the model's 3"),
+        ("ratio:0.1/0.2", r"2 numbers; expected one, or one for each of the model's 3"),
+        ("schedule:2,4,2,2", r"p = 2; expected a layer between the first MoE layer, 0, and the last, 2"),
     ],
 )
 def test_refused_by_the_model(spec, message):

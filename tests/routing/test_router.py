@@ -55,9 +55,9 @@ def plain_selection(x, weight, bias, moe, k):
 def test_a_group_of_one_strong_expert_beats_two_middling_ones_only_by_its_best():
     logits = np.array([[2.0, -4.0, 1.5, 1.5]], np.float32)  # two groups of two experts
     moe = MoEConfig(num_experts=4, k=1, score="sigmoid", num_groups=2, num_groups_kept=1)
-    for group_score, wanted in (("best_two", [2, 3]), ("best", [0, 1])):
+    for group_score, expected in (("best_two", [2, 3]), ("best", [0, 1])):
         routing = route(logits, np.eye(4, dtype=np.float32), None, dataclasses.replace(moe, group_score=group_score))
-        assert np.flatnonzero(np.isfinite(routing.score_NE[0])).tolist() == wanted
+        assert np.flatnonzero(np.isfinite(routing.score_NE[0])).tolist() == expected
 
 
 @pytest.mark.parametrize("k", [1, 3, 4, 6])

@@ -58,11 +58,11 @@ def test_more_experts_take_a_layer_for_each_range():
 @pytest.mark.parametrize(
     ("experts", "k", "message"),
     [
-        (24, 4, "moe.num_experts = 24: wanted a multiple of the 16 experts of the recorded trace, at most 48; or"),
-        (8, 4, "moe.num_experts = 8: wanted a multiple"),
+        (24, 4, "moe.num_experts = 24: expected a multiple of the 16 experts of the recorded trace, at most 48; or"),
+        (8, 4, "moe.num_experts = 8: expected a multiple"),
         (64, 4, "at most 48"),
-        (16, 5, "5 slots per token: wanted at most the 4 of the recorded trace"),
-        (32, 9, "9 slots per token: wanted at most the 8"),
+        (16, 5, "5 slots per token: expected at most the 4 of the recorded trace"),
+        (32, 9, "9 slots per token: expected at most the 8"),
     ],
 )
 def test_what_cannot_be_replayed_is_refused(experts, k, message):
@@ -90,7 +90,7 @@ def test_saved_and_loaded(tmp_path):
 )
 def test_what_is_no_trace_is_refused(tmp_path, write):
     write(tmp_path / "a.npz")
-    with pytest.raises(ValueError, match=r"benchmark.trace = '.*a.npz': .*wanted") as caught:
+    with pytest.raises(ValueError, match=r"benchmark.trace = '.*a.npz': .*expected") as caught:
         traces.load(tmp_path / "a.npz")
     assert len(str(caught.value).splitlines()) == 1
 

@@ -127,15 +127,15 @@ def test_a_program_beyond_the_memory_is_refused(engine, monkeypatch):
     subject = speed.Subject(engine, EXECUTION, None, SamplingConfig())
     monkeypatch.setattr(caches, "require_memory", lambda *arguments: None)
     monkeypatch.setattr(caches, "available_bytes", lambda: 1)
-    with pytest.raises(ValueError, match=r"prefill_16 needs 0.0 GB, 0.0 GB available: wanted fewer or shorter"):
+    with pytest.raises(ValueError, match=r"prefill_16 needs 0.0 GB, 0.0 GB available: expected fewer or shorter"):
         speed.Prefill(subject, tokens(1, 16)[0])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_random_weights_have_the_shapes_of_the_model(dtype):
     params = random_model.random_params(ARCHITECTURE, dtype, seed=3)
-    wanted = jax.eval_shape(lambda: decoder.split(decoder.Decoder(ARCHITECTURE, nnx.Rngs(0))))
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, wanted)
+    expected = jax.eval_shape(lambda: decoder.split(decoder.Decoder(ARCHITECTURE, nnx.Rngs(0))))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, expected)
     assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
     assert (params["norm_D"] == 1).all() and (params["moe"]["router"]["bias_LE"] == 0).all()
     drawn = [
@@ -148,11 +148,13 @@ def test_random_weights_have_the_shapes_of_the_model(dtype):
 
 
 def test_random_weights_beyond_the_memory_are_refused(monkeypatch):
-    wanted = 4 * roofline.parameters(ARCHITECTURE)
-    monkeypatch.setattr(caches, "available_bytes", lambda: wanted)
+    expected = 4 * roofline.parameters(ARCHITECTURE)
+    monkeypatch.setattr(caches, "available_bytes", lambda: expected)
     random_model.random_params(ARCHITECTURE, jnp.float32, 0)
-    monkeypatch.setattr(caches, "available_bytes", lambda: wanted - 1)
-    with pytest.raises(ValueError, match=r"the model needs 0.0 GB, 0.0 GB available: wanted fewer decoder.num_layers"):
+    monkeypatch.setattr(caches, "available_bytes", lambda: expected - 1)
+    with pytest.raises(
+        ValueError, match=r"the model needs 0.0 GB, 0.0 GB available: expected fewer decoder.num_layers"
+    ):
         random_model.random_params(ARCHITECTURE, jnp.float32, 0)
 
 

@@ -95,7 +95,7 @@ def test_what_follows_a_closed_document_is_no_label():
         ([], 4, "no documents to pack"),
         ([np.array([0, 1]), np.array([1, 2])], 4, "does not begin with the end-of-text token"),
         ([np.array([], np.int32)], 4, "does not begin with the end-of-text token"),
-        ([np.array([0, 1])], 0, "sequence_length = 0: wanted 1 or more"),
+        ([np.array([0, 1])], 0, "sequence_length = 0: expected 1 or more"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(documents, sequence_length, message):
@@ -184,5 +184,5 @@ def test_windows_score_each_token_once_with_enough_context(length, context, data
 
 def test_stride_must_fit_the_context():
     for stride in (0, 9):
-        with pytest.raises(ValueError, match="wanted 1 to the context of 8 tokens"):
+        with pytest.raises(ValueError, match="expected 1 to the context of 8 tokens"):
             windows(np.arange(20), 8, stride)

@@ -163,15 +163,15 @@ def test_a_folder_that_agrees_with_its_tokenizer_changes_nothing(tmp_path, caplo
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"tokenizer_config": {"add_bos_token": True}}, "add_bos_token = true, and bos_token = null: wanted a token"),
-        ({"tokenizer_config": {"add_eos_token": True, "eos_token": "no"}}, 'eos_token = "no": wanted a token'),
-        ({"tokenizer_config": {**TOKENS, "add_bos_token": "yes"}}, 'add_bos_token = "yes": wanted true or false'),
+        ({"tokenizer_config": {"add_bos_token": True}}, "add_bos_token = true, and bos_token = null: expected a token"),
+        ({"tokenizer_config": {"add_eos_token": True, "eos_token": "no"}}, 'eos_token = "no": expected a token'),
+        ({"tokenizer_config": {**TOKENS, "add_bos_token": "yes"}}, 'add_bos_token = "yes": expected true or false'),
         ({"added_tokens": {"<s>": 7}}, "'<s>' is declared as the token 7: tokenizer.json has it, or the next .* 258"),
         ({"added_tokens": {"new": 300}}, "'new' is declared as the token 300: .* at 259"),
         ({"added_tokens": {"new": "x"}}, '"new" is declared as the token'),
-        ({"tokenizer_config": {"added_tokens_decoder": {"259": 3}}}, "3 is declared as the token '259': wanted one"),
+        ({"tokenizer_config": {"added_tokens_decoder": {"259": 3}}}, "3 is declared as the token '259': expected one"),
         ({"tokenizer_config": {"added_tokens_decoder": [3]}}, "added_tokens_decoder is no object"),
-        ({"special_tokens_map": [3]}, "special_tokens_map.json holds a JSON list: wanted an object"),
+        ({"special_tokens_map": [3]}, "special_tokens_map.json holds a JSON list: expected an object"),
     ],
 )
 def test_what_cannot_be_done_is_refused(tmp_path, files, words):

@@ -68,8 +68,8 @@ def test_kinds_of_documents_stay_in_order(monkeypatch):
     monkeypatch.setattr("moe_jax.text.tokenizer._ENCODE_AT_ONCE", 2)
     tokenizer = tokenizer_that_adds("begin")
     documents = [one for n in range(5) for one in (*plain(f"a{n}</s>"), *meant(f"<s>b{n}</s>", f"c{n}"))]
-    wanted = [text for n in range(5) for text in (f"<s>a{n}</s>", f"<s>b{n}</s>", f"<s>c{n}")]
-    assert spelled(tokenizer, encode_documents(tokenizer, documents)) == wanted
+    expected = [text for n in range(5) for text in (f"<s>a{n}</s>", f"<s>b{n}</s>", f"<s>c{n}")]
+    assert spelled(tokenizer, encode_documents(tokenizer, documents)) == expected
 
 
 def test_what_a_conversation_begins_with_is_not_repeated():
@@ -107,8 +107,8 @@ def test_one_token_for_both_only_begins(frame):
     tokenizer = tokenizer_that_adds(frame)
     documents = [*plain("The fox", ""), *meant("The fox", f"{END_OF_TEXT}The{END_OF_TEXT}fox{END_OF_TEXT}\n")]
     arrays = frame_documents(tokenizer, documents, END_OF_TEXT_ID, END_OF_TEXT_ID)
-    wanted = ["<|endoftext|>The fox", "<|endoftext|>", "<|endoftext|>The fox", "<|endoftext|>The<|endoftext|>fox"]
-    assert spelled(tokenizer, arrays) == wanted
+    expected = ["<|endoftext|>The fox", "<|endoftext|>", "<|endoftext|>The fox", "<|endoftext|>The<|endoftext|>fox"]
+    assert spelled(tokenizer, arrays) == expected
     assert pack(arrays, 16, END_OF_TEXT_ID).tokens[-1] == END_OF_TEXT_ID
 
 
@@ -121,9 +121,9 @@ def test_another_token_before_a_text_stays():
 def test_frames_of_our_tokenizer_are_its_own():
     documents = [*plain("The fox", "", f"a{END_OF_TEXT}b", END_OF_TEXT), *meant("The fox", f"a{END_OF_TEXT}b")]
     arrays = frame_documents(tiny_model.tokenizer(), documents, END_OF_TEXT_ID, END_OF_TEXT_ID)
-    for array, wanted in zip(arrays, encode_documents(tiny_model.tokenizer(), documents), strict=True):
+    for array, expected in zip(arrays, encode_documents(tiny_model.tokenizer(), documents), strict=True):
         assert array.dtype == np.int32
-        np.testing.assert_array_equal(array, wanted)
+        np.testing.assert_array_equal(array, expected)
     assert frame_documents(tiny_model.tokenizer(), [], END_OF_TEXT_ID, END_OF_TEXT_ID) == []
 
 
@@ -131,7 +131,7 @@ def test_frames_of_our_tokenizer_are_its_own():
 
 
 @pytest.mark.parametrize(
-    ("named", "token_ids", "wanted"),
+    ("named", "token_ids", "expected"),
     [
         ({"bos_token": "<s>", "eos_token": {"content": "</s>"}}, {"eos_token_id": 7}, ("<s>", "</s>")),
         ({"bos_token": None, "eos_token": "</s>"}, {"bos_token_id": 7}, ("</s>", "</s>")),
@@ -141,15 +141,15 @@ def test_frames_of_our_tokenizer_are_its_own():
         (None, {"eos_token_id": 0}, (0, 0)),
     ],
 )
-def test_outer_ids(named, token_ids, wanted, tmp_path):
+def test_outer_ids(named, token_ids, expected, tmp_path):
     tokenizer = tokenizer_that_adds("nothing")
     if named is not None:
         (tmp_path / "tokenizer_config.json").write_text(json.dumps(named))
-    wanted = tuple(one if isinstance(one, int) else tokenizer.token_to_id(one) for one in wanted)
-    assert outer_ids(tmp_path, tokenizer, token_ids) == wanted
+    expected = tuple(one if isinstance(one, int) else tokenizer.token_to_id(one) for one in expected)
+    assert outer_ids(tmp_path, tokenizer, token_ids) == expected
 
 
 @pytest.mark.parametrize("token_ids", [{}, {"bos_token_id": 9}, {"eos_token_id": []}])
 def test_models_without_outer_ids_are_refused(token_ids, tmp_path):
-    with pytest.raises(ValueError, match="names no token that begins or ends a text: wanted bos_token or eos_token"):
+    with pytest.raises(ValueError, match="names no token that begins or ends a text: expected bos_token or eos_token"):
         outer_ids(tmp_path, tokenizer_that_adds("nothing"), token_ids)

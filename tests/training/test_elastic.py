@@ -35,9 +35,9 @@ def test_k_is_drawn_as_it_is_weighted():
 
 
 def test_what_does_not_fit_the_model_is_refused():
-    with pytest.raises(ValueError, match=r"finetune.k_min = 9: wanted at most the model's own 8"):
+    with pytest.raises(ValueError, match=r"finetune.k_min = 9: expected at most the model's own 8"):
         drawn(k_min=9)
-    with pytest.raises(ValueError, match=r"finetune.k_weights has 2 numbers: wanted 8, one for each k from"):
+    with pytest.raises(ValueError, match=r"finetune.k_weights has 2 numbers: expected 8, one for each k from"):
         drawn(k_weights=(1.0, 2.0))
     for wrong in ((0.0, 0.0), (-1.0, 2.0)):
         with pytest.raises(ValueError, match=r"finetune\.k_weights"):

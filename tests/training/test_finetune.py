@@ -175,9 +175,9 @@ def test_another_k_in_each_layer_while_routers_alone_train(model, sources, tmp_p
 def test_routers_and_norms_alone(model, sources, tmp_path):
     out = finetune(model, sources, tmp_path / "out", **{"finetune.train": "router_and_norms"})
     names = load_file(model / "model.safetensors")
-    wanted = {name for name in names if "norm" in name or name.endswith("mlp.gate.weight")}
-    assert len(wanted) == 3 * 4 + 1 + 2  # two norms of each layer, two of its heads, the last; two routers
-    assert changed_tensors(model, out) == wanted
+    expected = {name for name in names if "norm" in name or name.endswith("mlp.gate.weight")}
+    assert len(expected) == 3 * 4 + 1 + 2  # two norms of each layer, two of its heads, the last; two routers
+    assert changed_tensors(model, out) == expected
 
 
 def test_lora_changes_attention_and_the_experts_that_got_tokens(model, sources, tmp_path):
@@ -270,16 +270,22 @@ WITHOUT_LANGUAGE = {"objective.language_model": 0.0, "objective.distillation": 1
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"policy.spec": "topk:8"} | WITHOUT_LANGUAGE, r"policy.spec = 'topk:8' keeps all 8 experts, .* wanted fewer"),
-        ({"policy.spec": "model"} | WITHOUT_LANGUAGE, r"policy.spec = 'model' keeps all 8 experts, .* wanted fewer"),
+        (
+            {"policy.spec": "topk:8"} | WITHOUT_LANGUAGE,
+            r"policy.spec = 'topk:8' keeps all 8 experts, .* expected fewer",
+        ),
+        ({"policy.spec": "model"} | WITHOUT_LANGUAGE, r"policy.spec = 'model' keeps all 8 experts, .* expected fewer"),
         ({"policy.spec": "opportunistic:3"}, r"policy.spec = 'opportunistic:3' looks at all rows of a decode step"),
         ({"policy.spec": "layers:3,2,1"}, r"policy.spec = 'layers:3,2,1': .*the model's 2"),
         ({"evaluation.policies": ("topk:1", "oportunistic:3")}, r'did you mean "opportunistic:3"'),
         ({"evaluation.policies": ("topk:1", "opportunistic:3")}, r"'opportunistic:3', which looks at all rows"),
         ({"evaluation.half": "even"}, r"evaluation.half = 'even': the odd half is reported"),
-        ({"finetune.rollouts": 4, "training.sequence_length": 16}, r"training.sequence_length = 16: wanted more than"),
-        ({"finetune.elastic": True, "finetune.k_min": 9}, r"finetune.k_min = 9: wanted at most the model's own 8"),
-        ({"finetune.elastic": True, "finetune.k_weights": (1.0, 2.0)}, r"finetune.k_weights has 2 numbers: wanted 8"),
+        (
+            {"finetune.rollouts": 4, "training.sequence_length": 16},
+            r"training.sequence_length = 16: expected more than",
+        ),
+        ({"finetune.elastic": True, "finetune.k_min": 9}, r"finetune.k_min = 9: expected at most the model's own 8"),
+        ({"finetune.elastic": True, "finetune.k_weights": (1.0, 2.0)}, r"finetune.k_weights has 2 numbers: expected 8"),
         ({"training.sequence_length": 64}, r"training.sequence_length = 64: .* the model's context of 32"),
         ({"text.held_out": "nowhere"}, r"text.held_out = '.*nowhere'"),
         ({"model.path": "nowhere"}, r"model.path = 'nowhere' does not exist"),
@@ -300,8 +306,8 @@ def test_refused_before_the_weights_are_read(model, sources, tmp_path, settings,
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"training.learning_rate": 0.0}, r"training.learning_rate = 0.0: wanted a positive number"),
-        ({"finetune.train": "rooter"}, r"finetune.train = 'rooter': wanted one of all, router, "),
+        ({"training.learning_rate": 0.0}, r"training.learning_rate = 0.0: expected a positive number"),
+        ({"finetune.train": "rooter"}, r"finetune.train = 'rooter': expected one of all, router, "),
         ({"policy.spec": "opportunistic:3"}, r"policy.spec = 'opportunistic:3' looks at all rows"),
     ],
 )
@@ -317,7 +323,7 @@ def test_text_shorter_than_a_batch_is_refused(model, sources, tmp_path):
     path = tmp_path / "short.jsonl"
     write_lines(path, texts(1, 50))
     with pytest.raises(
-        ValueError, match=r"text.sources has \d+ tokens, \d rows .* wanted at least the 32 rows"
+        ValueError, match=r"text.sources has \d+ tokens, \d rows .* expected at least the 32 rows"
     ) as said:
         more = {"training.batch_size": 8, "training.accumulation": 4}
         finetune(model, sources, tmp_path / "out", **{"text.sources": (str(path),)}, **more)
@@ -328,7 +334,7 @@ def test_text_shorter_than_a_batch_is_refused(model, sources, tmp_path):
 def test_text_that_leaves_nothing_to_train_on_is_refused(model, sources, tmp_path, count):
     path = tmp_path / "few.jsonl"
     write_lines(path, texts(count))
-    with pytest.raises(ValueError, match=rf"text.sources has {count} documents, .* wanted at least 2 of these"):
+    with pytest.raises(ValueError, match=rf"text.sources has {count} documents, .* expected at least 2 of these"):
         finetune(model, sources, tmp_path / "out", **{"text.sources": (str(path),), "text.held_out": ""})
 
 
@@ -361,7 +367,7 @@ def test_what_does_not_fit_in_memory_is_refused(model, sources, tmp_path, monkey
         monkeypatch.setattr(psutil, "virtual_memory", lambda size_bytes=size_bytes: Memory(size_bytes))
         finetuning.require_memory(config[name], params)
         monkeypatch.setattr(psutil, "virtual_memory", lambda size_bytes=size_bytes: Memory(size_bytes - 1))
-        with pytest.raises(ValueError, match=rf"finetune.train = '{name}' needs .* GB available: wanted fewer"):
+        with pytest.raises(ValueError, match=rf"finetune.train = '{name}' needs .* GB available: expected fewer"):
             finetuning.require_memory(config[name], params)
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"needs [\d,.]+ GB beside the model's [\d,.]+, [\d,.]+ GB available") as said:

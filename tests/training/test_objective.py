@@ -65,13 +65,13 @@ def test_token_losses(monkeypatch, name, num_tokens):
     def ours(x, head):
         return 3 * token_losses(x, head, labels, weight, *given, config)[0]
 
-    def wanted(x, head):
+    def expected(x, head):
         each = zip(x, labels, weight, teacher_x)
         return 3 * sum(w * plain_loss(row, head, label, other, teacher_head, config) for row, label, w, other in each)
 
     loss, gradients = jax.value_and_grad(ours, argnums=(0, 1))(x, head)
     x, head = x.astype(np.float64), head.astype(np.float64)
-    np.testing.assert_allclose(loss, wanted(x, head), rtol=1e-5)
+    np.testing.assert_allclose(loss, expected(x, head), rtol=1e-5)
     random, step = np.random.default_rng(1), 1e-5
     for _ in range(4):
         along = random.standard_normal(x.shape), random.standard_normal(head.shape)
@@ -79,7 +79,7 @@ def test_token_losses(monkeypatch, name, num_tokens):
             ahead, back = ([x, head] for _ in range(2))
             ahead[number] = ahead[number] + step * along[number]
             back[number] = back[number] - step * along[number]
-            slope = (wanted(*ahead) - wanted(*back)) / (2 * step)
+            slope = (expected(*ahead) - expected(*back)) / (2 * step)
             got = (np.asarray(gradients[number], np.float64) * along[number]).sum()
             np.testing.assert_allclose(got, slope, rtol=1e-3, atol=1e-4)
 

@@ -30,8 +30,8 @@ def test_each_goes_on_from_the_beginning_of_a_row(text, tmp_path, monkeypatch):
     pieces = [made.tokens[start : start + length + 1] for start, length in zip(made.starts, made.lengths)]
     assert all(piece[0] == 0 for piece in pieces)  # as each text that is trained on begins, and sampled so
     beginnings = [text.row(row).tokens_BT[: rollouts.PROMPT] for row in range(text.num_rows)]
-    wanted = {tuple(one) if one[0] == 0 else (0, *one[:-1]) for one in map(np.ndarray.tolist, beginnings)}
-    assert {tuple(piece[: rollouts.PROMPT].tolist()) for piece in pieces} <= wanted
+    expected = {tuple(one) if one[0] == 0 else (0, *one[:-1]) for one in map(np.ndarray.tolist, beginnings)}
+    assert {tuple(piece[: rollouts.PROMPT].tolist()) for piece in pieces} <= expected
     for piece in pieces:  # cut off, the last label is a token that was drawn; else it is what ends a text
         assert len(piece) == LENGTH or piece[-1] == 0
     assert len(list((tmp_path / "parts").rglob("*.npz"))) == 2

@@ -83,21 +83,21 @@ def test_all_trains_everything():
 @pytest.mark.parametrize("train", ["router", "router_and_norms"])
 def test_what_is_frozen_stays_bit_identical(train):
     before, after, _ = trained(FinetuneConfig(train=train))
-    wanted = {name for name in before if "router" in name or (train == "router_and_norms" and "norm" in name)}
-    assert changed(before, after) == wanted and wanted
+    expected = {name for name in before if "router" in name or (train == "router_and_norms" and "norm" in name)}
+    assert changed(before, after) == expected and expected
 
 
 @pytest.mark.parametrize("latent", [False, True], ids=["grouped", "latent"])
 def test_lora_trains_the_matrices_of_attention_and_experts_alone(latent):
     before, after, state = trained(LORA, latent=latent)
-    wanted = {
+    expected = {
         name
         for name in before
         if any(module in name.split("/") for module in ("attention", "experts", "shared"))
         and "norm" not in name
         and "bias" not in name
     }
-    assert changed(before, after) == wanted and {"moe/experts/gate_up_LEIFD", "moe/experts/down_LEDF"} < wanted
+    assert changed(before, after) == expected and {"moe/experts/gate_up_LEIFD", "moe/experts/down_LEDF"} < expected
     assert state.params["moe"]["experts"].keys() == {"gate_up_LEIFD", "down_LEDF"}
 
 
@@ -136,8 +136,8 @@ def test_lora_merged_is_lora_applied_to_what_passes():
         through = np.tensordot(np.asarray(part["down"], np.float64), x, (axes, axes))  # [.., R]
         up = np.asarray(part["up"], np.float64)
         through = through.reshape(*through.shape[:-1], *(1,) * (up.ndim - through.ndim), through.shape[-1])
-        wanted = np.tensordot(np.asarray(weight, np.float64), x, (axes, axes)) + 1.7 * (up * through).sum(-1)
-        np.testing.assert_allclose(np.tensordot(np.asarray(whole, np.float64), x, (axes, axes)), wanted, atol=1e-5)
+        expected = np.tensordot(np.asarray(weight, np.float64), x, (axes, axes)) + 1.7 * (up * through).sum(-1)
+        np.testing.assert_allclose(np.tensordot(np.asarray(whole, np.float64), x, (axes, axes)), expected, atol=1e-5)
 
     experts = params["moe"]["experts"]
     for name, num_inputs in {"gate_up_LEIFD": 1, "down_LEDF": 1}.items():

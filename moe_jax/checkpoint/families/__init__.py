@@ -25,7 +25,7 @@ def family_of(fields: dict[str, Any]) -> Family:
     if model_type not in list(FAMILIES) and isinstance(inner, dict) and inner.get("model_type") in list(FAMILIES):
         raise ValueError(
             f"model_type = {json.dumps(model_type)} has a language model of type {json.dumps(inner['model_type'])} in "
-            "text_config, beside what is not read: wanted a folder of that model alone, with those fields as its "
+            "text_config, beside what is not read: expected a folder of that model alone, with those fields as its "
             f"config.json; supported: {', '.join(sorted(FAMILIES))}"
         )
     if not isinstance(model_type, str) or model_type not in FAMILIES:

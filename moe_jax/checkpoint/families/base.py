@@ -58,8 +58,8 @@ def refuse_others(fields: dict[str, Any], neutral: dict[str, tuple]) -> None:
         if name == "moe_layer_freq" and isinstance(value, list) and value == _prefix_then_moe(fields):
             continue
         if value not in accepted or type(value) not in map(type, accepted):
-            wanted = " or ".join(map(json.dumps, accepted))
-            raise ValueError(f"{name} = {json.dumps(value)}: wanted {wanted}; nothing else is implemented")
+            expected = " or ".join(map(json.dumps, accepted))
+            raise ValueError(f"{name} = {json.dumps(value)}: expected {expected}; nothing else is implemented")
 
 
 def _prefix_then_moe(fields: dict[str, Any]) -> list[int]:
@@ -70,11 +70,11 @@ def _prefix_then_moe(fields: dict[str, Any]) -> list[int]:
 
 def require_settings(model_type: str, architecture: Architecture, only: dict[str, Any]) -> None:
     """Raises ValueError where a setting (`section.field`) differs from the one value that a family has."""
-    for setting, wanted in only.items():
+    for setting, expected in only.items():
         section, name = setting.split(".")
         given = getattr(getattr(architecture, section), name)
-        if given != wanted:
-            raise ValueError(f"{setting} = {given!r}: the Hugging Face family {model_type} only has {wanted!r}")
+        if given != expected:
+            raise ValueError(f"{setting} = {given!r}: the Hugging Face family {model_type} only has {expected!r}")
 
 
 _MOST_LISTED_LAYERS = 10_000  # more than any model has: a list of them is no longer
@@ -84,7 +84,7 @@ def dense_layers(fields: dict[str, Any], is_dense: Callable[[int], bool]) -> dic
     """`num_dense_layers` and `dense_layers` of a model whose dense layers a rule tells, from 0 on."""
     count = field(fields, "num_hidden_layers", int)
     if count > _MOST_LISTED_LAYERS:
-        raise ValueError(f"num_hidden_layers = {count}: wanted at most {_MOST_LISTED_LAYERS}")
+        raise ValueError(f"num_hidden_layers = {count}: expected at most {_MOST_LISTED_LAYERS}")
     places = tuple(filter(is_dense, range(count)))
     return {"num_dense_layers": len(places), "dense_layers": () if places == tuple(range(len(places))) else places}
 
@@ -101,7 +101,7 @@ def with_numbers_of_layers(architecture: Architecture, fields: dict[str, Any]) -
     for name, setting in _OF_LAYERS.items():
         numbers = given.get(setting, [])
         if not isinstance(numbers, list) or not all(type(number) is int for number in numbers):
-            raise ValueError(f"{name} = {json.dumps(numbers)[:100]}: wanted a list of integers")
+            raise ValueError(f"{name} = {json.dumps(numbers)[:100]}: expected a list of integers")
     moe = dataclasses.replace(architecture.moe, **{setting: tuple(numbers) for setting, numbers in given.items()})
     return dataclasses.replace(architecture, moe=moe)
 
@@ -133,12 +133,12 @@ def field(fields: dict[str, Any], name: str, kind: type, default: Any = _REQUIRE
     value = fields.get(name)
     if value is None:
         if default is _REQUIRED:
-            raise ValueError(f"{name} is missing: wanted {kind.__name__}")
+            raise ValueError(f"{name} is missing: expected {kind.__name__}")
         return default
     if kind is float and type(value) is int:
         return float(value)
     if type(value) is not kind:
-        raise ValueError(f"{name} = {json.dumps(value)}: wanted {kind.__name__}")
+        raise ValueError(f"{name} = {json.dumps(value)}: expected {kind.__name__}")
     return value
 
 
@@ -234,7 +234,7 @@ def rope_settings(
         inner = {key: value for key, value in inner.items() if not _changes_nothing(key, value)}
     if kind not in ("default", "yarn"):
         raise ValueError(
-            f'{name}.rope_type = {json.dumps(kind)}: wanted "default" or "yarn"; nothing else is implemented'
+            f'{name}.rope_type = {json.dumps(kind)}: expected "default" or "yarn"; nothing else is implemented'
         )
     taken = {"rope_theta", "partial_rotary_factor"} | ({key for key, *_ in _YARN} if kind == "yarn" else set())
     if inner.get("truncate") is True and kind == "yarn":
@@ -249,7 +249,7 @@ def rope_settings(
     if fraction is not None:
         settings["rope_fraction"] = field(both, "partial_rotary_factor", float, fraction)
     elif (given := field(both, "partial_rotary_factor", float, 1.0)) != 1:
-        raise ValueError(f"partial_rotary_factor = {given}: wanted 1.0; nothing else is implemented for this family")
+        raise ValueError(f"partial_rotary_factor = {given}: expected 1.0; nothing else is implemented for this family")
     if kind == "yarn":
         for key, setting, of_kind, default in _YARN:
             try:
@@ -259,7 +259,7 @@ def rope_settings(
         if turn_scale is not None:
             own = rope.turn_scale(AttentionConfig(kind="latent", qk_norm=False, **settings))
             if not math.isclose(turn_scale, own, rel_tol=1e-6):
-                raise ValueError(f"{name}.attention_factor = {turn_scale}: wanted {own:.6g}, or none")
+                raise ValueError(f"{name}.attention_factor = {turn_scale}: expected {own:.6g}, or none")
     return settings
 
 
@@ -291,7 +291,7 @@ def prediction_layers(fields: dict[str, Any], default: int) -> tuple[tuple[str, 
     """Multi-token prediction layers, which published checkpoints hold behind the decoder's own: as `Family.skipped`."""
     count = field(fields, "num_nextn_predict_layers", int, default)
     if not 0 <= count <= _MOST_PREDICTION_LAYERS:
-        raise ValueError(f"num_nextn_predict_layers = {count}: wanted 0 to {_MOST_PREDICTION_LAYERS}")
+        raise ValueError(f"num_nextn_predict_layers = {count}: expected 0 to {_MOST_PREDICTION_LAYERS}")
     first = field(fields, "num_hidden_layers", int)
     return tuple((f"model.layers.{layer}.", "a multi-token prediction layer") for layer in range(first, first + count))
 

@@ -53,8 +53,8 @@ def _dense(fields: dict[str, Any], default: int) -> dict[str, Any]:
         return base.dense_layers(fields, lambda layer: layer < first or not freq[layer]) | sizes
     if type(freq) is int and freq > 1:
         return base.dense_layers(fields, lambda layer: layer < first or layer % freq != 0) | sizes
-    wanted = "a whole number from 1 on, or 0 or 1 for each layer"
-    raise ValueError(f"moe_layer_freq = {json.dumps(freq)[:100]}: wanted {wanted}")
+    expected = "a whole number from 1 on, or 0 or 1 for each layer"
+    raise ValueError(f"moe_layer_freq = {json.dumps(freq)[:100]}: expected {expected}")
 
 
 def _dense_json(decoder: DecoderConfig) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _attention(fields: dict[str, Any], interleaved: bool) -> AttentionConfig:
     """The norms of latents have an epsilon that no field says."""
     num_heads = field(fields, "num_attention_heads", int)
     if (kv_heads := field(fields, "num_key_value_heads", int, num_heads)) != num_heads:
-        raise ValueError(f"num_key_value_heads = {kv_heads}: wanted num_attention_heads = {num_heads}")
+        raise ValueError(f"num_key_value_heads = {kv_heads}: expected num_attention_heads = {num_heads}")
     query_rank = fields.get("q_lora_rank", 1536)  # null is not the same as absent
     return AttentionConfig(
         kind="latent",

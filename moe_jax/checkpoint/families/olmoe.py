@@ -52,13 +52,13 @@ def _bound(fields: dict[str, Any]) -> float:
     """Of queries, keys and values; 0 where there is none, which would leave nothing of them."""
     bound = field(fields, "clip_qkv", float, None)
     if bound is not None and not 0 < bound < math.inf:
-        raise ValueError(f"clip_qkv = {bound}: wanted a positive number, or null")
+        raise ValueError(f"clip_qkv = {bound}: expected a positive number, or null")
     return bound or 0.0
 
 
 def _require_heads_that_fill(d_model: int, num_heads: int, head_dim: int) -> None:
     if num_heads * head_dim != d_model:
-        raise ValueError(f"head_dim = {head_dim}: wanted hidden_size / num_attention_heads = {d_model} / {num_heads}")
+        raise ValueError(f"head_dim = {head_dim}: expected hidden_size / num_attention_heads = {d_model} / {num_heads}")
 
 
 def _config_json(architecture: Architecture) -> dict[str, Any]:

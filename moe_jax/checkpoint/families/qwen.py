@@ -32,9 +32,9 @@ def _trunk(fields: dict[str, Any]) -> DecoderConfig:
     """Dense are the layers that are listed, and those but every so many, the first of which is dense."""
     listed, step = field(fields, "mlp_only_layers", list, []), field(fields, "decoder_sparse_step", int, 1)
     if not all(type(layer) is int for layer in listed):
-        raise ValueError(f"mlp_only_layers = {json.dumps(listed)[:100]}: wanted numbers of layers, from 0 on")
+        raise ValueError(f"mlp_only_layers = {json.dumps(listed)[:100]}: expected numbers of layers, from 0 on")
     if step < 1:
-        raise ValueError(f"decoder_sparse_step = {step}: wanted 1 or more")
+        raise ValueError(f"decoder_sparse_step = {step}: expected 1 or more")
     dense = base.dense_layers(fields, lambda layer: layer in listed or (layer + 1) % step != 0)
     dense_hidden = field(fields, "intermediate_size", int, 0)
     return base.trunk(fields, norm_eps=1e-6, max_context=32768, **dense, dense_hidden=dense_hidden)
@@ -84,7 +84,7 @@ def _qwen2_architecture(fields: dict[str, Any]) -> Architecture:
     base.refuse_others(fields, _NEUTRAL)
     width = field(fields, "shared_expert_intermediate_size", int)
     if width < 1:
-        raise ValueError(f"shared_expert_intermediate_size = {width}: wanted a positive number")
+        raise ValueError(f"shared_expert_intermediate_size = {width}: expected a positive number")
     same = width == field(fields, "moe_intermediate_size", int)
     return Architecture(
         _trunk(fields),

@@ -141,7 +141,7 @@ ffi::Error CachedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ff
     case ffi::BF16:
       return Attend<BFloat16>(pool, query, new_key, new_value, key, value, at, position, scale, mixed);
     default:
-      return ffi::Error::InvalidArgument("cached_attention: wanted float32, float16 or bfloat16");
+      return ffi::Error::InvalidArgument("cached_attention: expected float32, float16 or bfloat16");
   }
 }
 

@@ -224,7 +224,7 @@ ffi::Error ByDtype(ffi::DataType dtype, const Run& run) {
     case ffi::BF16:
       return run(BFloat16());
     default:
-      return ffi::Error::InvalidArgument("causal_attention: wanted float32, float16 or bfloat16");
+      return ffi::Error::InvalidArgument("causal_attention: expected float32, float16 or bfloat16");
   }
 }
 

@@ -57,5 +57,5 @@ def backward(
 def _dtype(*inputs):
     dtype = jnp.result_type(*inputs)
     if dtype not in map(jnp.dtype, ("float32", "bfloat16", "float16")):
-        raise ValueError(f"causal_attention: queries, keys and values are {dtype}: wanted one of three floats")
+        raise ValueError(f"causal_attention: queries, keys and values are {dtype}: expected one of three floats")
     return dtype

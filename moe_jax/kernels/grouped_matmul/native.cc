@@ -90,7 +90,7 @@ ffi::Error GroupedMatmul(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuff
   if (at < 0 || at >= weights.dimensions()[0]) return ffi::Error::InvalidArgument("grouped_matmul: no such layer");
   const bool is_float32 = out->element_type() == ffi::F32;
   if (!is_float32 && out->element_type() != rows.element_type()) {
-    return ffi::Error::InvalidArgument("grouped_matmul: wanted an output of float32, or of the type of the rows");
+    return ffi::Error::InvalidArgument("grouped_matmul: expected an output of float32, or of the type of the rows");
   }
   switch (rows.element_type()) {
     case ffi::F32:
@@ -102,7 +102,7 @@ ffi::Error GroupedMatmul(ffi::ThreadPool pool, ffi::AnyBuffer rows, ffi::AnyBuff
       return is_float32 ? Multiply<BFloat16, Float32>(pool, rows, weights, group_sizes, at, out)
                         : Multiply<BFloat16, BFloat16>(pool, rows, weights, group_sizes, at, out);
     default:
-      return ffi::Error::InvalidArgument("grouped_matmul: wanted float32, float16 or bfloat16");
+      return ffi::Error::InvalidArgument("grouped_matmul: expected float32, float16 or bfloat16");
   }
 }
 

@@ -30,7 +30,9 @@ def forward(rows_SD, weights_LEFD, group_sizes_E, layer, out_dtype=None):
     dtype = jnp.dtype(rows_SD.dtype)
     out_dtype = jnp.dtype(out_dtype or dtype)
     if weights_LEFD.dtype != dtype or dtype not in map(jnp.dtype, ("float32", "bfloat16", "float16")):
-        raise ValueError(f"grouped_matmul: rows are {dtype}, weights {weights_LEFD.dtype}: wanted one of three floats")
+        raise ValueError(
+            f"grouped_matmul: rows are {dtype}, weights {weights_LEFD.dtype}: expected one of three floats"
+        )
     num_rows, depth = rows_SD.shape
     if depth not in itertools.accumulate(reversed(weights_LEFD.shape), operator.mul):
         raise ValueError(f"grouped_matmul: rows of {depth} numbers, but weights of shape {weights_LEFD.shape}")

@@ -41,13 +41,15 @@ def _settings(rows_SX, weights_LEFD, tiles: Tiles, num_cores: int | None) -> dic
     """
     dtypes = {str(rows_SX.dtype), str(weights_LEFD.dtype)}
     if jax.__version_info__ < (0, 11):
-        raise ValueError(f"pallas_gpu: wanted jax 0.11 or newer, got {jax.__version__}; padded runs on any")
+        raise ValueError(f"pallas_gpu: expected jax 0.11 or newer, got {jax.__version__}; padded runs on any")
     if dtypes not in ({"bfloat16"}, {"float16"}):
-        raise ValueError(f"pallas_gpu: wanted rows and weights in bfloat16 or float16, got {dtypes}; padded takes any")
+        raise ValueError(
+            f"pallas_gpu: expected rows and weights in bfloat16 or float16, got {dtypes}; padded takes any"
+        )
     if any(size % _WIDTH for size in weights_LEFD.shape[-2:]):
         shape = weights_LEFD.shape[-2:]
         raise ValueError(
-            f"pallas_gpu: wanted matrices in multiples of {_WIDTH} by {_WIDTH}, got {shape}; padded takes any"
+            f"pallas_gpu: expected matrices in multiples of {_WIDTH} by {_WIDTH}, got {shape}; padded takes any"
         )
     if num_cores is None:
         num_cores = jax.devices()[0].core_count if jax.default_backend() == "gpu" else _NUM_CORES

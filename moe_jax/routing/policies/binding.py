@@ -58,7 +58,7 @@ def settings(
     for policy, of_policy in columns.items():
         if of_policy["k"].max() > k_max:
             raise ValueError(
-                f"policy.spec = {policy.spec!r}: wanted 1 to {k_max} experts in every layer; more need a larger "
+                f"policy.spec = {policy.spec!r}: expected 1 to {k_max} experts in every layer; more need a larger "
                 "policy.k_max"
             )
     of_BL = {name: jnp.asarray(np.stack([columns[policy][name] for policy in policies])) for name in neutral}

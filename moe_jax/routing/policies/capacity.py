@@ -32,7 +32,7 @@ class Capacity(StepWise):
     def __post_init__(self):
         require_between(0, float("inf"), self.gamma)
         if self.overflow not in OVERFLOW:
-            raise ValueError(f"wanted overflow = {' or '.join(OVERFLOW)}")
+            raise ValueError(f"expected overflow = {' or '.join(OVERFLOW)}")
 
     def columns(self, model: Model) -> Columns:
         """Gamma of each layer, and the number of what happens to the overflow."""

@@ -30,7 +30,7 @@ class Model(NamedTuple):
     def calibrated(self) -> Calibration:
         """The calibration; ValueError where there is none."""
         if self.calibration is None:
-            raise ValueError("wanted policy.calibration, a file that `launch/calibrate.py` writes for this model")
+            raise ValueError("expected policy.calibration, a file that `launch/calibrate.py` writes for this model")
         return self.calibration
 
 
@@ -49,13 +49,13 @@ def model_of(architecture: Architecture, calibration: Calibration | None) -> Mod
 def require_counts(*values: int) -> None:
     """Refuses numbers of experts below 1, or that no model has."""
     if min(values) < 1 or max(values) >= 2**31:
-        raise ValueError("wanted whole numbers of at least 1")
+        raise ValueError("expected whole numbers of at least 1")
 
 
 def require_between(low: float, high: float, values: PerLayer) -> None:
     """Refuses numbers outside an interval, ends included, or not finite."""
     if not all(low <= value <= high and math.isfinite(value) for value in values):
-        raise ValueError(f"wanted numbers from {low:g}" + (f" to {high:g}" if math.isfinite(high) else " on"))
+        raise ValueError(f"expected numbers from {low:g}" + (f" to {high:g}" if math.isfinite(high) else " on"))
 
 
 def constant(model: Model, value: int | float, dtype: type = np.int32) -> np.ndarray:
@@ -71,6 +71,6 @@ def per_layer(model: Model, values: PerLayer) -> np.ndarray:
     """
     if len(values) not in (1, model.num_layers):
         raise ValueError(
-            f"{len(values)} numbers; wanted one, or one for each of the model's {model.num_layers} MoE layers"
+            f"{len(values)} numbers; expected one, or one for each of the model's {model.num_layers} MoE layers"
         )
     return np.broadcast_to(np.asarray(values, np.float32), model.num_layers)

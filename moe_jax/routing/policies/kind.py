@@ -45,12 +45,12 @@ class Kind:
             elif equals and name.strip() in named:
                 field = named[name.strip()]
             else:
-                raise ValueError(f"{word!r} is not known here; wanted {_described(placed, named)}")
+                raise ValueError(f"{word!r} is not known here; expected {_described(placed, named)}")
             if field.name in values:
                 raise ValueError(f"{field.name} is given twice")
             values[field.name] = value_of(text.strip(), field.type)
         if len(words) < len(placed):
-            raise ValueError(f"wanted {_described(placed, named)}")
+            raise ValueError(f"expected {_described(placed, named)}")
         return cls(**values)
 
     @property
@@ -121,8 +121,8 @@ def value_of(text: str, kind: type) -> int | float | str | PerLayer:
             return tuple(float(number) for number in text.split("/"))
         return kind(text)
     except ValueError:
-        wanted = {int: "whole numbers of at least 1", float: "a number"}.get(kind, "numbers")
-        raise ValueError(f"{text!r}: wanted {wanted}") from None
+        expected = {int: "whole numbers of at least 1", float: "a number"}.get(kind, "numbers")
+        raise ValueError(f"{text!r}: expected {expected}") from None
 
 
 def _described(placed, named) -> str:

@@ -21,7 +21,7 @@ def parse(spec: str, calibration: Calibration | None = None) -> Policy:
         calibration: of the model, which `median` and `reroute` want.
 
     Raises:
-        ValueError: naming the spec, what was wanted, and the nearest kind.
+        ValueError: naming the spec, what was expected, and the nearest kind.
     """
     try:
         parts = [_part(text.strip()) for text in spec.strip().split("+")]
@@ -37,8 +37,8 @@ def _part(text: str) -> Kind:
     if name not in kinds:
         near = difflib.get_close_matches(name, kinds, n=1)
         hint = f'; did you mean "{kinds[near[0]].form}"?' if near else ""
-        wanted = ", ".join(f'"{kind.form}"' for kind in kinds.values())
-        raise ValueError(f"wanted one of the forms {wanted}, or several joined by +{hint}")
+        expected = ", ".join(f'"{kind.form}"' for kind in kinds.values())
+        raise ValueError(f"expected one of the forms {expected}, or several joined by +{hint}")
     try:
         return kinds[name].parsed(argument.split(",") if argument else [])
     except ValueError as error:
@@ -50,7 +50,7 @@ def _require_different(parts: Sequence[Kind]) -> None:
     for part in parts:
         rivals = [other.name for other in parts if {*other.sets} & {*part.sets}]
         if len(rivals) > 1:
-            raise ValueError(f"{' and '.join(rivals)}: wanted one of them")
+            raise ValueError(f"{' and '.join(rivals)}: expected one of them")
 
 
 MODEL_OWN = Policy((ModelOwn(),))  # what the model was trained with

@@ -25,7 +25,7 @@ class Renormalize(Kind):
 
     def __post_init__(self):
         if self.to not in RULES:
-            raise ValueError(f"wanted one of {', '.join(RULES)}")
+            raise ValueError(f"expected one of {', '.join(RULES)}")
 
     def columns(self, model: Model) -> Columns:
         """The number of the rule."""

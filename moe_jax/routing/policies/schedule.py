@@ -62,7 +62,7 @@ class Schedule(Kind):
         """Slots to keep in each layer; ValueError where layer p is not between the first and the last."""
         last = model.num_layers - 1
         if self.p >= last:
-            raise ValueError(f"p = {self.p}; wanted a layer between the first MoE layer, 0, and the last, {last}")
+            raise ValueError(f"p = {self.p}; expected a layer between the first MoE layer, 0, and the last, {last}")
         k_L = np.interp(np.arange(model.num_layers), (0, self.p, last), (self.b, self.h, self.e))
         return (np.floor(k_L + 0.5).astype(np.int32),)
 
@@ -91,6 +91,6 @@ class Layers(Kind):
         """Slots to keep in each layer; ValueError where the model has another number of MoE layers."""
         if len(self.k_L) != model.num_layers:
             raise ValueError(
-                f"{len(self.k_L)} layers; wanted one number for each of the model's {model.num_layers} MoE layers"
+                f"{len(self.k_L)} layers; expected one number for each of the model's {model.num_layers} MoE layers"
             )
         return (np.asarray(self.k_L, np.int32),)
