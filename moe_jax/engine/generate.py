@@ -67,9 +67,9 @@ class Generated(NamedTuple):
     measured: Measured
 
 
-def steps_at_once(seconds: float) -> int:
-    """How many decode steps one call takes, where one step takes so many seconds."""
-    return max(1, min(MOST_STEPS, int(CALL_S / seconds)))
+def steps_at_once(seconds: float, most: int) -> int:
+    """How many decode steps one call takes, where a single step takes `seconds`; `most` at most."""
+    return max(1, min(most, int(CALL_S / seconds)))
 
 
 class Engine:
@@ -86,12 +86,16 @@ class Engine:
         params: as `decoder.split` gives them, on their devices.
         tokenizer: of the model.
         end_ids: tokens that end a text; the attribute `end_I` is int32, as programs take them.
+
+    Attributes:
+        most_steps: decode steps of one call, at most.
     """
 
     def __init__(self, params: decoder.Params, tokenizer: tokenizers.Tokenizer, end_ids: Sequence[int]):
         self.params = params
         self._tokenizer = tokenizer
         self.end_I = np.array(sorted(set(end_ids)), np.int32)
+        self.most_steps = 1 if _widens_in_loops(decoder.dtype_of(params)) else MOST_STEPS
         self._programs: dict[tuple, jax.stages.Compiled] = {}
 
     def compile(self, requests: Sequence[Request], execution: decoder.Execution) -> None:
@@ -153,7 +157,7 @@ class Engine:
             call_began = time.perf_counter()
             taken, slots = self.step(slots, wanted_B, count, prepared.live, execution)
             seconds = (time.perf_counter() - call_began) / int(taken.count)
-            count = 1 if one_by_one else steps_at_once(seconds)
+            count = 1 if one_by_one else steps_at_once(seconds, self.most_steps)
             for number in range(int(taken.count)):
                 alive_B = taken.alive_SB[number] & wanted_B
                 if not alive_B.any():
@@ -240,7 +244,7 @@ class Engine:
         Args:
             slots: not to be used afterwards.
             wanted_B: bool; a slot that is not expected any more is finished.
-            count: at most `MOST_STEPS`.
+            count: at most `most_steps`.
             live: settings of the slots.
             execution: the static half of the step.
         """
@@ -273,10 +277,10 @@ class Engine:
     def decode_program(
         self, slots: Slots, live: Live, execution: decoder.Execution, routing: bool = False
     ) -> jax.stages.Compiled:
-        """`steps.decode`, compiled for slots, or for their shapes; it has room for `MOST_STEPS`."""
+        """`steps.decode`, compiled for slots, or for their shapes; it has room for `most_steps`."""
         rows, memory = slots.cache[0].shape[1:3]
         given = (self.params, slots, np.zeros(rows, bool), np.int32(1), self.end_I, live)
-        static = {"execution": execution, "most": MOST_STEPS, "routing": routing}
+        static = {"execution": execution, "most": self.most_steps, "routing": routing}
         key = (steps.decode, execution, rows, memory, routing, jax.tree.structure(live))
         return self._program(key, lambda: steps.decode.lower(*given, **static))
 
@@ -284,6 +288,11 @@ class Engine:
         if key not in self._programs:
             self._programs[key] = lower().compile()
         return self._programs[key]
+
+
+def _widens_in_loops(dtype: jax.numpy.dtype) -> bool:
+    """Whether XLA turns the whole embedding into float32 before a loop that reads a row of it in half precision."""
+    return dtype.itemsize < 4 and jax.default_backend() == "cpu" and jax.__version_info__ < (0, 11)
 
 
 class _Prepared(NamedTuple):

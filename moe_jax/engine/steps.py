@@ -147,7 +147,7 @@ def insert(slots: Slots, prefix: Slots, place_B, count) -> Slots:
 def decode(params, slots: Slots, wanted_B, count, end_I, live: Live, *, execution, most, routing):
     """Reads the last token of each row that is not finished and draws the next, up to `count` times.
 
-    Ends earlier where all rows are finished.
+    Ends earlier where all rows are finished. Where `most` is 1 there is no loop, and one step is taken.
 
     Args:
         params: as `decoder.split` gives them.
@@ -199,6 +199,8 @@ def decode(params, slots: Slots, wanted_B, count, end_I, live: Live, *, executio
         jnp.zeros(most, jnp.int32),
         jnp.full((most, layers, batch, k_max), -1, jnp.int32) if routing else None,
     )
+    if most == 1:
+        return step((steps, slots))
     return lax.while_loop(goes_on, step, (steps, slots))
 
 

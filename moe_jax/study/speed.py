@@ -18,7 +18,7 @@ from moe_jax.config.schema import SamplingConfig
 from moe_jax.cost import roofline
 from moe_jax.engine import cache as caches
 from moe_jax.engine.batch import Batch, batch_of
-from moe_jax.engine.generate import MOST_STEPS, Engine, steps_at_once
+from moe_jax.engine.generate import Engine, steps_at_once
 from moe_jax.engine.request import AnyPolicy, make_requests
 from moe_jax.engine.steps import Live, Slots
 from moe_jax.model.decoder import Execution
@@ -129,7 +129,7 @@ class Decode:
     def take(self, most: int) -> list[Sample]:
         """Takes the next steps of every row in one call: as many as the engine would, `most` at most."""
         engine, place = self._engine, self._place
-        count = min(most, steps_at_once(self._seconds), self._tokens_BT.shape[1] - place)
+        count = min(most, steps_at_once(self._seconds, engine.most_steps), self._tokens_BT.shape[1] - place)
         alive_B = np.arange(len(self._slots.token_B)) < self.rows
         padding = (0, len(alive_B) - self.rows)
         token_B = np.pad(self._tokens_BT[:, place], padding)
@@ -153,9 +153,9 @@ class Decode:
     def _live_from(self, place: int) -> Live:
         if self._replayed_LBTK is None:
             return self._live
-        of_steps_LBSK = self._replayed_LBTK[:, :, place : place + MOST_STEPS]
+        of_steps_LBSK = self._replayed_LBTK[:, :, place : place + self._engine.most_steps]
         of_steps_LSBK = np.moveaxis(of_steps_LBSK, 2, 1)  # one step after the other
-        return _with_replay(self._live, of_steps_LSBK, (MOST_STEPS, len(self._live.sampling.seed_B)))
+        return _with_replay(self._live, of_steps_LSBK, (self._engine.most_steps, len(self._live.sampling.seed_B)))
 
 
 def _with_replay(live: Live, expert_LXYK: np.ndarray | None, padded: tuple[int, int]) -> Live:

@@ -152,7 +152,7 @@ def test_several_steps_in_a_call_draw_what_single_ones_do(engine, params, monkey
     settings = {"temperature": 1.0, "policy": "opportunistic:1"}
 
     def by(count):
-        monkeypatch.setattr(generate, "steps_at_once", lambda seconds: count)
+        monkeypatch.setattr(generate, "steps_at_once", lambda seconds, most: count)
         return run(ending, **settings)
 
     one, five = by(1), by(5)
@@ -164,7 +164,7 @@ def test_several_steps_in_a_call_draw_what_single_ones_do(engine, params, monkey
 
 def test_a_stop_string_ends_a_row_before_the_next_step(engine, monkeypatch):
     """Only the host finds it; what is drawn after it is nobody's, and others' experts are counted without it."""
-    monkeypatch.setattr(generate, "steps_at_once", lambda seconds: 8)
+    monkeypatch.setattr(generate, "steps_at_once", lambda seconds, most: 8)
     stop = run(engine, ["The"], max_new_tokens=16).completions[0].text[4:6]
     (alone,), measured = run(engine, ["The"], max_new_tokens=16, stop=(stop,))
     assert alone.finish_reason == "stop" and measured.decode_steps == len(alone.ids) - 1

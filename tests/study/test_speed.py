@@ -47,7 +47,7 @@ def load_of(experts):
 def test_each_decode_step_wakes_the_experts_of_the_next_recorded_token(engine, trace, monkeypatch, policy, k, rows):
     subject = speed.Subject(engine, EXECUTION, policy, SamplingConfig(), trace, routing=True)
     case = speed.Decode(subject, tokens(rows, 9), prompt_length=5)
-    monkeypatch.setattr(speed, "steps_at_once", lambda seconds: 3)
+    monkeypatch.setattr(speed, "steps_at_once", lambda seconds, most: 3)
     samples = case.take(4) + case.take(4)
     assert len(samples) == 4
     expert_LBTK = trace.replay(LAYERS, 16, 8, rows, 9)
@@ -86,7 +86,7 @@ def test_decode_steps_are_those_of_the_engine(engine, monkeypatch):
     ran = engine.run(make_requests(prompts, None, EXECUTION, sampling=sampling), EXECUTION)
     tokens_BT = np.array([prompt + list(one.ids) for prompt, one in zip(prompts, ran.completions)])
     case = speed.Decode(speed.Subject(engine, EXECUTION, None, SamplingConfig()), tokens_BT, prompt_length=5)
-    monkeypatch.setattr(speed, "steps_at_once", lambda seconds: 3)
+    monkeypatch.setattr(speed, "steps_at_once", lambda seconds, most: 3)
     drawn = []
     program = case._program
     case._program = lambda *arguments: [result := program(*arguments), drawn.append(result[0])][0]
