@@ -145,6 +145,8 @@ class Checkpoint:
         Raises:
             ValueError: `path` is taken, or a weight is not finite in that dtype.
         """
+        if layout not in LAYOUTS:
+            raise ValueError(f"layout = {layout!r}: expected one of {', '.join(LAYOUTS)}")
         if layout == "stacked":
             stacked.write(path, self.architecture, params, self.texts, self.files, dtype=dtype, replace=replace)
             return

@@ -199,6 +199,7 @@ class Engine:
         for (group, _), batch in zip(plan.groups, batches):
             drawn, prefix = self.prefill(batch, execution)
             slots = self.insert(slots, prefix, group)
+            del prefix  # before the next one is made
             parts.append((list(group), jax.device_get(drawn)))
         token_B, kept_B = np.zeros((2, plan.slots), np.int32)
         log_probability_B = np.zeros(plan.slots, np.float32)

@@ -1,5 +1,6 @@
 """Measures a `Calibration` of a model on text: how a token's weights fall off, and which experts are alike."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -61,7 +62,8 @@ def measure(params: decoder.Params, tokens_JT: np.ndarray, execution: decoder.Ex
         for stack, index, _, column in moe_layers:
             moe, experts = layers.moe_of(architecture, stack), params[stack]["experts"]
             router = {name: value[index] for name, value in params[stack]["router"].items()}
-            ratios[column].append(np.asarray(_ratios(x_LND[column], router, moe=moe)))
+            with_own_k = dataclasses.replace(moe, k=architecture.k_L[column], k_of_layers=())
+            ratios[column].append(np.asarray(_ratios(x_LND[column], router, moe=with_own_k)))
             own = slice(moe.num_experts)  # the others have no likeness to any
             gram_EE = _gram(x_LND[column, sample], experts["gate_up_LEIFD"][index], experts["down_LEDF"][index])
             gram_LEE[column, own, own] += gram_EE

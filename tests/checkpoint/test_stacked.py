@@ -165,3 +165,10 @@ def test_what_cannot_be_written_is_refused(published, tmp_path):
     with pytest.raises(ValueError, match="nothing is overwritten"):
         opened.save(published, params, layout="stacked")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_layout_is_refused(published, tmp_path):
+    model = moe_jax.load(published)
+    with pytest.raises(ValueError, match="layout = 'stackd': expected one of huggingface, stacked"):
+        model.checkpoint.save(tmp_path / "out", model.params, layout="stackd")
+    assert not (tmp_path / "out").exists()

@@ -36,6 +36,7 @@ def test_one_operation_is_named_and_the_others_stay():
         ("cpu", {"grouped_matmul": "bloked"}, "kernels.grouped_matmul = 'bloked': expected auto or one of native"),
         ("gpu", {"projection": "native"}, "kernels.projection = 'native': runs on CPUs only, not on 'gpu'; xla would"),
         ("cpu", {"grouped_matmul": "pallas_gpu"}, "kernels.grouped_matmul = 'pallas_gpu': runs on GPUs only"),
+        ("METAL", {**PLAIN._asdict(), "grouped_matmul": "pallas_gpu"}, "kernels.grouped_matmul = 'pallas_gpu': "),
         ("cpu", {"expert_ffn": "native"}, "kernels.expert_ffn: expected one of grouped_matmul, projection"),
     ],
 )

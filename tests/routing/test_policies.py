@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from moe_jax.config.architecture import MoEConfig
+from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies.parse import parse
@@ -321,3 +321,20 @@ def test_a_calibration_is_asked_for(spec):
         policies.settings([parse(spec)], tiny_model.layers_of(MOE, L), K)
     with pytest.raises(ValueError, match="other layers or experts"):
         policies.settings([parse(spec, CALIBRATION)], tiny_model.layers_of(MOE, L + 1), K)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_models_own_weights_are_those_of_each_layers_own_k(normalize):
+    """Where k differs between layers, `own` and what the model itself does mean that of the layer."""
+    moe = MoEConfig(num_experts=6, k=4, k_of_layers=(2, 4), normalize=normalize, score="softmax", selection_bias=False)
+    architecture = Architecture(DecoderConfig(num_layers=2, num_dense_layers=0), AttentionConfig(), moe)
+    mix_NE = np.random.default_rng(0).dirichlet(np.ones(6), 3).astype(np.float32)
+    routing, best_first_NE = Routing(jnp.asarray(mix_NE), jnp.asarray(mix_NE)), -np.sort(-mix_NE, axis=1)
+    for spec in ("model", "renormalize:none", "renormalize:own", "topk:1+renormalize:own"):
+        live = policies.settings([parse(spec)] * 3, architecture, 4)
+        for layer, k in enumerate(moe.k_of_layers):
+            context = policies.Context(jnp.int32(layer), jnp.arange(3), jnp.ones(3, bool), 0)
+            sum_N = policies.select(routing, live, context, moe, 4).weight_NK.sum(axis=1)
+            own_N = best_first_NE[:, :k].sum(axis=1)
+            expected_N = np.ones(3) if normalize else own_N
+            np.testing.assert_allclose(sum_N, expected_N, rtol=1e-6, err_msg=f"{spec}, layer {layer}")

@@ -24,6 +24,7 @@ class Settings(NamedTuple):
     of_BL: dict[str, jax.Array]
     group_B: jax.Array  # int32: rows of a decode step whose step-wise kinds act together
     table_of: dict[str, jax.Array]  # by the name of a kind, see `StepWise.table`
+    own_k_L: jax.Array | None = None  # int32: the model's own k of each MoE layer, where they differ
 
     def of_tokens(self, part: Callable[[jax.Array], jax.Array]) -> Self:
         """The settings of a part of a step's tokens: the same, since they belong to requests. See `Replayed`."""
@@ -66,7 +67,8 @@ def settings(
         group_B = [number_of[policy] for policy in policies]
     tables = {kind.name: _table(kind, models) for kind in there if issubclass(kind, StepWise)}
     table_of = {name: jnp.asarray(table) for name, table in tables.items() if table is not None}
-    return Settings(of_BL, jnp.asarray(group_B, jnp.int32), table_of)
+    own_k_L = jnp.asarray(architecture.k_L, jnp.int32) if architecture.moe.k_of_layers else None
+    return Settings(of_BL, jnp.asarray(group_B, jnp.int32), table_of, own_k_L)
 
 
 def _is_there(kind: type[Kind], policies: Sequence[Policy]) -> bool:

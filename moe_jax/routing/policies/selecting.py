@@ -36,6 +36,9 @@ def select(routing: Routing, live: Settings | Replayed, context: Context, moe: M
     settings = live.settings if isinstance(live, Replayed) else live
     expert_NK, mix_NK = top_slots(routing, max(k_max, moe.k))
     own_sum_N = mix_NK[:, : moe.k].sum(axis=1)
+    if settings.own_k_L is not None:
+        is_own_K = jnp.arange(mix_NK.shape[1]) < settings.own_k_L[context.layer]
+        own_sum_N = jnp.where(is_own_K[None, :], mix_NK, 0.0).sum(axis=1)
 
     def columns_N(kind: type[Kind]) -> list[jax.Array]:
         return [settings.of_BL[name][context.row_N, context.layer] for name in kind.sets]
