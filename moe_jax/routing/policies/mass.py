@@ -40,7 +40,7 @@ class Mass(RowWise):
 
     @classmethod
     def neutral(cls, model: Model) -> Columns:
-        """p = 1, which keeps all slots."""
+        """A share of 1, which keeps all slots."""
         return constant(model, 1, np.float32), constant(model, 1)
 
     @staticmethod
