@@ -34,8 +34,8 @@ typedef _Float16 Float16s __attribute__((vector_size(2 * kLanes), aligned(2), ma
 //
 // `Widen` reads kLanes numbers as float32. `Load` reads kStep numbers along the summed axis, in the cheapest form and
 // order, and `Add` adds the products of two such packs to kLanes partial sums. `LoadWords` reads kLanes words of 32
-// bits, of kPerWord numbers each, in order, and `AddWords` adds the products of words. `Store` rounds one sum; `StoreLanes`,
-// only for outputs of products by tiles, rounds kLanes sums.
+// bits, of kPerWord numbers each, in order, and `AddWords` adds the products of words. `Store` rounds one sum;
+// `StoreLanes`, only for outputs of products by tiles, rounds kLanes sums.
 struct Float32 {
   using Number = float;
   using Pack = Floats;
