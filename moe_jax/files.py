@@ -1,7 +1,7 @@
-"""Files and folders that appear whole or not at all, and where those lie that can be made again.
+"""Writing files and folders atomically, and the location of the cache.
 
-Everything is written beside its destination under a hidden name that ends in `.partial`, flushed to the disk, and
-renamed. A process killed half-way leaves the destination as it was, and at worst a `.partial` entry beside it.
+Everything is written under a hidden name that ends in `.partial` beside its destination, flushed to the disk, and then
+renamed. A process killed half-way leaves the destination unchanged, and at worst a `.partial` entry beside it.
 """
 
 import contextlib
@@ -17,13 +17,13 @@ _RENAME_EXCHANGE = 2
 
 
 def cache_folder() -> pathlib.Path:
-    """Where what can be made again is kept between runs; it need not exist."""
+    """The folder for files that can be made again, kept between runs; it may not exist yet."""
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
     return pathlib.Path(os.path.expanduser(caches)) / "moe_jax"
 
 
 def partial_sibling(path: pathlib.Path) -> pathlib.Path:
-    """A new hidden name beside a path, for what is renamed to it once it is whole."""
+    """A new hidden path beside `path`, to write to before renaming."""
     return path.parent / f".{uuid.uuid4().hex}.partial"
 
 
@@ -43,12 +43,12 @@ def _sync_tree(folder: pathlib.Path) -> None:
 
 
 def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
-    """Writes a file in one step for every reader, replacing what was there; text is written as UTF-8.
+    """Writes or replaces a file, so that readers see the old or the new content; text is written as UTF-8.
 
-    Missing parent folders are made. The file's mode follows the umask.
+    Creates missing parent folders. The file's mode follows the umask.
 
     Raises:
-      OSError: The file could not be written; what was at `path` is untouched. It names `path`.
+      OSError: The file could not be written; `path` is unchanged. The error names `path`.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -62,22 +62,22 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
     except BaseException as error:
         partial.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename, error.filename2 = str(path), None  # a full disk names nothing, and the partial file is gone
+            error.filename, error.filename2 = str(path), None  # the error of a full disk has no name
         raise
     _sync(path.parent)
 
 
 @contextlib.contextmanager
 def replaced_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yields an empty folder that becomes `path` when the block ends, and is removed when the block raises.
+    """Yields an empty folder that becomes `path` when the block ends, and is removed if the block raises.
 
-    A folder that was at `path` is replaced as a whole, and keeps its place until then. On Linux the two are exchanged
-    in one step; on a file system that cannot, `path` is missing for an instant between two renames. Missing parent
-    folders are made. A link is followed: the folder it points to is replaced.
+    An existing folder at `path` stays until then, and is replaced as a whole. On Linux the two are exchanged in one
+    step; where the file system cannot do that, `path` is missing for an instant between two renames. Creates missing
+    parent folders. Follows a link: the folder that it points to is replaced.
 
     Raises:
       NotADirectoryError: `path` is a file.
-      OSError: The folder could not be written or renamed; what was at `path` is untouched.
+      OSError: The folder could not be written or renamed; `path` is unchanged.
     """
     path = pathlib.Path(os.path.realpath(path))
     if path.exists() and not path.is_dir():
@@ -99,7 +99,7 @@ def replaced_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
 
 def _put_in_place(partial: pathlib.Path, path: pathlib.Path) -> None:
-    """Renames `partial` to `path`; a folder that was there ends up at `partial`."""
+    """Renames `partial` to `path`; an existing folder at `path` ends up at `partial`."""
     if not path.exists():
         os.rename(partial, path)
         return
@@ -116,7 +116,7 @@ def _put_in_place(partial: pathlib.Path, path: pathlib.Path) -> None:
 
 
 def _exchange(one: pathlib.Path, other: pathlib.Path) -> bool:
-    """Swaps two folders in one step; False where the system or the file system cannot."""
+    """Swaps two folders in one step; False if the system or the file system cannot."""
     try:
         renameat2 = ctypes.CDLL(None).renameat2
     except (AttributeError, OSError, TypeError):

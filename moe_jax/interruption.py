@@ -1,20 +1,23 @@
-"""SIGINT and SIGTERM as one KeyboardInterrupt that does not get lost."""
+"""Turns SIGINT and SIGTERM into one KeyboardInterrupt that does not get lost."""
 
 import signal
 import sys
 import time
 
-_AGAIN_S = 0.05  # before an interruption that got lost is raised again
-_ECHO_S = 1.0  # `timeout` signals the process and then its group, and people press Ctrl-C twice
+_AGAIN_S = 0.05  # a KeyboardInterrupt that got lost is raised again after this
+_ECHO_S = 1.0  # later signals within this are ignored: `timeout` sends two, and people press Ctrl-C twice
 _HAS_TIMER = hasattr(signal, "setitimer")
 
 
 def raise_on_signals() -> list[int]:
-    """Makes the first signal a KeyboardInterrupt and one that is no echo of it final; returns the list of the first.
+    """Makes the first signal raise KeyboardInterrupt; a signal more than a second later ends the process.
 
-    Python drops an exception that rises where nobody can catch it, such as in a callback of the garbage collector, and
-    one that rises within an import may crash the module that is being made. So a timer raises it again until somebody
-    handles it, and not within imports.
+    Python drops an exception that is raised where nothing can catch it, such as in a callback of the garbage collector,
+    and one raised during an import may leave a broken module. So a timer raises KeyboardInterrupt again until it is
+    handled, and never during an import.
+
+    Returns:
+        A list that is empty until a signal arrives, and then holds its number.
     """
     received: list[int] = []
     first_s = 0.0
@@ -48,7 +51,7 @@ def raise_on_signals() -> list[int]:
 
 
 def ignore() -> None:
-    """For the rest of the process: the interpreter drops handlers as it exits, and a signal would kill it there."""
+    """Ignores both signals from now on: at exit, Python removes its handlers, and a signal would kill the process."""
     if _HAS_TIMER:
         signal.setitimer(signal.ITIMER_REAL, 0)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -62,7 +65,7 @@ def _is_importing(frame) -> bool:
 
 
 def _is_handled() -> bool:
-    """Whether some block is dealing with the KeyboardInterrupt, or with what came of it."""
+    """Whether code is handling the KeyboardInterrupt, or an exception raised while handling it."""
     error = sys.exception()
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__context__

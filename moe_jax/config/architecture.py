@@ -1,4 +1,4 @@
-"""The shape of a model: what a checkpoint's config.json also says."""
+"""The architecture of a model: the settings that a checkpoint's config.json also holds."""
 
 import dataclasses
 
@@ -12,17 +12,17 @@ NORM_SPANS = ("head", "all")
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """The decoder's trunk: layers whose feed-forward is dense, most often the first ones, and MoE layers."""
+    """The decoder: dense layers, usually the first ones, and MoE layers."""
 
     vocab_size: int = 4096
     d_model: int = 256
-    num_layers: int = 8  # dense ones included
-    num_dense_layers: int = 1  # those whose feed-forward is dense
-    dense_layers: tuple[int, ...] = ()  # which those are, counted from 0, where they are not the first
-    dense_hidden: int = 512  # F of those
+    num_layers: int = 8  # including dense ones
+    num_dense_layers: int = 1  # layers with a dense feed-forward
+    dense_layers: tuple[int, ...] = ()  # their numbers, from 0; (): the first num_dense_layers
+    dense_hidden: int = 512  # F of a dense layer
     norm_eps: float = 1e-5
     tie_embeddings: bool = True
-    max_context: int = 1024  # tokens: prompt and continuation together
+    max_context: int = 1024  # tokens, prompt plus continuation
 
     def __post_init__(self):
         require_positive("decoder", self, "vocab_size", "d_model", "num_layers", "norm_eps", "max_context")
@@ -50,40 +50,40 @@ class DecoderConfig:
 
     @property
     def num_moe_layers(self) -> int:
-        """Layers that are not dense: the columns of a policy."""
+        """MoE layers; a policy has one column for each."""
         return self.num_layers - self.num_dense_layers
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """Attention with rotary positions: grouped queries, or a latent that all heads read (MLA, arXiv 2405.04434)."""
+    """Attention with rotary positions: grouped-query, or multi-head latent (MLA, arXiv 2405.04434)."""
 
     kind: str = "grouped"
     num_heads: int = 4
-    # of kind "grouped"; not read otherwise
+    # read only where kind = "grouped"
     num_kv_heads: int = 2
     head_dim: int = 64
-    qk_norm: bool = True  # RMS norm of queries and keys before rotation
-    qk_norm_span: str = "head"  # what is normed at once: one head, or "all" heads of a token
+    qk_norm: bool = True  # RMS norm of queries and keys, before rotation
+    qk_norm_span: str = "head"  # "head": each head is normalized by itself; "all": all heads of a token together
     bias: bool = False  # on the query, key and value projections
-    rope_fraction: float = 0.5  # of head_dim that rotates
-    clip_qkv: float = 0.0  # queries, keys and values are clipped to +- this before rotation; 0: they are not
-    # of kind "latent"; not read otherwise
-    query_rank: int = 0  # width of the latent that queries go through; 0: queries are projected directly
-    latent_rank: int = 512  # width of the latent that keys and values are made of
-    nope_head_dim: int = 128  # channels of a query and key head without position
-    rope_head_dim: int = 64  # channels that rotate behind them; the key's are shared by all heads
+    rope_fraction: float = 0.5  # share of head_dim that rotates
+    clip_qkv: float = 0.0  # clips queries, keys and values to +- this, before rotation; 0: no clipping
+    # read only where kind = "latent"
+    query_rank: int = 0  # width of the query latent; 0: queries are projected directly
+    latent_rank: int = 512  # width of the key-value latent
+    nope_head_dim: int = 128  # channels of a query or key head that do not rotate
+    rope_head_dim: int = 64  # channels after them that rotate; all heads share the key's
     value_head_dim: int = 128
-    latent_norm_eps: float = 1e-6  # of the norms of both latents
-    # of both kinds
+    latent_norm_eps: float = 1e-6  # for the norms of both latents
+    # read for both kinds
     rope_theta: float = 10000.0
-    rope_interleaved: bool = False  # channel 2 i turns with 2 i + 1, rather than i with i + half
-    yarn_factor: float = 1.0  # YaRN (arXiv 2309.00071) stretches the context by this; 1: it does nothing
-    yarn_original_context: int = 4096  # tokens that the model was trained with before
-    yarn_beta_fast: float = 32.0  # turns over that context from which a channel is left alone
-    yarn_beta_slow: float = 1.0  # turns up to which it is stretched in full
-    yarn_mscale: float = 0.0  # see `rope`; 0: as the paper has it
-    yarn_mscale_all_dim: float = 0.0  # kind "latent" only
+    rope_interleaved: bool = False  # channel 2 i rotates with 2 i + 1; False: i with i + half
+    yarn_factor: float = 1.0  # YaRN (arXiv 2309.00071): factor by which the context is extended; 1: no YaRN
+    yarn_original_context: int = 4096  # context before the extension, in tokens
+    yarn_beta_fast: float = 32.0  # channels with at least this many turns over that context stay unchanged
+    yarn_beta_slow: float = 1.0  # channels with at most this many turns are interpolated in full
+    yarn_mscale: float = 0.0  # see `rope`; 0: as in the paper
+    yarn_mscale_all_dim: float = 0.0  # only where kind = "latent"
 
     def __post_init__(self):
         require_one_of("attention", self, "kind", ATTENTION_KINDS)
@@ -96,7 +96,7 @@ class AttentionConfig:
             require(getattr(self, field) >= 0, f"attention.{field}", getattr(self, field), "0 or more")
         require_fraction("attention", self, "rope_fraction")
         require(self.clip_qkv >= 0, "attention.clip_qkv", self.clip_qkv, "0 (no clipping) or more")
-        require(self.yarn_factor >= 1, "attention.yarn_factor", self.yarn_factor, "1 (no stretching) or more")
+        require(self.yarn_factor >= 1, "attention.yarn_factor", self.yarn_factor, "1 (no YaRN) or more")
         if self.yarn_factor > 1:
             require(self.rope_theta > 1, "attention.rope_theta", self.rope_theta, "above 1 for YaRN")
         slow, fast = self.yarn_beta_slow, self.yarn_beta_fast
@@ -128,28 +128,28 @@ class AttentionConfig:
 
     @property
     def rope_dim(self) -> int:
-        """Channels of each head that rotate; the rest pass unchanged."""
+        """Channels of each head that rotate."""
         return self.rope_head_dim if self.kind == "latent" else int(self.head_dim * self.rope_fraction)
 
 
 @dataclasses.dataclass(frozen=True)
 class MoEConfig:
-    """Routed and shared experts, and how the router scores them."""
+    """Routed and shared experts, and how the router scores experts."""
 
     num_experts: int = 64  # E
     k: int = 8  # experts per token that the model was trained with
     expert_hidden: int = 32  # F of one routed expert
-    num_shared_experts: int = 1  # run as one feed-forward, beside the routed ones
+    num_shared_experts: int = 1  # computed as one feed-forward, for every token
     shared_hidden: int = 0  # F of that feed-forward; 0: num_shared_experts * expert_hidden
-    shared_gate: bool = False  # a sigmoid of the token scales what the shared experts give
+    shared_gate: bool = False  # scales the shared experts' output by a sigmoid of the token
     score: str = "sigmoid"
-    selection_bias: bool = True  # added to the scores for choosing, never for weighting
+    selection_bias: bool = True  # added to the scores that choose experts, not to their weights
     num_groups: int = 1
     num_groups_kept: int = 1
-    group_score: str = "best_two"  # what a group is worth: the sum of its two best scores, or its "best"
-    normalize: bool = True  # mixing weights of the kept experts sum to one before scaling
+    group_score: str = "best_two"  # a group's score: the sum of its two best experts' scores, or the "best" alone
+    normalize: bool = True  # weights of the kept experts sum to one before scaling
     routed_scaling: float = 1.0
-    # of each MoE layer, where they differ, as in models that were pruned; the number for all is then the most of them
+    # one number per MoE layer, where layers differ, as in pruned models; num_experts and k are then the largest
     num_experts_of_layers: tuple[int, ...] = ()
     k_of_layers: tuple[int, ...] = ()
 
@@ -161,13 +161,13 @@ class MoEConfig:
             self.shared_hidden == 0 or (self.num_shared_experts > 0 and self.shared_hidden > 0),
             "moe.shared_hidden",
             self.shared_hidden,
-            "0, or a positive number where moe.num_shared_experts is one too",
+            "0, or a positive number if moe.num_shared_experts is positive too",
         )
         require(
             self.num_shared_experts > 0 or not self.shared_gate,
             "moe.shared_gate",
             self.shared_gate,
-            "False where moe.num_shared_experts = 0",
+            "False if moe.num_shared_experts = 0",
         )
         require_one_of("moe", self, "group_score", GROUP_SCORES)
         require_one_of("moe", self, "score", SCORES)
@@ -193,21 +193,19 @@ class MoEConfig:
                 f"numbers of at least 1, the largest of them moe.{name} = {most}",
             )
         unlike = len({*self.num_experts_of_layers}) > 1
-        require(
-            self.num_groups == 1 or not unlike, "moe.num_groups", self.num_groups, "1 where layers differ in experts"
-        )
+        require(self.num_groups == 1 or not unlike, "moe.num_groups", self.num_groups, "1 if layers differ in experts")
         reachable = self.num_experts // self.num_groups * self.num_groups_kept
         require(self.k <= reachable, "moe.k", self.k, f"at most the {reachable} experts of the groups kept")
 
     @property
     def shared_width(self) -> int:
-        """F of the feed-forward of all shared experts; 0 where there are none."""
+        """F of the shared experts' feed-forward; 0: there are none."""
         return self.shared_hidden or self.num_shared_experts * self.expert_hidden
 
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """The shape of one model: what a checkpoint's config.json also says."""
+    """The sections that define a model's architecture."""
 
     decoder: DecoderConfig = DecoderConfig()
     attention: AttentionConfig = AttentionConfig()
@@ -227,7 +225,7 @@ class Architecture:
 
     @property
     def num_experts_L(self) -> tuple[int, ...]:
-        """Of each MoE layer."""
+        """Routed experts of each MoE layer."""
         return self.moe.num_experts_of_layers or (self.moe.num_experts,) * self.decoder.num_moe_layers
 
     @property

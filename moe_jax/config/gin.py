@@ -1,9 +1,9 @@
 """Reads gin text into a `schema.Config`, and writes a `Config` as gin text.
 
-The grammar is gin's own, read by the parser of the gin-config package; its registry is not used. Taken are bindings
+The grammar is gin's own, parsed by the gin-config package; its registry is not used. Accepted are bindings
 `section.field = literal`, blocks of them, `include 'other.gin'`, macros `NAME = literal` and their use `%NAME`. As in
-gin, the last binding of a setting or of a macro wins wherever it is used. `import`, scopes and `@references` are
-refused: a configuration is data.
+gin, the last binding of a setting or macro wins. `import`, scopes and `@references` are refused: a configuration is
+data.
 """
 
 import ast
@@ -23,9 +23,9 @@ from gin import config_parser
 from moe_jax.config import schema
 
 _GRAMMAR = "`section.field = literal` (strings in quotes), `NAME = literal` or `include 'file.gin'`"
-# Far beyond any configuration, and read in a second or two: what is larger is no configuration, or never ends.
+# Limits far beyond any real configuration, so that a wrong file is refused within seconds.
 _MOST_BYTES, _MOST_FILES, _MOST_MACROS = 200_000, 100, 100
-_MOST_INTEGER = 2**63 - 1  # that arrays and JSON readers hold
+_MOST_INTEGER = 2**63 - 1  # the largest that arrays and JSON readers hold
 _WANTED = {bool: "True or False", int: "an integer", float: "a number", str: "a string"}
 
 
@@ -55,7 +55,7 @@ class _Delegate(config_parser.ParserDelegate):
 
 @dataclasses.dataclass(frozen=True)
 class _Given:
-    """A value and where it was given: `file:line`, or the override."""
+    """A value and where it was set: `file:line`, or the override."""
 
     value: typing.Any
     where: str
@@ -63,7 +63,7 @@ class _Given:
 
 @dataclasses.dataclass
 class _Collected:
-    """What the files have given so far, before macros are replaced."""
+    """What the files have set so far, before macros are replaced."""
 
     settings: dict[str, _Given] = dataclasses.field(default_factory=dict)
     macros: dict[str, _Given] = dataclasses.field(default_factory=dict)
@@ -88,13 +88,12 @@ def read_config(path: str | os.PathLike | None, overrides: Iterable[str] = ()) -
 
     Args:
       path: A gin file. None: the defaults of `schema.Config`.
-      overrides: Strings `section.field=value`, the last of a setting winning over earlier ones and over files. The
-        text of a string setting is taken as it is, less the blanks around it, unless it is quoted; that of others is
-        a literal.
+      overrides: Strings `section.field=value`; the last one of a setting wins, also over files. The value of a string
+        setting need not be quoted (blanks around it are dropped); any other value is a literal.
 
     Raises:
       ValueError: Unknown name, wrong type, impossible combination, or a file that cannot be read. One line: where, what
-        was given, what would be accepted, and the nearest known name.
+        was given, what was expected, and the nearest known name.
     """
     collected = _Collected()
     if path is not None:
@@ -111,7 +110,7 @@ def read_config(path: str | os.PathLike | None, overrides: Iterable[str] = ()) -
 
 
 def to_gin(config: schema.Config) -> str:
-    """Writes every setting of a configuration; `read_config` of the text gives an equal one."""
+    """Writes every setting of a configuration; `read_config` reads an equal one from the text."""
     sections = []
     for section in _section_types():
         values = dataclasses.asdict(getattr(config, section))
@@ -126,7 +125,7 @@ def _as_literal(value) -> str:
 
 
 def _refusal(where: str, message: str) -> ValueError:
-    """One line, whatever was given; of a very long one, the beginning and the end."""
+    """An error of one line; of a very long one, only the beginning and the end."""
     line = " ".join(line.strip() for line in f"{where}: {message}".splitlines() if line.strip())
     return ValueError(line if len(line) <= 1000 else f"{line[:500]} ... {line[-495:]}")
 
@@ -134,13 +133,13 @@ def _refusal(where: str, message: str) -> ValueError:
 def _shown(value) -> str:
     try:
         text = repr(value)
-    except (ValueError, RecursionError):  # thousands of digits, or of brackets
+    except (ValueError, RecursionError):  # thousands of digits or brackets
         text = f"a very long {type(value).__name__}"
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """The known name most like `name`; one that is only written in another case counts as most like."""
+    """The known name nearest to `name`, whatever the case of its letters."""
     by_lower = {candidate.lower(): candidate for candidate in known}
     return by_lower[difflib.get_close_matches(name[:100].lower(), by_lower, n=1, cutoff=0.0)[0]]
 
@@ -155,14 +154,14 @@ def _nearest_file(path: pathlib.Path) -> str:
 def _read_file(path: pathlib.Path, collected: _Collected, including: tuple[pathlib.Path, ...]) -> None:
     collected.files += 1
     if collected.files > _MOST_FILES:
-        raise _refusal(str(path), f"is included in a chain or a crowd: expected at most {_MOST_FILES} files")
+        raise _refusal(str(path), f"more than {_MOST_FILES} files are included: expected at most {_MOST_FILES}")
     including = (*including, path.resolve())
     for statement in _parse(_read_text(path), path):
         where = f"{path}:{statement.location.line_num}"
         if isinstance(statement, config_parser.IncludeStatement):
             _read_file(_locate_include(statement.filename, path, where, including), collected, including)
         elif isinstance(statement, config_parser.ImportStatement):
-            raise _refusal(where, f"`{statement.format()}`: imports are not taken; expected {_GRAMMAR}")
+            raise _refusal(where, f"`{statement.format()}`: imports are not accepted; expected {_GRAMMAR}")
         else:
             _collect(statement, where, collected)
 
@@ -196,12 +195,12 @@ def _locate_include(name: str, includer: pathlib.Path, where: str, including: Se
 
 
 def _parse(text: str, path: pathlib.Path) -> list:
-    """Splits text into gin's statements; what its parser raises, of whichever kind, becomes one line."""
+    """Splits text into gin statements; any error of the parser becomes one line."""
     statements = []
     parser = None
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # an unknown escape, as in '\d', is only a warning to Python
+            warnings.simplefilter("error")  # Python only warns of an unknown escape, such as '\d'
             parser = config_parser.ConfigParser(text, _Delegate())
             while (statement := parser.parse_statement()) is not None:
                 statements.append(statement)
@@ -221,7 +220,7 @@ def _parse(text: str, path: pathlib.Path) -> list:
 
 def _collect(statement, where: str, collected: _Collected) -> None:
     if statement.scope:
-        raise _refusal(where, f"scope {statement.scope!r}: scopes are not taken; expected {_GRAMMAR}")
+        raise _refusal(where, f"scope {statement.scope!r}: scopes are not accepted; expected {_GRAMMAR}")
     if isinstance(statement, config_parser.BlockDeclaration):
         if statement.selector not in _section_types():
             raise _refusal(where, _unknown_setting(statement.selector, ""))
@@ -244,7 +243,7 @@ def _macros_in(value) -> set[str]:
 
 
 def _unknown_setting(section: str, field: str) -> str:
-    """Says what is unknown about `section.field`, what exists instead, and the name that was probably meant."""
+    """Says which part of `section.field` is unknown, what exists, and the name that was probably meant."""
     settings, sections = _setting_types(), _section_types()
     if not field:
         return f"{section}: unknown section; nearest: {_nearest(section, sections)}; sections: {', '.join(sections)}"
@@ -261,15 +260,15 @@ def _unknown_setting(section: str, field: str) -> str:
 
 
 def _without_macros(given: _Given, collected: _Collected, through: tuple[str, ...] = ()) -> _Given:
-    """Replaces the macros in a value, also inside lists; those of a macro's own value too."""
+    """Replaces the macros in a value, also inside lists and inside the values of other macros."""
 
     def replaced(value, within_list=False):
         if isinstance(value, (list, tuple)):
-            if within_list:  # no setting is one, and macros could double it at every level
+            if within_list:  # no setting takes one, and macros could double its size at every level
                 raise _refusal(given.where, f"{_shown(value)}: a list within a list; expected a list of plain values")
             return type(value)(replaced(item, within_list=True) for item in value)
         if isinstance(value, _Reference):
-            raise _refusal(given.where, f"{value}: references are not taken; expected {_GRAMMAR}")
+            raise _refusal(given.where, f"{value}: references are not accepted; expected {_GRAMMAR}")
         if not isinstance(value, _Macro):
             return value
         if value.name in through:
@@ -286,7 +285,7 @@ def _without_macros(given: _Given, collected: _Collected, through: tuple[str, ..
 
 
 def _refuse_unused_macros(collected: _Collected) -> None:
-    """A macro that nothing uses is most often a setting whose section was forgotten."""
+    """Refuses unused macros: most often such a macro is a setting whose section was forgotten."""
     for name, given in collected.macros.items():
         if name not in collected.used_macros:
             fields = {setting.split(".")[1]: setting for setting in reversed(_setting_types())}
@@ -328,7 +327,7 @@ def _typed(name: str, given: _Given) -> _Given:
 
 
 def _wanted_instead(value, kind) -> str:
-    """What would do for a value that has the right type and that no array or file holds; else nothing."""
+    """What to expect instead of a value of the right type that arrays or files cannot hold; "" if they can."""
     if item := _item_kind(kind):
         return next(filter(None, (_wanted_instead(part, item) for part in value)), "")
     if kind is str and "\0" in value:
@@ -363,7 +362,7 @@ def _converted(value, kind):
 
 
 def _build(settings: dict[str, _Given]) -> schema.Config:
-    """Makes the configuration; what the schema refuses is traced to the setting that caused it, where it was given."""
+    """Makes the configuration; an error of the schema gets the file and line of the setting that it names."""
     try:
         sections = {}
         for section, section_type in _section_types().items():

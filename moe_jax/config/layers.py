@@ -1,7 +1,7 @@
 """Which layers a model has: the stacks that hold their weights, and the order in which they run.
 
-Weights of layers that are alike lie in one stack, whatever stands between them: `dense`, `moe`, and for MoE layers with
-fewer experts than most, `moe_48` where they have 48.
+Layers of equal shape share one stack, wherever they are in the model: `dense`, `moe`, and, for MoE layers with fewer
+experts than the largest, one named after their number, such as `moe_48`.
 """
 
 import collections
@@ -20,51 +20,51 @@ class Layer(NamedTuple):
 
     stack: str
     index: Any  # in its stack
-    number: Any  # among all layers: its place in the cache
-    column: Any  # among the MoE layers: of settings and of what is counted; of a dense layer, that of the next one
+    number: Any  # among all layers: its index in the cache
+    column: Any  # among the MoE layers, in settings and counts; a dense layer has that of the next MoE layer
 
     @property
     def is_moe(self) -> bool:
-        """Whether its feed-forward is a MoE layer."""
+        """Whether it is a MoE layer, rather than a dense one."""
         return self.stack != DENSE
 
 
 class Block(NamedTuple):
-    """Layers that run one after another, and then again with the next of each stack, some number of times."""
+    """A run of consecutive layers that repeats: each pass takes the next layers of the same stacks."""
 
     layers: tuple[Layer, ...]  # of the first pass
-    times: int
+    times: int  # number of passes
 
     @property
     def num_moe(self) -> int:
-        """MoE layers of one pass."""
+        """MoE layers in one pass."""
         return sum(layer.is_moe for layer in self.layers)
 
     @property
     def is_moe(self) -> bool:
-        """Whether there is any."""
+        """Whether there are MoE layers."""
         return self.num_moe > 0
 
     @property
     def stacks(self) -> list[str]:
-        """Those that its layers are in."""
+        """The stacks of its layers."""
         return list(dict.fromkeys(layer.stack for layer in self.layers))
 
     @property
     def places(self) -> list[int]:
-        """Of each layer of a pass, where it is among those of its stack in the same pass."""
+        """For each layer of a pass, its index among the layers of the same stack in that pass."""
         return [layer.index - self.first(layer.stack) for layer in self.layers]
 
     def first(self, stack: str) -> int:
-        """The index of the first layer that it takes of a stack."""
+        """The index in a stack of the first layer that the block takes from it."""
         return next(layer.index for layer in self.layers if layer.stack == stack)
 
     def stride(self, stack: str) -> int:
-        """How many layers of a stack one pass takes."""
+        """How many layers one pass takes from a stack."""
         return sum(layer.stack == stack for layer in self.layers)
 
     def at(self, time: Any) -> list[Layer]:
-        """The layers of one pass, the first being number 0; `time` may be traced."""
+        """The layers of pass `time`, from 0; it may be traced."""
         return [
             Layer(
                 layer.stack,
@@ -77,19 +77,19 @@ class Block(NamedTuple):
 
 
 def kind_of(stack: str) -> str:
-    """`dense` or `moe`; any other name is returned as it is."""
+    """`moe` for the name of any MoE stack; any other name unchanged."""
     kind, _, experts = stack.partition("_")
     return kind if kind == MOE and experts.isdecimal() else stack
 
 
 def moe_stacks(names: Sequence[str]) -> list[str]:
-    """The stacks of MoE layers among names, such as those of a tree of parameters."""
+    """The names of MoE stacks among the given ones, such as the keys of a parameter tree."""
     return [name for name in names if kind_of(name) == MOE]
 
 
 @functools.lru_cache
 def stacks(architecture: Architecture) -> dict[str, Sequence[int]]:
-    """The numbers of the layers of each stack, from 0 over the whole model; `dense` only where there are any."""
+    """The layer numbers of each stack, from 0 over the whole model; no `dense` if there are no dense layers."""
     decoder, experts_L = architecture.decoder, architecture.moe.num_experts_of_layers
     dense: Sequence[int] = decoder.dense_layers or range(decoder.num_dense_layers)
     moe: Sequence[int] = range(decoder.num_dense_layers, decoder.num_layers)
@@ -103,7 +103,7 @@ def stacks(architecture: Architecture) -> dict[str, Sequence[int]]:
 
 
 def moe_of(architecture: Architecture, stack: str) -> MoEConfig:
-    """The section of the configuration as the layers of one stack have it, k being at most their number of experts."""
+    """The MoE section for the layers of one stack; k is at most their number of experts."""
     moe = architecture.moe
     if not moe.num_experts_of_layers:
         return moe
@@ -128,16 +128,17 @@ def layers(architecture: Architecture) -> tuple[Layer, ...]:
 
 @functools.lru_cache
 def blocks(architecture: Architecture) -> tuple[Block, ...]:
-    """All layers as few blocks: those that make the shortest program, which has a copy of every layer of a pass.
+    """Splits all layers into the blocks that make the shortest compiled program.
 
-    A block without a MoE layer is written out, others are loops. Dense layers before MoE layers are two blocks; where
-    every second layer is dense, one block has both. A layer that repeats nothing is a block that runs once: the program
-    of a model without any pattern is as long as the model is deep.
+    A block with MoE layers is a loop over its passes: the program holds one copy of each layer of a pass. A block of
+    dense layers alone is unrolled. Dense layers before MoE layers make two blocks; alternating dense and MoE
+    layers make one. A layer that is in no pattern is a block of one pass, so the program of a model without any pattern
+    grows with its depth.
     """
     every = layers(architecture)
     names = [layer.stack for layer in every]
     ends = len(every)
-    # from each layer on: how many layers of passes the rest takes, and the pass and the times that it begins with
+    # for the layers from each one on: the layers in the program, and the length and number of passes of the first block
     best: list[tuple[int, int, int]] = [(0, 0, 0)] * (ends + 1)
     for first in reversed(range(ends)):
         choices = []

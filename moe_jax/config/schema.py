@@ -1,8 +1,7 @@
 """What can be configured: one frozen dataclass per section, validated together before any array is made.
 
 A section is a field of `Config`; a setting is a field of its section, written `section.field` in a config file and
-after `--set`. Every check here raises `ValueError` whose message names the setting as it is written there, what was
-given, and what would be accepted.
+after `--set`. Every check raises a `ValueError` with the setting, its value and what was expected.
 """
 
 import dataclasses
@@ -17,10 +16,10 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Which weights to run. Ignored where the model is made from scratch."""
+    """Which weights to run. Not read by training from scratch."""
 
-    path: str = ""  # a checkpoint directory: Hugging Face layout
-    dtype: str = "auto"  # of weights and activations; "auto": as stored
+    path: str = ""  # a checkpoint folder in the Hugging Face layout
+    dtype: str = "auto"  # of weights and activations; "auto": the dtype of the stored weights
 
     def __post_init__(self):
         require_one_of("model", self, "dtype", DTYPES)
@@ -28,11 +27,11 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class PolicyConfig:
-    """How many experts each token activates: the dial."""
+    """How many experts each token activates."""
 
-    spec: str = "model"  # "model": the model's own k; else as `moe_jax.policies.parse` takes it
-    k_max: int = 0  # static slots per token; 0: the model's own k
-    calibration: str = ""  # a file of launch/calibrate.py; "": calibration.npz in the model's folder, if it is there
+    spec: str = "model"  # "model": the model's own k; others: docs/policies.md
+    k_max: int = 0  # slots per token, fixed in the compiled step; 0: the model's own k
+    calibration: str = ""  # file written by launch/calibrate.py; "": calibration.npz in the model's folder, if any
 
     def __post_init__(self):
         require(bool(self.spec.strip()), "policy.spec", self.spec, 'a policy such as "topk:4"')
@@ -41,12 +40,12 @@ class PolicyConfig:
 
 @dataclasses.dataclass(frozen=True)
 class KernelsConfig:
-    """Which implementation runs each operation; "auto" resolves by platform, once, and is logged."""
+    """Which implementation runs each operation; "auto": chosen by platform, and logged."""
 
-    grouped_matmul: str = "auto"  # rows by the matrices of their experts
-    projection: str = "auto"  # rows by one matrix of a layer
-    cached_attention: str = "auto"  # one new position of each row, against a cache
-    causal_attention: str = "auto"  # many positions of each row
+    grouped_matmul: str = "auto"  # each row times the matrix of its expert
+    projection: str = "auto"  # all rows times one matrix of a layer
+    cached_attention: str = "auto"  # one new token per row, against a cache
+    causal_attention: str = "auto"  # many tokens per row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +55,8 @@ class TextConfig:
     # "stdlib", names of installed distributions, or paths of files and folders; each line of a .jsonl file
     # (.gz, .xz) is a document: {"text": ..} or {"messages": [..]}
     sources: tuple[str, ...] = ("stdlib",)
-    held_out: str = "assets/text"  # the held-out archive's folder, or any file or folder; launch/finetune.py: "": drawn
-    tokenizer: str = ""  # a tokenizer.json to reuse; "": train one on the training text
+    held_out: str = "assets/text"  # the archive's folder, or any file or folder; "": drawn from sources (finetune.py)
+    tokenizer: str = ""  # tokenizer.json to reuse; "": train one on the training text
     vocab_size: int = 4096  # of a tokenizer trained here
 
     def __post_init__(self):
@@ -67,27 +66,27 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    """Optimisation, and what is written when."""
+    """Optimisation, and how often things are logged, evaluated and saved."""
 
     steps: int = 2000
     batch_size: int = 8  # sequences per step
     sequence_length: int = 1024  # tokens
     learning_rate: float = 3e-3  # at the peak
-    final_learning_rate_fraction: float = 0.02  # of the peak, reached at the last step by a cosine
+    final_learning_rate_fraction: float = 0.02  # of the peak; cosine decay reaches it at the last step
     warmup_steps: int = 100
     adam_b1: float = 0.9
     adam_b2: float = 0.95
     weight_decay: float = 0.1  # on matrices only
     clip_norm: float = 1.0  # of the global gradient
-    balance_bias_rate: float = 1e-3  # step of the selection bias towards even loads
-    balance_loss: float = 1e-3  # coefficient of the auxiliary load loss
-    accumulation: int = 1  # batches whose gradients are averaged in a step
-    weights: str = "float32"  # or "bfloat16", rounded at random in each step; moments are float32 in any case
-    remat: bool = False  # compute each MoE layer again for its gradient: less memory, a third more time
+    balance_bias_rate: float = 1e-3  # change of the selection bias per step, towards even loads
+    balance_loss: float = 1e-3  # weight of the auxiliary load-balancing loss
+    accumulation: int = 1  # batches per step, whose gradients are averaged
+    weights: str = "float32"  # or "bfloat16", with stochastic rounding in each step; moments are always float32
+    remat: bool = False  # recompute each MoE layer in the backward pass: less memory, a third more time
     checkpoint_every: int = 100  # steps
     checkpoints_kept: int = 2
     evaluate_every: int = 200  # steps
-    evaluate_bytes: int = 100_000  # of held-out text, as it goes; all of it at the end
+    evaluate_bytes: int = 100_000  # of held-out text, during training; all of it at the end
     log_every: int = 10  # steps
 
     def __post_init__(self):
@@ -113,14 +112,14 @@ class TrainingConfig:
 class EvaluationConfig:
     """What is measured on the held-out text."""
 
-    policies: tuple[str, ...] = ("model",)  # the first is what the others are compared with
-    batch_size: int = 16  # windows, or questions, per step; fewer windows where they are long
-    context: int = 0  # tokens of a window of text; 0: the model's context, or 2048 where that is longer
-    documents: int = 0  # the first so many of the held-out text; 0: all
-    half: str = ""  # "even" or "odd": only every second file of it; "": all
+    policies: tuple[str, ...] = ("model",)  # the others are compared with the first
+    batch_size: int = 16  # windows or questions per step; fewer if windows are long
+    context: int = 0  # tokens per window of text; 0: the model's context, at most 2048
+    documents: int = 0  # use the first n documents of the held-out text; 0: all
+    half: str = ""  # "even" or "odd": only every second document; "": all
     choice_questions: int = 512
     completion_headers: int = 208
-    completion_tokens: int = 64  # of each function's body, at most
+    completion_tokens: int = 64  # generated per function body, at most
 
     def __post_init__(self):
         require(len(self.policies) > 0, "evaluation.policies", self.policies, "at least one policy")
@@ -138,7 +137,7 @@ class SamplingConfig:
 
     max_new_tokens: int = 200
     temperature: float = 0.0  # 0: greedy
-    top_k: int = 0  # tokens; 0: all
+    top_k: int = 0  # keep the n most likely tokens; 0: all
     top_p: float = 1.0
     stop: tuple[str, ...] = ()
 
@@ -159,12 +158,12 @@ class SamplingConfig:
 class BenchmarkConfig:
     """Which steps are timed."""
 
-    decode_batches: tuple[int, ...] = (1, 8, 64)  # rows of each decode case
-    prompt_length: int = 64  # tokens that lie in the cache when decoding is first timed
-    prefill_lengths: tuple[int, ...] = (128, 512, 2048)  # tokens of each prefill case, one row
-    rounds: int = 7  # in each, every case has its turn
-    decode_steps: int = 8  # of a decode case in one turn; a prefill case has one
-    trace: str = "assets/traces/demo.npz"  # routing to replay where weights are random; "": the routers' own
+    decode_batches: tuple[int, ...] = (1, 8, 64)  # rows, for each decode case
+    prompt_length: int = 64  # tokens in the cache when the timing of decoding begins
+    prefill_lengths: tuple[int, ...] = (128, 512, 2048)  # tokens of the one row, for each prefill case
+    rounds: int = 7  # each round times every case once
+    decode_steps: int = 8  # timed per round for a decode case; a prefill case has one step
+    trace: str = "assets/traces/demo.npz"  # routing to replay if weights are random; "": the routers' own choice
 
     def __post_init__(self):
         require_positive("benchmark", self, "prompt_length", "rounds", "decode_steps")
@@ -178,17 +177,17 @@ class BenchmarkConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SweepConfig:
-    """Policies by loads: what each costs on the model of model.path, and how fast a step is under it."""
+    """Policies by batch sizes: the quality of model.path under each policy, and the speed of a decode step."""
 
     policies: tuple[str, ...] = ("model", "topk:4")
-    original: str = ""  # what model.path was fine-tuned from: it is then `model`, and all is compared with it
+    original: str = ""  # checkpoint that model.path was fine-tuned from; it becomes `model`, the baseline
     concurrencies: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)  # rows of a decode step
-    windows: int = 128  # of held-out text, on which quality is measured
-    context: int = 512  # tokens of a window
-    timed_config: str = ""  # a config whose model is timed, random where it has no path; "": the model itself
-    cached_tokens: int = 64  # of each row, in the cache of a timed step
-    rounds: int = 5  # in each, every policy has its turn at every load
-    steps: int = 2  # of a policy in its turn, with 16 rows or more; fewer rows take more, see `steps_at`
+    windows: int = 128  # of held-out text, for measuring quality
+    context: int = 512  # tokens per window
+    timed_config: str = ""  # config of the model to time (random weights if it has no path); "": model.path
+    cached_tokens: int = 64  # per row, in the cache of a timed step
+    rounds: int = 5  # each round times every policy at every batch size
+    steps: int = 2  # timed per policy and round with 16 rows or more; more steps for fewer rows, see `steps_at`
 
     def __post_init__(self):
         require(len(self.policies) > 0, "sweep.policies", self.policies, "at least one policy")
@@ -203,18 +202,18 @@ class SweepConfig:
 
 
 def steps_at(config: SweepConfig, concurrency: int) -> int:
-    """Steps of a policy in its turn: with few rows they are short, so that more of them are needed and can be had."""
+    """Steps that one round times for a policy: more with few rows, since such steps are short."""
     return config.steps * max(1, 16 // concurrency)
 
 
 def side_by_side(concurrency: int) -> int:
-    """Rows that are scored in one step: several loads of few rows, or one of many."""
+    """Rows scored in one step: several groups of few rows, or one group of many."""
     return concurrency * max(1, 16 // concurrency)
 
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    """What every command shares."""
+    """Settings of every command."""
 
     seed: int = 0
 
@@ -224,7 +223,7 @@ class RunConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """All sections. A launcher reads the ones it needs; each has defaults."""
+    """All sections, with defaults. A launcher reads those that it needs."""
 
     model: ModelConfig = ModelConfig()
     decoder: DecoderConfig = DecoderConfig()
@@ -244,5 +243,5 @@ class Config:
 
     @property
     def architecture(self) -> Architecture:
-        """The sections that give the model its shape."""
+        """The sections that define the model's architecture."""
         return Architecture(self.decoder, self.attention, self.moe)

@@ -1,7 +1,7 @@
-"""What the machine at hand reaches, measured: bytes streamed and operations of a large product per second.
+"""Measures what this machine reaches: memory bandwidth, and the rate of a large matrix product.
 
-A machine that is shared has slow moments, in which it reaches half of what it does in others. So it is measured again
-in every round of a benchmark, and what its programs take is set beside the median of that.
+A shared machine may be half as fast at some moments. So a benchmark measures the machine again in every round, and
+compares its timings with the median.
 """
 
 import datetime
@@ -18,16 +18,16 @@ import psutil
 
 from moe_jax.cost.roofline import Machine
 
-STREAMED_BYTES = 2**30  # far beyond every cache
-WIDTH = 2048  # of the square product
-ATTEMPTS = 3  # of each, the best counts
+STREAMED_BYTES = 2**30  # much larger than any cache
+WIDTH = 2048  # of the square matrices that are multiplied
+ATTEMPTS = 3  # per measurement; the best counts
 
 
 class Probe:
-    """Measures this machine, as often as asked. Holds 1 GB of memory.
+    """Measures this machine repeatedly. Holds 1 GB of memory.
 
     Args:
-        dtype: of the factors of the product, which is accumulated in float32.
+        dtype: of the matrices that are multiplied; sums are float32.
     """
 
     def __init__(self, dtype: jnp.dtype):
@@ -40,10 +40,10 @@ class Probe:
         self.measure()  # compiles
 
     def measure(self) -> Machine:
-        """The best of a few attempts, one after another.
+        """Measures bandwidth and rate, each as the best of `ATTEMPTS`.
 
         Bandwidth is that of reading a float32 array: by its sum, by the sums of its rows or by its product with a
-        vector, whichever is fastest. The rate is that of a square product.
+        vector, whichever is fastest. The rate is that of a product of square matrices.
         """
         streaming_s = min(
             _best_s(self._sum, self._rows_ND),
@@ -55,7 +55,7 @@ class Probe:
 
 
 def typical(machines: Sequence[Machine]) -> Machine:
-    """The median of several measurements, of bandwidth and of rate."""
+    """The medians of bandwidth and rate over several measurements."""
     return Machine(
         statistics.median(machine.bytes_per_s for machine in machines),
         statistics.median(machine.flops_per_s for machine in machines),
@@ -72,14 +72,14 @@ def _best_s(call: Callable, *arguments: jax.Array) -> float:
 
 
 def in_words() -> str:
-    """The devices that run, the version of JAX, and the day."""
+    """The devices, the version of JAX and the date, as text."""
     on_cpu = jax.devices()[0].platform == "cpu"
     count = f"{os.cpu_count()} cores" if on_cpu else f"{jax.device_count()} devices"
     return f"{kind()}, {count}; jax {jax.__version__}; {datetime.date.today().isoformat()}"
 
 
 def kind() -> str:
-    """What the first device is called; on a CPU, the processor."""
+    """The name of the first device; for a CPU, that of the processor."""
     device = jax.devices()[0]
     if device.platform != "cpu":
         return device.device_kind
@@ -90,7 +90,7 @@ def kind() -> str:
 
 
 def available_bytes() -> int:
-    """Memory of the local devices together; what the machine has left where a device does not tell (a CPU)."""
+    """Memory of all local devices; for a device that does not report it (a CPU), the free memory of the machine."""
     return sum(
         (device.memory_stats() or {}).get("bytes_limit") or psutil.virtual_memory().available
         for device in jax.local_devices()

@@ -1,8 +1,8 @@
-"""The least that a step of a decoder moves and computes, from its shapes, and the time that a machine needs for it.
+"""The least bytes and operations of a decoder step, from its shapes, and the least time that a machine needs for them.
 
-Counted are bytes that no implementation can avoid: every weight that the step uses, once; the filled part of the cache,
-read; the keys and values of its tokens, written. Activations are not: they can stay in caches. Of arithmetic, the
-matrix products are counted, two operations for a multiplication and an addition.
+Bytes are those that no implementation can avoid: every weight that the step uses is read once, the filled part of the
+cache is read, the keys and values of new tokens are written. Activations are not counted: they can stay in the
+processor's caches. Operations are those of matrix products: a multiplication and an addition are two.
 """
 
 import dataclasses
@@ -14,22 +14,22 @@ from moe_jax.model.parameters import Matrix, Parameter, count
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """What one call of a program works on; rows that are finished and slots that are dropped are left out."""
+    """The work of one prefill or decode step, without finished rows and dropped slots."""
 
-    cached_B: Sequence[int]  # positions of each row in the cache before the step
-    new_B: Sequence[int]  # tokens of each row
-    kept_slots: float  # of all tokens, summed over MoE layers
-    distinct_experts: float  # that held a slot, summed over MoE layers
+    cached_B: Sequence[int]  # tokens of each row in the cache before the step
+    new_B: Sequence[int]  # new tokens of each row
+    kept_slots: float  # summed over tokens and MoE layers
+    distinct_experts: float  # experts with at least one slot, summed over MoE layers
 
     @property
     def tokens(self) -> int:
-        """Of all rows."""
+        """New tokens of all rows."""
         return sum(self.new_B)
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a step takes at the least."""
+    """The least bytes and operations of a step."""
 
     bytes: float
     flops: float
@@ -37,14 +37,14 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What a machine can do at the most."""
+    """The peak bandwidth and rate of a machine."""
 
     bytes_per_s: float
     flops_per_s: float
 
 
 def floor_s(work: Work, machine: Machine) -> float:
-    """The seconds that moving or computing takes, whichever is longer: the two may overlap."""
+    """The least seconds for a step: the longer of moving and computing, which may overlap."""
     return max(work.bytes / machine.bytes_per_s, work.flops / machine.flops_per_s)
 
 
@@ -57,41 +57,41 @@ def _embeds(parameter: Parameter) -> bool:
 
 
 def _always_read(parameter: Parameter) -> bool:
-    """By every step, whatever its tokens: all but the embeddings and the routed experts."""
+    """Whether every step reads it, whatever its tokens: all but the embeddings and the routed experts."""
     return not _routed(parameter) and not _embeds(parameter)
 
 
 def expert_parameters(architecture: Architecture) -> int:
-    """Of one routed expert: gate, up and down."""
+    """Parameters of one routed expert: gate, up and down."""
     return count(architecture, _routed) // sum(architecture.num_experts_L)
 
 
 def parameters(architecture: Architecture) -> int:
-    """Of the whole model, the selection bias included."""
+    """Parameters of the whole model, including the selection bias."""
     return count(architecture)
 
 
 def active_parameters(architecture: Architecture) -> int:
-    """That one token uses: as many routed experts as the model was trained with, and all that is not routed.
+    """Parameters that one token uses: the routed experts that the model was trained with, and all that is not routed.
 
-    Both embeddings count in full, as most publishers have it.
+    Both embeddings count in full, as most publishers do.
     """
     unused = sum(architecture.num_experts_L) - sum(architecture.k_L)
     return parameters(architecture) - unused * expert_parameters(architecture)
 
 
 def expected_distinct(num_experts: int, k: int, tokens: int) -> float:
-    """Distinct experts of so many tokens that choose k each, evenly and independently: E (1 - (1 - k / E) ** N)."""
+    """Distinct experts, on average, of N tokens that choose k evenly and independently: E (1 - (1 - k / E) ** N)."""
     return num_experts * (1 - (1 - k / num_experts) ** tokens)
 
 
 def work(architecture: Architecture, step: Step, itemsize: int) -> Work:
-    """Counts a prefill or a decode step, which draws one token for each row.
+    """Counts the least work of a prefill or decode step that draws one token for each row.
 
     Args:
         architecture: of the model.
-        step: what it works on.
-        itemsize: bytes of a weight and of a cached number.
+        step: the tokens and slots of the step.
+        itemsize: bytes of a weight, and of a number in the cache.
     """
     return Work(_bytes(architecture, step, itemsize), _flops(architecture, step))
 
@@ -99,7 +99,7 @@ def work(architecture: Architecture, step: Step, itemsize: int) -> Work:
 def _bytes(architecture: Architecture, step: Step, itemsize: int) -> float:
     trunk = architecture.decoder
     head = trunk.vocab_size * trunk.d_model
-    rows = 0 if trunk.tie_embeddings else min(step.tokens, trunk.vocab_size) * trunk.d_model  # tied: read as the head
+    rows = 0 if trunk.tie_embeddings else min(step.tokens, trunk.vocab_size) * trunk.d_model  # tied: part of the head
     experts = step.distinct_experts * expert_parameters(architecture)
     position = trunk.num_layers * _cached_numbers(architecture.attention)
     cache = position * (sum(step.cached_B) + step.tokens)
@@ -119,16 +119,16 @@ def _flops(architecture: Architecture, step: Step) -> float:
 
 
 def _cached_numbers(attention: AttentionConfig) -> int:
-    """That a layer keeps of one position: keys and values, or a latent and a rotary key."""
+    """Numbers that a layer caches for one token: keys and values, or a latent and a rotary key."""
     if attention.kind == "latent":
         return attention.latent_rank + attention.rope_head_dim
     return 2 * attention.num_kv_heads * attention.head_dim
 
 
 def _mixed_numbers(attention: AttentionConfig, new: int) -> int:
-    """Products of one query with one position that it sees: of all heads, with keys and with values.
+    """Multiplications of one query token with one token that it sees: all heads, keys and values.
 
-    Latents are expanded to keys and values for a row of several tokens; for one token they are read as they are.
+    Latents are expanded to keys and values for a row of several new tokens; for one token they are read directly.
     """
     if attention.kind == "grouped":
         return 2 * attention.num_heads * attention.head_dim

@@ -1,4 +1,4 @@
-"""Dispatch on one device: sort, run the experts, combine. Nothing moves."""
+"""Dispatch on one device: sort the slots by expert, run the experts, combine."""
 
 from collections.abc import Callable
 
@@ -18,10 +18,10 @@ def dispatch(
         x_ND: activations.
         selection: the slots of each token.
         num_experts: E, static.
-        experts: (rows_SD sorted by expert, group_sizes_E) -> out_SD, unweighted.
+        experts: computes out_SD, unweighted, from rows_SD sorted by expert and group_sizes_E.
 
     Returns:
-        y_ND, and group_sizes_E int32: the slots that each expert received.
+        y_ND, and group_sizes_E int32: the kept slots of each expert.
     """
     order = plan(selection, num_experts)
     with jax.named_scope("dispatch"):

@@ -1,4 +1,4 @@
-"""From a selection to the order in which experts see the slots."""
+"""Sorts the slots of a selection by expert."""
 
 from typing import NamedTuple
 
@@ -7,24 +7,24 @@ import jax.numpy as jnp
 
 from moe_jax.routing.selection import Selection
 
-FEW_SLOTS = 2048  # up to here a cumulative one-hot ranks slots faster than a sort
+FEW_SLOTS = 2048  # up to this many slots, a cumulative sum of one-hot rows is faster than a sort
 
 
 class Plan(NamedTuple):
-    """Slots sorted by expert, kept ones first. Slot s of N * K belongs to token s // K."""
+    """Slots sorted by expert, dropped ones last. Slot s of N * K belongs to token s // K."""
 
-    token_S: jax.Array  # int32: the token that fills each sorted row
+    token_S: jax.Array  # int32: the token of each sorted row
     position_NK: jax.Array  # int32: the sorted row of each slot
     group_sizes_E: jax.Array  # int32: kept slots of each expert
 
 
 def plan(selection: Selection, num_experts: int) -> Plan:
-    """Sorts the slots: by expert, then by token, then by rank; dropped slots go last."""
+    """Sorts the slots by expert, then by token, then by rank; dropped slots come last."""
     num_tokens, k_max = selection.expert_NK.shape
     num_slots = num_tokens * k_max
     expert_S = jnp.where(selection.keep_NK, selection.expert_NK, num_experts).reshape(num_slots)
     one_hot_SE = expert_S[:, None] == jnp.arange(num_experts + 1)[None, :]
-    sizes = one_hot_SE.sum(axis=0, dtype=jnp.int32)  # the dropped are the last group
+    sizes = one_hot_SE.sum(axis=0, dtype=jnp.int32)  # dropped slots are the last group
     slots = jnp.arange(num_slots, dtype=jnp.int32)
     if num_slots <= FEW_SLOTS:
         before_SE = jnp.cumsum(one_hot_SE, axis=0, dtype=jnp.int32) - 1 + (jnp.cumsum(sizes) - sizes)[None, :]

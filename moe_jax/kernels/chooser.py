@@ -1,4 +1,4 @@
-"""Which implementation of each operation runs: named, or chosen for the platform, once for all steps."""
+"""Chooses the implementation of each operation: by name, or for the platform."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from moe_jax.kernels.projection import api as projection
 
 
 class Kernels(NamedTuple):
-    """The name of the implementation of every operation that has several."""
+    """The name of the chosen implementation, for every operation that has several."""
 
     grouped_matmul: str
     projection: str
@@ -28,16 +28,15 @@ NATIVE = "native"  # C++, on CPUs only
 def resolve(platform: str, asked: Mapping[str, str] | None = None) -> Kernels:
     """Chooses an implementation of every operation.
 
-    "auto" is what the operation's `BY_PLATFORM` says; on a CPU without a C++ compiler its `WITHOUT_COMPILER`, which is
-    logged.
+    "auto" takes the operation's `BY_PLATFORM`; on a CPU without a C++ compiler its `WITHOUT_COMPILER`, with a warning.
 
     Args:
         platform: "cpu", "gpu" or "tpu".
-        asked: the name of an implementation, or "auto", by operation; "auto" for those that are left out.
+        asked: by operation, the name of an implementation or "auto"; missing operations are "auto".
 
     Raises:
-        ValueError: an operation or a name is unknown, nothing is written for the platform, or what is named does not
-            run here.
+        ValueError: an operation or a name is unknown, there is no implementation for the platform, or the named one
+            does not run here.
     """
     asked = asked or {}
     if unknown := sorted(asked.keys() - OPERATIONS.keys()):

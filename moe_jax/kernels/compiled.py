@@ -1,7 +1,7 @@
-"""C++ kernels for the CPU: compiled by the system's compiler when first used, for the machine at hand, and kept.
+"""Compiles C++ kernels for the CPU with the system's compiler, at first use and for this machine, and caches them.
 
-A kernel is one source file that exports a handler of XLA's foreign function interface, whose headers jaxlib brings;
-it may have headers of its own beside it, and kernels share `native.h`. Other code in C++ is called through `load`.
+A kernel is one source file that exports a handler of XLA's foreign function interface, whose headers are part of
+jaxlib. It may have headers of its own beside it; all kernels share `native.h`. `load` gives access to other C++ code.
 """
 
 import ctypes
@@ -25,13 +25,13 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
 
 @functools.cache
 def compiler() -> str | None:
-    """The C++ compiler that the environment (CXX) or PATH names; None where there is none."""
+    """The C++ compiler named by the environment (CXX) or found on PATH; None if there is none."""
     return next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")))), None)
 
 
 @functools.cache
 def register(source: pathlib.Path, symbol: str) -> str:
-    """Makes a handler callable by `jax.ffi.ffi_call`; returns its name there.
+    """Registers a handler for `jax.ffi.ffi_call`; returns its name there.
 
     Raises:
         ValueError: there is no compiler, or it refuses the source.
@@ -43,7 +43,7 @@ def register(source: pathlib.Path, symbol: str) -> str:
 
 @functools.cache
 def load(source: pathlib.Path) -> ctypes.CDLL:
-    """The compiled source.
+    """Compiles a source, or takes it from the cache, and loads it.
 
     Raises:
         ValueError: there is no compiler, or it refuses the source.
@@ -52,7 +52,7 @@ def load(source: pathlib.Path) -> ctypes.CDLL:
 
 
 def _library(source: pathlib.Path) -> pathlib.Path:
-    """The compiled source: from the cache, where it is known by all that it depends on."""
+    """The path of the compiled source; its name in the cache is a hash of everything that it depends on."""
     cxx = compiler()
     if cxx is None:
         raise ValueError(f"{source.name} needs a C++ compiler: expected one as c++ on PATH, or its name in CXX")
@@ -73,7 +73,7 @@ def _library(source: pathlib.Path) -> pathlib.Path:
     try:
         library.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.mkdtemp(dir=library.parent)
-    except OSError:  # the cache cannot be written: the library lives as long as the machine keeps temporary files
+    except OSError:  # the cache cannot be written: use a temporary folder
         folder = tempfile.mkdtemp()
         library = pathlib.Path(folder) / library.name
     partial = pathlib.Path(folder) / "partial.so"
@@ -89,7 +89,7 @@ def _library(source: pathlib.Path) -> pathlib.Path:
 
 
 def _processor() -> str:
-    """What the processor is called and can do: code for one stops with an illegal instruction on another."""
+    """The processor's name and features: code for one may be illegal instructions on another."""
     try:
         lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
         return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

@@ -1,4 +1,4 @@
-// What the C++ kernels for CPUs share: numbers of three dtypes as lanes, and work as pieces for a pool of threads.
+// Shared by the C++ kernels for CPUs: vectors of three dtypes, and running pieces of work on a thread pool.
 
 #ifndef MOE_JAX_KERNELS_NATIVE_H_
 #define MOE_JAX_KERNELS_NATIVE_H_
@@ -30,12 +30,12 @@ typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2), may_
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes), aligned(2), may_alias));
 typedef _Float16 Float16s __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
 
-// What a dtype is made of, for three uses.
+// Reading, multiplying and storing numbers of one dtype.
 //
-// `Widen` reads kLanes numbers as float32. `Load` reads kStep numbers that lie along a product in whatever way and order
-// is the cheapest, and `Add` adds the products of two such packs to kLanes partial sums. `LoadWords` reads kLanes words
-// of 32 bits, of kPerWord numbers each, in order, and `AddWords` adds the products of words. `StoreLanes`, which what
-// is multiplied by tiles has, stores kLanes sums.
+// `Widen` reads kLanes numbers as float32. `Load` reads kStep numbers along the summed axis, in the cheapest form and
+// order, and `Add` adds the products of two such packs to kLanes partial sums. `LoadWords` reads kLanes words of 32
+// bits, of kPerWord numbers each, in order, and `AddWords` adds the products of words. `Store` rounds one sum;
+// `StoreLanes`, only for outputs of products by tiles, rounds kLanes sums.
 struct Float32 {
   using Number = float;
   using Pack = Floats;
@@ -124,7 +124,7 @@ inline float Sum(Floats x) {
   return sums[0];
 }
 
-// `count` numbers, and zeros behind them up to kRoom: what a load of so many may read.
+// `count` numbers, padded with zeros to kRoom, so that a load of kRoom numbers is safe.
 template <typename T, int kRoom>
 struct Padded {
   typename T::Number numbers[kRoom] = {};
@@ -143,7 +143,7 @@ Words LoadWords(const typename T::Number* from, int64_t count) {
   return T::LoadWords(Padded<T, kNumbers>(from, count).numbers);
 }
 
-// Of two vectors one behind the other, the lanes that make up the new ones where blocks of `kSize` lanes change places.
+// The lanes of two concatenated vectors that make up the new two when blocks of `kSize` lanes are swapped.
 template <int kSize>
 struct Swapped {
   alignas(64) uint32_t low[kLanes] = {}, high[kLanes] = {};
@@ -167,7 +167,7 @@ inline Words Pick(const Words& a, const Words& b, const uint32_t* lanes) {
 #endif
 }
 
-// x[i][j] becomes x[j][i]: blocks of 1 lane change places, then of 2, and so on.
+// x[i][j] becomes x[j][i]: swaps blocks of 1 lane, then of 2, and so on.
 template <int kSize = 1>
 inline void Transpose(Words x[kLanes]) {
   static constexpr Swapped<kSize> swapped;
@@ -181,8 +181,8 @@ inline void Transpose(Words x[kLanes]) {
   if constexpr (2 * kSize < kLanes) Transpose<2 * kSize>(x);
 }
 
-// Runs `piece(i)` for every i below `count`, on the calling thread and on XLA's own pool, which take them from one
-// counter. `piece` is copied, and a copy may live on when all is done: whoever comes late finds no piece left.
+// Runs `piece(i)` for every i below `count`, on the calling thread and on XLA's own pool, which share one counter.
+// `piece` is copied: a pool thread that starts after the last piece was taken finds none left, but still holds a copy.
 template <typename Piece>
 void RunPieces(xla::ffi::ThreadPool& pool, int64_t count, Piece piece) {
   struct Work {

@@ -1,4 +1,4 @@
-"""What routing is judged by in training: even loads, and how many experts a token really uses."""
+"""Balance of routing in training: loads of experts, and the effective number of experts per token."""
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,10 @@ def loads(selection: Selection, num_experts: int) -> jax.Array:
 
 
 def load_loss(routing: Routing, load_E: jax.Array, valid_N: jax.Array) -> jax.Array:
-    """E times the product of load share and mean score share, summed over experts: 1 when even.
+    """E times the sum over experts of load share times mean score share; 1 if loads are even.
 
     The loss of Switch Transformer (arXiv 2101.03961, section 2.2) over the valid tokens of a batch, with each token's
-    scores made to sum to one, as DeepSeek-V3 does for sigmoid scores. Gradients flow through the scores alone.
+    scores normalized to sum to one, as DeepSeek-V3 does for sigmoid scores. Gradients flow through the scores alone.
     """
     share_NE = routing.mix_NE / (routing.mix_NE.sum(axis=1, keepdims=True) + 1e-20)
     valid_N1 = valid_N[:, None].astype(jnp.float32)
@@ -26,23 +26,23 @@ def load_loss(routing: Routing, load_E: jax.Array, valid_N: jax.Array) -> jax.Ar
 
 
 def effective_experts(selection: Selection, valid_N: jax.Array) -> jax.Array:
-    """Experts that a token uses, by the weight that each has: 1 where one has all of it, k where k have the same.
+    """Effective number of experts of a token: 1 if one expert has all the weight, k if k have equal weights.
 
-    The participation ratio (sum w)^2 / sum w^2 of the kept slots' weights, averaged over the valid tokens. It is smooth
-    where the number of kept slots is not, so a loss can lower it; policies that keep slots by weight (`mass`, `ratio`)
+    The participation ratio (sum w)^2 / sum w^2 of the kept slots' weights, averaged over the valid tokens. Unlike the
+    number of kept slots it has a gradient, so a loss can lower it; policies that keep slots by weight (`mass`, `ratio`)
     then keep fewer.
     """
     weight_NK = selection.weight_NK
     squared_N = (weight_NK * weight_NK).sum(axis=1)
-    counts_N = valid_N & (squared_N > 0)  # padding has no weights, and a quotient of nothing no gradient
+    counts_N = valid_N & (squared_N > 0)  # padding has no weights, and 0 / 0 no gradient
     ratio_N = weight_NK.sum(axis=1) ** 2 / jnp.where(counts_N, squared_N, 1.0)
     return jnp.where(counts_N, ratio_N, 0.0).sum() / jnp.maximum(valid_N.sum(), 1)
 
 
 def update_bias(bias_LE: jax.Array, load_LE: jax.Array, rate: float) -> jax.Array:
-    """Raises the bias of experts under the mean load by `rate` and lowers that of those above it.
+    """Raises the bias of experts below the mean load by `rate`, and lowers that of experts above it.
 
-    Auxiliary-loss-free balancing (arXiv 2408.15664); the mean over experts is held at zero, which changes no choice.
+    Auxiliary-loss-free balancing (arXiv 2408.15664); the mean over experts is kept at zero, which changes no choice.
     """
     moved_LE = bias_LE + rate * jnp.sign(load_LE.mean(axis=1, keepdims=True) - load_LE)
     return moved_LE - moved_LE.mean(axis=1, keepdims=True)

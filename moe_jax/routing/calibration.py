@@ -1,4 +1,4 @@
-"""What policies have to know of one trained model: how its weights fall off, and which of its experts are alike."""
+"""Calibration of one trained model for policies: how its mixing weights decay, and how similar its experts are."""
 
 import dataclasses
 import io
@@ -12,8 +12,8 @@ import numpy as np
 from moe_jax import files
 
 NAME = "calibration.npz"  # in a model's folder
-SAMPLED = 1024  # weights of the routers
-SAME = 2.0**-7  # of their norm: what rounding to any dtype stays below
+SAMPLED = 1024  # router weights kept to recognise the model
+SAME = 2.0**-7  # relative difference of those that is accepted: more than rounding to any dtype
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,9 +21,9 @@ class Calibration:
     """Measured on text by `study.calibrate`.
 
     Attributes:
-        median_ratio_L: float32, of each MoE layer the median of w_i / w_1 over tokens and the slots i = 2 to k.
-        similarity_LEE: float32, the cosine between what two experts of a layer make of the same tokens.
-        router: `sample_of` the model's routers, by which it is known again.
+        median_ratio_L: float32, for each MoE layer the median of w_i / w_1 over tokens and slots i = 2 to k.
+        similarity_LEE: float32, the cosine between the outputs of two experts of a layer for the same tokens.
+        router: `sample_of` the model's routers, to recognise the model.
     """
 
     median_ratio_L: np.ndarray
@@ -31,10 +31,10 @@ class Calibration:
     router: np.ndarray
 
     def require(self, router_LED: np.ndarray) -> None:
-        """Refuses a model other than the one that was measured.
+        """Refuses any model but the one that was measured.
 
         Raises:
-            ValueError: its routers have other weights.
+            ValueError: the model's routers have other weights.
         """
         other = sample_of(router_LED)
         if not np.linalg.norm(other - self.router) <= SAME * np.linalg.norm(self.router):
@@ -44,13 +44,13 @@ class Calibration:
 
 
 def sample_of(router_LED: np.ndarray) -> np.ndarray:
-    """float32: some of the weights of all routers, evenly spaced."""
+    """float32 [SAMPLED]: evenly spaced weights of all routers."""
     place = np.linspace(0, router_LED.size - 1, SAMPLED).astype(int)
     return np.asarray(router_LED.reshape(-1)[place]).astype(np.float32)
 
 
 def find(path: str | os.PathLike, folder: str | os.PathLike) -> Calibration | None:
-    """Reads the calibration at `path` or, where that is "", the one in a model's folder; None: there is none.
+    """Reads the calibration at `path` or, if that is "", the one in a model's folder; None if there is none.
 
     Raises:
         ValueError: as `load`.
@@ -60,7 +60,7 @@ def find(path: str | os.PathLike, folder: str | os.PathLike) -> Calibration | No
 
 
 def load(path: str | os.PathLike) -> Calibration:
-    """Reads a calibration as `save` wrote it.
+    """Reads a calibration written by `save`.
 
     Raises:
         ValueError: there is no such file, or it is not a calibration.

@@ -1,7 +1,7 @@
-"""A trained mask of experts: which of them a layer does without, found by gradient (arXiv 2605.14438).
+"""A trained mask of experts: which experts a layer can do without, learned by gradient (arXiv 2605.14438).
 
-A masked expert gives nothing, and the others keep the weights that they have. A model that has zeros for the output
-weights of that expert does the same, which is how a mask is exported.
+A masked expert contributes nothing; the weights of the others do not change. Setting the output weights of that expert
+to zero does the same, which is how a mask is exported.
 """
 
 from typing import Any
@@ -12,14 +12,14 @@ import jax.numpy as jnp
 from moe_jax.config.layers import moe_stacks
 from moe_jax.routing.selection import Selection
 
-START = 0.05  # of every expert: above zero, and so near that a learning rate of 1e-4 gets past it in some hundred steps
+START = 0.05  # initial value: above zero, yet a learning rate of 1e-4 crosses zero within some hundred steps
 
 
 def masked(selection: Selection, mask_E: jax.Array) -> Selection:
-    """Takes the weight from slots whose expert is masked, with a straight-through gradient (arXiv 1308.3432).
+    """Sets the weights of masked experts to zero, with a straight-through gradient (arXiv 1308.3432).
 
-    Forward the gate of an expert is 1 where its mask is above 0, else 0; backward it is the mask's sigmoid. The slot
-    stays kept, since only what an expert would have given tells whether to take it back.
+    Forward, the gate of an expert is 1 if its mask is above 0, else 0; backward, it is the mask's sigmoid. The slot
+    stays kept, since the gradient needs the expert's output to decide whether to unmask it.
     """
     soft_E = jax.nn.sigmoid(mask_E)
     gate_E = jnp.where(mask_E > 0, 1.0, 0.0) + soft_E - jax.lax.stop_gradient(soft_E)
@@ -27,7 +27,7 @@ def masked(selection: Selection, mask_E: jax.Array) -> Selection:
 
 
 def merge(params: dict[str, Any]) -> dict[str, Any]:
-    """Parameters without a mask that do the same: masked experts have output weights of zero."""
+    """Equivalent parameters without a mask: masked experts have output weights of zero."""
     for stack in moe_stacks(params):
         router = dict(params[stack]["router"])
         mask_LE = router.pop("mask_LE", None)

@@ -1,4 +1,4 @@
-"""The router: token activations to scores for choosing experts and weights for mixing them."""
+"""The router: from token activations to scores that choose experts, and weights that mix their outputs."""
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +11,9 @@ from moe_jax.routing.selection import Routing
 def route(x_ND: jax.Array, weight_ED: jax.Array, bias_E: jax.Array | None, moe: MoEConfig) -> Routing:
     """Scores every expert for every token, in float32 whatever the model's dtype.
 
-    The selection bias moves the choice and never the mixing weight (auxiliary-loss-free balancing, DeepSeek-V3,
-    arXiv 2412.19437, section 2.1.2). With groups, a group scores the sum of its two best experts (DeepSeek-V3) or its
-    best expert (DeepSeek-V2), and experts outside the best `num_groups_kept` groups score -inf.
+    The selection bias changes the choice but not the mixing weights (auxiliary-loss-free balancing, DeepSeek-V3,
+    arXiv 2412.19437, section 2.1.2). With groups, a group's score is the sum of its two best experts' scores
+    (DeepSeek-V3) or that of its best expert (DeepSeek-V2); experts outside the best `num_groups_kept` groups get -inf.
     """
     x_ND, weight_ED = x_ND.astype(jnp.float32), weight_ED.astype(jnp.float32)
     logits_NE = jnp.einsum("nd,ed->ne", x_ND, weight_ED, precision=lax.Precision.HIGHEST)

@@ -1,8 +1,8 @@
-"""Recorded routing of a trained model, replayed in a model whose weights are random.
+"""Recorded routing of a trained model, replayed in a model with random weights.
 
-Random routers spread tokens evenly and forget the last token; trained ones prefer some experts and stay with them. What
-a decode step costs is set by the distinct experts of its batch, so a benchmark of random weights takes its routing from
-a recording (`assets/traces/`).
+Random routers spread tokens evenly, and independently of the previous token; trained ones prefer some experts and often
+choose the same ones again. The cost of a decode step depends on the distinct experts of its batch, so a benchmark with
+random weights replays recorded routing (`assets/traces/`).
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Which experts a trained model chose for the tokens of several documents.
+    """The experts that a trained model chose for the tokens of several documents.
 
     Attributes:
-        expert_LJTK: uint8 or wider, T consecutive tokens of each of J documents; the experts of a token best first.
+        expert_LJTK: uint8 or wider, for T consecutive tokens of J documents; a token's experts are best first.
         num_experts: E of the recorded model.
     """
 
@@ -24,10 +24,10 @@ class Trace:
     num_experts: int
 
     def require(self, num_experts: int, k_max: int) -> None:
-        """Refuses a model that the trace cannot be replayed in; see `replay` for why.
+        """Refuses a model in which the trace cannot be replayed; see `replay`.
 
         Raises:
-            ValueError: saying what it can be replayed in.
+            ValueError: the model has too many experts or slots, or no multiple of the recorded number of experts.
         """
         recorded_layers, recorded_k = self.expert_LJTK.shape[0], self.expert_LJTK.shape[3]
         largest = recorded_layers * self.num_experts
@@ -41,16 +41,16 @@ class Trace:
             raise ValueError(f"{k_max} slots per token: expected at most the {largest} of the recorded trace")
 
     def replay(self, num_layers: int, num_experts: int, k_max: int, rows: int, length: int) -> np.ndarray:
-        """The trace as the routing of another model, for rows that read different texts.
+        """Turns the trace into the routing of another model, for rows that read different texts.
 
-        The documents lie end to end in a ring, on which the rows start evenly spaced: up to J rows, each in a document
-        of its own, and at any step no two at one token. What is kept of the recorded routing is how unevenly experts
-        are used, how often a text's next token returns to its experts, and how far texts differ.
+        The documents form a ring, end to end, on which the rows start evenly spaced: up to J rows begin in documents of
+        their own, and no two rows are ever at the same token. This preserves how unevenly experts are used, how often
+        consecutive tokens share experts, and how far texts differ.
 
-        A token of a model with P times the recorded experts takes the slots of P recorded layers in turn, the experts
-        of each in a range of their own: within each range the recorded skew and reuse, between the ranges the
-        dependence of one layer's choice on another's. Fewer slots per token are the first, which are the best; layers
-        repeat cyclically.
+        If the model has P times the recorded experts, a token takes its slots from P recorded layers in turn, and each
+        of these layers has its own range of experts. Within a range, skew and reuse are as recorded; between ranges,
+        choices are correlated as those of the recorded layers. With fewer slots than recorded, the best are taken. The
+        recorded layers repeat cyclically.
 
         Args:
             num_layers: MoE layers of the model.
@@ -81,7 +81,7 @@ class Trace:
 
 
 def load(path: str | os.PathLike) -> Trace:
-    """Reads a trace as `save` wrote it.
+    """Reads a trace written by `save`.
 
     Raises:
         ValueError: there is no such file, or it is not a trace.

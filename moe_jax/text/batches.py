@@ -1,8 +1,8 @@
-"""Documents as batches: packed for training, cut into overlapping windows for scoring.
+"""Batches of documents: packed into rows for training, or cut into overlapping windows for scoring.
 
-A document's tokens begin with `<|endoftext|>`, which is also the label of its last token. It is cut into consecutive
-pieces of T tokens, each a row of its own; the shorter last pieces share rows. A segment id per token keeps the pieces
-of a row apart: attention and positions never cross from one document to another.
+A document's tokens begin with `<|endoftext|>`, which is also the label of its last token. The document is cut into
+pieces of T tokens, one row each; the shorter last pieces share rows. A segment id per token keeps the pieces of a row
+apart: attention and positions never cross from one document to another.
 """
 
 import bisect
@@ -15,27 +15,27 @@ import numpy as np
 
 from moe_jax.text.tokenizer import END_OF_TEXT_ID
 
-_EPOCHS = 2**32  # without end; grain's own endless repetition overflows at batch size 1
+_EPOCHS = 2**32  # in effect endless; grain's own endless repetition overflows at batch size 1
 
 
 class Batch(NamedTuple):
-    """A batch of rows, or one row without the B; all int32. Padding is 0 everywhere."""
+    """A batch of rows, or one row without the axis B; all int32, padded with 0."""
 
     tokens_BT: np.ndarray
-    labels_BT: np.ndarray  # the token that follows in the document; `<|endoftext|>` behind the last one
-    segments_BT: np.ndarray  # 1, 2, .. per piece of the row; 0 marks padding, which is not trained on
-    positions_BT: np.ndarray  # from 0 within each piece
+    labels_BT: np.ndarray  # the next token of the document; `<|endoftext|>` after the last one
+    segments_BT: np.ndarray  # 1, 2, .. for the pieces of a row; 0 is padding, which is not trained on
+    positions_BT: np.ndarray  # from 0 in each piece
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Packed:
-    """Rows of pieces of documents, made on demand.
+    """Rows of pieces of documents, built on demand.
 
     Attributes:
-      tokens: all documents one after another and a closing `<|endoftext|>`, int32.
-      starts: where each piece begins in `tokens`, int64, in order of rows.
+      tokens: all documents, concatenated, and a closing `<|endoftext|>`, int32.
+      starts: index in `tokens` of the first token of each piece, int64, in order of rows.
       lengths: tokens of each piece.
-      first_piece: of each row, one more than there are rows.
+      first_piece: index of each row's first piece, and at the end the number of pieces.
       sequence_length: T.
     """
 
@@ -52,12 +52,12 @@ class Packed:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of one epoch, padding not counted."""
+        """Tokens of one epoch, without padding."""
         return int(self.lengths.sum())
 
     @property
     def fill_fraction(self) -> float:
-        """Share of the rows' places that hold a token."""
+        """Share of the rows that is not padding."""
         return self.num_tokens / (self.num_rows * self.sequence_length)
 
     def row(self, index: int) -> Batch:
@@ -82,19 +82,19 @@ def pack(
     end_of_text: int = END_OF_TEXT_ID,
     closed: bool = False,
 ) -> Packed:
-    """Cuts documents into pieces and lays the pieces out in rows.
+    """Cuts documents into pieces and packs the pieces into rows.
 
     Pieces shorter than T are packed by best-fit decreasing: the longest first, each into the fullest row that still has
-    room for it. The layout depends on the lengths alone.
+    room for it. The result depends on the lengths alone.
 
     Args:
-      token_arrays: one int32 array per document, each beginning with `<|endoftext|>` as `encode_documents` gives it.
+      token_arrays: one int32 array per document, beginning with `<|endoftext|>`, from `encode_documents`.
       sequence_length: T.
-      end_of_text: the id of `<|endoftext|>`, or of what another tokenizer puts before a text.
-      closed: whether the last token of each document is only a label: what follows it is no part of the text.
+      end_of_text: the id of `<|endoftext|>`, or of the token that another tokenizer puts before a text.
+      closed: whether each document's last token ends it, and is thus only a label: nothing is predicted after it.
 
     Returns:
-      Rows that cover every token of every document exactly once, its last one excepted where `closed`.
+      Rows that hold every token of every document exactly once; if `closed`, all but its last.
 
     Raises:
       ValueError: no documents, `sequence_length` is not positive, or a document does not begin with `<|endoftext|>`.
@@ -146,9 +146,8 @@ def _best_fit_decreasing(tails: list[tuple[int, int]], room: int) -> list[list[t
 def batches(packed: Packed, batch_size: int, seed: int) -> grain.IterDataset:
     """An endless stream of batches, reshuffled every epoch.
 
-    Batch number s depends on the rows, the seed and s alone. `iter()` gives a `grain.DatasetIterator`, whose
-    `get_state()` after s batches, given to `set_state()` of a new one, makes it go on with batch s. An epoch's end may
-    lie within a batch; no row is dropped.
+    Batch s depends on the rows, the seed and s alone. `iter()` returns a `grain.DatasetIterator`; to resume after s
+    batches, pass its `get_state()` to `set_state()` of a new one. An epoch may end within a batch; no row is dropped.
 
     Args:
       packed: at least one row.
@@ -159,27 +158,27 @@ def batches(packed: Packed, batch_size: int, seed: int) -> grain.IterDataset:
       A dataset of `Batch` with arrays `[B, T]`, int32.
     """
     rows = grain.MapDataset.range(packed.num_rows).seed(seed).shuffle().repeat(_EPOCHS).map(packed.row)
-    # No threads: a batch takes less than a millisecond, and nothing is left running when a run is interrupted.
+    # No threads: a batch takes less than a millisecond, and an interrupted run leaves nothing running.
     return rows.batch(batch_size).to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
 
 
 def windows(tokens: np.ndarray, context: int, stride: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cuts one document into overlapping windows in which each token after the first is scored once.
 
-    The first window scores all its labels, every later one its last `stride` labels: each with at least
-    `context - stride` tokens before it, or all that there are. What would follow the document is not scored.
+    The first window scores all its labels, every later one its last `stride` labels, so that each has at least
+    `context - stride` tokens before it, or all that there are. Nothing is predicted after its last token.
 
     Args:
-      tokens: one document, int32; the first token is given (`<|endoftext|>`), not scored.
-      context: T, tokens of a window.
+      tokens: one document, int32; its first token (`<|endoftext|>`) is not scored.
+      context: T, tokens per window.
       stride: new labels per window, 1 to `context`.
 
     Returns:
-      Arrays `[N, T]` for N windows: the tokens and their labels, int32, padded with 0 at the end, and what is scored,
-      bool. N is 0 for a document of one token or none.
+      Arrays `[N, T]` for N windows: tokens and labels, int32, padded with 0 at the end, and whether a label is scored,
+      bool. N is 0 for a document of fewer than two tokens.
 
     Raises:
-      ValueError: `stride` is not within 1 to `context`.
+      ValueError: `stride` is not between 1 and `context`.
     """
     if not 1 <= stride <= context:
         raise ValueError(f"stride = {stride}: expected 1 to the context of {context} tokens")

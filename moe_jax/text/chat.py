@@ -1,4 +1,4 @@
-"""The chat template of a checkpoint: what stands around a user's message, in Jinja, as `transformers` renders it.
+"""Chat templates of checkpoints, in Jinja, rendered as `transformers` does.
 
 Templates come with models and are not trusted: they run in Jinja's sandbox.
 """
@@ -19,7 +19,7 @@ from moe_jax.text import declared
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, which marks what a model says for training, and is silent here."""
+    """`{% generation %}`, which marks the model's text for training; rendered without a mark."""
 
     tags = {"generation"}
 
@@ -33,7 +33,7 @@ def _raise_exception(message: str) -> None:
 
 
 def _to_json(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
-    """Unlike Jinja's own, leaves HTML's characters alone."""
+    """JSON without escaped HTML characters, unlike Jinja's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -42,10 +42,10 @@ def _strftime_now(text: str) -> str:
 
 
 def load_template(folder: str | os.PathLike) -> tuple[str, dict[str, str]]:
-    """Reads a model's chat template: `chat_template.jinja`, else `chat_template` of `tokenizer_config.json`.
+    """Reads a model's chat template: `chat_template.jinja`, or `chat_template` in `tokenizer_config.json`.
 
     Returns:
-        The template, and the special tokens that it may name, such as `bos_token`.
+        The template, and the special tokens that it may use, such as `bos_token`.
 
     Raises:
         ValueError: there is none, or a file is damaged.
@@ -60,7 +60,7 @@ def load_template(folder: str | os.PathLike) -> tuple[str, dict[str, str]]:
 
 
 def load_renderer(folder: str | os.PathLike) -> Callable[[Sequence[Mapping[str, Any]]], str] | None:
-    """What renders whole conversations as a model reads them (`render_conversation`); None without a chat template.
+    """Returns `render_conversation` for a model's chat template; None if it has none.
 
     Raises:
         ValueError: a file is damaged.
@@ -71,7 +71,7 @@ def load_renderer(folder: str | os.PathLike) -> Callable[[Sequence[Mapping[str, 
 
 def _find_template(folder: pathlib.Path) -> tuple[str | None, dict[str, str]]:
     template = declared.read_fields(folder / declared.CONFIG).get("chat_template")
-    if isinstance(template, list):  # several by name
+    if isinstance(template, list):  # several templates, by name
         named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
         template = named.get("default")
     if (folder / "chat_template.jinja").is_file():
@@ -80,45 +80,45 @@ def _find_template(folder: pathlib.Path) -> tuple[str | None, dict[str, str]]:
 
 
 def render(template: str, special_tokens: dict[str, str], message: str) -> str:
-    """One user message, and what opens the model's answer: `render_messages` of a single message."""
+    """Renders one user message, and the opening of the model's answer."""
     return render_messages(template, special_tokens, [{"role": "user", "content": message}])
 
 
 def render_messages(
     template: str, special_tokens: Mapping[str, str], messages: Sequence[Mapping[str, str]], answer: bool = True
 ) -> str:
-    """A conversation, and what opens the model's answer.
+    """Renders a conversation, and the opening of the model's answer.
 
-    The text holds all special tokens: it is encoded without adding any.
+    The text holds all special tokens: encode it without adding any.
 
     Args:
         template: as `load_template` gives it.
         special_tokens: as `load_template` gives them.
         messages: each with a `role` and a `content`.
-        answer: whether the model's answer is opened. If not, the text ends with the last message's content, which the
-            model goes on with.
+        answer: whether to open the model's answer. If not, the text ends with the last message's content, for the model
+            to continue.
 
     Raises:
-        ValueError: the template is not Jinja, does what the sandbox forbids, or refuses the message.
+        ValueError: the template is not Jinja, does what the sandbox forbids, or refuses the messages.
     """
     text = _apply(template, special_tokens, messages, answer)
     if answer:
         return text
     last = messages[-1]["content"].strip()
     if last not in text:
-        raise ValueError(f"the chat template leaves out the last message, {last!r}: it cannot be gone on with")
+        raise ValueError(f"the chat template leaves out the last message, {last!r}: the model cannot continue it")
     return text[: text.rindex(last) + len(last)]
 
 
 def render_conversation(template: str, special_tokens: Mapping[str, str], messages: Sequence[Mapping[str, Any]]) -> str:
-    """A whole conversation with all that closes its last message, and nothing that opens another: text to train on.
+    """Renders a whole conversation, as text to train on: the last message is closed, no answer is opened.
 
-    The text holds all special tokens: it is encoded without adding any.
+    The text holds all special tokens: encode it without adding any.
 
     Args:
         template: as `load_template` gives it.
         special_tokens: as `load_template` gives them.
-        messages: each with a `role` and a `content`, and whatever else the template reads.
+        messages: each with a `role`, a `content`, and any other fields that the template reads.
 
     Raises:
         ValueError: as `render_messages`.
@@ -132,13 +132,13 @@ def _apply(
     names = {"messages": messages, "tools": None, "documents": None, "add_generation_prompt": answer}
     try:
         return _compile(template).render(**names, **special_tokens)
-    except Exception as error:  # a template is a program: it raises whatever it meets
+    except Exception as error:  # a template is a program, and may raise anything
         raise ValueError(f"the chat template cannot be applied: {type(error).__name__}: {error}") from error
 
 
 @functools.lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
-    """Compiling takes longer than rendering, and training text has many conversations."""
+    """Compiles a template, once: that takes longer than rendering, and training text has many conversations."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
     )

@@ -1,9 +1,9 @@
-"""The training text: files that are already on the machine, less everything that was held out.
+"""The training text: files that are already on the machine, without the held-out text.
 
 A source is `"stdlib"` (the running interpreter's standard library), the name of an installed, permissively licensed
 distribution, or the path of a file or folder. A file is a document, except JSON lines (`jsonl.py`), in which each line
-is one. Files that nobody wrote by hand (generated tables, recorded data) are left out, and so is whatever resembles the
-held-out text: two documents are compared by their shingles, sequences of consecutive words (`shingles.py`).
+is one. Left out are files that were not written by hand (generated tables, recorded data) and near-duplicates of the
+held-out text, found by comparing shingles, that is, sequences of consecutive words (`shingles.py`).
 """
 
 import collections
@@ -23,12 +23,12 @@ from absl import logging
 from moe_jax.text import distributions, jsonl
 from moe_jax.text.shingles import shingle
 
-CONTAINMENT_THRESHOLD = 0.25  # of either document's shingles found in the other: a near-duplicate
-BOILERPLATE_FILES = 4  # a shingle in so many held-out files (a licence header) says nothing about resemblance
+CONTAINMENT_THRESHOLD = 0.25  # share of a document's shingles in the other one that makes a near-duplicate
+BOILERPLATE_FILES = 4  # shingles in this many held-out files (licence headers) are not compared
 MIN_BYTES = 200  # smaller files are left out
-MAX_LIBRARY_BYTES = 512 * 1024  # larger files of libraries are left out: most are generated
-MAX_LINE_CHARACTERS = 1000  # a longer line was not typed
-MAX_DATA_FRACTION = 0.25  # of the characters in numbers, escapes and unbroken ASCII runs of 80 and more
+MAX_LIBRARY_BYTES = 512 * 1024  # larger library files are left out: most are generated
+MAX_LINE_CHARACTERS = 1000  # a file with longer lines was not written by hand
+MAX_DATA_FRACTION = 0.25  # share of characters in numbers, escapes and unbroken ASCII runs of 80 or more
 
 STDLIB = "stdlib"
 ARCHIVE = "held_out.jsonl.xz"
@@ -49,10 +49,10 @@ class Document:
     """One file, or one line of a file of JSON lines.
 
     Attributes:
-      source: where it comes from.
-      name: its path within that source; of a line, followed by `:` and the number of the line.
-      text: all of it.
-      special_tokens: whether special tokens in the text are meant as such, as in a conversation rendered by a chat
+      source: the source it was read from.
+      name: its path within the source; for a line, followed by `:` and the line's number.
+      text: the whole text.
+      special_tokens: whether special tokens in the text are encoded as such, as in a conversation rendered by a chat
         template; if not, their characters are ordinary text.
     """
 
@@ -64,21 +64,21 @@ class Document:
 
 @dataclasses.dataclass(frozen=True)
 class SourceStatistics:
-    """What was taken from one source, and how many documents were left out, by reason."""
+    """What was read from one source, and how many documents were left out, by reason."""
 
-    files: int  # documents: each line of a file of JSON lines is one
+    files: int  # documents; each JSON line is one
     bytes: int  # of UTF-8
     left_out: Mapping[str, int]
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Training documents, ordered by source and name, lines of a file by number.
+    """Training documents, ordered by source, name and line number.
 
     Attributes:
       documents: the documents.
-      statistics: of each source, under the name it was asked for by.
-      sha256: of all sources, names and texts: a resumed run compares it.
+      statistics: by source, as named in the settings.
+      sha256: of all sources, names and texts; a resumed run compares it.
     """
 
     documents: tuple[Document, ...]
@@ -87,32 +87,34 @@ class Corpus:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of UTF-8, all documents together."""
+        """Bytes of UTF-8 in all documents."""
         return sum(statistics.bytes for statistics in self.statistics.values())
 
 
 def collect(sources: Sequence[str], held_out: Sequence[Document], chat: jsonl.Chat | None = None) -> Corpus:
-    """Reads every source and leaves out what is not worth learning or must not be learned.
+    """Reads every source, without documents that are not worth training on or that are held out.
 
-    Only `.py` files are read of the standard library and of distributions, every file of a folder, except hidden ones.
-    Left out, and counted by reason: files that are not UTF-8 text (`binary`) or `unreadable`, smaller than `MIN_BYTES`
-    (`tiny`), of a library and larger than `MAX_LIBRARY_BYTES` (`large`), that say they are generated (`generated`),
-    numbers in the main or with very long lines (`data`), seen before, byte for byte (`duplicate`), and held out or
-    nearly so (`held_out`; see `HeldOutIndex`). A file named itself is only checked for being text and for the last two.
-    So are lines of JSON, which may also be `empty`; a damaged line is refused.
+    From the standard library and distributions only `.py` files are read, from a folder all files that are not hidden.
+    Left out, and counted by reason, are files that are
+    - not UTF-8 text (`binary`), or `unreadable`;
+    - smaller than `MIN_BYTES` (`tiny`), or in a library and larger than `MAX_LIBRARY_BYTES` (`large`);
+    - marked as generated (`generated`), or mostly numbers or very long lines (`data`);
+    - equal to an earlier document (`duplicate`), or to the held-out text or nearly so (`held_out`; see `HeldOutIndex`).
+    A file that is itself a source is only checked for being text, and for the last line of this list. So are JSON
+    lines, which may also be `empty`; a damaged line is an error.
 
     Args:
-      sources: `"stdlib"`, names of installed distributions, paths of files or folders. A name that is both an
-        installed distribution and a path means the distribution; a leading `./` makes it a path.
+      sources: `"stdlib"`, names of installed distributions, paths of files or folders. If a name is both an
+        installed distribution and a path, it means the distribution; a leading `./` makes it a path.
       held_out: documents that must not be trained on.
-      chat: renders the conversations in JSON lines, as `chat.load_renderer` gives it; None: there is no template.
+      chat: renders the conversations in JSON lines, from `chat.load_renderer`; None: there is no template.
 
     Returns:
       The corpus, the same for any order of `sources`.
 
     Raises:
-      ValueError: a source is unknown, not permissively licensed, unreadable or has nothing to read; a line of JSON is
-        damaged; or nothing is left.
+      ValueError: a source is unknown, not permissively licensed, unreadable or empty; a JSON line is damaged; or
+        every document was left out.
     """
     index = HeldOutIndex(held_out)
     documents, statistics, seen = [], {}, set()
@@ -144,10 +146,10 @@ def collect(sources: Sequence[str], held_out: Sequence[Document], chat: jsonl.Ch
 
 
 def load_held_out(path: str | os.PathLike, chat: jsonl.Chat | None = None) -> tuple[Document, ...]:
-    """Reads the held-out text: the archive of a folder that has `MANIFEST.json`, or else any file or folder.
+    """Reads the held-out text: the archive in a folder that has `MANIFEST.json`, or any file or folder.
 
-    The archive, `held_out.jsonl.xz`, is verified against the manifest. Of another folder every file is read, except
-    hidden ones. Nothing is left out but files that are not UTF-8 text and what is empty.
+    The archive, `held_out.jsonl.xz`, is verified against the manifest. From any other folder all files that are not
+    hidden are read. Only files that are not UTF-8 text and empty documents are left out.
 
     Args:
       path: a file, such as text or JSON lines, or a folder.
@@ -157,8 +159,8 @@ def load_held_out(path: str | os.PathLike, chat: jsonl.Chat | None = None) -> tu
       The held-out documents, in the manifest's order or by name.
 
     Raises:
-      ValueError: there is nothing, a file is unreadable, a line of JSON is damaged, or the archive is missing, damaged
-        or not the one that the manifest describes.
+      ValueError: there is no text, a file is unreadable, a JSON line is damaged, or the archive is missing, damaged or
+        not the one that the manifest describes.
     """
     source = str(path)
     if not _is_file_or_folder(source):
@@ -200,16 +202,16 @@ def _load_archive(folder: pathlib.Path) -> tuple[Document, ...]:
 
 
 def half(documents: Sequence[Document], which: str) -> tuple[Document, ...]:
-    """Every second document: the "even" ones, counted from 0, or the "odd" ones; "": all."""
+    """Every second document: "even" ones, counted from 0, or "odd" ones; "": all."""
     return tuple(documents[{"": 0, "even": 0, "odd": 1}[which] :: 2 if which else 1])
 
 
 class HeldOutIndex:
-    """Tells near-duplicates of held-out documents.
+    """Finds near-duplicates of held-out documents.
 
-    A document resembles the held-out text when it has the source and name of a held-out document (any version of it)
-    or its text, when `CONTAINMENT_THRESHOLD` of its shingles occur in held-out documents, or when it contains that
-    share of the shingles of one held-out document. Shingles of `BOILERPLATE_FILES` held-out texts or more do not count.
+    A document resembles the held-out text if it has the source and name of a held-out document (any version of it) or
+    its text, if `CONTAINMENT_THRESHOLD` of its shingles occur in held-out documents, or if it contains that share of
+    the shingles of one held-out document. Shingles in `BOILERPLATE_FILES` or more held-out texts do not count.
     """
 
     def __init__(self, held_out: Sequence[Document]):
@@ -227,13 +229,13 @@ class HeldOutIndex:
         self._sizes = np.maximum(np.bincount(self._owners, minlength=len(shingles)), 1)
 
     def resembles(self, document: Document) -> bool:
-        """Whether the document is held out, or nearly so."""
+        """Whether the document is held out, or nearly the same as one that is."""
         if _key(document) in self._names or document.text in self._texts:
             return True
         return self.containment(document.text) >= CONTAINMENT_THRESHOLD
 
     def containment(self, text: str) -> float:
-        """The larger of two shares: of `text` in all held-out documents, of any one held-out document in `text`."""
+        """The larger of two shares: of `text` in all held-out documents, or of one held-out document in `text`."""
         if not len(self._hashes):
             return 0.0
         hashes = shingle(text)
@@ -257,11 +259,11 @@ def _is_in(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
     return ascending[position] == values
 
 
-_Read = Iterator[tuple[Document | None, str]]  # a document, and why it is left out ("" if it is not)
+_Read = Iterator[tuple[Document | None, str]]  # a document, and the reason to leave it out ("": none)
 
 
 def _read(source: str, chat: jsonl.Chat | None) -> _Read:
-    """Yields each document of a source in order of files and lines."""
+    """Yields the documents of a source in the order of files and lines."""
     if source == STDLIB:
         root = pathlib.Path(sysconfig.get_path("stdlib"))
         yield from _read_files(root, _walk(root, lambda name: name.endswith(".py")), source, chat, _why_not_library)
@@ -361,7 +363,7 @@ def _left_out(reasons: Mapping[str, int]) -> str:
 
 
 def _key(document: Document) -> tuple[str, str]:
-    """Source and name, the source as package indexes compare it: "Orbax_Checkpoint" is "orbax-checkpoint"."""
+    """Source and name; the source normalised like a package name: "Orbax_Checkpoint" is "orbax-checkpoint"."""
     return re.sub(r"[-_.]+", "-", document.source).lower(), document.name
 
 

@@ -1,8 +1,8 @@
-"""Special tokens that a model's folder declares outside tokenizer.json, and what it says stands around a text.
+"""Special tokens that a model's folder declares outside tokenizer.json, and the tokens that it adds around a text.
 
 `tokenizer_config.json`, `special_tokens_map.json` and `added_tokens.json` come from transformers, whose versions read
-them differently: up to 4.57 `add_bos_token` decided, version 5 leaves it out where there is a tokenizer.json. Here what
-the folder declares is done, and said where tokenizer.json alone would do otherwise.
+them differently: up to 4.57 `add_bos_token` decides, version 5 ignores it if there is a tokenizer.json. Here the
+folder's declarations are followed; a warning says where they differ from tokenizer.json alone.
 """
 
 import functools
@@ -21,7 +21,7 @@ _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
 def read_fields(path: pathlib.Path) -> dict[str, Any]:
-    """An object of a file; none where there is no such file.
+    """Reads a JSON object; an empty one if there is no such file.
 
     Raises:
         ValueError: the file is damaged.
@@ -36,7 +36,7 @@ def read_fields(path: pathlib.Path) -> dict[str, Any]:
 
 
 def read_named(folder: pathlib.Path) -> dict[str, str]:
-    """The tokens that a folder gives a role, such as `bos_token`; `tokenizer_config.json` wins.
+    """Reads the tokens with a role, such as `bos_token`, by role; `tokenizer_config.json` wins.
 
     Raises:
         ValueError: a file is damaged.
@@ -47,14 +47,14 @@ def read_named(folder: pathlib.Path) -> dict[str, str]:
 
 
 def apply(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path) -> tokenizers.Tokenizer:
-    """The tokenizer of tokenizer.json as the folder's other files want it: itself, or another.
+    """Applies the folder's other files to the tokenizer of tokenizer.json; changes it, or returns another.
 
-    A token that is declared special is one: its characters are encoded as it, and decoding leaves it out. Where
-    `add_bos_token` or `add_eos_token` are declared, true or false, that is what stands before and after a text.
+    Tokens that are declared special become special: their characters are encoded as the token, and decoding leaves them
+    out. `add_bos_token` and `add_eos_token`, where declared, decide whether those tokens are put around a text.
 
     Raises:
-        ValueError: a file is damaged, a token cannot have the id that is declared, or what is to stand around a text
-            is no token.
+        ValueError: a file is damaged, a token cannot have its declared id, or a token to put around a text does not
+            exist.
     """
     fields = read_fields(folder / CONFIG)
     _add_tokens(tokenizer, folder, fields)
@@ -62,7 +62,7 @@ def apply(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path) -> tokenizers.T
 
 
 class _Declared(NamedTuple):
-    """One token: its id where that is declared, and whether it is special."""
+    """One declared token: its id, if declared, and whether it is special."""
 
     token_id: int | None
     special: bool
@@ -70,7 +70,7 @@ class _Declared(NamedTuple):
 
 
 def _declared(folder: pathlib.Path, fields: Mapping[str, Any]) -> dict[str, _Declared]:
-    """By their characters: those with an id first, in the order of ids."""
+    """The declared tokens by their characters: those with an id first, in order of ids."""
     by_map = read_fields(folder / _MAP)
     special: dict[str, Any] = {}
     for source in (by_map, fields):
@@ -148,7 +148,7 @@ def _with_outer_tokens(
 
 
 def _reframed(tokenizer: tokenizers.Tokenizer, before: list[int], after: list[int]) -> tokenizers.Tokenizer:
-    """The same with other tokens around a text; what else its post-processor does stays."""
+    """A copy of the tokenizer with other tokens around a text; only a ByteLevel step of the post-processor stays."""
     fields = json.loads(tokenizer.to_str())
     given = fields["post_processor"]
     steps = given["processors"] if given and given["type"] == "Sequence" else [given]
@@ -181,7 +181,7 @@ def _options(value: Any) -> dict[str, bool]:
 
 
 def _each(value: Any) -> list[Any]:
-    """Tokens of a list, or of an object that gives each a name of its own."""
+    """The tokens of a list, or of an object that names each."""
     return list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else []
 
 
@@ -191,5 +191,5 @@ def _without_null(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 @functools.cache
 def _say(message: str) -> None:
-    """Once in a process: a folder's tokenizer is loaded several times."""
+    """Warns once per process, since a folder's tokenizer is loaded several times."""
     logging.warning("%s", message)

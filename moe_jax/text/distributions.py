@@ -1,4 +1,4 @@
-"""Installed distributions as sources of text: found by name, and refused unless their licence is permissive."""
+"""Installed distributions as text sources: found by name, refused unless their licence is permissive."""
 
 import difflib
 import importlib.metadata
@@ -26,16 +26,19 @@ def find(source: str) -> importlib.metadata.Distribution | None:
 
 
 def did_you_mean(source: str, *others: str) -> str:
-    """What to add to a refusal of an unknown name: the distribution, or one of `others`, that is spelled like it."""
+    """A hint for an unknown name: the distribution, or the one of `others`, with the most similar name; else ""."""
     names = sorted({name for one in importlib.metadata.distributions() if (name := one.metadata["Name"])})
     near = difflib.get_close_matches(source, [*others, *names], n=1)
     return f'; did you mean "{near[0]}"?' if near else ""
 
 
 def require_permissive(distribution: importlib.metadata.Distribution) -> None:
-    """Refuses, by a ValueError, a distribution whose metadata does not state a permissive licence.
+    """Refuses a distribution whose metadata does not state a permissive licence.
 
-    Its SPDX expression counts, or else its classifiers, or else the beginning of the licence that it writes out.
+    The SPDX expression decides; without one the classifiers; without those the beginning of the licence text.
+
+    Raises:
+      ValueError: the licence is not stated, or not permissive.
     """
     metadata = distribution.metadata
     expression = metadata.get("License-Expression")
@@ -46,7 +49,7 @@ def require_permissive(distribution: importlib.metadata.Distribution) -> None:
     if expression:
         permissive, licence = _is_permissive_expression(expression), expression
     elif classifiers:
-        # every classifier, because nothing says which of them holds for which file
+        # every classifier, since it is unknown which of them holds for which file
         permissive = all(_PERMISSIVE_WORDS.search(one) for one in classifiers)
         licence = ", ".join(one.removeprefix("License :: ") for one in classifiers)
     else:
@@ -60,7 +63,7 @@ def require_permissive(distribution: importlib.metadata.Distribution) -> None:
 
 
 def _is_permissive_expression(expression: str) -> bool:
-    """An SPDX expression: every part joined by AND, one of those joined by OR."""
+    """Whether an SPDX expression is permissive: every part joined by AND, at least one part joined by OR."""
     for part in re.split(r"\s+AND\s+", re.sub(r"[()]", " ", expression), flags=re.IGNORECASE):
         choices = re.split(r"\s+OR\s+", part.strip(), flags=re.IGNORECASE)
         if not any(re.split(r"\s+WITH\s+", choice)[0].strip() in PERMISSIVE for choice in choices):

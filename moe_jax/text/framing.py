@@ -1,4 +1,4 @@
-"""What stands before and after a text of a model: the ids, found in its files, and put around whole documents."""
+"""The tokens that begin and end a text: found in a model's files, and put around whole documents."""
 
 import dataclasses
 import os
@@ -16,14 +16,14 @@ from moe_jax.text.tokenizer import encode_documents
 def outer_ids(
     folder: str | os.PathLike, tokenizer: tokenizers.Tokenizer, token_ids: Mapping[str, int | Sequence[int]]
 ) -> tuple[int, int]:
-    """The ids that begin and end a text: those that transformers takes, then those of the model's configuration.
+    """Finds the ids that begin and end a text: first in the tokenizer's files, then in the model's configuration.
 
-    A text begins with `bos_token`, or with what ends one where there is no such token: then both ids are the same.
+    A text begins with `bos_token`; if there is none, with the token that ends a text, so that both ids are the same.
 
     Args:
       folder: of the model; its `tokenizer_config.json`, or `special_tokens_map.json`, names the tokens.
       tokenizer: of the model.
-      token_ids: `bos_token_id` and `eos_token_id` of a model's configuration. Of several, the first counts.
+      token_ids: `bos_token_id` and `eos_token_id` of a model's configuration; the first of several counts.
 
     Returns:
       The id that begins a text and the id that ends one.
@@ -49,10 +49,10 @@ def frame_documents(
 ) -> list[np.ndarray]:
     """Encodes whole documents, in order, each with one `begin_id` before it and one `end_id` after it.
 
-    Whatever of this the tokenizer or a chat template wrote itself is not repeated. What else the tokenizer puts around
-    a text stays, between the two. Where `begin_id` and `end_id` are the same, nothing ends an array: the beginning of
-    the next document does, as `batches.pack` has it. White space that a chat template writes after a closing `end_id`
-    is left out, since a model that has written `end_id` writes nothing more.
+    An id that the tokenizer or a chat template has already put there is not repeated. Other tokens that the tokenizer
+    adds stay, between the two. If `begin_id` and `end_id` are the same, an array has no `end_id`: the beginning of the
+    next document ends it (see `batches.pack`). White space that a chat template writes after a closing `end_id` is
+    removed, since a model generates nothing after `end_id`.
 
     Args:
       tokenizer: of any model.
@@ -61,8 +61,8 @@ def frame_documents(
       end_id: as `outer_ids` gives it.
 
     Returns:
-      One int32 array per document. For a tokenizer of ours they equal those of `encode_documents`, but for an `end_id`
-      at the end of a conversation, which is left out here.
+      One int32 array per document. For a tokenizer trained here they equal those of `encode_documents`, without the
+      `end_id` at the end of a conversation.
     """
     end = tokenizer.id_to_token(end_id)
     documents = [_cut_after(end, document) if document.special_tokens and end else document for document in documents]

@@ -1,4 +1,4 @@
-"""Text in JSON lines: one text per line, or one conversation, which a model's chat template turns into a text."""
+"""Reads JSON lines: each is a text, or a conversation that a chat template renders as text."""
 
 import codecs
 import gzip
@@ -10,16 +10,16 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-# Renders the messages of a whole conversation; raises ValueError where the template does not take them.
+# Renders the messages of a whole conversation; raises ValueError if the template refuses them.
 Chat = Callable[[Sequence[Mapping[str, Any]]], str]
 
 _OPENERS = {".jsonl": open, ".jsonl.gz": gzip.open, ".jsonl.xz": lzma.open}
 _FIELDS = ("text", "messages")
-_SHOWN_CHARACTERS = 100  # of a value that is refused
+_SHOWN_CHARACTERS = 100  # of a refused value, in messages
 
 
 class Line(NamedTuple):
-    """One line: its number in the file, from 1; its text; whether special tokens in the text are meant as such."""
+    """One line: its number in the file, from 1; its text; whether special tokens in the text are encoded as such."""
 
     number: int
     text: str
@@ -27,23 +27,22 @@ class Line(NamedTuple):
 
 
 def is_jsonl(name: str) -> bool:
-    """Whether a file's name ends as JSON lines do: `.jsonl`, `.jsonl.gz` or `.jsonl.xz`."""
+    """Whether a file's name ends in `.jsonl`, `.jsonl.gz` or `.jsonl.xz`."""
     return name.lower().endswith(tuple(_OPENERS))
 
 
 def read_lines(path: str | os.PathLike, chat: Chat | None = None) -> Iterator[Line]:
-    r"""Reads a file of JSON lines in UTF-8, one at a time; blank lines are passed over, but counted.
+    r"""Reads a file of JSON lines in UTF-8, one line at a time; blank lines are skipped, but counted.
 
-    A line is `{"text": "..."}` or `{"messages": [{"role": "user", "content": "..."}, ...]}`. Other fields are ignored,
-    those of a message are handed to the template. Lines end with `\n` alone, so texts may hold other line separators.
+    A line is `{"text": "..."}` or `{"messages": [{"role": "user", "content": "..."}, ...]}`. Other fields are ignored;
+    those of a message are passed to the template. Lines end with `\n` alone, so texts may hold other line separators.
 
     Args:
-      path: `is_jsonl`.
-      chat: renders conversations, such as `chat.load_renderer` gives it; None: there is no template.
+      path: a file for which `is_jsonl` holds.
+      chat: renders conversations, from `chat.load_renderer`; None: there is no template.
 
     Yields:
-      The lines in order. Special tokens are meant as such in conversations only, wherever they are in one: a message
-      that spells a special token has it.
+      The lines in order. Special tokens are encoded as such in conversations only, even where a message spells one.
 
     Raises:
       ValueError: the file is unreadable, or a line is damaged, has neither field or both, or is a conversation that

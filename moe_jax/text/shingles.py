@@ -1,4 +1,4 @@
-"""Shingles: hashes of the sequences of consecutive words in a text, by which near-duplicates are found.
+"""Shingles: hashes of sequences of consecutive words, for finding near-duplicates.
 
 Broder, "On the resemblance and containment of documents", 1997.
 """
@@ -33,7 +33,7 @@ def shingle(text: str) -> np.ndarray:
 
 
 def _hash_words(text: str) -> np.ndarray:
-    """A hash of each word in order: its bytes are the digits of a number in an odd base modulo 2**64."""
+    """A hash of each word, in order: its bytes read as the digits of a number in an odd base, modulo 2**64."""
     data = np.frombuffer(text.encode(), np.uint8)
     kind = _BYTE_KIND[data]
     before = np.concatenate([[0], kind[:-1]]) if len(kind) else kind
@@ -50,7 +50,7 @@ def _hash_words(text: str) -> np.ndarray:
 
 
 _BASE = 0x9E3779B97F4A7C15
-_LETTER, _LEAD, _TAIL = 1, 2, 3  # part of an ASCII word; the first byte of a character beyond ASCII; one of its others
+_LETTER, _LEAD, _TAIL = 1, 2, 3  # a byte of an ASCII word; the first or another byte of a character beyond ASCII
 
 
 def _byte_kinds() -> np.ndarray:

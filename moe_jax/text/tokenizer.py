@@ -1,7 +1,7 @@
-"""The byte-level BPE tokenizer: trained, saved as other tools read it, loaded, and used.
+"""The byte-level BPE tokenizer: training, saving in the usual files, loading, encoding and decoding.
 
 Any text survives encoding and decoding unchanged: there is no normaliser, and every byte is a token. Every encoded text
-begins with `<|endoftext|>`, which both opens a document and, as the label behind its last token, closes it.
+begins with `<|endoftext|>`, which opens a document and, as the label of its last token, also closes it.
 """
 
 import itertools
@@ -21,30 +21,30 @@ from moe_jax.text.corpus import Document
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0
 
-# Merges never cross these: a word with the one mark or space before it; up to three digits; marks with the space before
-# them and, at the end of a line, the next line's indentation; blank lines with that indentation; other space.
+# Merges stay within these pieces: a word with one mark or space before it; up to three digits; marks with the space
+# before them and, at the end of a line, the next line's indentation; blank lines with that indentation; other space.
 PIECES = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+(?:[\r\n]+[ \t]*)?|\s*[\r\n]+[ \t]*|\s+(?!\S)|\s+"
-# What travels with the weights from one folder of a model to another.
+# The files that are copied with the weights from one model folder to another.
 _FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("tokenizer.model", "vocab.json", "merges.txt", "chat_template.jinja"),
 )
 _ENCODE_AT_ONCE = 512  # documents
-_LAST_IDS = 16  # of a prompt, that a continuation is decoded behind; more where those have no text
+_LAST_IDS = 16  # ids of a prompt that are decoded together with a continuation; more if these have no text
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokenizer:
     """Learns byte pairs (Sennrich et al., 2016) from training texts.
 
     Args:
-      texts: the training documents, and nothing that is held out. The same texts give the same tokenizer.
-      vocab_size: tokens, `<|endoftext|>` (id 0) and the 256 bytes included.
+      texts: the training documents, without held-out ones. The same texts give the same tokenizer.
+      vocab_size: number of tokens, including `<|endoftext|>` (id 0) and the 256 bytes.
 
     Returns:
-      The tokenizer. `encode(text)` puts `<|endoftext|>` first; the same characters *in* a text are ordinary text.
+      The tokenizer. `encode(text)` begins with `<|endoftext|>`; the same characters *in* a text are ordinary text.
 
     Raises:
-      ValueError: the texts do not have that many pairs.
+      ValueError: the texts have too few pairs for `vocab_size`.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -75,12 +75,12 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
 
 
 def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: str | os.PathLike, max_context: int) -> None:
-    """Writes `tokenizer.json` and the two files beside it with which `transformers.AutoTokenizer` loads it.
+    """Writes `tokenizer.json`, and two more files that `transformers.AutoTokenizer` reads.
 
     Args:
-      tokenizer: as `train_tokenizer` makes it.
+      tokenizer: from `train_tokenizer`.
       folder: must exist.
-      max_context: tokens that the model takes.
+      max_context: the model's context, in tokens.
     """
     folder = pathlib.Path(folder)
     special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
@@ -97,7 +97,10 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: str | os.PathLike, m
 
 
 def load_tokenizer(folder: str | os.PathLike) -> tokenizers.Tokenizer:
-    """Reads `tokenizer.json` from a model's folder (or the file itself), and what lies beside it, see `declared.apply`.
+    """Reads a model's tokenizer: `tokenizer.json`, and the files beside it (see `declared.apply`).
+
+    Args:
+      folder: of the model, or the path of `tokenizer.json`.
 
     Raises:
       ValueError: it is missing or not a tokenizer, or a file beside it is damaged.
@@ -123,13 +126,13 @@ def load_tokenizer(folder: str | os.PathLike) -> tokenizers.Tokenizer:
 
 
 def read_tokenizer_files(folder: str | os.PathLike) -> dict[str, bytes]:
-    """Reads the files that make up a tokenizer, those of them that a folder has, by name."""
+    """Reads the tokenizer files that a folder has; the keys are their names."""
     folder = pathlib.Path(folder)
     return {name: (folder / name).read_bytes() for name in _FILES if (folder / name).is_file()}
 
 
 def tokenizer_files(tokenizer: tokenizers.Tokenizer, max_context: int) -> dict[str, bytes]:
-    """The files that `save_tokenizer` writes, by name."""
+    """The contents of the files that `save_tokenizer` writes; the keys are their names."""
     with tempfile.TemporaryDirectory() as scratch:
         save_tokenizer(tokenizer, scratch, max_context)
         return read_tokenizer_files(scratch)
@@ -138,11 +141,11 @@ def tokenizer_files(tokenizer: tokenizers.Tokenizer, max_context: int) -> dict[s
 def encode_documents(tokenizer: tokenizers.Tokenizer, documents: Sequence[Document]) -> list[np.ndarray]:
     """Encodes whole documents, in order.
 
-    The characters of a special token within a document are ordinary text, unless the document says `special_tokens`. If
-    it does and begins with the token that the tokenizer puts before a text, the tokenizer adds nothing.
+    The characters of a special token in a document are ordinary text, unless its `special_tokens` is set. If it is, and
+    the document already begins with the token that the tokenizer puts before a text, nothing is added.
 
     Returns:
-      One int32 array per document; each begins with what the tokenizer puts before a text (`<|endoftext|>` for ours).
+      One int32 array per document, beginning with the tokens that the tokenizer puts before a text.
     """
     arrays = [np.zeros(0, np.int32)] * len(documents)
     encode_special_tokens = tokenizer.encode_special_tokens
@@ -166,31 +169,31 @@ def encode_documents(tokenizer: tokenizers.Tokenizer, documents: Sequence[Docume
 
 
 def special_tokens(tokenizer: tokenizers.Tokenizer) -> dict[int, str]:
-    """The tokens that decoding leaves out, by id."""
+    """Special tokens by id; decoding leaves them out."""
     added = tokenizer.get_added_tokens_decoder()
     return {number: token.content for number, token in added.items() if token.special}
 
 
 class TextStream:
-    """Turns token ids, as they come, into pieces of text that never end in half a character.
+    """Decodes token ids one at a time into pieces of text that never end within a character.
 
-    The pieces, `flush()` included, add up to what decoding all ids at once gives, or adds to what it gives for the ids
-    before; special tokens have no text. Bytes that cannot be UTF-8 are held back until a whole character follows, then
-    come as U+FFFD.
+    The pieces, including that of `flush()`, add up to the text of all ids decoded at once, or to what they add to the
+    text of `before`. Special tokens have no text. Bytes that are not UTF-8 are held back until a whole character
+    follows, and then appear as U+FFFD.
 
     Args:
         tokenizer: of the model.
-        before: ids that the text goes on from, such as a prompt.
+        before: ids that the text continues, such as a prompt.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, before: Sequence[int] = ()):
         self._tokenizer = tokenizer
-        # The ids of the last piece, or the last ids before: some decoders strip the space of the first token.
+        # The ids of the last piece, or the last of `before`: some decoders strip the space of the first token.
         self._shown = _last_with_text(tokenizer, before)
         self._pending: list[int] = []
 
     def push(self, token_id: int) -> str:
-        """Takes one more id; returns the text that is now certain, which may be empty."""
+        """Takes one more id; returns the text that is complete by now, which may be empty."""
         self._pending.append(int(token_id))
         text = self._pending_text()
         if not text or text.endswith("\N{REPLACEMENT CHARACTER}"):
@@ -199,7 +202,7 @@ class TextStream:
         return text
 
     def flush(self) -> str:
-        """Ends the stream; returns what was held back, with U+FFFD for a character that never became whole."""
+        """Ends the stream; returns the text held back, with U+FFFD for an incomplete character."""
         text = self._pending_text()
         self._shown, self._pending = [], []
         return text
@@ -208,11 +211,11 @@ class TextStream:
         before = self._tokenizer.decode(self._shown, skip_special_tokens=True)
         text = self._tokenizer.decode(self._shown + self._pending, skip_special_tokens=True)
         alike = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, text))
-        return text[sum(1 for _ in alike) :]  # half a character before may become whole
+        return text[sum(1 for _ in alike) :]  # an incomplete character in `before` may change
 
 
 def _last_with_text(tokenizer: tokenizers.Tokenizer, ids: Sequence[int]) -> list[int]:
-    """The last of some ids, so many that they have text and do not begin within a character, or all of them."""
+    """The last ids: enough of them to have text and not to begin within a character, or all."""
     count = _LAST_IDS
     while count < len(ids):
         text = tokenizer.decode(list(ids[-count:]), skip_special_tokens=True)

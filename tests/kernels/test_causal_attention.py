@@ -225,7 +225,7 @@ def test_inputs_of_several_dtypes(implementation):
 
 def test_numbers_that_are_no_floats_are_refused():
     ones = jnp.ones((1, 4, 2, 8), jnp.int32)
-    with pytest.raises(ValueError, match="values are int32: expected one of three floats"):
+    with pytest.raises(ValueError, match="expected float32, bfloat16 or float16, got int32"):
         causal_attention(ones, ones, ones, ones[:, :, 0, 0], ones[:, 0, 0, 0], 1.0, "native")
 
 

@@ -274,7 +274,7 @@ def test_a_spec_prints_as_it_parses(spec):
         ("layers:3000000000,1,1", "whole numbers"),
         ("topk:2,3", "'3' is not known here; expected k"),
         ("topk", "expected k"),
-        ("model:3", "expected nothing behind its name"),
+        ("model:3", "expected nothing after its name"),
         ("layers:", "whole numbers"),
         ("layers:8,,4", "whole numbers"),
         ("top_k:3", 'did you mean "topk:4"'),

@@ -1,4 +1,4 @@
-"""Attention of one new position per row against a cache: the contract, and the implementations."""
+"""Attention of one new token per row against a cache: the contract and the implementations."""
 
 import jax
 
@@ -21,24 +21,24 @@ def cached_attention(
     value_channels: int,
     implementation: str,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Writes the new key and value of every row into the cache, and mixes what the row sees: that and all before it.
+    """Writes the new key and value of every row into the cache, and attends to them and to all earlier positions.
 
-    Softmax and sums are float32. Head h of the queries reads head h * G // H of keys and values. Has no gradient.
+    Softmax and sums are float32. Query head h reads key and value head h * G // H. Has no gradient.
 
     Args:
         query_BHA: the new queries, rotated.
-        key_BGA: the new keys, of the dtype of the cache.
-        value_BGX: the new values; None where a key holds its value, as its first `value_channels`.
-        key_LBMGA: the cache of all layers.
-        value_LBMGX: the same; None where a key holds its value.
-        layer: int32 scalar, the layer of the cache that is written and read.
-        position_B: int32, the place of each row's new position in the cache, from 0 to M - 1.
-        scale: of the scores, static.
+        key_BGA: the new keys, in the dtype of the cache.
+        value_BGX: the new values; None if the first `value_channels` of a key are its value.
+        key_LBMGA: the keys cached for all layers.
+        value_LBMGX: the values cached for all layers; None if `value_BGX` is None.
+        layer: int32 scalar, the layer of the cache to write and read.
+        position_B: int32, the position of each row's new token in the cache, from 0 to M - 1.
+        scale: factor of the scores, static.
         value_channels: X, static.
         implementation: a name from `IMPLEMENTATIONS`, static.
 
     Returns:
-        mixed_BHX in the dtype of the queries, and both caches with the new position in them.
+        mixed_BHX in the dtype of the queries, and both caches with the new tokens.
     """
     return IMPLEMENTATIONS[implementation].forward(
         query_BHA, key_BGA, value_BGX, key_LBMGA, value_LBMGX, layer, position_B, scale, value_channels

@@ -1,7 +1,7 @@
 // Attention of one query per row against a cache, for CPUs: the new key and value are written into the cache, which is
-// neither copied nor converted, and what a row sees is read where it lies, for up to kHeads of its heads at once.
+// neither copied nor converted; it is read in place, once for up to kHeads query heads.
 //
-// A piece of work is a row, a head of keys, and some of the heads of queries that read it. Sums are float32.
+// A piece of work is a row, a key head, and up to kHeads query heads that read it. Sums are float32.
 
 #include <algorithm>
 #include <cmath>
@@ -16,9 +16,9 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kHeads = 8;       // of queries in a piece
-constexpr int64_t kPositions = 64;  // read at once: they stay in the nearest caches while heads go by
-constexpr int kVectors = 8;         // of a value, added up at once
+constexpr int64_t kHeads = 8;       // query heads in a piece
+constexpr int64_t kPositions = 64;  // read at once, to stay in the nearest caches for all heads
+constexpr int kVectors = 8;         // of a value, summed at once
 
 template <typename T>
 float Dot(const float* query, const typename T::Number* key, int64_t channels) {
@@ -33,7 +33,7 @@ float Dot(const float* query, const typename T::Number* key, int64_t channels) {
   return Sum(even + odd);
 }
 
-// mixed[x] += share[m] * value[m][x], of kCount vectors of x that are whole.
+// mixed[x] += share[m] * value[m][x], for kCount whole vectors of x.
 template <typename T, int kCount>
 void Mix(const float* share, int64_t positions, const typename T::Number* value, int64_t stride, float* mixed) {
   Floats sums[kCount];
@@ -80,7 +80,7 @@ ffi::Error Attend(ffi::ThreadPool& pool, const ffi::Buffer<ffi::F32>& query, con
   const int32_t* positions = position.typed_data();
   float* mixed_data = mixed->typed_data();
 
-  // of one layer: the row b at the position m, all heads next to each other
+  // the cache of one layer: [row, position, head, channel]
   const auto layer_of = [=](const ffi::AnyBuffer& cache, int64_t channels) {
     return static_cast<Number*>(cache.untyped_data()) + layer * batch * memory * kv_heads * channels;
   };
@@ -130,7 +130,7 @@ ffi::Error CachedAttention(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> query, ff
                            ffi::Result<ffi::AnyBuffer> value_after) {
   if (key_after->untyped_data() != key.untyped_data() ||
       (value.element_count() && value_after->untyped_data() != value.untyped_data()))
-    return ffi::Error::Internal("cached_attention: the caches were not handed on in place");
+    return ffi::Error::Internal("cached_attention: expected caches that are updated in place, got copies");
   const int64_t at = layer.typed_data()[0];
   if (at < 0 || at >= key.dimensions()[0]) return ffi::Error::InvalidArgument("cached_attention: no such layer");
   switch (key.element_type()) {

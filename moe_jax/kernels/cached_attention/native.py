@@ -1,4 +1,4 @@
-"""Attention against a cache in C++ (`native.cc`), for CPUs: reads the cache where it lies, in any dtype."""
+"""Attention against a cache in C++ (`native.cc`), for CPUs: reads the cache in place, in any dtype."""
 
 import pathlib
 

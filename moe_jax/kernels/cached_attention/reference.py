@@ -1,4 +1,4 @@
-"""Attention of one new position per row against a cache, defined by plain loops in numpy."""
+"""Attention of one new token per row against a cache, defined by plain loops in numpy."""
 
 import numpy as np
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_TERMS = 8  # products that are added up at once
+_TERMS = 8  # parts of a sum, added one after another
 
 
 def forward(query_BHA, key_BGA, value_BGX, key_LBMGA, value_LBMGX, layer, position_B, scale, value_channels):
@@ -30,17 +30,17 @@ def forward(query_BHA, key_BGA, value_BGX, key_LBMGA, value_LBMGX, layer, positi
 
 
 def _mix_latents(query_BGQA, key_BMGA, seen_BM, scale, value_channels):
-    """Products of matrices: many heads of queries read one of keys."""
+    """Matrix products: many query heads read one key head."""
     score_BGQM = jnp.einsum("bgqa,bmga->bgqm", query_BGQA, key_BMGA, preferred_element_type=jnp.float32)
     share_BGQM = jax.nn.softmax(jnp.where(seen_BM[:, None, None], score_BGQM * scale, -1e30), axis=-1)
     return jnp.einsum("bgqm,bmgx->bgqx", share_BGQM.astype(key_BMGA.dtype), key_BMGA[..., :value_channels])
 
 
 def _mix(query_BGQA, key_BMGA, value_BMGX, seen_BM, scale):
-    """Products that are written out, a few terms at a time, so that XLA reads the cache where it lies.
+    """Products written out, a few terms at a time, so that XLA reads the cache in place.
 
-    A product of matrices would copy the layer and turn it around first. Half precision is taken out of the stack
-    before: XLA would convert the caches of all layers to float32, and take one out of that.
+    A matrix product would first copy and transpose the layer. In half precision the layer is sliced before a barrier:
+    otherwise XLA would convert the caches of all layers to float32 and slice the result.
     """
     if key_BMGA.dtype != jnp.float32:
         key_BMGA, value_BMGX = lax.optimization_barrier((key_BMGA, value_BMGX))

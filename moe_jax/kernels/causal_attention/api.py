@@ -1,4 +1,4 @@
-"""Causal attention over sequences, whole or from any position on: the contract, and the implementations."""
+"""Causal attention over sequences, whole or from any position on: the contract and the implementations."""
 
 import functools
 
@@ -21,23 +21,22 @@ def causal_attention(
     scale: float,
     implementation: str,
 ) -> jax.Array:
-    """Mixes what a position sees: itself, and earlier positions of its segment or of a prefix.
+    """Attention of each position to itself, and to earlier positions of its segment or of a prefix.
 
-    The number of a prefix segment is negative: every later segment of its row goes on from it. Queries may be fewer
-    than keys: query t of a row stands at position start + t, and the keys after the last one are seen by none. Softmax
-    and sums are float32. Head h of the queries reads head h * G // H of keys and values.
+    A prefix segment has a negative number; every later segment of its row continues it. There may be fewer queries than
+    keys: query t of a row is at position start + t, and no query sees the keys after the last one. Softmax and sums are
+    float32. Query head h reads key and value head h * G // H.
 
-    Differentiable in queries, keys and values; the gradient recomputes the scores rather than keep them. Results and
-    gradients are the same, bit for bit, from run to run, whatever the number of threads. Runs on local arrays, inside
-    `shard_map` where there is one.
+    Differentiable in queries, keys and values; the gradient recomputes the scores. Results and gradients are the same,
+    bit for bit, from run to run for any number of threads. Runs on local arrays, inside `shard_map` if there is one.
 
     Args:
         query_BTHA: queries, rotated; H is a multiple of G.
         key_BMGA: keys, rotated; M is at least T.
         value_BMGX: values.
-        segments_BM: int32, the segment of every position; padding is a segment like others.
-        start_B: int32, the position of each row's first query, from 0 to M - T, which is not checked.
-        scale: of the scores, static.
+        segments_BM: int32, the segment of every position; padding is a segment like any other.
+        start_B: int32, the position of each row's first query, from 0 to M - T (not checked).
+        scale: factor of the scores, static.
         implementation: a name from `IMPLEMENTATIONS`, static.
 
     Returns:

@@ -1,8 +1,8 @@
 """Causal attention in plain JAX, on any platform (flash attention: arXiv 2307.08691).
 
-Scores exist for one block of queries and one of keys at a time; blocks beyond the diagonal are not computed. Both loops
-are loops of the compiled program, whose size does not depend on the length. The gradient recomputes the scores from the
-log-sum-exp of every query.
+Scores exist for one block of queries and one block of keys at a time; blocks above the diagonal are not computed. Both
+loops stay loops in the compiled program, so its size does not depend on the length. The gradient recomputes the scores
+from the log-sum-exp of every query.
 """
 
 from typing import NamedTuple
@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-BLOCK = 128  # queries, or keys, at most
-LONG_BLOCK = 256  # the same in the forward pass of few heads: a sixth faster over long sequences on a CPU
-FEW_HEADS = 16  # of all rows together
+BLOCK = 128  # queries or keys per block, at most
+LONG_BLOCK = 256  # for a forward pass of few heads: a sixth faster for long sequences on a CPU
+FEW_HEADS = 16  # summed over rows
 HIDDEN = -1e30  # the score of a key that a query does not see
 
 
 class _Queries(NamedTuple):
-    """Queries in blocks, which are the first axis of every array."""
+    """Queries in blocks; the first axis of every array is the block."""
 
     query_BGQTA: jax.Array
     segment_BT: jax.Array
@@ -39,7 +39,7 @@ class _Keys(NamedTuple):
 
 
 def forward(query_BTHA, key_BMGA, value_BMGX, segments_BM, start_B, scale):
-    """As `api.causal_attention`; also the natural logarithm of the sum of every query's softmax, float32 [B, H, T]."""
+    """As `api.causal_attention`; also the log-sum-exp of every query's scores, float32 [B, H, T]."""
     batch, length, heads, _ = query_BTHA.shape
     longest = LONG_BLOCK if batch * heads <= FEW_HEADS else BLOCK
     queries, keys = _in_blocks(query_BTHA, key_BMGA, value_BMGX, segments_BM, start_B, longest)
@@ -123,13 +123,13 @@ def _in_blocks(query_BTHA, key_BMGA, value_BMGX, segments_BM, start_B, longest: 
 
 
 def _even(length: int, longest: int) -> tuple[int, int]:
-    """How many blocks, and how long one is."""
+    """The number of blocks of even length, and that length."""
     count = -(-length // longest)
     return count, -(-length // count)
 
 
 def _split(x_BT, count: int, block: int) -> jax.Array:
-    """[B, T, ...] as [count, B, block, ...]; the last block is filled up with zeros."""
+    """[B, T, ...] as [count, B, block, ...]; the last block is padded with zeros."""
     batch, length, *rest = x_BT.shape
     x_BT = jnp.pad(x_BT, ((0, 0), (0, count * block - length), *((0, 0) for _ in rest)))
     return jnp.moveaxis(x_BT.reshape(batch, count, block, *rest), 1, 0)
@@ -143,19 +143,19 @@ def _of_queries(x_BTHA, count: int, block: int, kv_heads: int) -> jax.Array:
 
 
 def _joined(blocks, length: int) -> jax.Array:
-    """[count, B, G, Q, block, A] as [B, T, H, A], without what the last block was filled up with."""
+    """[count, B, G, Q, block, A] as [B, T, H, A], without the padding of the last block."""
     count, batch, kv_heads, of_kv_head, block, width = blocks.shape
     x_BTHA = blocks.transpose(1, 0, 4, 2, 3, 5).reshape(batch, count * block, kv_heads * of_kv_head, width)
     return x_BTHA[:, :length]
 
 
 def _blocks_seen(queries: _Queries, keys: _Keys) -> jax.Array:
-    """The blocks of keys up to the diagonal, of which queries of one block see something."""
+    """The number of key blocks up to the diagonal, which the queries of a block may see."""
     return queries.position_BT.max() // keys.position_M.shape[1] + 1
 
 
 def _scores(queries: _Queries, keys: _Keys, scale: float) -> jax.Array:
-    """float32."""
+    """float32 scores; `HIDDEN` where a query does not see a key."""
     key_segment_B1M = keys.segment_BM[:, None, :]
     in_sight_BTM = (queries.segment_BT[:, :, None] == key_segment_B1M) | (key_segment_B1M < 0)
     seen_BTM = in_sight_BTM & (queries.position_BT[:, :, None] >= keys.position_M[None, None, :])
@@ -164,7 +164,7 @@ def _scores(queries: _Queries, keys: _Keys, scale: float) -> jax.Array:
 
 
 def _product(axes: str, left, right) -> jax.Array:
-    """Sums in float32."""
+    """An einsum with float32 sums."""
     return jnp.einsum(axes, left, right, preferred_element_type=jnp.float32)
 
 

@@ -1,9 +1,9 @@
-// Causal attention for CPUs (flash attention: arXiv 2205.14135). Scores exist for a block of queries and
-// one of keys at a time; blocks of which nothing is seen are passed over. The gradient recomputes them from the
-// log-sum-exp of every query. Sums are float32, and their order does not depend on the threads.
+// Causal attention for CPUs (flash attention: arXiv 2205.14135). Scores exist for one block of queries and one block of
+// keys at a time; blocks that no query sees are skipped. The gradient recomputes the scores from the log-sum-exp of
+// every query. Sums are float32, and their order does not depend on the threads.
 //
-// A piece of the forward pass is a row, a block of queries and some of the heads that read one head of keys. A piece of
-// the gradient is a row and a head of keys, since all its queries add to the gradient of a key.
+// A piece of the forward pass is a row, a block of queries and up to kHeads query heads that read one key head. A piece
+// of the gradient is a row and a key head, since all its queries add to the gradient of a key.
 
 #include <algorithm>
 #include <cmath>
@@ -18,10 +18,10 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kHeads = 4;  // of queries in a piece of the forward pass
+constexpr int64_t kHeads = 4;  // query heads in a piece of the forward pass
 constexpr float kLog2E = 1.44269504f;
 
-// Of an array [B, T, heads, width]: where a head's rows begin, and how far apart they are.
+// Access to an array [B, T, heads, width]: `At` is the start of a head's row, `stride` the distance to the next.
 template <typename Number>
 struct Heads {
   Number* data;
@@ -39,8 +39,8 @@ struct Heads {
   }
 };
 
-// The positions [start, end) of a row's queries, in the blocks of its keys: the last block of keys that a block of
-// queries sees has a key for each of them.
+// The positions [start, end) of a row's queries, cut at the same positions as the blocks of keys: the last block of
+// keys that a block of queries sees has a key for each of its queries.
 struct Place {
   int64_t start, end;
 
@@ -62,7 +62,7 @@ ffi::Error Forward(ffi::ThreadPool& pool, ffi::AnyBuffer& query, ffi::AnyBuffer&
   const int64_t batch = query.dimensions()[0], length = q.length, key_width = q.width, value_width = v.width;
   const int64_t memory = k.length, of_kv_head = q.heads / k.heads, chunks = (of_kv_head + kHeads - 1) / kHeads;
   const auto place_of = [=](int64_t row) { return Place{starts[row], starts[row] + length}; };
-  int64_t blocks = 0;  // of the row that has the most
+  int64_t blocks = 0;  // of the row with the most
   for (int64_t b = 0; b < batch; b++)
     blocks = std::max(blocks, place_of(b).end_block() - place_of(b).first_block());
   const int64_t key_stride = Whole(key_width), value_stride = Whole(value_width);
@@ -71,7 +71,7 @@ ffi::Error Forward(ffi::ThreadPool& pool, ffi::AnyBuffer& query, ffi::AnyBuffer&
     const int64_t chunk = piece / blocks % chunks, g = piece / (blocks * chunks) % k.heads;
     const int64_t b = piece / (blocks * chunks * k.heads);
     const Place place = place_of(b);
-    const int64_t block = place.end_block() - 1 - piece % blocks;  // the longest first: keys and values are at hand
+    const int64_t block = place.end_block() - 1 - piece % blocks;  // the longest first; others find keys in the caches
     if (block < place.first_block()) return;
     const int64_t first_head = g * of_kv_head + chunk * kHeads;
     const int64_t count = std::min(kHeads, of_kv_head - chunk * kHeads);
@@ -96,7 +96,7 @@ ffi::Error Forward(ffi::ThreadPool& pool, ffi::AnyBuffer& query, ffi::AnyBuffer&
       std::fill_n(turned_mixed[h], kBlock * value_width, 0.0f);
     }
 
-    for (int64_t j = block; j >= 0; j--) {  // every query sees itself: the first of its scores are finite
+    for (int64_t j = block; j >= 0; j--) {  // every query sees itself, so its first scores are finite
       const Span keys = BlockOf(j, place.end);
       const Sight sight = See(segments, queries, keys);
       if (sight == Sight::kNothing) continue;
@@ -167,7 +167,7 @@ ffi::Error Backward(ffi::ThreadPool& pool, ffi::AnyBuffer& query, ffi::AnyBuffer
         const int64_t first_query = queries.first - place.start, lanes = Whole(queries.count);
         alignas(64) float of_query[kBlock] = {}, delta[kBlock] = {};  // log-sum-exp, and mixed times its gradient
         std::copy_n(log_sum_exp + (b * q.heads + h) * length + first_query, queries.count, of_query);
-        // d_query serves as room for what was mixed, and for scaled queries, before it is summed
+        // d_query also holds the scaled queries, before the sums
         Widen<T>(d_out.At(b, h, first_query), d_out.stride(), queries.count, value_width, d_mixed, value_stride);
         Turn(d_mixed, value_stride, queries.count, value_width, turned_d_mixed, kBlock);
         for (int64_t i = 0; i < queries.count; i++) {

@@ -1,4 +1,4 @@
-"""Causal attention in C++ (`native.cc`), for CPUs: no scores outside the caches, and its own gradient."""
+"""Causal attention in C++ (`native.cc`), for CPUs: scores stay in the processor's caches; it has its own gradient."""
 
 import pathlib
 
@@ -12,10 +12,10 @@ _SOURCE = pathlib.Path(__file__).with_suffix(".cc")
 
 
 def forward(query_BTHA, key_BMGA, value_BMGX, segments_BM, start_B, scale):
-    """As `api.causal_attention`; also the logarithm of the sum of every query's softmax, base 2, float32 [B, H, T].
+    """As `api.causal_attention`; also the log-sum-exp of every query's scores in base 2, float32 [B, H, T].
 
     Raises:
-        ValueError: something is not float32, bfloat16 or float16, or nothing can compile the source.
+        ValueError: an input is not float32, bfloat16 or float16, or there is no compiler that accepts the source.
     """
     dtype = _dtype(query_BTHA, key_BMGA, value_BMGX)
     batch, length, heads, _ = query_BTHA.shape
@@ -57,5 +57,5 @@ def backward(
 def _dtype(*inputs):
     dtype = jnp.result_type(*inputs)
     if dtype not in map(jnp.dtype, ("float32", "bfloat16", "float16")):
-        raise ValueError(f"causal_attention: queries, keys and values are {dtype}: expected one of three floats")
+        raise ValueError(f"causal_attention: expected float32, bfloat16 or float16, got {dtype}")
     return dtype

@@ -30,7 +30,7 @@ def backward(query_BTHA, key_BMGA, value_BMGX, segments_BM, start_B, scale, mixe
 
 
 def _queries(query_BTHA, key_BMGA, segments_BM, start_B):
-    """Every query, the head of keys that it reads, and the positions that it sees."""
+    """Yields every query, the key head that it reads, and the positions that it sees."""
     batch, length, heads, _ = query_BTHA.shape
     for b in range(batch):
         for t in range(length):

@@ -1,5 +1,5 @@
-// What a block of queries sees of a block of keys, and its scores as shares. Scores lie as [key][query] in rows of
-// kBlock, so that lanes are queries; they are in units of ln 2.
+// Which keys of a block the queries of a block see, and the softmax of their scores. Scores are stored as [key][query]
+// in rows of kBlock, so that lanes are queries; they are in units of ln 2.
 
 #ifndef MOE_JAX_KERNELS_CAUSAL_ATTENTION_SOFTMAX_H_
 #define MOE_JAX_KERNELS_CAUSAL_ATTENTION_SOFTMAX_H_
@@ -30,7 +30,7 @@ inline Span BlockOf(int64_t block, int64_t length) {
 
 enum class Sight { kNothing, kSome, kAll };
 
-// kSome where it takes a look at every pair.
+// kSome also where only a check of every pair would tell.
 inline Sight See(const int32_t* segments, Span queries, Span keys) {
   const auto range = [=](Span span) {
     int32_t least = segments[span.first], most = least;
@@ -67,7 +67,7 @@ inline void Hide(const int32_t* segments, Span queries, Span keys, float* scores
 
 // 2^x for x below 127, within 2 units in the last place; 0 below -126. The polynomial is that of Cephes' exp2f.
 inline Floats Exp2(Floats x) {
-  constexpr float kShift = 1.5f * (1 << 23);  // added, it leaves the nearest integer in the lowest bits
+  constexpr float kShift = 1.5f * (1 << 23);  // adding it puts the nearest integer into the lowest bits
   const Floats shifted = x + kShift, rest = x - (shifted - kShift);
   const Floats power = (Floats)(((Words)shifted << 23) + (127u << 23));
   Floats sum = rest * 1.535336188319500e-4f + 1.339887440266574e-3f;
@@ -80,7 +80,7 @@ inline Floats Exp2(Floats x) {
   return (Floats)(~vanishes & (Words)(sum * power));
 }
 
-// The softmax of a block of queries so far: their greatest scores, and the sums of what 2^(score - greatest) is.
+// The running softmax of a block of queries: their greatest scores so far, and the sums of 2^(score - greatest).
 struct Softmax {
   alignas(64) float greatest[kBlock], sum[kBlock];
   Softmax() {
@@ -88,8 +88,8 @@ struct Softmax {
     std::fill_n(sum, kBlock, 0.0f);
   }
 
-  // Makes shares, not yet divided by the sum, of the scores of more keys; scales `rows` rows of [..][query], what was
-  // mixed so far, to match.
+  // Turns the scores of more keys into shares, not yet divided by the sum; rescales the values mixed so far, which are
+  // `rows` rows of [..][query], to match.
   void Add(float* scores, int64_t keys, int64_t queries, float* mixed, int64_t rows) {
     for (int64_t lane = 0; lane < queries; lane += kLanes) {
       const Floats before = At(greatest + lane);
@@ -111,7 +111,7 @@ struct Softmax {
     }
   }
 
-  // Base 2, of one query.
+  // The log-sum-exp of one query, in base 2.
   float LogSumExp(int64_t query) const { return greatest[query] + std::log2(sum[query]); }
 };
 

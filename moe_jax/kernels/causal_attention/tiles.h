@@ -1,6 +1,6 @@
-// Products of small matrices of float32, and how numbers of a dtype get into them and out again.
+// Products of small float32 matrices, and conversions of other dtypes to float32 and back.
 //
-// A product is made of tiles, whose sums stay in registers: numbers of the left factor are broadcast, and lanes run
+// A product is made of tiles, whose sums stay in registers: numbers of the left factor are broadcast, and lanes are
 // along the rows of the right one.
 
 #ifndef MOE_JAX_KERNELS_CAUSAL_ATTENTION_TILES_H_
@@ -14,18 +14,18 @@
 
 namespace {
 
-constexpr int64_t kBlock = 64;  // queries, and keys, that are multiplied at once: they stay in the nearest caches
+constexpr int64_t kBlock = 64;  // queries and keys per block, to stay in the nearest caches
 
-// Rows and vectors of a tile: they fill the registers that there are.
+// Rows and vectors of a tile, to fill the registers.
 #if defined(__AVX512F__)
 constexpr int kRows = 6, kVectors = 4;
 #elif defined(__AVX__) || defined(__aarch64__)
 constexpr int kRows = 6, kVectors = 2;
-#else  // 16 that hold half a vector
+#else  // 16 registers of half a vector
 constexpr int kRows = 4, kVectors = 1;
 #endif
 
-enum class Left { kAsItIs, kTurned };  // which of its axes is summed over: the second, or the first
+enum class Left { kAsItIs, kTurned };  // the sum is over its second axis, or its first
 enum class Out { kSet, kAdded };
 
 inline int64_t Whole(int64_t count) { return (count + kLanes - 1) / kLanes * kLanes; }
@@ -57,7 +57,7 @@ void Tile(const float* left, int64_t left_stride, const float* right, int64_t ri
     }
 }
 
-// The tiles next to each other down `rows` rows.
+// Tiles one below another, for `rows` rows.
 template <Left kLeft, Out kOut, int kVectors, int kTall = kRows>
 void Tiles(const float* left, int64_t left_stride, int64_t rows, const float* right, int64_t right_stride,
            int64_t depth, float* out, int64_t out_stride) {
@@ -70,7 +70,7 @@ void Tiles(const float* left, int64_t left_stride, int64_t rows, const float* ri
                                                              out_stride);
 }
 
-// out[r][c], or what is added to it, is the sum over k below `depth` of left[r][k] (turned: left[k][r]) * right[k][c].
+// Sets or adds to out[r][c] the sum over k < `depth` of left[r][k] (kTurned: left[k][r]) * right[k][c].
 // `columns` is a multiple of kLanes.
 template <Left kLeft, Out kOut, int kWide = kVectors>
 void Multiply(const float* left, int64_t left_stride, int64_t rows, const float* right, int64_t right_stride,
@@ -81,7 +81,7 @@ void Multiply(const float* left, int64_t left_stride, int64_t rows, const float*
     Multiply<kLeft, kOut, kWide - 1>(left, left_stride, rows, right, right_stride, depth, out, out_stride, columns);
 }
 
-// out[c][r] = in[r][c]. Reads and writes whole vectors: rows of `in` have room for them, and so have those of `out`.
+// out[c][r] = in[r][c]. Reads and writes whole vectors, for which the rows of `in` and `out` must have room.
 inline void Turn(const float* in, int64_t in_stride, int64_t rows, int64_t columns, float* out, int64_t out_stride) {
   for (int64_t r = 0; r < rows; r += kLanes)
     for (int64_t c = 0; c < columns; c += kLanes) {
@@ -92,7 +92,7 @@ inline void Turn(const float* in, int64_t in_stride, int64_t rows, int64_t colum
     }
 }
 
-// Rows of `width` numbers as float32, with zeros up to the next whole vector.
+// Converts rows of `width` numbers to float32, padded with zeros to whole vectors.
 template <typename T>
 void Widen(const typename T::Number* from, int64_t from_stride, int64_t rows, int64_t width, float* to,
            int64_t to_stride) {
@@ -101,7 +101,7 @@ void Widen(const typename T::Number* from, int64_t from_stride, int64_t rows, in
       At(to + r * to_stride + w) = WidenSome<T>(from + r * from_stride + w, width - w);
 }
 
-// And back, times `factor`.
+// Converts float32 rows back, times `factor`.
 template <typename T>
 void Narrow(const float* from, int64_t from_stride, int64_t rows, int64_t width, float factor,
             typename T::Number* to, int64_t to_stride) {
@@ -109,14 +109,14 @@ void Narrow(const float* from, int64_t from_stride, int64_t rows, int64_t width,
     for (int64_t w = 0; w < width; w++) T::Store(to + r * to_stride + w, factor * from[r * from_stride + w]);
 }
 
-// Memory of a thread, which it keeps for the next piece of work: rows begin where lines of the cache do.
+// Memory of a thread, kept for its next piece of work and aligned to cache lines.
 class Room {
  public:
   explicit Room(int64_t floats) {
     if (static_cast<int64_t>(kept_.size()) * kLine < floats) kept_ = std::vector<Line>(floats / kLine + 1);
     free_ = kept_.data()->numbers;
   }
-  // `floats` is a multiple of 16, as kBlock times anything is.
+  // `floats` must be a multiple of 16, as any multiple of kBlock is.
   float* Take(int64_t floats) { return (free_ += floats) - floats; }
 
  private:

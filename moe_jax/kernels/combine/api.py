@@ -1,7 +1,7 @@
-"""Spreading tokens to sorted rows, and adding the weighted results up again; both with gathers alone.
+"""Copies tokens to sorted rows, and adds up the weighted results; both use gathers only.
 
-Slots and sorted rows are in one-to-one correspondence, so the gradient of either gather is the other, never a scatter:
-XLA runs a scatter on a CPU one row after the other.
+Slots and sorted rows correspond one to one, so the gradient of each gather is another gather, not a scatter, which XLA
+runs row by row on a CPU.
 """
 
 import jax
@@ -14,7 +14,7 @@ def _rows(x_ND: jax.Array, index: jax.Array) -> jax.Array:
 
 @jax.custom_vjp
 def spread(x_ND: jax.Array, token_S: jax.Array, position_NK: jax.Array) -> jax.Array:
-    """Fills each sorted row with its token.
+    """Copies to each sorted row its token.
 
     Args:
         x_ND: activations.
@@ -41,7 +41,7 @@ spread.defvjp(_spread_forward, _spread_backward)
 
 @jax.custom_vjp
 def combine(out_SD: jax.Array, weight_NK: jax.Array, token_S: jax.Array, position_NK: jax.Array) -> jax.Array:
-    """Adds up each token's slots, weighted, in float32: the one place where the mixing weight is applied.
+    """Adds up each token's slots, weighted, in float32: the only place where mixing weights are applied.
 
     Args:
         out_SD: unweighted outputs of the experts; rows of dropped slots are zero.

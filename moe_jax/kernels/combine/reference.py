@@ -1,10 +1,10 @@
-"""Spreading tokens to sorted rows and adding the weighted results up again, defined by plain loops in numpy."""
+"""Copying tokens to sorted rows and adding up the weighted results, defined by plain loops in numpy."""
 
 import numpy as np
 
 
 def spread(x_ND, token_S):
-    """Row s of the result is the token that fills sorted row s."""
+    """Row s of the result is the token of sorted row s."""
     x_ND = np.asarray(x_ND)
     return np.stack([x_ND[token] for token in np.asarray(token_S)])
 

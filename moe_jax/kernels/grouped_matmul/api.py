@@ -1,4 +1,4 @@
-"""Grouped matmul: the contract, and the implementations."""
+"""Grouped matmul: the contract and the implementations."""
 
 import functools
 
@@ -24,18 +24,18 @@ def grouped_matmul(
     """Multiplies each group of rows by the matrix of its expert.
 
     Differentiable in rows and weights. Sums are float32. The gradient for the weights is as large as the stack, so
-    training passes a stack of one layer. Runs on local arrays, inside `shard_map` where there is one.
+    training passes a stack of one layer. Runs on local arrays, inside `shard_map` if there is one.
 
     Args:
-        rows_SD: rows sorted by expert; those behind the last group belong to nobody and cost nothing.
+        rows_SD: rows sorted by expert; those after the last group belong to no expert and cost nothing.
         weights_LEFD: one matrix per layer and expert, outputs first, as checkpoints store them. Those of experts
             without rows are not read.
-        group_sizes_E: int32, rows of each expert in order; the sum is at most S, which is not checked.
+        group_sizes_E: int32, rows of each expert in order; the sum is at most S (not checked).
         layer: int32 scalar, which layer of the stack.
         implementation: a name from `IMPLEMENTATIONS`, static.
 
     Returns:
-        out_SF in the dtype of the rows. Rows that belong to nobody are zero.
+        out_SF in the dtype of the rows; zero for rows of no expert.
     """
     return IMPLEMENTATIONS[implementation].forward(rows_SD, weights_LEFD, group_sizes_E, layer)
 

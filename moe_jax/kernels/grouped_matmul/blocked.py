@@ -1,8 +1,8 @@
-"""Grouped matmul in plain XLA, for CPUs without a C++ compiler and for gradients: loops whose trip counts are data.
+"""Grouped matmul in plain XLA, for CPUs without a C++ compiler and for gradients: loops with trip counts from the data.
 
-The outer loop goes over the experts that have rows and takes the matrix of each out of the whole stack, once; the inner
-one over blocks of its rows. Experts without rows and rows that no group holds cost nothing. That copy of a matrix is
-most of the work where the rows are few; a dot reads a buffer of its own, and XLA cannot be told to let it be.
+The outer loop is over the experts that have rows, and copies the matrix of each out of the stack, once; the inner loop
+is over blocks of its rows. Experts without rows, and rows of no expert, cost nothing. With few rows, the copy is most
+of the work; XLA cannot be made to avoid it.
 """
 
 import jax
@@ -13,7 +13,7 @@ from moe_jax.kernels.grouped_matmul import tiles
 
 
 def _multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, transposed: bool):
-    """Rows by matrices [F, D] along D, or by their transposes along F: out is [S, F] or [S, D]."""
+    """Products of rows with matrices [F, D] along D, or transposed, along F: out is [S, F] or [S, D]."""
     num_rows = rows_SX.shape[0]
     num_experts, *matrix = weights_LEFD.shape[1:]
     size = tiles.block_size(num_rows, num_experts)
@@ -43,7 +43,7 @@ def forward(rows_SD, weights_LEFD, group_sizes_E, layer):
 
 
 def _weights_gradient(rows_SD, group_sizes_E, out_grad_SF) -> jax.Array:
-    """float32 [E, F, D]: of each expert, the gradient of its outputs transposed times its rows."""
+    """float32 [E, F, D]: for each expert, the transposed gradient of its outputs times its rows."""
     num_rows, num_experts = rows_SD.shape[0], group_sizes_E.shape[0]
     size = tiles.block_size(num_rows, num_experts)
     groups = tiles.busy_groups(group_sizes_E)

@@ -1,5 +1,5 @@
-// A piece of few rows is bound by memory: it packs nothing, lanes run along d, and a small block of outputs is held in
-// registers while d goes by.
+// A piece of few rows is bound by memory: nothing is packed, lanes are along d, and the sums of a small block of
+// outputs stay in registers.
 
 #ifndef MOE_JAX_KERNELS_GROUPED_MATMUL_FEW_H_
 #define MOE_JAX_KERNELS_GROUPED_MATMUL_FEW_H_
@@ -10,12 +10,12 @@
 
 namespace {
 
-constexpr int64_t kAhead = 1024;  // bytes along d: columns are asked for so early
+constexpr int64_t kAhead = 1024;  // bytes along d by which columns are prefetched
 
-// Rows and columns of a block: they fill the 32 registers of AVX-512, or the 16 of what has less.
+// Rows and columns of a block, to fill the 32 registers of AVX-512, or the 16 of other processors.
 constexpr int kFewRows = kLanes == 16 ? 4 : 3, kFewColumns = kLanes == 16 ? 6 : 4;
 
-// kRows x kColumns outputs; rows and columns are `depth` numbers long and as far apart.
+// kRows x kColumns outputs; rows and columns have `depth` numbers each, one after another.
 template <typename T, typename Out, int kRows, int kColumns>
 void Block(const typename T::Number* rows, const typename T::Number* columns, int64_t depth,
            typename Out::Number* out, int64_t out_stride) {
@@ -26,7 +26,7 @@ void Block(const typename T::Number* rows, const typename T::Number* columns, in
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) row[r] = T::Load(rows + r * depth + d);
     const int64_t next = d + kAhead / static_cast<int64_t>(sizeof(*columns));
-    const int64_t ahead = next < depth ? next : next + (kColumns - 1) * depth;  // on into the block behind this one
+    const int64_t ahead = next < depth ? next : next + (kColumns - 1) * depth;  // on into the next block
 #pragma GCC unroll 8
     for (int c = 0; c < kColumns; c++) {
       __builtin_prefetch(columns + c * depth + ahead, 0, 3);

@@ -1,5 +1,5 @@
-// A piece of many rows is bound by arithmetic: its columns are turned around once, lanes run along them, and numbers of
-// rows are broadcast.
+// A piece of many rows is bound by arithmetic: its columns are transposed once, lanes are columns, and numbers of rows
+// are broadcast.
 
 #ifndef MOE_JAX_KERNELS_GROUPED_MATMUL_MANY_H_
 #define MOE_JAX_KERNELS_GROUPED_MATMUL_MANY_H_
@@ -14,18 +14,18 @@
 namespace {
 
 constexpr int64_t kPanel = 128;     // rows of a piece, at most
-constexpr int64_t kManyChunk = 96;  // and columns
-constexpr int64_t kWords = 512;     // along d, packed at once: they stay in the second-level cache
+constexpr int64_t kManyChunk = 96;  // columns of a piece, at most
+constexpr int64_t kWords = 512;     // along d, packed at once, to stay in the second-level cache
 
 // Rows and columns of a block, as in few.h.
 constexpr int kManyRows = kLanes == 16 ? 8 : 4, kVectors = 3;
 constexpr int64_t kManyColumns = kVectors * kLanes;
 
-// Whether words hold numbers as they are stored, rather than widened.
+// Whether words hold numbers as stored, not widened.
 template <typename T>
 constexpr bool kAsStored = T::kPerWord * sizeof(typename T::Number) == sizeof(uint32_t);
 
-// Adds the products of kRows rows and packed columns to their sums, kVectors of a row.
+// Adds the products of kRows rows and packed columns to the sums, kVectors per row.
 template <typename T, int kRows>
 void Tile(const uint32_t* rows, int64_t stride, const Words* columns, int64_t words, Floats* sums) {
   Floats tile[kRows][kVectors];
@@ -47,7 +47,7 @@ void Tile(const uint32_t* rows, int64_t stride, const Words* columns, int64_t wo
     for (int v = 0; v < kVectors; v++) sums[r * kVectors + v] = tile[r][v];
 }
 
-// What a thread packs into: words of rows along d, of columns across it, and the sums of both.
+// The buffers of a thread: words of rows along d, words of columns across d, and the sums.
 struct Packed {
   alignas(64) uint32_t rows[kPanel * kWords];
   alignas(64) Words columns[kWords * kVectors];

@@ -1,8 +1,8 @@
 // Grouped matmul for CPUs: out[s, f] = sum over d of rows[s, d] * weights[layer, expert of s, f, d].
 //
-// A piece of work is an expert, a panel of its rows and a chunk of its columns. Rows and columns of weights both lie
-// along d. How a piece is multiplied depends on its rows: few.h, many.h, tiled.h. Compiled for the machine at hand
-// (kernels/compiled.py).
+// A piece of work is an expert, a panel of its rows and a chunk of its columns. Both rows and columns of weights are
+// contiguous along d. How a piece is multiplied depends on its number of rows: few.h, many.h, tiled.h. Compiled for
+// this machine (kernels/compiled.py).
 
 #include <algorithm>
 #include <cstdint>
@@ -20,16 +20,16 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-constexpr int64_t kMany = 24;         // rows of a piece from which packing its columns pays
+constexpr int64_t kMany = 24;         // with this many rows or more, packing columns pays
 constexpr int64_t kFewChunk = 48;     // columns of a piece of few rows
-constexpr int64_t kTiled = 4;         // rows of a piece from which tiles pay
-constexpr int64_t kTiledChunk = 256;  // columns of such a piece, for which its rows are packed
+constexpr int64_t kTiled = 4;         // with this many rows or more, tiles pay
+constexpr int64_t kTiledChunk = 256;  // columns of such a piece; its rows are packed once for them
 
 struct Piece {
   int64_t first_row, num_rows, expert, first_column, num_columns;
 };
 
-// What multiplies a piece, and the columns of one.
+// How a piece is multiplied, and how many columns it has.
 template <typename T, typename Out>
 struct Form {
   void (*multiply)(const typename T::Number* rows, int64_t num_rows, const typename T::Number* columns,

@@ -1,4 +1,4 @@
-"""Grouped matmul in C++ (`native.cc`), for CPUs: reads weights where they lie, once for every 128 rows.
+"""Grouped matmul in C++ (`native.cc`), for CPUs: reads weights in place, once per 128 rows.
 
 Its gradient is that of `blocked`, which is bound by arithmetic rather than by memory.
 """
@@ -18,20 +18,20 @@ _SOURCE = pathlib.Path(__file__).with_suffix(".cc")
 
 
 def forward(rows_SD, weights_LEFD, group_sizes_E, layer, out_dtype=None):
-    """As `api.grouped_matmul`; in another dtype, float32, where that is asked for.
+    """As `api.grouped_matmul`; the output may also be float32.
 
-    The stack may have several axes of outputs, and of inputs: a reshape in front of this call makes some versions of
-    XLA copy the whole of it. Without an axis of experts there is one.
+    The stack may have several axes of outputs and of inputs, since a reshape before this call makes some versions of
+    XLA copy the whole stack. It may lack the axis of experts if there is one expert.
 
     Raises:
-        ValueError: rows and weights are not of one dtype out of float32, bfloat16 and float16, or not of one depth, or
-            nothing can compile the source.
+        ValueError: rows and weights differ in dtype or depth, are not float32, bfloat16 or float16, or there is no
+            compiler that accepts the source.
     """
     dtype = jnp.dtype(rows_SD.dtype)
     out_dtype = jnp.dtype(out_dtype or dtype)
     if weights_LEFD.dtype != dtype or dtype not in map(jnp.dtype, ("float32", "bfloat16", "float16")):
         raise ValueError(
-            f"grouped_matmul: rows are {dtype}, weights {weights_LEFD.dtype}: expected one of three floats"
+            f"grouped_matmul: rows are {dtype}, weights {weights_LEFD.dtype}: expected float32, bfloat16 or float16"
         )
     num_rows, depth = rows_SD.shape
     if depth not in itertools.accumulate(reversed(weights_LEFD.shape), operator.mul):

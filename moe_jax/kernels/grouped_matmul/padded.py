@@ -1,7 +1,7 @@
 """Grouped matmul as one batched product in plain XLA, for GPUs: rows in blocks of one expert each, padded with zeros.
 
-Every block takes a copy of its expert's matrix, so weights move three times: once to be read, once to be written, and
-once to be read again. Nothing waits for a trip count, and nothing is added up in an order that may change.
+Every block gets a copy of its expert's matrix, so weights are read, written, and read again. There are no loops whose
+trip counts depend on the data, and sums are always in the same order.
 """
 
 from typing import NamedTuple
@@ -14,19 +14,19 @@ from moe_jax.kernels.grouped_matmul import tiles
 
 
 class _Layout(NamedTuple):
-    """Where rows lie in blocks, and where they come from."""
+    """The places of sorted rows in blocks."""
 
-    expert_B: jax.Array  # int32, of each block
+    expert_B: jax.Array  # int32: the expert of each block
     row_BR: jax.Array  # int32: the sorted row at each place
-    held_BR: jax.Array  # bool: whether there is one
-    place_S: jax.Array  # int32: the place of each sorted row, counted through all blocks
-    held_S: jax.Array  # bool: whether a group holds it
+    held_BR: jax.Array  # bool: whether the place holds a row
+    place_S: jax.Array  # int32: the place of each sorted row, counted over all blocks
+    held_S: jax.Array  # bool: whether the row belongs to an expert
 
 
 def _lay_out(group_sizes_E: jax.Array, num_rows: int) -> _Layout:
     num_experts = group_sizes_E.shape[0]
     size = tiles.block_size(num_rows, num_experts)
-    count = (num_rows + min(num_experts, num_rows) * (size - 1)) // size  # never more are needed
+    count = (num_rows + min(num_experts, num_rows) * (size - 1)) // size  # enough for any group sizes
     last_E = jnp.cumsum(group_sizes_E, dtype=jnp.int32)
     first_E = last_E - group_sizes_E
     blocks_E = tiles.num_blocks(0, group_sizes_E, size)
@@ -76,7 +76,7 @@ def backward(rows_SD, weights_LEFD, group_sizes_E, layer, out_grad_SF):
     of_blocks = (_to_blocks(out_grad_SF, layout), _to_blocks(rows_SD, layout))
     grad_BFD = jnp.einsum("brf,brd->bfd", *of_blocks, preferred_element_type=jnp.float32)
     belongs_EB = jnp.arange(group_sizes_E.shape[0])[:, None] == layout.expert_B[None]
-    exact = lax.Precision.HIGHEST  # a product with ones and zeros is a sum
+    exact = lax.Precision.HIGHEST  # a product with ones and zeros is an exact sum
     grad_EFD = jnp.einsum("eb,bfd->efd", belongs_EB.astype(jnp.float32), grad_BFD, precision=exact)
     grad_LEFD = jnp.zeros_like(weights_LEFD).at[layer].set(grad_EFD.astype(weights_LEFD.dtype))
     return rows_grad_SD, grad_LEFD

@@ -1,7 +1,7 @@
-"""Grouped matmul for Hopper GPUs (sm_90a), on Mosaic GPU: the kernels are in `pallas_gpu_kernel`.
+"""Grouped matmul for Hopper GPUs (sm_90a), on Mosaic GPU; the kernels are in `pallas_gpu_kernel`.
 
-bfloat16 and float16, with float32 sums. Each expert that has rows is read once where no more than 57 rows share it, so
-that decoding is bound by that; with many rows the tensor cores are the limit.
+For bfloat16 and float16, with float32 sums. The weights of an expert with up to 57 rows are read once, so decoding is
+bound by memory; with many rows the tensor cores are the limit.
 """
 
 from typing import NamedTuple
@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-_NUM_CORES = 132  # streaming multiprocessors of an H100 or H200, where no device is at hand to ask
-_WIDTH = 64  # numbers: what a swizzled row of 128 bytes holds, so both axes of a matrix are multiples
+_NUM_CORES = 132  # streaming multiprocessors of an H100 or H200, used if there is no device to ask
+_WIDTH = 64  # numbers in a swizzled row of 128 bytes; both axes of a matrix must be multiples
 
 
 class Tiles(NamedTuple):
-    """How the products are cut."""
+    """The tile sizes of a product."""
 
     rows: int  # of the output: 64 or 128
     columns: int  # of the output: a multiple of 64, at most 256
@@ -29,12 +29,12 @@ MANY = Tiles(128, 256, 64, 4)
 
 
 def choose_tiles(num_rows: int, num_experts: int) -> Tiles:
-    """The tiles for a number of rows: those that stream weights where few rows share a matrix."""
+    """The tiles for a number of rows: for few rows per expert, those that stream weights."""
     return MANY if num_rows > 64 * num_experts else FEW
 
 
 def _settings(rows_SX, weights_LEFD, tiles: Tiles, num_cores: int | None) -> dict:
-    """What the kernels take, once it is known that they can run.
+    """Checks that the kernels can run, and returns their settings.
 
     Raises:
         ValueError: jax is too old, or the kernels lack the dtype or the shape.
@@ -64,28 +64,28 @@ def forward(rows_SD, weights_LEFD, group_sizes_E, layer, *, tiles: Tiles | None 
         weights_LEFD: of the same dtype; F and D are multiples of 64.
         group_sizes_E: int32.
         layer: int32 scalar.
-        tiles: how to cut; by the number of rows where it is not given.
-        num_cores: programs to launch; one per streaming multiprocessor of the device where it is not given.
+        tiles: tile sizes; None: chosen by the number of rows.
+        num_cores: programs to launch; None: one per streaming multiprocessor of the device.
 
     Raises:
         ValueError: jax is too old, or the kernels lack the dtype or the shape.
     """
     tiles = tiles or choose_tiles(rows_SD.shape[0], group_sizes_E.shape[0])
     settings = _settings(rows_SD, weights_LEFD, tiles, num_cores)
-    from moe_jax.kernels.grouped_matmul import pallas_gpu_kernel  # half a second, and not for an old jax
+    from moe_jax.kernels.grouped_matmul import pallas_gpu_kernel  # takes half a second, and fails with an old jax
 
     return pallas_gpu_kernel.multiply(rows_SD, weights_LEFD, group_sizes_E, layer, **settings)
 
 
 def gated(rows_SD, gate_up_LEIFD, group_sizes_E, layer, *, tiles: Tiles | None = None, num_cores: int | None = None):
-    """[S, F]: silu of the gate times the up-projection, in one pass over both; sums and their product are float32.
+    """[S, F]: silu of the gate times the up-projection, in one pass; sums and the product of the two are float32.
 
     Args:
         rows_SD: bfloat16 or float16.
         gate_up_LEIFD: of the same dtype, the gate before the up-projection.
         group_sizes_E: int32.
         layer: int32 scalar.
-        tiles: as `forward`; half of the columns are the gate's, so there are at least 128.
+        tiles: as `forward`, with at least 128 columns; half of them are the gate's.
         num_cores: as `forward`.
 
     Raises:
@@ -101,7 +101,7 @@ def gated(rows_SD, gate_up_LEIFD, group_sizes_E, layer, *, tiles: Tiles | None =
 
 
 def rows_gradient(out_grad_SF, weights_LEFD, group_sizes_E, layer, *, tiles=None, num_cores=None):
-    """[S, D]: each group's gradient of its outputs times the matrix of its expert; as `forward` otherwise."""
+    """[S, D]: the gradient of each group's outputs times its expert's matrix; otherwise as `forward`."""
     tiles = tiles or choose_tiles(out_grad_SF.shape[0], group_sizes_E.shape[0])
     settings = _settings(out_grad_SF, weights_LEFD, tiles, num_cores)
     from moe_jax.kernels.grouped_matmul import pallas_gpu_kernel
@@ -110,7 +110,7 @@ def rows_gradient(out_grad_SF, weights_LEFD, group_sizes_E, layer, *, tiles=None
 
 
 def weights_gradient(rows_SD, weights_LEFD, group_sizes_E, out_grad_SF, *, tiles=None, num_cores=None):
-    """[E, F, D]: of each expert, the gradient of its outputs transposed times its rows; as `forward` otherwise."""
+    """[E, F, D]: for each expert, the transposed gradient of its outputs times its rows; otherwise as `forward`."""
     settings = _settings(rows_SD, weights_LEFD, tiles or MANY, num_cores)
     from moe_jax.kernels.grouped_matmul import pallas_gpu_kernel
 

@@ -1,13 +1,12 @@
-"""The kernels of `pallas_gpu`: one ring of blocks in shared memory, and the three products that go through it.
+"""The kernels of `pallas_gpu`: a ring buffer of blocks in shared memory, and the three products that use it.
 
 Each streaming multiprocessor takes every `num_cores`-th piece of the output. One warpgroup loads blocks of both
 operands into the ring and runs ahead into the next piece, while the others, 64 rows of the output each, multiply and
 store.
 
 A tile of rows holds rows of one expert. Copies into swizzled shared memory start at a multiple of 8 rows, so the first
-tile of a group starts up to 7 rows before it; only the group's own rows are stored. Of tiles with few rows not many
-more are loaded than there are. Rows that belong to nobody are tiles without a matrix: nothing is loaded, zeros are
-stored.
+tile of a group starts up to 7 rows before the group; only the group's own rows are stored. For a tile with few rows,
+few are loaded. Tiles of rows of no expert have no matrix: they load nothing and store zeros.
 """
 
 import functools
@@ -21,14 +20,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax.kernels.grouped_matmul.pallas_gpu import Tiles
 
-_WARPGROUP_ROWS = 64  # of the output, per warpgroup: what one wgmma takes
+_WARPGROUP_ROWS = 64  # of the output, per warpgroup and wgmma
 _SWIZZLE_BYTES = 128
 _STORE_COLUMNS = 64
 _ALIGNMENT = 8  # rows: copies into swizzled shared memory start at a multiple
 
 
 class _Shape(NamedTuple):
-    """What is static in one launch."""
+    """The static values of one launch."""
 
     tiles: Tiles
     num_cores: int
@@ -42,14 +41,14 @@ def _transforms(dtype):
 
 
 def _ring(shape: _Shape, piece, load, rows_of, columns_of, store):
-    """The kernel: what every streaming multiprocessor does.
+    """Builds the kernel that every streaming multiprocessor runs.
 
     Args:
-        shape: what is static.
-        piece: from the number of a piece of the output to (its number of blocks in depth, what the others take).
+        shape: static values.
+        piece: maps the number of a piece of the output to (its blocks in depth, `at` for `load` and `store`).
         load: loads block `block` of a piece into a slot and arrives at its barrier.
-        rows_of: from a slot to the left operand of one warpgroup.
-        columns_of: from a slot to the right operand.
+        rows_of: maps a slot to the left operand of one warpgroup.
+        columns_of: maps a slot to the right operand.
         store: stores a warpgroup's sums.
     """
 
@@ -123,8 +122,8 @@ def _ring(shape: _Shape, piece, load, rows_of, columns_of, store):
 
 
 def _store(shape: _Shape, out_smem, out_gmem, row, begin, end, column, warpgroup, sums):
-    """Stores rows `begin` up to `end` of 64 rows of sums, 64 columns at a time: a power of two of rows per copy."""
-    count = end - begin  # static where all rows are stored
+    """Stores rows `begin` up to `end` of 64 rows of sums, 64 columns at a time; each copy is a power of two of rows."""
+    count = end - begin  # static if all rows are stored
     for number in range(sums.shape[1] // _STORE_COLUMNS):
         slot = number % 2
         columns = slice(number * _STORE_COLUMNS, (number + 1) * _STORE_COLUMNS)
@@ -179,20 +178,20 @@ def _launch(kernel, shape: _Shape, out_type, scratch):
 
 
 class _RowTiles(NamedTuple):
-    """Tiles of rows: of the groups in order, then of the rows that belong to nobody; some hold no row."""
+    """Tiles of rows: of the groups in order, then of rows of no expert; some hold no row."""
 
-    group_T: jax.Array  # int32: whose rows; the number of experts for nobody's
+    group_T: jax.Array  # int32: the tile's group; the number of experts for rows of no expert
     first_tile_T: jax.Array  # int32: first tile of the group
     first_T: jax.Array  # int32: first row of the group
-    size_T: jax.Array  # int32: rows of the group; 0 for nobody
+    size_T: jax.Array  # int32: rows of the group; 0 for rows of no expert
 
 
 def row_tiles(group_sizes_E, num_rows: int, size: int) -> _RowTiles:
-    """Cuts sorted rows into tiles, in two sums over small comparisons: each kernel launched costs microseconds."""
+    """Cuts sorted rows into tiles, with two sums over small comparisons: each kernel launch costs microseconds."""
     num_experts = group_sizes_E.shape[0]
     busy = min(num_experts, num_rows)
     expert_E = jnp.arange(num_experts)
-    # A group may start anywhere within the 8 rows to which its first tile is aligned.
+    # A group may start at any of the first 8 rows of its first tile.
     tiles_E = jnp.where(group_sizes_E > 0, (group_sizes_E + (_ALIGNMENT - 1 + size - 1)) // size, 0)
     last_tile_E = jnp.where(expert_E[:, None] >= expert_E[None], tiles_E[None], 0).sum(1, dtype=jnp.int32)
     tile_T = jnp.arange((num_rows + busy * (_ALIGNMENT - 1)) // size + busy + 2, dtype=jnp.int32)
@@ -221,14 +220,14 @@ def tile_at(cut: _RowTiles, tile, num_experts: int, num_rows: int, size: int):
 
 
 def _load_sizes(size: int) -> list[int]:
-    """How many rows of a tile one copy may load: the least that holds all its rows is taken."""
+    """The numbers of rows that one copy may load; a tile takes the smallest that holds all its rows."""
     return [size] if size > _WARPGROUP_ROWS else [8, 16, 32, 64]
 
 
 def multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, tiles, num_cores, transposed=False, gated=False):
-    """Rows by matrices [F, D] along D, or by their transposes along F: out is [S, F] or [S, D].
+    """Products of rows with matrices [F, D] along D, or transposed, along F: out is [S, F] or [S, D].
 
-    Where it is gated, there are two matrices for each expert, weights_LEIFD, and out is silu(first) * second.
+    If gated, each expert has two matrices, weights_LEIFD, and out is silu(first) * second.
     """
     weights_MFD = weights_LEFD.reshape(-1, *weights_LEFD.shape[-2:])
     asked, depth = rows_SX.shape
@@ -304,9 +303,9 @@ def multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, tiles, num_cores, t
 
 
 def _edges(rows_SX, first_E, last_E, depth: int):
-    """The first and last blocks of groups, which are cut into blocks of `depth` rows from a multiple of 8 on.
+    """The first and last blocks of groups, cut into blocks of `depth` rows that start at a multiple of 8.
 
-    Rows of others are zero.
+    Rows of other groups are zero.
 
     Returns:
         [E * 2 * depth, X].
@@ -320,9 +319,9 @@ def _edges(rows_SX, first_E, last_E, depth: int):
 
 
 def weights_gradient(rows_SD, group_sizes_E, out_grad_SF, *, tiles, num_cores):
-    """[E, F, D]: of each expert, the gradient of its outputs transposed times its rows; blocks of rows are the depth.
+    """[E, F, D]: for each expert, the transposed gradient of its outputs times its rows; the depth is blocks of rows.
 
-    Blocks at the edges of a group hold rows of others as well. They come from a copy in which those are zero.
+    Blocks at the edges of a group also hold rows of other groups: they are read from a copy in which those are zero.
     """
     num_experts = group_sizes_E.shape[0]
     if rows_SD.shape[0] % _ALIGNMENT:

@@ -1,6 +1,6 @@
 """Grouped matmul defined by a plain loop over the experts, in numpy.
 
-Sums are float64, so that a difference is the rounding of what is compared with it.
+Sums are float64, so that a difference from another implementation is the rounding of that one.
 """
 
 import numpy as np
@@ -10,13 +10,13 @@ def forward(rows_SD, weights_LEFD, group_sizes_E, layer):
     """Multiplies each group of rows by the matrix of its expert.
 
     Args:
-        rows_SD: rows sorted by expert; those behind the last group belong to nobody.
+        rows_SD: rows sorted by expert; those after the last group belong to no expert.
         weights_LEFD: one matrix per layer and expert, outputs first, as checkpoints store them.
         group_sizes_E: rows of each expert, in order.
         layer: which layer of the stack.
 
     Returns:
-        out_SF. Rows that belong to nobody are zero.
+        out_SF; zero for rows of no expert.
     """
     rows_SD, weights_LEFD = np.asarray(rows_SD), np.asarray(weights_LEFD)
     out_SF = np.zeros((rows_SD.shape[0], weights_LEFD.shape[2]), rows_SD.dtype)
@@ -29,7 +29,7 @@ def forward(rows_SD, weights_LEFD, group_sizes_E, layer):
 
 
 def backward(rows_SD, weights_LEFD, group_sizes_E, layer, out_grad_SF):
-    """The gradients of `forward` for the rows and for the weights, given that of its output."""
+    """The gradients of `forward` for rows and weights, given the gradient of its output."""
     rows_SD, weights_LEFD, out_grad_SF = np.asarray(rows_SD), np.asarray(weights_LEFD), np.asarray(out_grad_SF)
     rows_grad_SD = np.zeros_like(rows_SD)
     weights_grad_LEFD = np.zeros_like(weights_LEFD)

@@ -1,6 +1,6 @@
-// A piece of bfloat16 where the processor multiplies tiles (Intel's AMX): 16 columns x 32 numbers along d, read where they
-// lie, times 32 numbers x 16 rows, packed once for all columns of the piece. A tile of weights is used for 16 rows at the
-// cost of one: up to some thirty, such a piece takes as long as its weights take to be read.
+// A piece of bfloat16 on a processor that multiplies tiles (Intel's AMX): 16 columns x 32 numbers along d, read in
+// place, times 32 numbers x 16 rows, packed once for all columns of the piece. A tile of weights serves 16 rows at the
+// cost of one, so up to about thirty rows a piece takes as long as reading its weights.
 
 #ifndef MOE_JAX_KERNELS_GROUPED_MATMUL_TILED_H_
 #define MOE_JAX_KERNELS_GROUPED_MATMUL_TILED_H_
@@ -24,14 +24,14 @@ namespace {
 constexpr int64_t kSide = 16;         // rows or columns of a tile: the lanes of AVX-512
 constexpr int64_t kTileNumbers = 32;  // of a row or column along d
 
-// Whether the operating system grants tiles to this process, which has to ask.
+// Asks the operating system for the permission to use tiles; returns whether it is granted.
 inline bool TilesAllowed() {
   constexpr int kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM and its feature, in Linux's arch_prctl
   static const bool allowed = syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
   return allowed;
 }
 
-// How all tiles are made: 16 rows of 64 bytes each.
+// The shape of all tiles: 16 rows of 64 bytes each.
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -39,13 +39,13 @@ struct alignas(64) TileShapes {
 };
 static const TileShapes kTileShapes;
 
-// Keeps the compiler from writing later what tiles are to read: GCC does not know that they read memory.
+// Makes the compiler finish writes before tiles read them: GCC does not know that tile loads read memory.
 inline void WrittenForTiles() { asm volatile("" ::: "memory"); }
 
-// Words of a tile of rows, all along d.
+// Words of 16 packed rows, over all of d.
 inline int64_t RowTile(int64_t depth) { return (depth + kTileNumbers - 1) / kTileNumbers * kSide; }
 
-// The words of up to 16 rows, turned around: tiles one behind the other along d, with zeros where there is nothing.
+// Packs up to 16 rows, transposed: tiles one after another along d, padded with zeros.
 inline void PackTiles(const uint16_t* rows, int64_t num_rows, int64_t depth, Words* to) {
   for (int64_t d = 0; d < depth; d += kTileNumbers, to += kSide) {
     for (int64_t r = 0; r < kSide; r++)
@@ -73,7 +73,7 @@ inline void AddTiles(const uint16_t* columns, int64_t stride, const Words* rows,
 
 template <typename Out>
 void StoreTile(Words sums[kSide], int64_t num_rows, typename Out::Number* out, int64_t out_stride) {
-  Transpose(sums);  // they lie column by column
+  Transpose(sums);  // they are stored column by column
   for (int64_t r = 0; r < num_rows; r++) Out::StoreLanes(out + r * out_stride, (Floats)sums[r]);
 }
 

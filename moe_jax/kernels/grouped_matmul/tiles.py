@@ -1,4 +1,4 @@
-"""How the rows of sorted groups are walked: expert by expert, and within one by blocks of rows."""
+"""Loops over sorted groups: expert by expert, and block by block of an expert's rows."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ LARGEST_BLOCK = 256
 
 
 class Groups(NamedTuple):
-    """The experts that have rows; only the first `count` entries name one, so a loop over them skips all others."""
+    """The experts that have rows, in the first `count` entries."""
 
     count: jax.Array  # int32 scalar
     expert_E: jax.Array  # int32
@@ -18,7 +18,7 @@ class Groups(NamedTuple):
 
 
 def block_size(num_rows: int, num_experts: int) -> int:
-    """Rows per block: a power of two near half an even share, so that the last block of a group wastes little."""
+    """Rows per block: a power of two near half an even share, so that a group's last block wastes little."""
     half_share = num_rows // (2 * num_experts)
     return min(LARGEST_BLOCK, 1 << max(half_share.bit_length() - 1, 0))
 
@@ -36,25 +36,24 @@ def busy_groups(group_sizes_E: jax.Array) -> Groups:
 
 
 def num_blocks(first: jax.Array, last: jax.Array, size: int) -> jax.Array:
-    """Blocks of `size` rows that cover rows `first` up to `last`."""
+    """The number of blocks of `size` rows that cover rows `first` up to `last`."""
     return (last - first + size - 1) // size
 
 
 def block(
     first: jax.Array, last: jax.Array, number: jax.Array, size: int, num_rows: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Where one block of a group lies.
+    """Locates one block of a group.
 
     Args:
         first: first row of the group.
         last: one past its last row.
         number: of the block within the group.
         size: rows per block, at most `num_rows`.
-        num_rows: S: a block never reaches beyond it.
+        num_rows: S, where the last block must end.
 
     Returns:
-        The block's first row in memory, and own_N1: which of its `size` rows belong to it. Others are those of
-        neighbours, or nobody's.
+        The first of `size` rows to read, and own_N1: which of them belong to the block.
     """
     begin = first + number * size
     start = jnp.minimum(begin, num_rows - size)

@@ -1,7 +1,7 @@
-"""A product with one layer's matrix, which lies within the stack of all layers: the contract, and the implementations.
+"""A product with one layer's matrix out of the stack of all layers: the contract and the implementations.
 
-A dot reads a buffer of its own, so XLA copies a layer out of the stack before it: once more through memory, which is
-most of the time where there are few rows.
+XLA copies the layer out of the stack before its dot. With few rows, that copy takes most of the time; `native` reads
+the matrix in place.
 """
 
 import jax
@@ -24,14 +24,14 @@ def projection(
 ) -> jax.Array:
     """Sums over the last `contracted` axes of x and of one layer of a stack.
 
-    The product is one in the dtype of the stack, which may be wider than that of x; sums are float32. `xla` has a
-    gradient, which is as large as the stack; `native` has none.
+    x is converted to the dtype of the stack; sums are float32. `xla` has a gradient as large as the stack, `native` has
+    none.
 
     Args:
         x: activations, [..., inputs].
         stack: [L, outputs..., inputs...], as checkpoints store them.
         layer: int32 scalar, which layer of the stack.
-        contracted: how many axes the inputs are, static.
+        contracted: number of input axes, static.
         dtype: of the result, static.
         implementation: a name from `IMPLEMENTATIONS`, static.
 

@@ -1,4 +1,4 @@
-"""The product in C++, for CPUs: that of the grouped matmul with one expert, which serves every row."""
+"""The product in C++, for CPUs: a grouped matmul with one expert for all rows."""
 
 import math
 

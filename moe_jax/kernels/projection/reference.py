@@ -1,4 +1,4 @@
-"""The definition of the operation: one row and one output after the other, in float64."""
+"""The product, defined by plain loops over rows and outputs, in float64."""
 
 import itertools
 import math

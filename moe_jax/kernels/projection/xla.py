@@ -1,4 +1,4 @@
-"""The product in plain XLA: a layer is taken out of the stack, which is a copy."""
+"""The product in plain XLA, which copies the layer out of the stack."""
 
 import jax.numpy as jnp
 from jax import lax
@@ -11,7 +11,7 @@ def forward(x, stack, layer, contracted, dtype):
 
 
 def multiply(x, weight, contracted, dtype):
-    """The same with a layer that has been taken out."""
+    """The product with a layer that is already out of the stack."""
     axes = (tuple(range(-contracted, 0)),) * 2
     wider = dtype if dtype == jnp.float32 else None
     return jnp.tensordot(x.astype(weight.dtype), weight, axes, preferred_element_type=wider).astype(dtype)

@@ -1,4 +1,4 @@
-"""Policies: which experts a token keeps, and with what weights. `registry.py` lists the kinds, each a file here."""
+"""Policies: which experts a token keeps, and with what weights. `registry.py` lists the kinds."""
 
 from moe_jax.routing.policies.binding import Settings, settings
 from moe_jax.routing.policies.policy import Policy, fixed_k, uniform_k, with_own

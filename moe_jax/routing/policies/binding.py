@@ -1,4 +1,4 @@
-"""Policies bound to a model: live settings that one compiled step takes as arrays."""
+"""Policies bound to a model: settings that a compiled step takes as arrays, so that they can change between steps."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Self
@@ -15,19 +15,19 @@ from moe_jax.routing.policies.policy import Policy
 
 
 class Settings(NamedTuple):
-    """The live half of policies: one row per request, one column per MoE layer.
+    """Settings of policies as arrays: one row per request, one column per MoE layer.
 
-    Which names there are is static. The columns of a step-wise kind are there where some row has that kind, all others
-    always, at settings that change nothing where a row's policy says nothing of them.
+    The names are static. Settings of a step-wise kind are present only if some row uses it, all others always. A row
+    whose policy does not use a kind has the kind's neutral settings.
     """
 
     of_BL: dict[str, jax.Array]
-    group_B: jax.Array  # int32: rows of a decode step whose step-wise kinds act together
+    group_B: jax.Array  # int32: rows with the same number act together in step-wise kinds
     table_of: dict[str, jax.Array]  # by the name of a kind, see `StepWise.table`
     own_k_L: jax.Array | None = None  # int32: the model's own k of each MoE layer, where they differ
 
     def of_tokens(self, part: Callable[[jax.Array], jax.Array]) -> Self:
-        """The settings of a part of a step's tokens: the same, since they belong to requests. See `Replayed`."""
+        """The settings for some of a step's tokens: the same, since they belong to requests. See `Replayed`."""
         return self
 
 
@@ -47,7 +47,7 @@ def settings(
 
     Raises:
         ValueError: a policy asks for fewer than 1 or more than `k_max` experts, for another number of layers, or for a
-            calibration that is not there.
+            calibration that is missing.
     """
     number_of = {policy: number for number, policy in enumerate(dict.fromkeys(policies))}
     models = {policy: model_of(architecture, policy.calibration) for policy in number_of}
@@ -76,7 +76,7 @@ def _is_there(kind: type[Kind], policies: Sequence[Policy]) -> bool:
 
 
 def _table(kind: type[StepWise], models: dict[Policy, Model]) -> np.ndarray | None:
-    """Of the model as the first policy with that kind knows it."""
+    """The kind's table, from the calibration of the first policy that uses it."""
     return next(
         kind.table(model) for policy, model in models.items() if any(isinstance(part, kind) for part in policy.parts)
     )

@@ -1,4 +1,4 @@
-"""The kind `budget`: rows of a decode step choose among a given number of experts."""
+"""The kind `budget`: all rows of a decode step together use a given number of experts."""
 
 import dataclasses
 
@@ -16,9 +16,9 @@ from moe_jax.routing.selection import Routing, Slots
 class Budget(StepWise):
     """`budget:m`: its best k of m experts: every row's best `floor`, then those with the largest sum of w over rows.
 
-    The set begins with the best `floor` experts of every row, however many those are, and grows by the experts whose
-    mixing weights, summed over the rows, are largest, until it holds m: the greedy choice, which is the best one for a
-    sum (XShare, arXiv 2602.07265). Every row then fills up to its k out of the set in its own order.
+    The set starts with the best `floor` experts of every row, however many these are. Experts with the largest sum of
+    mixing weights over the rows are added until it has m: for a sum, this greedy choice is optimal (XShare,
+    arXiv 2602.07265). Every row then takes its best k from the set.
     """
 
     name, form, sets = "budget", "budget:32", ("budget", "budget_floor")
@@ -29,7 +29,7 @@ class Budget(StepWise):
         require_counts(self.m, self.floor)
 
     def columns(self, model: Model) -> Columns:
-        """The size of the set, and the slots of a row that are in it whatever their weight."""
+        """The size of the set, and the number of each row's best experts that are always in it."""
         return constant(model, self.m), constant(model, self.floor)
 
     @classmethod
@@ -39,7 +39,7 @@ class Budget(StepWise):
 
     @staticmethod
     def choose(slots: Slots, routing: Routing, same_BB: jax.Array, m_B: jax.Array, floor_B: jax.Array) -> Slots:
-        """Rows whose set is not all experts fill their slots again, out of it."""
+        """Fills the slots of the rows from the set, unless it has all experts."""
         num_experts = routing.score_NE.shape[1]
         forced_BE = anyone(same_BB, holds(slots, floor_B, num_experts))
         mix_BE = jnp.where(routing.score_NE > -jnp.inf, routing.mix_NE, 0.0)

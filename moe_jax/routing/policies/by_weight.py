@@ -1,4 +1,4 @@
-"""The slots of each token in the order of their weights: worked out once, for all kinds that go by weight."""
+"""The order of each token's slots by weight, computed once for all kinds that use it."""
 
 from typing import NamedTuple
 
@@ -9,20 +9,20 @@ from moe_jax.routing.selection import Slots
 
 
 class ByWeight(NamedTuple):
-    """Slots that are offered to the row-wise kinds; one that is not offered weighs nothing."""
+    """The slots that are offered to the row-wise kinds; other slots have weight 0."""
 
-    mix_NK: jax.Array  # float32, mixing weights as the router gives them
-    rank_NK: jax.Array  # int32: how many slots of the token are heavier; among equals the router's order holds
-    above_NK: jax.Array  # float32: what those weigh together
+    mix_NK: jax.Array  # float32, the router's mixing weights
+    rank_NK: jax.Array  # int32: number of heavier slots of the token; ties keep the router's order
+    above_NK: jax.Array  # float32: sum of the weights of those slots
 
 
 def by_weight(slots: Slots) -> ByWeight:
     """Compares every slot with the others of its token.
 
-    Where a selection bias moves the choice, the order of weights is not the router's own.
+    With a selection bias, the order by weight is not the order in which the router chose.
     """
     mix_NK = jnp.where(slots.keep_NK, slots.mix_NK, 0.0)
-    first_KK = jnp.tri(mix_NK.shape[1], k=-1, dtype=bool)  # among equals the router's order holds
+    first_KK = jnp.tri(mix_NK.shape[1], k=-1, dtype=bool)  # ties keep the router's order
     one_NK1, other_N1K = mix_NK[:, :, None], mix_NK[:, None, :]
     heavier_NKK = (other_N1K > one_NK1) | ((other_N1K == one_NK1) & first_KK[None])
     rank_NK = heavier_NKK.sum(axis=2, dtype=jnp.int32)

@@ -1,4 +1,4 @@
-"""The kind `capacity`: a bound on how many rows of one decode step an expert serves."""
+"""The kind `capacity`: limits the rows of a decode step that an expert serves."""
 
 import dataclasses
 
@@ -19,10 +19,10 @@ OVERFLOW = ("drop", "next")
 class Capacity(StepWise):
     """`capacity:gamma`: its own k; an expert serves at most ceil(gamma * T * k / E) rows, those with the largest w.
 
-    T * k is the number of slots that the rows keep. The overflow is dropped or, with `overflow=next`, offered to the
-    next choice: rank by rank, down to twice as many as it keeps, a row that is short of slots asks its expert of that
-    rank unless it has asked it before, and an expert takes as many of those as it has room for, again by weight
-    (capacity-aware inference, arXiv 2503.05066). Ties go to the earlier row.
+    T * k is the number of slots that the rows keep. Overflow is dropped, or with `overflow=next` offered to the next
+    choices: rank by rank, down to rank 2 k, a row that is short of slots asks its expert of that rank, unless it has
+    asked it before; an expert accepts as many rows as it has room for, again by weight (capacity-aware inference,
+    arXiv 2503.05066). Ties go to the earlier row.
     """
 
     name, form, sets = "capacity", "capacity:1.5,overflow=next", ("capacity", "overflow")
@@ -35,24 +35,24 @@ class Capacity(StepWise):
             raise ValueError(f"expected overflow = {' or '.join(OVERFLOW)}")
 
     def columns(self, model: Model) -> Columns:
-        """Gamma of each layer, and the number of what happens to the overflow."""
+        """Gamma of each layer, and the index in `OVERFLOW`."""
         return per_layer(model, self.gamma), constant(model, OVERFLOW.index(self.overflow))
 
     @classmethod
     def neutral(cls, model: Model) -> Columns:
-        """Nothing overflows."""
+        """An infinite capacity."""
         return constant(model, np.inf, np.float32), constant(model, 0)
 
     @staticmethod
     def choose(slots: Slots, routing: Routing, same_BB: jax.Array, gamma_B: jax.Array, overflow_B: jax.Array) -> Slots:
-        """Serves what was asked for; then, where that overflowed, the next choices."""
+        """Serves the rows' own choices; then, for rows with dropped slots, the next choices."""
         num_experts, offers_B = routing.score_NE.shape[1], overflow_B == OVERFLOW.index("next")
         experts_1E = jnp.arange(num_experts)[None]
         asked_BKE = (slots.expert_NK[:, :, None] == experts_1E[None]) & slots.keep_NK[:, :, None]
         asked_BE, wanted_B = asked_BKE.any(axis=1), slots.keep_NK.sum(axis=1)
         weight_BE = jnp.where(asked_BE, (asked_BKE * slots.mix_NK[:, :, None]).sum(axis=1), routing.mix_NE)
         share_B = gamma_B * (same_BB * wanted_B[None]).sum(axis=1) / num_experts
-        room_B = jnp.ceil(share_B - 1e-5)  # what rounding has put above a whole number is not above it
+        room_B = jnp.ceil(share_B - 1e-5)  # minus a rounding error, which must not add a row
         earlier_BB = jnp.tri(len(same_BB), k=-1, dtype=bool)
 
         def ahead(one, other, earlier):

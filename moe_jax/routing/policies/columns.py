@@ -1,4 +1,4 @@
-"""The columns that a kind sets, a number for each MoE layer, and what it has to know of a model to set them."""
+"""The columns that a kind sets, one number per MoE layer, and the facts of a model that it needs for them."""
 
 import math
 from typing import NamedTuple
@@ -13,14 +13,14 @@ Columns = tuple[np.ndarray, ...]  # each [L], in the order of `Kind.sets`
 
 
 class Model(NamedTuple):
-    """What a policy has to know of the model that it is bound to."""
+    """The facts that a policy needs of the model that it is bound to."""
 
     num_layers: int  # MoE layers
     num_experts: int
-    k: int  # that it was trained with
+    k: int  # experts per token that it was trained with
     normalize: bool  # whether its mixing weights sum to one
     calibration: Calibration | None = None
-    k_of_layers: tuple[int, ...] = ()  # where it was trained with another in each layer
+    k_of_layers: tuple[int, ...] = ()  # if it was trained with a different k per layer
 
     @property
     def own_k_L(self) -> np.ndarray:
@@ -28,17 +28,17 @@ class Model(NamedTuple):
         return np.array(self.k_of_layers or (self.k,) * self.num_layers, np.int32)
 
     def calibrated(self) -> Calibration:
-        """The calibration; ValueError where there is none."""
+        """The calibration; ValueError if there is none."""
         if self.calibration is None:
             raise ValueError("expected policy.calibration, a file that `launch/calibrate.py` writes for this model")
         return self.calibration
 
 
 def model_of(architecture: Architecture, calibration: Calibration | None) -> Model:
-    """Collects what policies have to know.
+    """Collects the facts that policies need.
 
     Raises:
-        ValueError: the calibration is of a model of another shape.
+        ValueError: the calibration is of a model with another number of layers or experts.
     """
     moe, num_layers = architecture.moe, architecture.decoder.num_moe_layers
     if calibration is not None and calibration.similarity_LEE.shape != (num_layers, moe.num_experts, moe.num_experts):
@@ -47,7 +47,7 @@ def model_of(architecture: Architecture, calibration: Calibration | None) -> Mod
 
 
 def require_counts(*values: int) -> None:
-    """Refuses numbers of experts below 1, or that no model has."""
+    """Refuses numbers of experts below 1 or beyond int32."""
     if min(values) < 1 or max(values) >= 2**31:
         raise ValueError("expected whole numbers of at least 1")
 
@@ -64,10 +64,10 @@ def constant(model: Model, value: int | float, dtype: type = np.int32) -> np.nda
 
 
 def per_layer(model: Model, values: PerLayer) -> np.ndarray:
-    """float32 [L] of one number for all layers, or one for each.
+    """float32 [L], from one number for all layers or one for each.
 
     Raises:
-        ValueError: there are neither one nor L.
+        ValueError: the number of values is neither one nor L.
     """
     if len(values) not in (1, model.num_layers):
         raise ValueError(

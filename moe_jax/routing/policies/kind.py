@@ -1,4 +1,4 @@
-"""What a kind of policy is: its spec, the columns that it sets, and what they do to the slots of tokens."""
+"""The base classes of policy kinds: the spec, the columns that a kind sets, and how it selects slots."""
 
 import dataclasses
 from typing import ClassVar, Self
@@ -13,14 +13,14 @@ from moe_jax.routing.selection import Routing, Slots
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """Base of all kinds: a dataclass whose fields are the numbers after the colon. An instance is a part of a policy.
+    """Base of all kinds: a dataclass whose fields are the values after the colon. An instance is a part of a policy.
 
-    Fields without a default are written in order, the others as name=value where they differ from it. A kind that
-    derives from this class alone sets columns that `select` itself reads or on which another kind acts: `topk` and
-    `schedule` both set `k`, `median` those of `ratio`. Kinds that set the same columns exclude each other, and exactly
-    one of them gives `neutral` values.
+    In a spec, fields without a default come in order; others are written name=value if they differ from the default. A
+    kind that derives directly from this class sets columns that `select` or another kind reads: `topk` and `schedule`
+    both set `k`, `median` sets those of `ratio`. Kinds that set the same columns exclude each other, and exactly one of
+    them gives `neutral` values.
 
-    The first line of the docstring and the paper that it cites are a row of the table in docs/policies.md.
+    The first line of the docstring and the cited paper make a row of the table in docs/policies.md.
     """
 
     name: ClassVar[str]  # before the colon
@@ -29,10 +29,10 @@ class Kind:
 
     @classmethod
     def parsed(cls, words: list[str]) -> Self:
-        """An instance from the words between the commas.
+        """Makes an instance from the words between the commas.
 
         Raises:
-            ValueError: one of them is not known here, is given twice, is missing or is no number.
+            ValueError: a word is unknown, given twice, missing or not a number.
         """
         fields = dataclasses.fields(cls)
         placed = [field for field in fields if field.default is dataclasses.MISSING]
@@ -67,20 +67,20 @@ class Kind:
         return ":".join([self.name, ",".join(words)]) if words else self.name
 
     def columns(self, model: Model) -> Columns:
-        """The settings of each MoE layer; ValueError where they do not fit the model."""
+        """The settings of each MoE layer; ValueError if they do not fit the model."""
         raise NotImplementedError
 
     @classmethod
     def neutral(cls, model: Model) -> Columns:
-        """Settings that leave a row what it has without this kind; none where the columns are another kind's."""
+        """Settings with which the kind changes nothing; () if another kind gives them for the same columns."""
         return ()
 
 
 class RowWise(Kind):
-    """A kind that decides for each token by itself, in prompts and decode steps alike.
+    """A kind that decides for each token separately, in prefills and decode steps.
 
-    Its columns are always there, so that requests with and without it share one compiled step. A slot has to pass all
-    row-wise kinds; each looks at the slots that the token's k offers, not at what the others leave of them.
+    Its columns are always present, so that requests with and without it share one compiled step. A slot is kept only if
+    all row-wise kinds keep it; each decides from all slots of the token's k, not from those that the others kept.
     """
 
     @staticmethod
@@ -90,32 +90,32 @@ class RowWise(Kind):
 
 
 class StepWise(Kind):
-    """A kind that decides for all rows of a decode step together, and leaves the reading of prompts alone.
+    """A kind that decides for all rows of a decode step together; it does not act in prefills.
 
-    Its columns are there where some row has it, and are part of the compiled step then. Step-wise kinds act after the
-    row-wise ones, each on what the one before it leaves.
+    Its columns are present, and part of the compiled step, only if some row uses it. Step-wise kinds act after the
+    row-wise ones, each on the slots that the previous one left.
     """
 
     @staticmethod
     def choose(slots: Slots, routing: Routing, same_BB: jax.Array, *columns_B: jax.Array) -> Slots:
-        """The slots of the B rows of one step.
+        """Selects the slots of the B rows of one step.
 
         Args:
-            slots: that the rows keep so far.
+            slots: those that the rows keep so far.
             routing: of the same rows.
             same_BB: bool, which rows act together; False for padding and finished rows.
-            columns_B: in the order of `sets`; after them this layer's part of `table`, where there is one.
+            columns_B: in the order of `sets`, then this layer's part of `table`, if there is one.
         """
         raise NotImplementedError
 
     @staticmethod
     def table(model: Model) -> np.ndarray | None:
-        """[L, ...] of the model, which all rows share; None: the kind needs none."""
+        """An array [L, ...] of the model, shared by all rows; None if the kind needs none."""
         return None
 
 
 def value_of(text: str, kind: type) -> int | float | str | PerLayer:
-    """The value of a field from its text; ValueError where it is none."""
+    """Parses the value of a field; ValueError if it is not one."""
     try:
         if kind == PerLayer:
             return tuple(float(number) for number in text.split("/"))
@@ -127,4 +127,4 @@ def value_of(text: str, kind: type) -> int | float | str | PerLayer:
 
 def _described(placed, named) -> str:
     words = [field.name for field in placed] + [f"{name}=..." for name in named]
-    return ", ".join(words) if words else "nothing behind its name"
+    return ", ".join(words) if words else "nothing after its name"

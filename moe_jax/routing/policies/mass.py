@@ -20,10 +20,10 @@ from moe_jax.routing.policies.kind import RowWise
 
 @dataclasses.dataclass(frozen=True)
 class Mass(RowWise):
-    """`mass:p`: slots i where those heavier than i weigh less than p * (w_1 + ... + w_k); at least `min` slots.
+    """`mass:p`: the fewest heaviest slots whose weights sum to p * (w_1 + ... + w_k) or more; at least `min` slots.
 
-    A slot is kept while the slots heavier than it hold less than p of what the offered slots of its token hold
-    together; among equals the router's order holds. With p = 1 all are kept.
+    A slot is kept if the slots heavier than it have less than the share p of the weight of the token's offered slots;
+    ties keep the router's order. With p = 1 all are kept.
     """
 
     name, form, sets = "mass", "mass:0.8,min=2", ("mass", "mass_min")
@@ -35,17 +35,17 @@ class Mass(RowWise):
         require_counts(self.min)
 
     def columns(self, model: Model) -> Columns:
-        """The share of each layer, and the slots that it never drops."""
+        """The share p of each layer, and the number of slots that are always kept."""
         return per_layer(model, self.p), constant(model, self.min)
 
     @classmethod
     def neutral(cls, model: Model) -> Columns:
-        """All of the weight."""
+        """A share of 1, which keeps all slots."""
         return constant(model, 1, np.float32), constant(model, 1)
 
     @staticmethod
     def keeps(offered: ByWeight, p_N: jax.Array, min_N: jax.Array) -> jax.Array:
-        """bool_NK by the formula."""
+        """bool_NK: which slots are kept."""
         needed_NK = offered.above_NK < p_N[:, None] * offered.mix_NK.sum(axis=1, keepdims=True)
         needed_NK |= p_N[:, None] >= 1
         return needed_NK | (offered.rank_NK < min_N[:, None])

@@ -1,4 +1,4 @@
-"""The kind `median`: thresholds of `ratio` that were measured on calibration text."""
+"""The kind `median`: thresholds for `ratio`, measured on calibration text."""
 
 import dataclasses
 
@@ -13,8 +13,8 @@ from moe_jax.routing.policies.ratio import Ratio
 class Median(Kind):
     """`median`: `ratio` with t = `scale` * the layer's median of w_i / w_1 over calibration tokens, i = 2 to k.
 
-    The median is taken over the slots i = 2 to k together (arXiv 2402.14800, section 3.3, has two slots, and drops the
-    second below the median of their ratio).
+    The median is over slots i = 2 to k together. (arXiv 2402.14800, section 3.3, has two slots, and drops the second
+    if their ratio is below its median.)
     """
 
     name, form, sets = "median", "median:scale=0.8,min=2", Ratio.sets
@@ -26,6 +26,6 @@ class Median(Kind):
         require_counts(self.min)
 
     def columns(self, model: Model) -> Columns:
-        """The threshold of each layer, and the slots that it never drops; ValueError without a calibration."""
+        """The threshold of each layer, and the number of slots that are always kept; ValueError without calibration."""
         t_L = np.minimum(self.scale * model.calibrated().median_ratio_L, 1.0).astype(np.float32)
         return t_L, constant(model, self.min)

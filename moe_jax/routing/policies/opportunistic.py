@@ -1,4 +1,4 @@
-"""The kind `opportunistic`: rows of a decode step choose among the experts that some row needs most."""
+"""The kind `opportunistic`: rows of a decode step choose among the best experts of any row."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from moe_jax.routing.selection import Routing, Slots
 
 @dataclasses.dataclass(frozen=True)
 class Opportunistic(StepWise):
-    """`opportunistic:k0`: its best k of the experts that are in any row's best k0.
+    """`opportunistic:k0`: its best k among the experts in any row's best k0.
 
     Opportunistic expert activation, arXiv 2511.02237. With k0 = k it changes nothing.
     """
@@ -24,16 +24,16 @@ class Opportunistic(StepWise):
         require_counts(self.k0)
 
     def columns(self, model: Model) -> Columns:
-        """The slots of a row that enter the set."""
+        """The number of a row's best experts that enter the set."""
         return (constant(model, self.k0),)
 
     @classmethod
     def neutral(cls, model: Model) -> Columns:
-        """All slots enter the set."""
+        """All experts of a row enter the set."""
         return (constant(model, model.num_experts),)
 
     @staticmethod
     def choose(slots: Slots, routing: Routing, same_BB: jax.Array, k0_B: jax.Array) -> Slots:
-        """Rows that keep more than k0 slots fill them again, out of the set."""
+        """Fills the slots of rows that keep more than k0 from the set."""
         pool_BE = anyone(same_BB, holds(slots, k0_B, routing.score_NE.shape[1]))
         return filled(slots, routing, pool_BE, k0_B < slots.keep_NK.sum(axis=1))

@@ -1,4 +1,4 @@
-"""The text of a policy, as configs and the command line write it, to a policy."""
+"""Parses the text of a policy, as written in configs and on the command line."""
 
 import difflib
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from moe_jax.routing.policies.schedule import ModelOwn
 def parse(spec: str, calibration: Calibration | None = None) -> Policy:
     """Parses parts joined by `+`, such as `"topk:4"`, `"topk:6+ratio:0.3,min=2"` or `"opportunistic:3"`.
 
-    Numbers may be one for each MoE layer where a kind's class says `PerLayer`: `"ratio:0.3/0.3/0.1"`. The order of the
-    parts does not matter; without one that sets k, the model's own k comes in.
+    A `PerLayer` field of a kind takes one number, or one for each MoE layer: `"ratio:0.3/0.3/0.1"`. The order of the
+    parts does not matter; without a part that sets k, the model's own k is used.
 
     Args:
         spec: the text.
-        calibration: of the model, which `median` and `reroute` want.
+        calibration: of the model; `median` and `reroute` need it.
 
     Raises:
-        ValueError: naming the spec, what was expected, and the nearest kind.
+        ValueError: the spec is not valid. The message has the spec, what was expected, and the nearest kind.
     """
     try:
         parts = [_part(text.strip()) for text in spec.strip().split("+")]

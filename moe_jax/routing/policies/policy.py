@@ -1,4 +1,4 @@
-"""A policy before it meets a model: parts of different kinds, and what can be said of them without a token."""
+"""A policy, not yet bound to a model: parts of different kinds, and the number of experts that they keep."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ class Policy:
     """A parsed spec: parts that set different columns."""
 
     parts: tuple[Kind, ...]
-    # Of the model that it will meet, where a part asks for one; no part of what the policy is.
+    # Of the model that it will be bound to, if a part needs one; not compared.
     calibration: Calibration | None = dataclasses.field(default=None, compare=False)
 
     @property
@@ -25,11 +25,11 @@ class Policy:
 
     @property
     def batch_aware(self) -> bool:
-        """Whether what a row keeps in a decode step depends on the rows beside it."""
+        """Whether what a row keeps in a decode step depends on the other rows."""
         return any(isinstance(part, StepWise) for part in self.parts)
 
     def columns(self, model: Model) -> dict[str, np.ndarray]:
-        """What the parts set, [L] each, by name.
+        """The columns that the parts set, [L] each, by name.
 
         Raises:
             ValueError: a part does not fit the model.
@@ -44,7 +44,7 @@ class Policy:
 
 
 def fixed_k(policy: Policy, architecture: Architecture) -> np.ndarray | None:
-    """int32 [L]: how many slots the policy keeps of every token; None where it looks at tokens.
+    """int32 [L]: the number of slots that the policy keeps for every token; None if that depends on the token.
 
     Raises:
         ValueError: the policy does not fit the model.
@@ -56,7 +56,7 @@ def fixed_k(policy: Policy, architecture: Architecture) -> np.ndarray | None:
 
 
 def uniform_k(policy: Policy, architecture: Architecture) -> int | None:
-    """The same where it is one number for all layers; None where there is none.
+    """`fixed_k` as one number, if it is the same for all layers; else None.
 
     Raises:
         ValueError: the policy does not fit the model.
@@ -66,7 +66,7 @@ def uniform_k(policy: Policy, architecture: Architecture) -> int | None:
 
 
 def with_own(policy: Policy, architecture: Architecture) -> Architecture | None:
-    """The architecture whose own k is what the policy keeps; None where that depends on the token.
+    """The architecture with the policy's number of slots as its own k; None if that depends on the token.
 
     Raises:
         ValueError: the policy does not fit the model.
@@ -75,7 +75,7 @@ def with_own(policy: Policy, architecture: Architecture) -> Architecture | None:
     if k_L is None:
         return None
     if k_L.max() <= architecture.moe.num_experts:  # else the architecture refuses it
-        k_L = np.minimum(k_L, architecture.num_experts_L)  # all experts of a layer that has fewer
+        k_L = np.minimum(k_L, architecture.num_experts_L)  # a layer with fewer experts keeps all
     of_layers = () if (k_L == k_L[0]).all() else tuple(map(int, k_L))
     moe = dataclasses.replace(architecture.moe, k=int(k_L.max()), k_of_layers=of_layers)
     return dataclasses.replace(architecture, moe=moe)

@@ -1,4 +1,4 @@
-"""The kind `ratio`: a threshold for the weight of a slot, relative to the heaviest of its token."""
+"""The kind `ratio`: a threshold for a slot's weight, relative to the token's largest."""
 
 import dataclasses
 
@@ -22,8 +22,8 @@ from moe_jax.routing.policies.kind import RowWise
 class Ratio(RowWise):
     """`ratio:t`: slots i with w_i >= t * w_1, where w_1 is the token's largest weight; at least `min` slots.
 
-    Slots are taken by weight, the heaviest first: where a selection bias moves the choice, that is not the router's own
-    order (dynamic expert skipping, arXiv 2402.14800, section 3.3, with one threshold for all slots).
+    Slots are ordered by weight; with a selection bias, that is not the order in which the router chose (dynamic expert
+    skipping, arXiv 2402.14800, section 3.3, with one threshold for all slots).
     """
 
     name, form, sets = "ratio", "ratio:0.3,min=2", ("ratio", "ratio_min")
@@ -35,16 +35,16 @@ class Ratio(RowWise):
         require_counts(self.min)
 
     def columns(self, model: Model) -> Columns:
-        """The threshold of each layer, and the slots that it never drops."""
+        """The threshold of each layer, and the number of slots that are always kept."""
         return per_layer(model, self.t), constant(model, self.min)
 
     @classmethod
     def neutral(cls, model: Model) -> Columns:
-        """Every weight is at least 0."""
+        """A threshold of 0, which keeps all slots."""
         return constant(model, 0, np.float32), constant(model, 1)
 
     @staticmethod
     def keeps(offered: ByWeight, t_N: jax.Array, min_N: jax.Array) -> jax.Array:
-        """bool_NK by the formula."""
+        """bool_NK: which slots are kept."""
         near_NK = offered.mix_NK >= t_N[:, None] * offered.mix_NK.max(axis=1, keepdims=True)
         return near_NK | (offered.rank_NK < min_N[:, None])

@@ -1,4 +1,4 @@
-"""All kinds of policies. A new one is a class in a file of its own and its entry here."""
+"""All kinds of policies. To add one, write its class in a new file and list it here."""
 
 from moe_jax.routing.policies.budget import Budget
 from moe_jax.routing.policies.capacity import Capacity
@@ -11,7 +11,7 @@ from moe_jax.routing.policies.renormalize import Renormalize
 from moe_jax.routing.policies.reroute import Reroute
 from moe_jax.routing.policies.schedule import Layers, ModelOwn, Schedule, TopK
 
-# In the order in which they act, and in which a spec writes them.
+# In the order in which they act, and in which a spec lists them.
 KINDS: tuple[type[Kind], ...] = (
     *(ModelOwn, TopK, Schedule, Layers),
     *(Ratio, Median, Mass),

@@ -1,4 +1,4 @@
-"""The kind `renormalize`: what the weights of the kept slots sum to."""
+"""The kind `renormalize`: the sum of the kept slots' weights."""
 
 import dataclasses
 
@@ -10,14 +10,14 @@ from moe_jax.routing.policies.columns import Columns, Model, constant
 from moe_jax.routing.policies.kind import Kind
 from moe_jax.routing.selection import Selection, Slots
 
-RULES = ("none", "own", "one")  # by their number, see `weigh`
+RULES = ("none", "own", "one")  # settings are indices into this; see `weigh`
 
 
 @dataclasses.dataclass(frozen=True)
 class Renormalize(Kind):
-    """`renormalize:to`: the same slots; weights stay (`none`), sum to what the model's own k do (`own`), or to `one`.
+    """`renormalize:to`: the same slots; weights unchanged (`none`), summing to those of the own k (`own`) or to `one`.
 
-    See `weigh`. Left out, what the model itself does. Its column is always there, and `select` reads it.
+    See `weigh`. Without this part, the model's own rule holds. Its column is always present, and `select` reads it.
     """
 
     name, form, sets = "renormalize", "renormalize:none", ("renormalize",)
@@ -28,28 +28,28 @@ class Renormalize(Kind):
             raise ValueError(f"expected one of {', '.join(RULES)}")
 
     def columns(self, model: Model) -> Columns:
-        """The number of the rule."""
+        """The index of the rule."""
         return (constant(model, RULES.index(self.to)),)
 
     @classmethod
     def neutral(cls, model: Model) -> Columns:
-        """What the model itself does."""
+        """The model's own rule."""
         return (constant(model, RULES.index("one" if model.normalize else "none")),)
 
 
 def weigh(slots: Slots, own_sum_N: jax.Array, rule_N: jax.Array, moe: MoEConfig) -> Selection:
-    """Weights the kept slots, which after dropping may be renormalised.
+    """Weights the kept slots, and renormalises the weights if the rule says so.
 
-    The full model's weight of a slot is its mixing weight, divided by the sum over the model's own k where
-    `moe.normalize`, times `moe.routed_scaling`. With "none" a kept slot keeps that weight; with "own" the kept slots
-    are scaled to sum to what the model's own k summed to; with "one" to one before the scaling. Where `moe.normalize`,
-    the model's own k sum to one, so "own" and "one" are the same; it is what these models do when they are configured
-    for another k (DeepSeek-V3, GLM-4.5). A model that does not normalise (DeepSeek-V2-Lite) does "none".
+    In the full model, the weight of a slot is its mixing weight times `moe.routed_scaling`, and divided by the sum over
+    the model's own k if `moe.normalize`. With "none" a kept slot keeps that weight. With "own" the weights of the kept
+    slots are scaled to the sum over the model's own k; with "one" they sum to one, before `moe.routed_scaling`. If
+    `moe.normalize`, "own" and "one" are the same; it is what such models do when configured for another k
+    (DeepSeek-V3, GLM-4.5). A model that does not normalise (DeepSeek-V2-Lite) does "none".
 
     Args:
         slots: kept or not.
-        own_sum_N: float32, mixing weights summed over the k experts that the full model would choose.
-        rule_N: int32, numbers of `RULES`.
+        own_sum_N: float32, the sum of the mixing weights of the model's own k experts.
+        rule_N: int32, indices into `RULES`.
         moe: the section of the configuration.
     """
     mix_NK = jnp.where(slots.keep_NK, slots.mix_NK, 0.0)

@@ -1,4 +1,4 @@
-"""The kind `reroute`: experts that no row of a decode step needs most give way to the most similar ones that are."""
+"""The kind `reroute`: replaces experts that no row of a decode step needs most by similar ones that some row does."""
 
 import dataclasses
 
@@ -24,9 +24,9 @@ from moe_jax.routing.selection import Routing, Slots
 class Reroute(StepWise):
     """`reroute:k0,s`: its own k; an expert in no row's best k0 becomes the most similar one that is, if that is >= s.
 
-    The similarity of two experts is calibrated. One is replaced only by an expert within the row's reach, and keeps its
-    own mixing weight; slots of a row that then name one expert merge, and their weights add (similarity-based
-    re-routing, arXiv 2602.07616).
+    The similarity of experts is measured by calibration. The new expert must be one that the row's router can choose;
+    it gets the mixing weight of the replaced one. Slots of a row with the same expert merge, and their weights add
+    (similarity-based re-routing, arXiv 2602.07616).
     """
 
     name, form, sets = "reroute", "reroute:3,0.5", ("reroute", "reroute_above")
@@ -38,7 +38,7 @@ class Reroute(StepWise):
         require_between(-1, float("inf"), self.s)
 
     def columns(self, model: Model) -> Columns:
-        """The slots of a row that are never replaced, and the least similarity; ValueError without a calibration."""
+        """The slots of a row that are never replaced, and the least similarity; ValueError without calibration."""
         model.calibrated()
         return constant(model, self.k0), per_layer(model, self.s)
 
@@ -61,8 +61,8 @@ class Reroute(StepWise):
         above_B: jax.Array,
         similarity_EE: jax.Array,
     ) -> Slots:
-        """Replaces experts, then merges the slots that name the same."""
-        experts = slice(routing.score_NE.shape[1])  # of a layer that may have fewer than most
+        """Replaces experts, then merges the slots with the same expert."""
+        experts = slice(routing.score_NE.shape[1])  # a layer may have fewer than the largest
         similarity_EE = similarity_EE[experts, experts]
         primary_BE = anyone(same_BB, holds(slots, k0_B, len(similarity_EE)))
         target_BE = primary_BE & (routing.score_NE > -jnp.inf)

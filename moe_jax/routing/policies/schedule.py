@@ -1,4 +1,4 @@
-"""Kinds that fix the number of experts of each layer before any token is seen: all set `k`, which `select` reads."""
+"""Kinds that fix the number of experts per layer, whatever the token: all set `k`, which `select` reads."""
 
 import dataclasses
 from typing import Self
@@ -21,7 +21,7 @@ class ModelOwn(Kind):
 
     @classmethod
     def neutral(cls, model: Model) -> Columns:
-        """The same: what a policy keeps that says nothing of k."""
+        """The model's own k, for a policy without a part that sets k."""
         return (model.own_k_L,)
 
 
@@ -44,9 +44,8 @@ class TopK(Kind):
 class Schedule(Kind):
     """`schedule:b,h,e,p`: the best b experts in the first MoE layer, h in layer p, e in the last, linear between.
 
-    MoE layers count from 0. What the line gives between its ends is rounded to the nearest whole
-    number, halves up (*Faster MoE LLM Inference for Extremely Large Models*, arXiv 2505.03531, whose letters these are;
-    it does not say how it rounds).
+    MoE layers count from 0. Interpolated values are rounded to the nearest whole number, halves up. The letters are
+    those of *Faster MoE LLM Inference for Extremely Large Models*, arXiv 2505.03531, which does not say how it rounds.
     """
 
     name, form, sets = "schedule", "schedule:6,8,4,2", ModelOwn.sets
@@ -59,7 +58,7 @@ class Schedule(Kind):
         require_counts(self.b, self.h, self.e, self.p)
 
     def columns(self, model: Model) -> Columns:
-        """Slots to keep in each layer; ValueError where layer p is not between the first and the last."""
+        """Slots to keep in each layer; ValueError if layer p is not between the first and the last."""
         last = model.num_layers - 1
         if self.p >= last:
             raise ValueError(f"p = {self.p}; expected a layer between the first MoE layer, 0, and the last, {last}")
@@ -79,7 +78,7 @@ class Layers(Kind):
 
     @classmethod
     def parsed(cls, words: list[str]) -> Self:
-        """Any number of words, but at least one; ValueError where one is not a whole number."""
+        """Takes one word or more; ValueError if one is not a whole number."""
         return cls(tuple(value_of(word, int) for word in words or [""]))
 
     @property
@@ -88,7 +87,7 @@ class Layers(Kind):
         return f"{self.name}:" + ",".join(map(str, self.k_L))
 
     def columns(self, model: Model) -> Columns:
-        """Slots to keep in each layer; ValueError where the model has another number of MoE layers."""
+        """Slots to keep in each layer; ValueError if the model has another number of MoE layers."""
         if len(self.k_L) != model.num_layers:
             raise ValueError(
                 f"{len(self.k_L)} layers; expected one number for each of the model's {model.num_layers} MoE layers"

@@ -1,4 +1,4 @@
-"""What policies do in one MoE layer: a routing decision to the slots that are kept, kind after kind."""
+"""Applies policies in one MoE layer: from the router's output to the slots that are kept."""
 
 from typing import NamedTuple
 
@@ -17,21 +17,21 @@ from moe_jax.routing.selection import Routing, Selection, Slots, top_slots
 
 
 class Context(NamedTuple):
-    """Where a selection is made."""
+    """The layer and the tokens of a selection."""
 
     layer: jax.Array  # int32 scalar: column of the settings
     row_N: jax.Array  # int32: request of each token
     valid_N: jax.Array  # bool: False for padding and finished rows, which keep nothing
-    # N = B * steps tokens, each position a decode step of B rows; 0: a prefill, where no step-wise kind acts
+    # the N = B * steps tokens are decode steps of B rows; 0: a prefill, where no step-wise kind acts
     steps: int
 
 
 def select(routing: Routing, live: Settings | Replayed, context: Context, moe: MoEConfig, k_max: int) -> Selection:
-    """Keeps slots of each valid token, as its request's policy says for this layer.
+    """Selects the slots of each valid token, by its request's policy for this layer.
 
-    Each token is offered its best k experts. The row-wise kinds take slots from it; in a decode step, what remains goes
-    through the step-wise kinds that are there, in the order of the registry. Then recorded experts replace what was
-    chosen, where there are any, and the slots are weighted.
+    Each token starts with its best k experts. The row-wise kinds drop slots; in a decode step, the step-wise kinds in
+    use then act, in the order of the registry. Recorded experts, if any, replace the chosen ones. At last the slots are
+    weighted.
     """
     settings = live.settings if isinstance(live, Replayed) else live
     expert_NK, mix_NK = top_slots(routing, max(k_max, moe.k))
@@ -57,7 +57,7 @@ def select(routing: Routing, live: Settings | Replayed, context: Context, moe: M
 
 
 def _step_wise(slots: Slots, routing: Routing, settings: Settings, context: Context) -> Slots:
-    """Applies the kinds that are there to every decode step by itself."""
+    """Applies the step-wise kinds in use to each decode step separately."""
     there = {
         kind: [settings.of_BL[name][:, context.layer] for name in kind.sets]
         for kind in registry.KINDS
