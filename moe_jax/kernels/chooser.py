@@ -62,9 +62,8 @@ def _resolve(operation: str, name: str, platform: str) -> str:
         others = [one for one in api.IMPLEMENTATIONS if one != NATIVE]
         raise ValueError(f"{given}: runs on CPUs only, not on {platform!r}; {' or '.join(others)} would run")
     if name == "pallas_gpu" and platform != "gpu":
-        raise ValueError(
-            f"{given}: runs on GPUs only, not on {platform!r}; {api.BY_PLATFORM.get(platform, api.WITHOUT_COMPILER)} would run"
-        )
+        other = api.BY_PLATFORM.get(platform, api.WITHOUT_COMPILER)
+        raise ValueError(f"{given}: runs on GPUs only, not on {platform!r}; {other} would run")
     if name == NATIVE and compiled.compiler() is None:
         raise ValueError(f"{given}: needs a C++ compiler (c++) on PATH; {api.WITHOUT_COMPILER} would run")
     return name
