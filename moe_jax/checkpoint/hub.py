@@ -1,7 +1,7 @@
-"""Names of models on a hub, such as `allenai/OLMoE-1B-7B-0924@main`: fetched by huggingface_hub, or found in its cache.
+"""Finds models by their names on a hub, such as `allenai/OLMoE-1B-7B-0924@main`, with huggingface_hub and its cache.
 
-Only what is read here is fetched: configuration, tokenizer, chat templates, and weights in safetensors. Pickled weights
-run code when they are read, and are left alone.
+Only configuration, tokenizer, chat templates and weights in safetensors are fetched. Pickled weights are refused, since
+they can run code when they are read.
 """
 
 import os
@@ -28,8 +28,8 @@ class Found(NamedTuple):
     """Where a model is.
 
     Attributes:
-        folder: its small files are there.
-        fetch: brings its weights to that folder, or raises ValueError; None: they are there, if anywhere.
+        folder: has its small files.
+        fetch: fetches its weights into that folder, or raises ValueError; None: nothing to fetch.
     """
 
     folder: pathlib.Path
@@ -37,14 +37,14 @@ class Found(NamedTuple):
 
 
 def find(path: str | os.PathLike) -> Found:
-    """Finds a model: at the path itself where something is there or it reads otherwise than a name of a hub.
+    """Finds a model. A path that exists, or does not look like a name on a hub, is taken as a folder.
 
     Args:
-        path: a folder, or `organisation/name`, or `organisation/name@revision` (a branch, a tag or a commit). HF_HOME,
-            HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE say where such a name is looked for, as huggingface_hub reads them.
+        path: a folder, or `organisation/name`, or `organisation/name@revision` (a branch, a tag or a commit).
+            huggingface_hub reads HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE to look such a name up.
 
     Raises:
-        ValueError: the model is neither to be had nor whole in the cache, or has pickled weights alone.
+        ValueError: the model can neither be fetched nor is complete in the cache, or it has only pickled weights.
     """
     name = _NAME.fullmatch(os.fspath(path))
     if name is None or os.path.exists(path):
@@ -54,7 +54,7 @@ def find(path: str | os.PathLike) -> Found:
         return _fetched(repository, revision)
     except _Refused:
         raise
-    except Exception as error:  # whatever huggingface_hub and what it calls raise
+    except Exception as error:  # huggingface_hub and its dependencies raise many kinds
         reason = error
     folder = _cached(repository, revision)
     missing = "all of it" if folder is None else _missing(folder)
@@ -69,7 +69,7 @@ def find(path: str | os.PathLike) -> Found:
 
 
 class _Refused(ValueError):
-    """What a hub has is not what can be read."""
+    """The hub has the model, but not in a form that can be read."""
 
 
 def _fetched(repository: str, revision: str) -> Found:
@@ -97,7 +97,7 @@ def _fetched(repository: str, revision: str) -> Found:
 
 
 def _weights(repository: str, revision: str, names: Sequence[str]) -> list[str]:
-    """The files of weights among those of a repository."""
+    """The weight files among the files of a repository."""
     import huggingface_hub
 
     if WEIGHTS in names:
@@ -119,7 +119,7 @@ def _shards(index: pathlib.Path) -> list[str]:
 
 
 def _cached(repository: str, revision: str) -> pathlib.Path | None:
-    """The folder in the cache, if it was ever begun."""
+    """The model's folder in the cache; None if there is none."""
     import huggingface_hub
 
     config = huggingface_hub.try_to_load_from_cache(repository, "config.json", revision=revision)
@@ -127,7 +127,7 @@ def _cached(repository: str, revision: str) -> pathlib.Path | None:
 
 
 def _missing(folder: pathlib.Path) -> str:
-    """The first file of weights that a folder in the cache lacks; "": none."""
+    """The first weight file that a folder in the cache lacks; "": none."""
     if (folder / WEIGHTS).exists():
         return ""
     expected = _shards(folder / INDEX) if (folder / INDEX).exists() else [WEIGHTS]
@@ -135,7 +135,7 @@ def _missing(folder: pathlib.Path) -> str:
 
 
 def _in_words(error: Exception) -> str:
-    """Why nothing was fetched."""
+    """The reason why nothing was fetched."""
     from huggingface_hub import constants, errors
 
     at = constants.ENDPOINT
