@@ -60,9 +60,8 @@ def find(path: str | os.PathLike) -> Found:
     missing = "all of it" if folder is None else _missing(folder)
     if missing:
         raise ValueError(
-            f"model.path = {os.fspath(path)!r} is no folder, and as a model of a hub it is not whole in the cache (it "
-            f"lacks {missing}) and cannot be fetched: {_in_words(reason)}; expected {LAYOUT}, or a name that can be "
-            "fetched"
+            f"model.path = {os.fspath(path)!r} is not a folder, and as a model of a hub it cannot be fetched "
+            f"({_in_words(reason)}) and the cache lacks {missing}: expected {LAYOUT}, or a name that can be fetched"
         ) from reason
     logging.warning("%s is taken from the cache: %s", os.fspath(path), _in_words(reason))
     return Found(folder)
@@ -107,7 +106,7 @@ def _weights(repository: str, revision: str, names: Sequence[str]) -> list[str]:
         return [INDEX, *_shards(pathlib.Path(index))]
     if pickled := [name for name in names if name.endswith(_PICKLED)]:
         raise _Refused(
-            f"{repository} at {revision} has pickled weights alone ({pickled[0]}), which may run any code and are not "
+            f"{repository} at {revision} has only pickled weights ({pickled[0]}), which may run any code and are not "
             "read: expected safetensors"
         )
     raise _Refused(f"{repository} at {revision} has neither {WEIGHTS} nor {INDEX}: expected {LAYOUT}")
@@ -142,10 +141,10 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, errors.GatedRepoError):
-        return f"{at} wants its terms to be accepted there, and a token in HF_TOKEN"
+        return f"{at} asks you to accept the model's terms there, and to set a token in HF_TOKEN"
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{at} has no such revision of it"
+        return f"{at} has no such revision of the model"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"{at} has no such model, or shows it to those alone whose token is in HF_TOKEN"
+        return f"{at} has no such model, or shows it only with a token in HF_TOKEN"
     reason = " ".join(str(error).split())[:200]
-    return f"{at} does not answer as it should ({type(error).__name__}: {reason})"
+    return f"{at} does not answer as expected ({type(error).__name__}: {reason})"
