@@ -11,7 +11,7 @@ from moe_jax.routing import calibration
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 LARGEST_BYTES = 100_000_000  # of a file without weights; a tokenizer has a fifth of that
-# files that are written anew, or describe how weights are stored
+# files that saving writes itself, or that describe how weights are stored
 _WRITTEN = ("config.json", "generation_config.json", "params.json", "stacked.json")
 _WEIGHTS = (
     *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npy"),
@@ -35,7 +35,7 @@ def token_ids_of(config: Mapping[str, Any], generation_config: Mapping[str, Any]
 
 
 def read_files(folder: pathlib.Path) -> dict[str, bytes]:
-    """Reads all files but hidden ones, weights and those that are written anew, by their path within the folder."""
+    """Reads all files but hidden ones, weights and those that saving writes itself, by path within the folder."""
     found = {}
     for path in sorted([*folder.iterdir(), *(folder / _TEMPLATES).glob("*")]):
         name = path.relative_to(folder).as_posix()

@@ -61,9 +61,9 @@ def find(path: str | os.PathLike) -> Found:
     if missing:
         raise ValueError(
             f"model.path = {os.fspath(path)!r} is not a folder, and as a model of a hub it cannot be fetched "
-            f"({_in_words(reason)}) and the cache lacks {missing}: expected {LAYOUT}, or a name that can be fetched"
+            f"({_reason_of(reason)}) and the cache lacks {missing}: expected {LAYOUT}, or a name that can be fetched"
         ) from reason
-    logging.warning("%s is taken from the cache: %s", os.fspath(path), _in_words(reason))
+    logging.warning("%s is taken from the cache: %s", os.fspath(path), _reason_of(reason))
     return Found(folder)
 
 
@@ -90,7 +90,7 @@ def _fetched(repository: str, revision: str) -> Found:
             huggingface_hub.snapshot_download(repository, revision=folder.name, allow_patterns=weights)
         except Exception as error:  # as above
             if missing := _missing(folder):
-                raise ValueError(f"{repository}: {missing} cannot be fetched: {_in_words(error)}") from error
+                raise ValueError(f"{repository}: {missing} cannot be fetched: {_reason_of(error)}") from error
 
     return Found(folder, fetch)
 
@@ -133,7 +133,7 @@ def _missing(folder: pathlib.Path) -> str:
     return next((name for name in expected if not (folder / name).exists()), "")
 
 
-def _in_words(error: Exception) -> str:
+def _reason_of(error: Exception) -> str:
     """The reason why nothing was fetched."""
     from huggingface_hub import constants, errors
 

@@ -71,7 +71,7 @@ def rules_of(
 def shape_complaint(name: str, stored: StoredTensor, expected: tuple[int, ...]) -> str:
     """The message for a tensor whose shape is not the expected one."""
     turned = len(expected) == 3 and stored.shape == (expected[0], expected[2], expected[1])
-    hint = ": its matrices are stored inputs first, which is not read" if turned else ""
+    hint = ": its matrices are stored inputs first, which is not supported" if turned else ""
     return f"{stored.path}: {name} has shape {stored.shape}: config.json asks for {expected}{hint}"
 
 

@@ -66,27 +66,29 @@ class Rule:
         sizes = self._sizes(architecture)
         return tuple(math.prod(sizes[letter] for letter in together) for together in self.stored.split())
 
-    def _named(self) -> list[str]:
+    def _name_letters(self) -> list[str]:
         return [letter for letter in self.letters if f"{{{letter}}}" in self.tensor]
 
     def num_tensors(self, architecture: Architecture) -> int:
         """The number of tensors that hold this parameter."""
         sizes = self._sizes(architecture)
-        return math.prod(sizes[letter] for letter in self._named())
+        return math.prod(sizes[letter] for letter in self._name_letters())
 
     def placements(self, architecture: Architecture) -> Iterator[Placement]:
         """Yields every tensor of this parameter, with the slice that it fills."""
-        named, letters = self._named(), self.letters
+        named, letters = self._name_letters(), self.letters
         sizes = self._sizes(architecture)
         for position in np.ndindex(*(sizes[letter] for letter in named)):
             at = dict(zip(named, position, strict=True))
-            yield Placement(self._spelled(architecture, at), tuple(at.get(letter, slice(None)) for letter in letters))
+            yield Placement(
+                self._tensor_name(architecture, at), tuple(at.get(letter, slice(None)) for letter in letters)
+            )
 
     def first_tensor(self, architecture: Architecture) -> str:
         """The name of its first tensor."""
-        return self._spelled(architecture, dict.fromkeys(self._named(), 0))
+        return self._tensor_name(architecture, dict.fromkeys(self._name_letters(), 0))
 
-    def _spelled(self, architecture: Architecture, at: dict[str, int]) -> str:
+    def _tensor_name(self, architecture: Architecture, at: dict[str, int]) -> str:
         if "L" in at:
             stack, _, _ = self.parameter.partition("/")
             at = {**at, "L": layers.stacks(architecture)[stack][at["L"]]}

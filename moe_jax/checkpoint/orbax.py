@@ -20,7 +20,7 @@ from absl import logging as absl_logging
 _STATE, _PLACE, _DIGEST = "state", "place", "state_sha256"
 
 
-def _is_worth_saying(record: logging.LogRecord) -> bool:
+def _is_worth_logging(record: logging.LogRecord) -> bool:
     """Lets only warnings of Orbax through, and nothing of asyncio.
 
     Orbax logs dozens of lines for each save at the level of our own lines; its errors are raised as well. asyncio,
@@ -30,7 +30,7 @@ def _is_worth_saying(record: logging.LogRecord) -> bool:
     return record.name != "asyncio" and (not is_orbax or record.levelno == logging.WARNING)
 
 
-def _say_once() -> None:
+def _suppress_background_tracebacks() -> None:
     """Suppresses tracebacks of errors in Orbax's background threads, which `wait` and `save` raise anyway.
 
     Orbax closes its event loop at the first error; later calls of TensorStore into it then fail within asyncio.
@@ -67,9 +67,9 @@ class Checkpoints:
 
     def __init__(self, folder: pathlib.Path, kept: int | None):
         handler = absl_logging.get_absl_handler()
-        if _is_worth_saying not in handler.filters:
-            handler.addFilter(_is_worth_saying)
-            _say_once()
+        if _is_worth_logging not in handler.filters:
+            handler.addFilter(_is_worth_logging)
+            _suppress_background_tracebacks()
         options = ocp.CheckpointManagerOptions(max_to_keep=kept, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
@@ -89,7 +89,7 @@ class Checkpoints:
         Raises:
             OSError: this or the previous checkpoint could not be written; earlier ones are unchanged.
         """
-        if step in self._manager.all_steps():  # written by a run that was killed before it could say so
+        if step in self._manager.all_steps():  # by a run that was killed right after writing it
             return
         place = {**place, _DIGEST: _digest(state)}
         items = ocp.args.Composite(**{_STATE: ocp.args.StandardSave(state), _PLACE: ocp.args.JsonSave(place)})

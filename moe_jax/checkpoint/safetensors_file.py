@@ -72,7 +72,7 @@ def read_table(path: Path) -> dict[str, StoredTensor]:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     try:
-        entries = json.loads(text, object_pairs_hook=_without_doubles)
+        entries = json.loads(text, object_pairs_hook=_refuse_repeated_names)
         entries.pop("__metadata__", None)
         spans = {name: _parsed(entry) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -105,10 +105,10 @@ def _read_head(path: Path) -> tuple[int, int, bytes]:
         return file_bytes, table_bytes, file.read(table_bytes)
 
 
-def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _refuse_repeated_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise ValueError(f"{next(name for name, value in pairs if fields[name] is not value)} is there twice")
+        raise ValueError(f"{next(name for name, value in pairs if fields[name] is not value)} appears twice")
     return fields
 
 

@@ -51,5 +51,5 @@ def read_tables(folder: pathlib.Path) -> dict[str, StoredTensor]:
         tables |= table
     for name, shard in weight_map.items():
         if name not in tables or tables[name].path.name != shard:
-            raise ValueError(f"{folder / INDEX} says that {name} is in {shard}: it is not")
+            raise ValueError(f"{folder / INDEX} lists {name} in {shard}, which does not hold it")
     return tables

@@ -80,7 +80,7 @@ def score_continuations(
     max_context = execution.architecture.decoder.max_context
     sharing: dict[tuple[int, ...], list[int]] = {}
     for index, pair in enumerate(pairs):
-        sharing.setdefault(_read(index, pair, max_context), []).append(index)
+        sharing.setdefault(_tokens_read(index, pair, max_context), []).append(index)
     longest_first = sorted(sharing, key=len, reverse=True)
     rows = min(batch_size, round_up(max(len(longest_first), 1)))
     live = settings_of(policy, rows, execution)
@@ -99,7 +99,7 @@ def score_continuations(
     return found
 
 
-def _read(index: int, pair: Pair, max_context: int) -> tuple[int, ...]:
+def _tokens_read(index: int, pair: Pair, max_context: int) -> tuple[int, ...]:
     """The tokens that the model reads to score a pair: all but the last, truncated to the model's context."""
     count = len(pair.continuation_ids)
     if not len(pair.context_ids) or not count:

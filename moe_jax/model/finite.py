@@ -7,9 +7,9 @@ import numpy as np
 from moe_jax.model.decoder import Params, dtype_of
 
 _REMEDIES = {
-    "float16": "float16, which ends at 65504: expected model.dtype=bfloat16 or float32",
+    "float16": "float16, whose largest number is 65504: expected model.dtype=bfloat16 or float32",
     "bfloat16": "bfloat16: expected model.dtype=float32 or, if that gives the same, other weights",
-    "float32": "float32, so they come from its weights: expected others",
+    "float32": "float32, so they come from its weights: expected other weights",
 }
 
 
