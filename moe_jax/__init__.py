@@ -1,6 +1,6 @@
 """Fine-grained Mixture-of-Experts language models with fewer active experts, in JAX.
 
-`import moe_jax` imports nothing else: each public name brings what it needs when it is first used.
+`import moe_jax` is fast: each public name imports what it needs on first use.
 """
 
 import importlib

@@ -1,4 +1,4 @@
-"""The public names: load a model, ask it for logits and completions, save it."""
+"""The public Python interface: load a model, compute logits, generate text, save it."""
 
 import functools
 import os
@@ -23,11 +23,11 @@ class Model:
     """A model in memory, on the default device. `load` makes one.
 
     Attributes:
-        checkpoint: all that its folder says.
-        architecture: its shape, as `config.json` says.
-        tokenizer: None where its folder has none.
-        calibration: what `median` and `reroute` have to know of it; None where it was not measured.
-        engine: what generates.
+        checkpoint: everything in its folder but the weights.
+        architecture: its shape, from `config.json`.
+        tokenizer: None if its folder has none.
+        calibration: measurements that the policies `median` and `reroute` need; None if there are none.
+        engine: generates text.
     """
 
     def __init__(self, checkpoint: Checkpoint, params: decoder.Params):
@@ -39,27 +39,27 @@ class Model:
 
     @property
     def params(self) -> decoder.Params:
-        """The weights, a nested dict of arrays: the seam for anything that `moe_jax` does not do itself."""
+        """The weights, a nested dict of arrays, for anything that `moe_jax` does not do itself."""
         return self.engine.params
 
     def logits(self, tokens_BT, *, policy: AnyPolicy | Sequence[AnyPolicy] = None, k_max: int = 0) -> np.ndarray:
-        """Scores every next token behind every position.
+        """Computes the logits of the next token at every position.
 
-        Lengths and rows are rounded up to buckets: within one, nothing is compiled anew. A batch-aware policy sees what
-        it would see if the rows were decoded together, a position at a time.
+        Lengths and numbers of rows are rounded up to buckets; shapes in one bucket share a compiled program. A
+        batch-aware policy acts as if the rows were decoded together, one position at a time.
 
         Args:
             tokens_BT: integer ids; position t sees positions 0 to t of its row.
             policy: which experts run: a spec such as "topk:4", a policy, None for the model's own k, or a sequence with
                 one of these for each row.
-            k_max: static slots per token, at least what any policy asks for; 0: the model's own k.
+            k_max: static slots per token, at least the most that any policy keeps; 0: the model's own k.
 
         Returns:
             logits_BTV float32.
 
         Raises:
-            ValueError: ids are not of the vocabulary, a row is longer than the context, or a policy does not fit.
-            NotFiniteError: a logit is NaN or infinite; a ValueError too.
+            ValueError: an id is outside the vocabulary, rows are longer than the context, or a policy does not fit.
+            NotFiniteError: a logit is NaN or infinite; this is a ValueError too.
         """
         tokens_BT = np.asarray(tokens_BT)
         trunk = self.architecture.decoder
@@ -98,29 +98,30 @@ class Model:
     ) -> list[Completion]:
         """Continues prompts, all in one batch.
 
-        Policies and sampling settings are data: changing them compiles nothing, and neither does another prompt length
-        or one more prompt within a bucket. Only which batch-aware kinds occur in a batch is part of the program.
+        Changing policies or sampling settings compiles nothing, nor does another prompt length or number of prompts
+        within the same bucket. Only the set of batch-aware policies in a batch is part of the compiled program.
 
         Args:
-            prompts: texts, or token ids that are taken as they are.
-            max_new_tokens: for each prompt; the model's context ends a completion earlier.
+            prompts: texts, or token ids, which are used as they are.
+            max_new_tokens: for each prompt; a completion also ends at the model's context.
             policy: which experts run: a spec such as "topk:4", a policy, None for the model's own k, or a sequence with
                 one of these for each prompt.
-            temperature: 0 takes the best token; else what logits are divided by.
-            top_k: draw among so many of the best tokens; 0: all.
-            top_p: draw among the best tokens whose probabilities add up to this.
-            seed: of the draws; one for all, or one for each prompt. A prompt's draws depend on its seed alone, not on
-                what runs beside it: the same prompt twice wants two seeds.
-            stop: strings that end a completion, itself left out; one may name special tokens, such as "<|im_end|>".
-            k_max: static slots per token, at least what any policy asks for; 0: the model's own k.
-            on_text: called with a prompt's index and the next piece of its text, as soon as that is certain.
+            temperature: logits are divided by it before sampling; 0: greedy.
+            top_k: sample from the k most likely tokens; 0: from all.
+            top_p: sample from the most likely tokens whose probabilities add up to this.
+            seed: of sampling; one for all, or one for each prompt. A completion depends on its own seed, not on the
+                other prompts; for two different samples of one prompt, give two seeds.
+            stop: strings that end a completion, which does not include them; may be special tokens, such as
+                "<|im_end|>".
+            k_max: static slots per token, at least the most that any policy keeps; 0: the model's own k.
+            on_text: called with a prompt's index and the next piece of its text, as soon as that is final.
 
         Returns:
             A completion for each prompt, in order.
 
         Raises:
-            ValueError: an argument is refused, the model has no tokenizer, or the cache does not fit in memory.
-            NotFiniteError: a token's log-probability is NaN or infinite; a ValueError too.
+            ValueError: an argument is invalid, the model has no tokenizer, or the cache does not fit in memory.
+            NotFiniteError: a token's log-probability is NaN or infinite; this is a ValueError too.
         """
         if self.tokenizer is None:
             raise ValueError("the model's folder has no tokenizer.json: expected one, to generate text")
@@ -134,11 +135,11 @@ class Model:
     def save(self, path: str | os.PathLike, *, dtype: str = "auto") -> None:
         """Writes a folder in Hugging Face layout that `load` and other programs read.
 
-        Beside the weights it has what the model's folder had: the tokenizer, chat templates, all fields of config.json
-        and generation_config.json, code, licences, and any other file of at most 100 MB.
+        Everything else in the model's folder is kept: the tokenizer, chat templates, all fields of config.json and
+        generation_config.json, code, licences, and any other file of at most 100 MB.
 
         Args:
-            path: where; it must not exist yet, or be an empty folder.
+            path: the new folder; it must not exist yet, or be empty.
             dtype: of the weights. "auto": as they are in memory.
 
         Raises:
@@ -151,11 +152,11 @@ def load(path: str | os.PathLike, *, dtype: str = "auto", calibration: str | os.
     """Loads a model onto the default device.
 
     Args:
-        path: a folder in Hugging Face layout, a stacked one that `launch/convert.py` wrote, which is mapped and not
-            read, or the name of a model of a hub: "organisation/name" or "organisation/name@revision".
+        path: a folder in Hugging Face layout, a stacked folder from `launch/convert.py`, whose weights are mapped, or
+            the name of a model on a hub: "organisation/name" or "organisation/name@revision".
         dtype: of weights and activations: "float32", "bfloat16", "float16", or "auto": as stored.
-        calibration: a file that `launch/calibrate.py` wrote for this model, for the policies that want one; "":
-            calibration.npz in the folder, where there is one; None: none.
+        calibration: a file that `launch/calibrate.py` wrote for this model, for policies that need one; "":
+            calibration.npz in the folder, if there is one; None: none.
 
     Raises:
         ValueError: there is no such model, it is not supported, a file is damaged, it does not fit in the memory that

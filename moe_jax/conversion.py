@@ -1,7 +1,8 @@
-"""Converts checkpoints: a Hugging Face or stacked folder, a training run or Orbax parameters, to any but a run.
+"""Converts checkpoints between layouts.
 
-A folder of Orbax parameters holds what a Hugging Face folder does, but for the weights: those lie in `params/`, beside
-`params.json`, the dtype of each.
+Reads Hugging Face folders, stacked folders, training runs and Orbax parameters; writes any of these but runs. A folder
+of Orbax parameters has the files of a Hugging Face folder, but its weights are in `params/`, and `params.json` gives
+the dtype of each.
 """
 
 import json
@@ -31,7 +32,7 @@ _PARAMS, _DTYPES, _RUN = "params", "params.json", "run.gin"
 
 
 class Held(NamedTuple):
-    """A model as any layout holds it."""
+    """A model and its weights, read from any layout."""
 
     checkpoint: Checkpoint
     params: Mapping[str, Any]
@@ -49,12 +50,12 @@ def convert(
     """Reads a checkpoint of any layout and writes it in another.
 
     Args:
-        source: what `checkpoint.open` takes, the folder of a training run, whose last checkpoint is taken, or one of
-            Orbax parameters that this function wrote.
-        destination: where; it must not exist yet, or be an empty folder.
+        source: what `checkpoint.open` takes, the folder of a training run, whose last checkpoint is used, or a folder
+            of Orbax parameters that this function wrote.
+        destination: the new folder; it must not exist yet, or be empty.
         layout: one of `LAYOUTS`.
         dtype: of the weights; "auto": as they are.
-        policy: becomes the model's own k, so it is the same k in every layer.
+        policy: its k becomes the model's own; the k may differ between layers, but not between tokens.
         shard_bytes: as `write_checkpoint` takes it.
 
     Returns:
@@ -84,11 +85,12 @@ def convert(
 
 
 def with_k(architecture: Architecture, policy: str) -> Architecture:
-    """The architecture with a policy's k for its own; ValueError where that depends on the token."""
+    """The architecture with a policy's k as its own; ValueError if the k depends on the token."""
     changed = policies.with_own(parse(policy), architecture)
     if changed is None:
         raise ValueError(
-            f"policy.spec = {policy!r}: a checkpoint has one k for all tokens, as topk:4 or layers:8,4 have"
+            f"policy.spec = {policy!r}: a checkpoint has one k for all tokens: expected a policy such as topk:4 or "
+            "layers:8,4"
         )
     return changed
 

@@ -1,4 +1,4 @@
-"""Models on disk: `open` one, then load it."""
+"""Models on disk: `open` one, then `load` its weights."""
 
 from moe_jax.checkpoint.opened import LAYOUTS, Checkpoint, begun, open
 

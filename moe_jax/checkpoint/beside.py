@@ -1,4 +1,4 @@
-"""What a model's folder holds beside its weights: token ids, its tokenizer, and other small files."""
+"""The files of a model's folder beside its weights: token ids, tokenizer, and other small files."""
 
 import json
 import pathlib
@@ -10,8 +10,8 @@ from absl import logging
 from moe_jax.routing import calibration
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-LARGEST_BYTES = 100_000_000  # of a file that is no weights: a tokenizer has a fifth of that
-# what is made from the fields and the weights, or says how weights are stored
+LARGEST_BYTES = 100_000_000  # of a file without weights; a tokenizer has a fifth of that
+# files that saving writes itself, or that describe how weights are stored
 _WRITTEN = ("config.json", "generation_config.json", "params.json", "stacked.json")
 _WEIGHTS = (
     *(".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".npy"),
@@ -21,7 +21,7 @@ _TEMPLATES = "additional_chat_templates"  # a folder of transformers 5
 
 
 def token_ids_of(config: Mapping[str, Any], generation_config: Mapping[str, Any]) -> dict[str, int | list[int]]:
-    """`bos_token_id`, `eos_token_id` and `pad_token_id`, where given: those of `generation_config.json` win.
+    """`bos_token_id`, `eos_token_id` and `pad_token_id`, where given; `generation_config.json` takes precedence.
 
     Raises:
         ValueError: one is neither an integer nor a list of them.
@@ -35,26 +35,24 @@ def token_ids_of(config: Mapping[str, Any], generation_config: Mapping[str, Any]
 
 
 def read_files(folder: pathlib.Path) -> dict[str, bytes]:
-    """All files but hidden ones, weights and what is written anew, by their path within the folder."""
+    """Reads all files but hidden ones, weights and those that saving writes itself, by path within the folder."""
     found = {}
     for path in sorted([*folder.iterdir(), *(folder / _TEMPLATES).glob("*")]):
         name = path.relative_to(folder).as_posix()
         if not path.is_file() or name.startswith(".") or name in _WRITTEN or name.endswith(_WEIGHTS):
             continue
         if path.stat().st_size > LARGEST_BYTES:
-            logging.warning(
-                "%s is left behind where the model is saved: it has more than %d bytes", path, LARGEST_BYTES
-            )
+            logging.warning("%s has more than %d bytes: it is not copied when the model is saved", path, LARGEST_BYTES)
             continue
         found[name] = path.read_bytes()
     return found
 
 
 def without_calibration(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """What is left where another number of experts is the model's own, or its routers have changed."""
+    """The files without the calibration, for a model with another number of active experts or other routers."""
     return {name: data for name, data in files.items() if name != calibration.NAME}
 
 
 def without_pages(files: Mapping[str, bytes]) -> dict[str, bytes]:
-    """What is left where the weights are new: no page or picture about the old ones."""
+    """The files without pages and pictures, which describe the old weights, for a model with new weights."""
     return {name: data for name, data in files.items() if not name.endswith(_PAGES)}

@@ -1,5 +1,5 @@
-// Copies numbers and sees on the way whether all are finite. Stores pass the caches by where the processor can do that:
-// what is loaded is larger than they are, and would be fetched before it is overwritten.
+// Copies numbers and checks in the same pass whether all are finite. Stores bypass the caches where the processor can
+// do that: weights are larger than the caches, and ordinary stores would first fetch the lines that they overwrite.
 
 #include <cstdint>
 

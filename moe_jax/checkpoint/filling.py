@@ -1,8 +1,8 @@
-"""Fills parameters from stored tensors: every byte is copied from the mapped file into its place, and checked.
+"""Fills parameters from stored tensors: copies values from the mapped file to their place, and checks them.
 
-Fresh memory is zeroed page by page as it is first written to, which takes longer than the copy; several threads share
-that, and NumPy asks for huge pages by itself. What keeps its dtype is copied and checked in one pass (`copying.cc`),
-where there is a C++ compiler.
+The system zeroes fresh memory page by page when it is first written, which takes longer than the copy; several threads
+share that, and NumPy asks for huge pages by itself. Where there is a C++ compiler, values that keep their dtype are
+copied and checked in one pass (`copying.cc`).
 """
 
 import ctypes
@@ -25,9 +25,9 @@ from moe_jax.checkpoint.quantization import Blocks, dequantize
 from moe_jax.checkpoint.safetensors_file import StoredTensor
 from moe_jax.kernels import compiled
 
-_ALIGNMENT_BYTES = 64  # what JAX wants of memory on a CPU that it uses without copying it
+_ALIGNMENT_BYTES = 64  # JAX on a CPU uses memory without copying it if it is aligned to this
 _COPIED_BYTES = 4 << 20  # at once
-_CHECKED_BYTES = 1 << 18  # at once: what is masked stays in a core's cache
+_CHECKED_BYTES = 1 << 18  # at once: small enough to stay in a core's cache
 _MOST_THREADS = 8
 _COPYING = pathlib.Path(__file__).with_name("copying.cc")
 # dtype -> the integers that hold its bits, and the bits of its exponent: all set in NaN and infinity
@@ -44,11 +44,11 @@ class Source(NamedTuple):
 
     Attributes:
         name: of the tensor.
-        stored: where it lies.
+        stored: its location in a file.
         destination: contiguous, in the order of the tensor, of any dtype of `EXPONENTS`.
-        scale: where the scales of its blocks lie, if it is quantised.
-        blocks: what shares a scale.
-        seen_as: the shape in which the tensor is cut, where only a part of it is expected.
+        scale: the location of the scales of its blocks, if it is quantised.
+        blocks: the size of the blocks that share a scale.
+        seen_as: the shape that `part` refers to, where only a part of the tensor is read.
         part: that part, which has the shape of the destination.
     """
 
@@ -62,7 +62,7 @@ class Source(NamedTuple):
 
 
 def allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Memory that is not yet written to, aligned so that `jax.device_put` on a CPU takes it over instead of copying."""
+    """Uninitialised memory, aligned so that `jax.device_put` on a CPU uses it instead of copying it."""
     size = math.prod(shape) * dtype.itemsize
     memory = np.empty(size + _ALIGNMENT_BYTES, np.uint8)
     first = -memory.ctypes.data % _ALIGNMENT_BYTES
@@ -73,8 +73,8 @@ def fill(sources: Sequence[Source]) -> None:
     """Reads all tensors, in the order of their files.
 
     Raises:
-        ValueError: a tensor is not finite in the dtype of its destination, or its file ends within it. Of several, the
-            first in order is named.
+        ValueError: a tensor is not finite in the dtype of its destination, or its file ends within it. The message
+            names the first such tensor.
     """
     sources = sorted(sources, key=lambda source: (source.stored.path, source.stored.start))
     tensors = [one for source in sources for one in (source.stored, source.scale) if one is not None]
@@ -90,7 +90,7 @@ def fill(sources: Sequence[Source]) -> None:
 
 
 def read_values(stored: StoredTensor) -> np.ndarray:
-    """The values of one tensor, in its shape, where they lie in the mapped file.
+    """The values of one tensor, in its shape: a view of the mapped file.
 
     Raises:
         ValueError: the file ends within it.
@@ -99,15 +99,15 @@ def read_values(stored: StoredTensor) -> np.ndarray:
 
 
 def map_values(stored: StoredTensor) -> np.ndarray:
-    """The same, to stay: pages come from the disk when they are first looked at, and the system may drop them again.
+    """As `read_values`, for an array that is kept: the system reads pages on first use, and may drop them again.
 
-    The file must stay as it is. The array cannot be written to.
+    The file must not change. The array cannot be written to.
     """
     return _values(stored, {stored.path: _mapped(stored.path, sequential=False)}).reshape(stored.shape)
 
 
 def require_finite(values: np.ndarray, name: str) -> None:
-    """ValueError, naming the tensor, where a value is NaN or infinite; `values` is contiguous."""
+    """Raises ValueError, naming the tensor, if a value is NaN or infinite; `values` is contiguous."""
     bits, exponent = EXPONENTS[values.dtype]
     flat = values.reshape(-1).view(bits)
     step = _CHECKED_BYTES // flat.itemsize
@@ -119,13 +119,13 @@ def require_finite(values: np.ndarray, name: str) -> None:
 
 
 def cast_into(destination: np.ndarray, values: np.ndarray) -> None:
-    """Converts values to the dtype of the destination; what overflows becomes infinite."""
+    """Converts values to the dtype of the destination; an overflow becomes infinity."""
     with np.errstate(over="ignore", invalid="ignore"):
         np.copyto(destination, values, casting="unsafe")
 
 
 def _mapped(path: pathlib.Path, sequential: bool = True) -> np.ndarray:
-    """The bytes of a file, which come from the disk as they are looked at."""
+    """The bytes of a file, memory-mapped."""
     with open(path, "rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     if sequential and hasattr(mmap, "MADV_SEQUENTIAL"):
@@ -135,7 +135,7 @@ def _mapped(path: pathlib.Path, sequential: bool = True) -> np.ndarray:
 
 @functools.cache
 def _copying() -> ctypes.CDLL | None:
-    """`copying.cc`; None, and a line that says so, where it cannot be compiled: NumPy copies then, more slowly."""
+    """`copying.cc`, compiled. None, with a warning, where that fails: NumPy then copies, more slowly."""
     try:
         return compiled.load(_COPYING)
     except (ValueError, OSError) as error:
@@ -169,7 +169,7 @@ def _fill(source: Source, files: Mapping[pathlib.Path, np.ndarray], copying: cty
 
 
 def _fill_strided(source: Source, values: np.ndarray) -> None:
-    """Copies what does not lie together in the file: its rows one by one, and nothing between them."""
+    """Copies a part that is not contiguous in the file, some rows at a time; reads nothing between them."""
     step = max(1, _COPIED_BYTES // max(1, source.destination[:1].nbytes))
     for first in range(0, len(values), step):
         piece = source.destination[first : first + step]
@@ -178,7 +178,7 @@ def _fill_strided(source: Source, values: np.ndarray) -> None:
 
 
 def _copy(destination: np.ndarray, values: np.ndarray, copying: ctypes.CDLL) -> bool:
-    """Copies as many numbers of one dtype in one pass; whether all are finite."""
+    """Copies numbers of one dtype; returns whether all are finite."""
     bits, exponent = EXPONENTS[destination.dtype]
     call = getattr(copying, f"moe_jax_copy_{8 * destination.itemsize}")
     call.restype = ctypes.c_bool
@@ -188,7 +188,7 @@ def _copy(destination: np.ndarray, values: np.ndarray, copying: ctypes.CDLL) -> 
 
 
 def _fill_scaled(source: Source, values: np.ndarray, files: Mapping[pathlib.Path, np.ndarray]) -> None:
-    """Of a part, the whole tensor is read: its blocks have no relation to what a part is cut along."""
+    """Dequantises a tensor. For a part of it, the whole tensor is read, since parts do not align with blocks."""
     shape = source.stored.shape
     scale = _values(source.scale, files).reshape(source.scale.shape).astype(np.float32)
     whole = np.empty(shape, source.destination.dtype) if source.part else source.destination.reshape(shape)
@@ -210,7 +210,7 @@ def _values(stored: StoredTensor, files: Mapping[pathlib.Path, np.ndarray]) -> n
 
 
 def _buffer(name: str, size: int) -> np.ndarray:
-    """Bytes of this thread, used again and again so that they stay in its cache."""
+    """A buffer of this thread, reused so that it stays in the cache."""
     buffer = getattr(_scratch, name, None)
     if buffer is None or buffer.size < size:
         buffer = np.empty(size, np.uint8)

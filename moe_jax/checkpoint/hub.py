@@ -1,7 +1,7 @@
-"""Names of models on a hub, such as `allenai/OLMoE-1B-7B-0924@main`: fetched by huggingface_hub, or found in its cache.
+"""Finds models by their names on a hub, such as `allenai/OLMoE-1B-7B-0924@main`, with huggingface_hub and its cache.
 
-Only what is read here is fetched: configuration, tokenizer, chat templates, and weights in safetensors. Pickled weights
-run code when they are read, and are left alone.
+Only configuration, tokenizer, chat templates and weights in safetensors are fetched. Pickled weights are refused, since
+they can run code when they are read.
 """
 
 import os
@@ -28,8 +28,8 @@ class Found(NamedTuple):
     """Where a model is.
 
     Attributes:
-        folder: its small files are there.
-        fetch: brings its weights to that folder, or raises ValueError; None: they are there, if anywhere.
+        folder: has its small files.
+        fetch: fetches its weights into that folder, or raises ValueError; None: nothing to fetch.
     """
 
     folder: pathlib.Path
@@ -37,14 +37,14 @@ class Found(NamedTuple):
 
 
 def find(path: str | os.PathLike) -> Found:
-    """Finds a model: at the path itself where something is there or it reads otherwise than a name of a hub.
+    """Finds a model. A path that exists, or does not look like a name on a hub, is taken as a folder.
 
     Args:
-        path: a folder, or `organisation/name`, or `organisation/name@revision` (a branch, a tag or a commit). HF_HOME,
-            HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE say where such a name is looked for, as huggingface_hub reads them.
+        path: a folder, or `organisation/name`, or `organisation/name@revision` (a branch, a tag or a commit).
+            huggingface_hub reads HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE to look such a name up.
 
     Raises:
-        ValueError: the model is neither to be had nor whole in the cache, or has pickled weights alone.
+        ValueError: the model can neither be fetched nor is complete in the cache, or it has only pickled weights.
     """
     name = _NAME.fullmatch(os.fspath(path))
     if name is None or os.path.exists(path):
@@ -54,22 +54,21 @@ def find(path: str | os.PathLike) -> Found:
         return _fetched(repository, revision)
     except _Refused:
         raise
-    except Exception as error:  # whatever huggingface_hub and what it calls raise
+    except Exception as error:  # huggingface_hub and its dependencies raise many kinds
         reason = error
     folder = _cached(repository, revision)
     missing = "all of it" if folder is None else _missing(folder)
     if missing:
         raise ValueError(
-            f"model.path = {os.fspath(path)!r} is no folder, and as a model of a hub it is not whole in the cache (it "
-            f"lacks {missing}) and cannot be fetched: {_in_words(reason)}; expected {LAYOUT}, or a name that can be "
-            "fetched"
+            f"model.path = {os.fspath(path)!r} is not a folder, and as a model of a hub it cannot be fetched "
+            f"({_reason_of(reason)}) and the cache lacks {missing}: expected {LAYOUT}, or a name that can be fetched"
         ) from reason
-    logging.warning("%s is taken from the cache: %s", os.fspath(path), _in_words(reason))
+    logging.warning("%s is taken from the cache: %s", os.fspath(path), _reason_of(reason))
     return Found(folder)
 
 
 class _Refused(ValueError):
-    """What a hub has is not what can be read."""
+    """The hub has the model, but not in a form that can be read."""
 
 
 def _fetched(repository: str, revision: str) -> Found:
@@ -91,13 +90,13 @@ def _fetched(repository: str, revision: str) -> Found:
             huggingface_hub.snapshot_download(repository, revision=folder.name, allow_patterns=weights)
         except Exception as error:  # as above
             if missing := _missing(folder):
-                raise ValueError(f"{repository}: {missing} cannot be fetched: {_in_words(error)}") from error
+                raise ValueError(f"{repository}: {missing} cannot be fetched: {_reason_of(error)}") from error
 
     return Found(folder, fetch)
 
 
 def _weights(repository: str, revision: str, names: Sequence[str]) -> list[str]:
-    """The files of weights among those of a repository."""
+    """The weight files among the files of a repository."""
     import huggingface_hub
 
     if WEIGHTS in names:
@@ -107,7 +106,7 @@ def _weights(repository: str, revision: str, names: Sequence[str]) -> list[str]:
         return [INDEX, *_shards(pathlib.Path(index))]
     if pickled := [name for name in names if name.endswith(_PICKLED)]:
         raise _Refused(
-            f"{repository} at {revision} has pickled weights alone ({pickled[0]}), which may run any code and are not "
+            f"{repository} at {revision} has only pickled weights ({pickled[0]}), which may run any code and are not "
             "read: expected safetensors"
         )
     raise _Refused(f"{repository} at {revision} has neither {WEIGHTS} nor {INDEX}: expected {LAYOUT}")
@@ -119,7 +118,7 @@ def _shards(index: pathlib.Path) -> list[str]:
 
 
 def _cached(repository: str, revision: str) -> pathlib.Path | None:
-    """The folder in the cache, if it was ever begun."""
+    """The model's folder in the cache; None if there is none."""
     import huggingface_hub
 
     config = huggingface_hub.try_to_load_from_cache(repository, "config.json", revision=revision)
@@ -127,25 +126,25 @@ def _cached(repository: str, revision: str) -> pathlib.Path | None:
 
 
 def _missing(folder: pathlib.Path) -> str:
-    """The first file of weights that a folder in the cache lacks; "": none."""
+    """The first weight file that a folder in the cache lacks; "": none."""
     if (folder / WEIGHTS).exists():
         return ""
     expected = _shards(folder / INDEX) if (folder / INDEX).exists() else [WEIGHTS]
     return next((name for name in expected if not (folder / name).exists()), "")
 
 
-def _in_words(error: Exception) -> str:
-    """Why nothing was fetched."""
+def _reason_of(error: Exception) -> str:
+    """The reason why nothing was fetched."""
     from huggingface_hub import constants, errors
 
     at = constants.ENDPOINT
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, errors.GatedRepoError):
-        return f"{at} wants its terms to be accepted there, and a token in HF_TOKEN"
+        return f"{at} asks you to accept the model's terms there, and to set a token in HF_TOKEN"
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{at} has no such revision of it"
+        return f"{at} has no such revision of the model"
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"{at} has no such model, or shows it to those alone whose token is in HF_TOKEN"
+        return f"{at} has no such model, or shows it only with a token in HF_TOKEN"
     reason = " ".join(str(error).split())[:200]
-    return f"{at} does not answer as it should ({type(error).__name__}: {reason})"
+    return f"{at} does not answer as expected ({type(error).__name__}: {reason})"

@@ -1,7 +1,7 @@
 """The folder layout of Hugging Face: `config.json` beside `model.safetensors`, one tensor per layer and expert.
 
-Parameters are a nested dict of stacked arrays (`names.Rule` spells them), which lie in memory as their tensors are
-stored. Tensors go straight into those arrays and straight out of them, so a model is never held twice.
+Parameters are a nested dict of stacked arrays; `names.Rule` maps them to tensors. Tensors are read directly into those
+arrays and written directly from them, so a model is never in memory twice.
 """
 
 import collections
@@ -30,16 +30,17 @@ from moe_jax.config.schema import DTYPES
 from moe_jax.files import replaced_folder
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-SHARD_BYTES = 5_000_000_000  # of one file, as transformers writes them
+SHARD_BYTES = 5_000_000_000  # of one file, as in transformers
 TypeAndShape = tuple[np.dtype, tuple[int, ...]]
-_OF_STORED_WEIGHTS = ("quantization_config", "compression_config", *base.OF_LAYERS)  # no fields of what is written
+_NOT_WRITTEN = ("quantization_config", "compression_config", *base.OF_LAYERS)  # fields about the weights as stored
 
 
 def describe(fields: dict[str, Any]) -> tuple[Family, Architecture]:
-    """What `config.json` says of a model: its family and its shape.
+    """The family and architecture that `config.json` describes.
 
     Raises:
-        ValueError: the family is not supported, or a field asks for something that is not implemented; it is named.
+        ValueError: the family is not supported, or a field asks for something that is not implemented; the message
+            names it.
     """
     family = family_of(fields)
     blocks_of(fields)
@@ -50,28 +51,27 @@ def describe(fields: dict[str, Any]) -> tuple[Family, Architecture]:
 def stacks_of(
     folder: pathlib.Path, fields: dict[str, Any], family: Family, architecture: Architecture, dtype: str
 ) -> list[Stack]:
-    """Where the parameters of a model lie.
+    """The location of every parameter of a model in its files.
 
     Args:
         folder: of the model.
         fields: of its `config.json`.
         family: as `describe` gives it.
-        architecture: the same.
-        dtype: of every parameter but those that their family keeps in float32 (the router's selection bias). "auto": as
-            stored, where all tensors of a stacked parameter have the dtype of most of the checkpoint's numbers
-            (bfloat16 where those have eight bits), else float32. Nothing is rounded, and what runs the model takes
-            both: see `decoder.dtype_of`.
+        architecture: as `describe` gives it.
+        dtype: of every parameter but those that their family keeps in float32 (the router's selection bias). "auto":
+            the most common dtype of the checkpoint (bfloat16 where that has eight bits) for a parameter whose tensors
+            all have it, else float32. Nothing is rounded; the decoder runs weights of both, see `decoder.dtype_of`.
 
     Raises:
-        ValueError: a tensor is missing, unknown, of another shape or without a number, or a file is truncated.
+        ValueError: a tensor is missing, unknown, of another shape or not of floats, or a file is truncated.
     """
     stored = layouts.with_published_names(folder, read_tables(folder))
     scales = take_scales(stored, blocks_of(fields))
     rules = layouts.rules_of(folder, family.rules(architecture), architecture, stored)
     _require_enough(folder, rules, architecture, len(stored))
-    wanted_names, given = _wanted_names(rules, architecture), _without_skipped(folder, stored, family, fields)
-    given -= redundant.agreeing(folder, sorted(given - wanted_names), stored, architecture)
-    require_same_names(folder, wanted_names, given, stored)
+    expected_names, given = _expected_names(rules, architecture), _without_skipped(folder, stored, family, fields)
+    given -= redundant.agreeing(folder, sorted(given - expected_names), stored, architecture)
+    require_same_names(folder, expected_names, given, stored)
     for rule in rules:
         expected = rule.stored_shape(architecture)
         for name, _ in rule.placements(architecture):
@@ -93,7 +93,7 @@ def stacks_of(
 
 
 def config_fields(family: Family, architecture: Architecture) -> dict[str, Any]:
-    """What `config.json` says of an architecture; ValueError names a setting that the family lacks."""
+    """The fields of `config.json` for an architecture; ValueError names a setting that the family lacks."""
     return family.config_json(architecture) | base.numbers_of_layers_json(architecture)
 
 
@@ -109,12 +109,12 @@ def config_texts(
     Args:
         fields: as `config_fields` gives them.
         dtype: of most weights.
-        token_ids: for both files; those that `config` has stay in the first, and these in the second win over them.
-        config: more fields: those of another `config.json` of the same model, quantised or in another dtype perhaps.
-        generation_config: the same.
+        token_ids: for both files; in the first, those of `config` take precedence.
+        config: more fields, from another `config.json` of the same model, which may be quantised or of another dtype.
+        generation_config: more fields of the second.
     """
-    kept = {name: value for name, value in config.items() if name not in _OF_STORED_WEIGHTS}
-    if "torch_dtype" in kept:  # as transformers 4 calls it
+    kept = {name: value for name, value in config.items() if name not in _NOT_WRITTEN}
+    if "torch_dtype" in kept:  # the name in transformers 4
         kept["torch_dtype"] = dtype.name
     missing = {name: ids for name, ids in token_ids.items() if kept.get(name) is None}
     fields = {**kept, **fields, "dtype": dtype.name, **missing}
@@ -142,18 +142,18 @@ def write_checkpoint(
         architecture: its `moe.k` becomes `num_experts_per_tok`.
         params: nested dict of arrays, as `Checkpoint.read` returns it.
         dtype: of every tensor but those that the family keeps in float32. "auto": as in `params`.
-        model_type: the family whose names are used.
+        model_type: the family whose layout is written.
         token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`, for `config.json` and `generation_config.json`.
-        config: fields of the `config.json` that the model was read from, which stay where nothing else says otherwise.
-        generation_config: the same of `generation_config.json`.
+        config: fields of the `config.json` that the model was read from; kept unless the other arguments set them.
+        generation_config: the same for `generation_config.json`.
         extra_files: more files by name, such as `tokenizer.json`.
         replace: whether a folder that is already there is replaced, with everything in it.
-        shard_bytes: the most that the tensors of one file take; a larger one has a file of its own. Where one file is
-            enough it is `model.safetensors`, else there are several and an index.
+        shard_bytes: most bytes of the tensors of one file; a larger tensor gets a file of its own. One file is named
+            `model.safetensors`; several have an index.
 
     Raises:
-        ValueError: `folder` is taken, the family cannot express the architecture, or `params` lacks a parameter, has
-            one too many, one of another shape, or values that are not finite in `dtype`.
+        ValueError: `folder` is taken, the family cannot express the architecture, or `params` has a parameter missing,
+            unknown, of another shape, or not finite in `dtype`.
     """
     folder = pathlib.Path(folder)
     require_dtype(dtype)
@@ -161,7 +161,7 @@ def write_checkpoint(
     if unknown := sorted(set(token_ids or {}) - set(TOKEN_IDS)):
         raise ValueError(f"token_ids has {unknown[0]}: expected some of {', '.join(TOKEN_IDS)}")
     family = family_of({"model_type": model_type})
-    fields = config_fields(family, architecture)  # what the family cannot say is told before anything else
+    fields = config_fields(family, architecture)  # first, so that a setting that the family lacks is refused early
     rules = family.rules(architecture)
     arrays = {path: np.asarray(array) for path, array in flattened(params)}
     require_same_names(folder, {rule.parameter for rule in rules}, set(arrays))
@@ -199,13 +199,13 @@ def write_checkpoint(
 
 
 def require_free(folder: pathlib.Path, replace: bool = False) -> None:
-    """ValueError where something is already in the place of a folder that is to be written."""
+    """Raises ValueError if something exists at the path of a folder that is to be written."""
     if folder.exists() and not (folder.is_dir() and (replace or not any(folder.iterdir()))):
         raise ValueError(f"{folder} exists already, and nothing is overwritten: choose another path")
 
 
 def write_files(folder: pathlib.Path, files: Mapping[str, bytes | str]) -> None:
-    """Writes what stands beside weights; a name may have one folder in it."""
+    """Writes the files beside the weights; a name may contain one folder."""
     for name, data in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(data.encode() if isinstance(data, str) else data)
@@ -216,7 +216,7 @@ def _bytes_of(shapes: Mapping[str, TypeAndShape]) -> int:
 
 
 def _shards(shapes: Mapping[str, TypeAndShape], most_bytes: int) -> dict[str, list[str]]:
-    """Deals tensors out to files, in order: the names in each."""
+    """Distributes tensors over files, in order: the names of tensors by file."""
     parts: list[dict[str, TypeAndShape]] = [{}]
     filled_bytes = 0
     for name, one in shapes.items():
@@ -235,19 +235,19 @@ def _json_text(fields: dict[str, Any]) -> str:
     return json.dumps(fields, indent=2) + "\n"
 
 
-def _wanted_names(rules: tuple[Rule, ...], architecture: Architecture) -> set[str]:
+def _expected_names(rules: tuple[Rule, ...], architecture: Architecture) -> set[str]:
     return {placement.tensor for rule in rules for placement in rule.placements(architecture)}
 
 
 def _require_enough(folder: pathlib.Path, rules: tuple[Rule, ...], architecture: Architecture, given: int) -> None:
-    """Refuses an architecture of many more tensors than there are, before their names are spelled out."""
+    """Refuses an architecture with far more tensors than the files have, before all their names are made."""
     expected = sum(rule.num_tensors(architecture) for rule in rules)
     if expected > 10 * given + 1000:
         raise ValueError(f"{folder} holds {given} tensors: config.json asks for {expected}")
 
 
 def _without_skipped(folder: pathlib.Path, stored: Mapping, family: Family, fields: dict[str, Any]) -> set[str]:
-    """Names the tensors that have to find a place, and logs those that a family's checkpoints hold besides."""
+    """The names of all tensors but those that the family skips, which are logged."""
     names = set(stored)
     for prefix, what in family.skipped(fields):
         skipped = {name for name in names if name.startswith(prefix)}
@@ -260,7 +260,7 @@ def _without_skipped(folder: pathlib.Path, stored: Mapping, family: Family, fiel
 def require_same_names(
     folder: pathlib.Path, expected: set[str], given: set[str], stored: Mapping[str, StoredTensor] | None = None
 ) -> None:
-    """ValueError where tensors or parameters are missing or unknown; `stored` tells what those are that are there."""
+    """Raises ValueError if tensors or parameters are missing or unknown; `stored` gives dtypes for the message."""
 
     def shown(name: str) -> str:
         tensor = (stored or {}).get(name)
@@ -278,7 +278,7 @@ def require_same_names(
 
 
 def require_dtype(dtype: str) -> None:
-    """ValueError where there is no such setting."""
+    """Raises ValueError if `dtype` is not a known setting."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r}: expected one of {', '.join(DTYPES)}")
 
@@ -288,7 +288,7 @@ def _in_memory(dtype: np.dtype) -> np.dtype:
 
 
 def most_common(stored: Mapping[str, StoredTensor]) -> np.dtype:
-    """The dtype of most numbers; bfloat16 for those that are stored in eight bits."""
+    """The most common dtype, by number of values; those stored in eight bits count as bfloat16."""
     counts: dict[np.dtype, int] = collections.Counter()
     for tensor in stored.values():
         if tensor.dtype in safetensors_file.FLOATS:
@@ -315,7 +315,7 @@ def _written_dtype(rule: Rule, dtype: str, given: np.dtype) -> np.dtype:
 
 
 def flattened(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the arrays of a nested dict by their paths, such as `moe/router/bias_LE`."""
+    """Yields the arrays of a nested dict with their paths, such as `moe/router/bias_LE`."""
     for name, value in tree.items():
         if isinstance(value, Mapping):
             yield from flattened(value, f"{prefix}{name}/")

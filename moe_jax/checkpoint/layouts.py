@@ -1,7 +1,7 @@
-"""Layouts in which the parameters of a family are found beside the published one, known by the names of tensors.
+"""Other layouts of a family's tensors than the published one, recognised by the names of tensors.
 
-A model may be saved without its head, or within one that sees images too: its names then begin otherwise. In version 5
-transformers holds all experts of a layer in one tensor, and may save them so.
+Names have another prefix where a model was saved without its head, or as part of a multimodal model. transformers 5
+holds all experts of a layer in one tensor, and may save them so.
 """
 
 import dataclasses
@@ -25,10 +25,10 @@ _STACKED = {
 
 
 def with_published_names(folder: pathlib.Path, stored: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """The table with names that begin with `model.` and `lm_head.`, whatever they begin with in the files.
+    """The table with names that begin with `model.` and `lm_head.`, whatever their prefix in the files.
 
     Raises:
-        ValueError: two tensors would have one name.
+        ValueError: two tensors would get the same name.
     """
     starts = {name.removesuffix(_EMBEDDING) for name in stored if f".{name}".endswith(f".{_EMBEDDING}")}
     starts = {start for start in starts if "layers." not in start}  # prediction layers have embeddings of their own
@@ -54,7 +54,7 @@ def with_published_names(folder: pathlib.Path, stored: Mapping[str, StoredTensor
 def rules_of(
     folder: pathlib.Path, rules: tuple[Rule, ...], architecture: Architecture, stored: Mapping[str, StoredTensor]
 ) -> tuple[Rule, ...]:
-    """The rules as these tensors are named: those of a family or, where there are such tensors, stacked ones."""
+    """The rules that fit these tensors: those of a family or, where all experts are in one tensor, stacked ones."""
 
     def is_stored(rule: Rule) -> bool:
         return rule.first_tensor(architecture) in stored
@@ -69,9 +69,9 @@ def rules_of(
 
 
 def shape_complaint(name: str, stored: StoredTensor, expected: tuple[int, ...]) -> str:
-    """Says how a tensor's shape differs from what is expected."""
+    """The message for a tensor whose shape is not the expected one."""
     turned = len(expected) == 3 and stored.shape == (expected[0], expected[2], expected[1])
-    hint = ": its matrices are stored inputs first, which is not read" if turned else ""
+    hint = ": its matrices are stored inputs first, which is not supported" if turned else ""
     return f"{stored.path}: {name} has shape {stored.shape}: config.json asks for {expected}{hint}"
 
 

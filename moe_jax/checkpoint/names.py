@@ -1,6 +1,6 @@
-"""How stacked parameters are spelled in a checkpoint: one tensor per layer and expert, output dimension first.
+"""Names of a stacked parameter's tensors in a checkpoint: one per layer and expert, output dimension first.
 
-The letters at the end of a parameter's name (`dims.py`) say how it lies in memory; those of its rule, how it is stored.
+The letters at the end of a parameter's name (`dims.py`) are its axes in memory; those of its rule, the stored axes.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from moe_jax.model import parameters
 
 
 class Placement(NamedTuple):
-    """One tensor of a checkpoint and the slice of the stacked parameter that it fills."""
+    """One tensor of a checkpoint, and the slice of the stacked parameter that it fills."""
 
     tensor: str
     index: tuple[int | slice, ...]
@@ -24,14 +24,14 @@ class Placement(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Where one stacked parameter is kept in a checkpoint.
+    """The tensors of a checkpoint that hold one stacked parameter.
 
     Attributes:
         parameter: its path in our tree, such as `moe/experts/down_LEDF`.
-        tensor: the name of its tensors, with the letters that the name spells out: `model.layers.{L}...{E}...weight`.
-        stored: the remaining letters in stored order; those stored as one dimension stand together: `HA D`. A 1 is a
-            dimension of one that the parameter lacks.
-        halves: how the name spells the two of letter I.
+        tensor: the name of its tensors, with axes that the name spells out: `model.layers.{L}...{E}...weight`.
+        stored: the remaining letters in stored order; letters stored as one dimension are joined: `HA D`. A 1 is a
+            dimension of size 1 that the parameter lacks.
+        halves: the names of the two halves of axis I.
     """
 
     parameter: str
@@ -50,7 +50,7 @@ class Rule:
 
     @property
     def float32(self) -> bool:
-        """Whether it is kept in float32 whatever the dtype of the checkpoint."""
+        """Whether it stays in float32 whatever the dtype of the checkpoint."""
         return self._declared.kind is parameters.SelectionBias
 
     def _sizes(self, architecture: Architecture) -> dict[str, int]:
@@ -66,27 +66,29 @@ class Rule:
         sizes = self._sizes(architecture)
         return tuple(math.prod(sizes[letter] for letter in together) for together in self.stored.split())
 
-    def _named(self) -> list[str]:
+    def _name_letters(self) -> list[str]:
         return [letter for letter in self.letters if f"{{{letter}}}" in self.tensor]
 
     def num_tensors(self, architecture: Architecture) -> int:
-        """How many tensors of a checkpoint hold this parameter."""
+        """The number of tensors that hold this parameter."""
         sizes = self._sizes(architecture)
-        return math.prod(sizes[letter] for letter in self._named())
+        return math.prod(sizes[letter] for letter in self._name_letters())
 
     def placements(self, architecture: Architecture) -> Iterator[Placement]:
         """Yields every tensor of this parameter, with the slice that it fills."""
-        named, letters = self._named(), self.letters
+        named, letters = self._name_letters(), self.letters
         sizes = self._sizes(architecture)
         for position in np.ndindex(*(sizes[letter] for letter in named)):
             at = dict(zip(named, position, strict=True))
-            yield Placement(self._spelled(architecture, at), tuple(at.get(letter, slice(None)) for letter in letters))
+            yield Placement(
+                self._tensor_name(architecture, at), tuple(at.get(letter, slice(None)) for letter in letters)
+            )
 
     def first_tensor(self, architecture: Architecture) -> str:
-        """The name of its first tensor, however many there are."""
-        return self._spelled(architecture, dict.fromkeys(self._named(), 0))
+        """The name of its first tensor."""
+        return self._tensor_name(architecture, dict.fromkeys(self._name_letters(), 0))
 
-    def _spelled(self, architecture: Architecture, at: dict[str, int]) -> str:
+    def _tensor_name(self, architecture: Architecture, at: dict[str, int]) -> str:
         if "L" in at:
             stack, _, _ = self.parameter.partition("/")
             at = {**at, "L": layers.stacks(architecture)[stack][at["L"]]}
@@ -94,7 +96,7 @@ class Rule:
 
 
 def trunk_rules(decoder: DecoderConfig) -> list[Rule]:
-    """Embedding, final norm and, where it is not the embedding again, the head."""
+    """Embedding, final norm and, unless embeddings are tied, the head."""
     rules = [Rule("embedding_VD", "model.embed_tokens.weight", "V D"), Rule("norm_D", "model.norm.weight", "D")]
     if not decoder.tie_embeddings:
         rules.append(Rule("head_VD", "lm_head.weight", "V D"))
@@ -154,7 +156,7 @@ def _latent_rules(ours: str, theirs: str, attention: AttentionConfig) -> list[Ru
 def gated_rules(
     parameter: str, tensor: str, halves: tuple[str, str] = ("gate_proj", "up_proj"), down: str = "down_proj"
 ) -> list[Rule]:
-    """A gated feed-forward: gate and up projections side by side, and the way down."""
+    """A gated feed-forward: gate and up projections, and the down projection."""
     per_expert = "E" if "{E}" in tensor else ""
     return [
         Rule(f"{parameter}/gate_up_L{per_expert}IFD", f"{tensor}.{{I}}.weight", "F D", halves=halves),
@@ -163,11 +165,11 @@ def gated_rules(
 
 
 def decoder_rules(architecture: Architecture, experts: list[Rule]) -> tuple[Rule, ...]:
-    """All rules of a model, the stacks of its layers one after another.
+    """All rules of a model, stack by stack.
 
     Args:
         architecture: of the model.
-        experts: what stands where dense layers have their feed-forward, of the stack `moe`.
+        experts: the rules of router and experts, written for the stack `moe`.
     """
     rules = trunk_rules(architecture.decoder)
     for stack in layers.stacks(architecture):
@@ -175,9 +177,9 @@ def decoder_rules(architecture: Architecture, experts: list[Rule]) -> tuple[Rule
         if stack == layers.DENSE:
             rules += gated_rules(f"{stack}/ffn", "model.layers.{L}.mlp")
         else:
-            within = (rule.parameter.removeprefix(f"{layers.MOE}/") for rule in experts)
+            names = (rule.parameter.removeprefix(f"{layers.MOE}/") for rule in experts)
             rules += [
                 dataclasses.replace(rule, parameter=f"{stack}/{name}")
-                for rule, name in zip(experts, within, strict=True)
+                for rule, name in zip(experts, names, strict=True)
             ]
     return tuple(rules)

@@ -1,4 +1,4 @@
-"""A model that is opened: all that its folder says, read once and checked, before any weight is."""
+"""An opened model: everything in its folder but the weights, read once and checked."""
 
 import dataclasses
 import os
@@ -25,19 +25,19 @@ LAYOUTS = ("huggingface", "stacked")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A model but for its weights, which `read` and `load` bring; `open` makes one.
+    """A model without its weights, which `read` and `load` return. `open` makes one.
 
     Attributes:
         architecture: its shape.
-        family: how its folder is spelled.
+        family: the layout of its config.json and names of tensors.
         config: all fields of config.json.
         generation_config: all fields of generation_config.json.
         files: every other small file, by name.
         tokenizer: None where there is none.
-        calibration: what some policies have to know of it; None where it was not measured, or not asked for.
-        folder: where its weights lie; None for a model that is not stored yet.
-        fetch: what first brings them there, where that is a hub's cache.
-        table: of a stacked folder, where its parameters lie; None for any other.
+        calibration: measurements that some policies need; None where there are none, or they are not asked for.
+        folder: holds its weights; None for a model that is not stored yet.
+        fetch: fetches the weights into the folder, for a model of a hub.
+        table: for a stacked folder, the locations of its parameters; None for any other.
     """
 
     architecture: Architecture
@@ -58,12 +58,12 @@ class Checkpoint:
 
     @property
     def end_ids(self) -> list[int]:
-        """The tokens that end a text."""
+        """The ids of tokens that end a text."""
         return np.atleast_1d(self.token_ids.get("eos_token_id", [])).tolist()
 
     @property
     def stored_dtype(self) -> str:
-        """The dtype of most of its numbers; bfloat16 where they are stored in eight bits."""
+        """The most common dtype of its stored weights; bfloat16 where that has eight bits."""
         self._fetch_weights()
         return huggingface.most_common(read_tables(self.folder) if self.table is None else self.table).name
 
@@ -72,7 +72,7 @@ class Checkpoint:
             self.fetch()
 
     def require_tokenizer(self) -> tokenizers.Tokenizer:
-        """The tokenizer; ValueError where there is none."""
+        """The tokenizer; ValueError if there is none."""
         if self.tokenizer is None:
             path = self.folder / "tokenizer.json"
             raise ValueError(f"{path} is missing: a model's folder holds the tokenizer that it was trained with")
@@ -85,7 +85,8 @@ class Checkpoint:
             dtype: as `load` takes it.
 
         Returns:
-            A nested dict of NumPy arrays (bfloat16 is that of `ml_dtypes`). Those of a stacked folder lie in its file.
+            A nested dict of NumPy arrays (bfloat16 from `ml_dtypes`). Those of a stacked folder are mapped from its
+            file.
 
         Raises:
             ValueError: as `load`.
@@ -95,12 +96,12 @@ class Checkpoint:
     def load(
         self, dtype: str = "auto", sharding_of: reading.ShardingOf = lambda parameter: None
     ) -> dict[str, jax.Array]:
-        """Brings the weights onto devices.
+        """Loads the weights onto devices.
 
         Args:
-            dtype: of every parameter but those that are kept in float32 whatever the rest has; "auto": as stored. See
+            dtype: of every parameter but those that always stay in float32; "auto": as stored. See
                 `huggingface.stacks_of`.
-            sharding_of: how a parameter lies over devices, each of which gets its own slices, read from the file alone;
+            sharding_of: gives the sharding of a parameter; for each device only its own slices are read from the file.
                 None: whole, on the default device.
 
         Returns:
@@ -135,11 +136,11 @@ class Checkpoint:
         """Writes a folder of this model with some weights; it appears whole, or not at all.
 
         Args:
-            path: where; it must not exist yet, or be an empty folder.
-            params: a nested dict of arrays, as `read` and `load` give it.
-            layout: one of `LAYOUTS`; "huggingface" is what transformers and other servers load.
+            path: the new folder; it must not exist yet, or be empty.
+            params: a nested dict of arrays, as `read` and `load` return it.
+            layout: one of `LAYOUTS`; transformers and other servers load "huggingface".
             dtype: of the weights; "auto": as they are in memory.
-            replace: whether a folder that is already there is replaced, with everything in it.
+            replace: whether to replace an existing folder, with everything in it.
             shard_bytes: as `huggingface.write_checkpoint` takes it.
 
         Raises:
@@ -165,19 +166,19 @@ class Checkpoint:
         )
 
     def texts(self, dtype: np.dtype) -> dict[str, str]:
-        """The text of config.json and generation_config.json, where most weights have some dtype."""
+        """The text of config.json and generation_config.json, for the dtype of most weights."""
         fields = huggingface.config_fields(self.family, self.architecture)
         return huggingface.config_texts(fields, dtype, self.token_ids, self.config, self.generation_config)
 
     def with_architecture(self, architecture: Architecture) -> "Checkpoint":
-        """The same model with another number of active experts; a calibration is of the old number."""
+        """The same model with another number of active experts, without the calibration of the old one."""
         if architecture == self.architecture:
             return self
         files = beside.without_calibration(self.files)
         return dataclasses.replace(self, architecture=architecture, files=files, calibration=None)
 
     def of_other_weights(self) -> "Checkpoint":
-        """What still holds where the weights are new: no measurement of the old ones, and no page about them."""
+        """The model for new weights: without the calibration of the old ones, and without pages about them."""
         files = beside.without_pages(beside.without_calibration(self.files))
         return dataclasses.replace(self, files=files, calibration=None, folder=None, fetch=None, table=None)
 
@@ -186,14 +187,14 @@ def open(path: str | os.PathLike, *, calibration: str | os.PathLike | None = "")
     """Opens a model: reads each of its small files once, and checks it.
 
     Args:
-        path: a folder in Hugging Face layout or a stacked one, or the name of a model of a hub, see `hub.find`: its
-            weights are fetched when they are first expected.
-        calibration: a file that `launch/calibrate.py` wrote for this model; "": calibration.npz in the folder, where
+        path: a folder in Hugging Face or stacked layout, or the name of a model on a hub, see `hub.find`, whose weights
+            are fetched on first use.
+        calibration: a file that `launch/calibrate.py` wrote for this model; "": calibration.npz in the folder, if
             there is one; None: none.
 
     Raises:
         ValueError: there is no such model, its type is not supported, one of its fields asks for something that is not
-            implemented, or a file is damaged; the message names it.
+            implemented, or a file is damaged; the message says which.
     """
     folder, fetch = hub.find(path)
     config, generation = read_json(folder / "config.json"), folder / "generation_config.json"
@@ -221,7 +222,7 @@ def open(path: str | os.PathLike, *, calibration: str | os.PathLike | None = "")
 
 
 def begun(architecture: Architecture, tokenizer: tokenizers.Tokenizer) -> Checkpoint:
-    """A model that was trained here from scratch, with a tokenizer of `text.tokenizer`; it is not stored yet."""
+    """A model that was trained here from scratch, with a tokenizer from `text.tokenizer`; it is not stored yet."""
     token_ids = dict.fromkeys(beside.TOKEN_IDS, END_OF_TEXT_ID)
     files = tokenizer_files(tokenizer, architecture.decoder.max_context)
     return Checkpoint(architecture, families.OWN, token_ids, {}, files, tokenizer)

@@ -1,7 +1,7 @@
-"""Training state to and from disk, written in the background, with Orbax.
+"""Saves training state with Orbax, in the background, and restores it.
 
-Orbax keeps no checksum of what arrays hold: a bit that flips on the disk would be trained on. So a digest of the state
-is saved with it, and compared when it is read back.
+Orbax keeps no checksum of arrays, so a bit that flips on the disk would go unnoticed. A digest of the state is
+therefore saved with it, and compared when it is restored.
 """
 
 import hashlib
@@ -20,19 +20,20 @@ from absl import logging as absl_logging
 _STATE, _PLACE, _DIGEST = "state", "place", "state_sha256"
 
 
-def _is_worth_saying(record: logging.LogRecord) -> bool:
-    """Orbax tells of every step of every save, dozens of lines, at the level of our own; its failures we raise.
+def _is_worth_logging(record: logging.LogRecord) -> bool:
+    """Lets only warnings of Orbax through, and nothing of asyncio.
 
-    asyncio, which Orbax alone uses, tells of those once more, for each write that nobody waited for.
+    Orbax logs dozens of lines for each save at the level of our own lines; its errors are raised as well. asyncio,
+    which only Orbax uses, logs them once more for each write that was not awaited.
     """
-    of_orbax = "orbax" in pathlib.Path(record.pathname).parts
-    return record.name != "asyncio" and (not of_orbax or record.levelno == logging.WARNING)
+    is_orbax = "orbax" in pathlib.Path(record.pathname).parts
+    return record.name != "asyncio" and (not is_orbax or record.levelno == logging.WARNING)
 
 
-def _say_once() -> None:
-    """Keeps what fails in the background from printing tracebacks: it is raised as well, where somebody waits.
+def _suppress_background_tracebacks() -> None:
+    """Suppresses tracebacks of errors in Orbax's background threads, which `wait` and `save` raise anyway.
 
-    Orbax ends its event loop with the first failure; what TensorStore then calls in it fails within asyncio alone.
+    Orbax closes its event loop at the first error; later calls of TensorStore into it then fail within asyncio.
     """
 
     def without_orbax(hook):
@@ -61,34 +62,34 @@ def _digest(state: Any) -> str:
 class Checkpoints:
     """The checkpoints of one run: a folder with one entry per saved step.
 
-    An entry appears whole or not at all: Orbax writes it under another name and renames it.
+    An entry appears whole or not at all: Orbax writes it under a temporary name and renames it.
     """
 
     def __init__(self, folder: pathlib.Path, kept: int | None):
         handler = absl_logging.get_absl_handler()
-        if _is_worth_saying not in handler.filters:
-            handler.addFilter(_is_worth_saying)
-            _say_once()
+        if _is_worth_logging not in handler.filters:
+            handler.addFilter(_is_worth_logging)
+            _suppress_background_tracebacks()
         options = ocp.CheckpointManagerOptions(max_to_keep=kept, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(folder.absolute(), options=options)
 
     @property
     def latest_step(self) -> int | None:
-        """The last step that is wholly on disk; None where there is none."""
+        """The last step that is completely on disk; None if there is none."""
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, place: dict[str, Any]) -> None:
         """Starts to write a checkpoint; returns once the arrays are copied.
 
         Args:
-            step: its name; one that is there already is left alone.
+            step: its name; an existing checkpoint of this step is left alone.
             state: a pytree of arrays.
-            place: what JSON can hold, such as the place in the stream of batches.
+            place: JSON values, such as the place in the stream of batches.
 
         Raises:
-            OSError: this or the checkpoint before could not be written; those before that are as they were.
+            OSError: this or the previous checkpoint could not be written; earlier ones are unchanged.
         """
-        if step in self._manager.all_steps():  # written by a run that was killed before it could say so
+        if step in self._manager.all_steps():  # by a run that was killed right after writing it
             return
         place = {**place, _DIGEST: _digest(state)}
         items = ocp.args.Composite(**{_STATE: ocp.args.StandardSave(state), _PLACE: ocp.args.JsonSave(place)})
@@ -102,7 +103,7 @@ class Checkpoints:
 
         Args:
             step: a saved step.
-            like: the state's structure, shapes and dtypes; any arrays will do.
+            like: arrays with the structure, shapes and dtypes of the state; their values do not matter.
 
         Returns:
             The state and the place that were saved.
@@ -117,12 +118,12 @@ class Checkpoints:
             state, place = restored[_STATE], dict(restored[_PLACE])
             if place.pop(_DIGEST) != _digest(state):
                 raise ValueError("its arrays are not those that were saved")
-        except Exception as error:  # Orbax and TensorStore raise whatever they meet
+        except Exception as error:  # Orbax and TensorStore raise many kinds
             raise ValueError(self._damaged(step, error)) from error
         return state, place
 
     def forget_after(self, step: int) -> None:
-        """Removes the checkpoints of later steps: a run that goes on from this one writes them anew."""
+        """Removes the checkpoints of later steps, which a run that resumes from this step writes again."""
         for later in [one for one in self._manager.all_steps() if one > step]:
             self._manager.delete(later)
 
@@ -142,10 +143,10 @@ class Checkpoints:
         return OSError(f"{self._manager.directory}: a checkpoint could not be written: {reason[:300]}; {kept}")
 
     def wait(self) -> None:
-        """Waits until all is written.
+        """Waits until all checkpoints are written.
 
         Raises:
-            OSError: something could not be; the checkpoints before are as they were.
+            OSError: one could not be written; earlier ones are unchanged.
         """
         try:
             self._manager.wait_until_finished()
@@ -153,7 +154,7 @@ class Checkpoints:
             raise self._not_written(error) from error
 
     def close(self) -> None:
-        """Waits until all is written, as `wait`, and lets go of the folder."""
+        """Waits as `wait` does, and closes the folder."""
         try:
             self.wait()
         finally:

@@ -1,7 +1,7 @@
 """Weights stored in eight bits with a scale for each block, as DeepSeek-V3 publishes them (arXiv 2412.19437, 3.3.2).
 
-A tensor `name` of F8_E4M3 stands beside `name_scale_inv`, one number for each block of rows and columns, the last ones
-of which may be cut off; a weight is its stored value times the number of its block.
+A tensor `name` of F8_E4M3 comes with `name_scale_inv`, one scale for each block of rows and columns; the last blocks
+may be smaller. A weight is its stored value times the scale of its block.
 """
 
 import json
@@ -15,14 +15,14 @@ from moe_jax.checkpoint.safetensors_file import FLOATS, StoredTensor
 
 FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 SCALE_SUFFIX = "_scale_inv"
-# Fields that say how activations were quantised and which tensors were not: their dtypes tell.
-_SILENT = ("activation_scheme", "modules_to_not_convert", "ignored_layers", "scale_fmt")
-# Fields that newer libraries add, with the values that change nothing.
+# Fields about activations and about tensors that were not quantised. Not needed: the tensors' dtypes say it.
+_UNUSED = ("activation_scheme", "modules_to_not_convert", "ignored_layers", "scale_fmt")
+# Fields that newer libraries add, with the values that have no effect.
 _NEUTRAL = {"dequantize": False, "expert_dtype": "fp8"}
 
 
 class Blocks(NamedTuple):
-    """The rows and columns that share a scale."""
+    """The size of the blocks that share a scale."""
 
     rows: int
     columns: int
@@ -33,7 +33,7 @@ class Blocks(NamedTuple):
 
 
 def blocks_of(fields: Mapping[str, Any]) -> Blocks | None:
-    """Reads `quantization_config` of a `config.json`; None where there is none.
+    """Reads `quantization_config` of a `config.json`; None if there is none.
 
     Raises:
         ValueError: it describes anything but FP8 with a scale for each block.
@@ -51,16 +51,16 @@ def blocks_of(fields: Mapping[str, Any]) -> Blocks | None:
     if not isinstance(size, list) or len(size) != 2 or not all(type(one) is int and one > 0 for one in size):
         raise ValueError(f"quantization_config.weight_block_size = {_text(size)}: {expected}")
     given = {name: x for name, x in given.items() if x is not None and (name not in _NEUTRAL or x != _NEUTRAL[name])}
-    if others := sorted(set(given) - {"quant_method", "fmt", "weight_block_size", *_SILENT}):
+    if others := sorted(set(given) - {"quant_method", "fmt", "weight_block_size", *_UNUSED}):
         raise ValueError(f"quantization_config.{others[0]} = {_text(given[others[0]])}: not implemented; {expected}")
     return Blocks(*size)
 
 
 def take_scales(stored: dict[str, StoredTensor], blocks: Blocks | None) -> dict[str, StoredTensor]:
-    """Takes the scales out of a table of tensors, and returns them by the name of the tensor that they belong to.
+    """Removes the scales from a table of tensors, and returns them by the name of the tensor that they scale.
 
     Raises:
-        ValueError: a tensor lacks its scales, scales lack their tensor, or either has another shape or dtype.
+        ValueError: a tensor lacks its scales, scales lack their tensor, or either has the wrong shape or dtype.
     """
     scales = {}
     for name, one in stored.items():
@@ -89,19 +89,19 @@ def take_scales(stored: dict[str, StoredTensor], blocks: Blocks | None) -> dict[
 
 
 def dequantize(values: np.ndarray, scale: np.ndarray, blocks: Blocks, first_row: int) -> np.ndarray:
-    """Some whole rows of a matrix as float32.
+    """Converts some rows of a matrix to float32.
 
     Args:
         values: F8_E4M3 [rows, columns].
         scale: float32, of all blocks of the matrix.
-        blocks: what shares a scale.
-        first_row: of these rows, within the matrix.
+        blocks: the size of the blocks that share a scale.
+        first_row: the index of the first of these rows within the matrix.
     """
     wide = values.astype(np.float32)
-    of_row = (first_row + np.arange(values.shape[0])) // blocks.rows
+    row_blocks = (first_row + np.arange(values.shape[0])) // blocks.rows
     for block in range(scale.shape[1]):
         columns = slice(block * blocks.columns, (block + 1) * blocks.columns)
-        wide[:, columns] *= scale[of_row, block, None]
+        wide[:, columns] *= scale[row_blocks, block, None]
     return wide
 
 

@@ -1,7 +1,7 @@
-"""From the tensors of files to parameters in memory or on devices: which lie where, and which part of them is expected.
+"""Reads parameters from the tensors of files into memory or onto devices.
 
-Everything goes through `read`: a whole model is its one part, and a shard on a device is another part, of which only
-the bytes that belong to it are read.
+Everything goes through `read`, which reads parts of parameters: the whole parameter, or the shard of a device, for
+which only its own bytes are read.
 """
 
 import math
@@ -32,15 +32,15 @@ class Piece(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """Where one parameter is to be found, and how it is expected.
+    """The location of one parameter in files, and its form in memory.
 
     Attributes:
-        path: its place in the tree of parameters.
-        shape: of the whole of it.
+        path: in the tree of parameters.
+        shape: of the whole parameter.
         dtype: in memory.
         pieces: all of its tensors.
-        mapped: whether it has one piece, which lies in its file as it is expected in memory: it is not copied.
-        halved_itemsize: bytes of each number in a dtype of 16 bits, which not every parameter may have.
+        mapped: whether its file is mapped instead of copied; it then has one piece, stored as it is used in memory.
+        halved_itemsize: bytes of each number if the model is loaded in 16 bits: 4 for one that stays in float32.
     """
 
     path: str
@@ -52,23 +52,23 @@ class Stack(NamedTuple):
 
 
 def whole(stack: Stack) -> Index:
-    """The part that is all of it."""
+    """The part that is the whole parameter."""
     return tuple(slice(0, size) for size in stack.shape)
 
 
 def read(
     folder: pathlib.Path, stacks: Sequence[Stack], parts: Sequence[Sequence[Index]], blocks: Blocks | None
 ) -> list[list[np.ndarray]]:
-    """Reads parts of parameters into host memory, each with only the bytes that it is made of.
+    """Reads parts of parameters into host memory; of each tensor only the bytes of these parts.
 
     Args:
         folder: of the model, for messages.
         stacks: the parameters.
-        parts: of each, those that are expected, as slices with a start and an end.
-        blocks: what shares a scale where tensors are quantised.
+        parts: the parts of each to read, as slices with a start and an end.
+        blocks: the size of the blocks that share a scale, where tensors are quantised.
 
     Returns:
-        An array for each part. What is mapped lies in the file, and cannot be written to.
+        An array for each part. Arrays of mapped parameters cannot be written to.
 
     Raises:
         ValueError: the parts do not fit in memory, a file is truncated, or a value that is copied is not finite.
@@ -76,13 +76,13 @@ def read(
     _require_memory(folder, stacks, parts)
     sources: list[filling.Source] = []
     found: list[list[np.ndarray]] = []
-    for stack, expected in zip(stacks, parts, strict=True):
+    for stack, stack_parts in zip(stacks, parts, strict=True):
         if stack.mapped:
             values = filling.map_values(stack.pieces[0].stored)
-            found.append([values[part] for part in expected])
+            found.append([values[part] for part in stack_parts])
             continue
-        arrays = [filling.allocate(_shape(part), stack.dtype) for part in expected]
-        for part, array in zip(expected, arrays):
+        arrays = [filling.allocate(_shape(part), stack.dtype) for part in stack_parts]
+        for part, array in zip(stack_parts, arrays):
             sources += _sources(stack, part, array, blocks)
         found.append(arrays)
     filling.fill(sources)
@@ -98,26 +98,26 @@ def read_whole(folder: pathlib.Path, stacks: Sequence[Stack], blocks: Blocks | N
 def load(
     folder: pathlib.Path, stacks: Sequence[Stack], blocks: Blocks | None, sharding_of: ShardingOf
 ) -> dict[str, jax.Array]:
-    """Brings parameters onto devices, by their paths.
+    """Loads parameters onto devices, by their paths.
 
-    Every shard is read by itself, once for all devices that hold the same. On a CPU JAX takes over the memory in which
-    it is read. Arrays are moved one at a time: nothing but the largest is held twice.
+    Each distinct shard is read once, for all devices that hold it. On a CPU JAX uses the memory into which it was read.
+    Arrays are moved one at a time: at most one array is in memory twice.
 
     Args:
         folder: as `read` takes it.
         stacks: the parameters.
         blocks: as `read` takes it.
-        sharding_of: how each parameter lies; None: on the default device.
+        sharding_of: gives the sharding of a parameter; None: on the default device.
     """
     shardings = [sharding_of(parameters.find([stack.path])) for stack in stacks]
     places = [_places(*pair) for pair in zip(stacks, shardings)]
     parts = [list(dict.fromkeys(part for part, _ in place)) for place in places]
-    arrays = read(folder, stacks, [[_index(part) for part in expected] for expected in parts], blocks)
+    arrays = read(folder, stacks, [[_index(part) for part in stack_parts] for stack_parts in parts], blocks)
     loaded = {}
-    for stack, sharding, place, expected in zip(stacks, shardings, places, parts):
-        of_part = dict(zip(expected, arrays.pop(0)))
+    for stack, sharding, place, stack_parts in zip(stacks, shardings, places, parts):
+        by_part = dict(zip(stack_parts, arrays.pop(0)))
         on_devices = [
-            jax.device_put(of_part[part], device, may_alias=True).block_until_ready() for part, device in place
+            jax.device_put(by_part[part], device, may_alias=True).block_until_ready() for part, device in place
         ]
         loaded[stack.path] = (
             on_devices[0]
@@ -127,11 +127,11 @@ def load(
     return loaded
 
 
-Bounds = tuple[tuple[int, int], ...]  # of a part: an index that can be hashed
+Bounds = tuple[tuple[int, int], ...]  # a part as start and end of each dimension, which can be hashed
 
 
 def _places(stack: Stack, sharding: jax.sharding.Sharding | None) -> list[tuple[Bounds, jax.Device | None]]:
-    """The part of each device of this process."""
+    """The part that each device of this process holds."""
     if sharding is None:
         return [(tuple((0, size) for size in stack.shape), None)]
     indices = sharding.addressable_devices_indices_map(stack.shape)
@@ -150,33 +150,33 @@ def _shape(part: Index) -> tuple[int, ...]:
 
 
 def _sources(stack: Stack, part: Index, array: np.ndarray, blocks: Blocks | None) -> Iterable[filling.Source]:
-    """What of each tensor goes where in the array of a part."""
+    """For each tensor that overlaps a part: the slice to read, and where it goes in the part's array."""
     for piece in stack.pieces:
         place: list[int | slice] = []
         taken: list[slice] = []
         seen_as: list[int] = []
-        for at, expected, size in zip(piece.index, part, stack.shape, strict=True):
+        for at, bounds, size in zip(piece.index, part, stack.shape, strict=True):
             first, end = (at, at + 1) if isinstance(at, int) else at.indices(size)[:2]
-            low, high = max(first, expected.start), min(end, expected.stop)
+            low, high = max(first, bounds.start), min(end, bounds.stop)
             if low >= high:
                 break
             if isinstance(at, int):
-                place.append(at - expected.start)
+                place.append(at - bounds.start)
             else:
-                place.append(slice(low - expected.start, high - expected.start))
+                place.append(slice(low - bounds.start, high - bounds.start))
                 taken.append(slice(low - first, high - first))
                 seen_as.append(end - first)
         else:
-            all_of_it = [*map(slice, [0] * len(seen_as), seen_as)] == taken
-            cut = () if all_of_it else (tuple(seen_as), tuple(taken))
+            is_whole = [*map(slice, [0] * len(seen_as), seen_as)] == taken
+            cut = () if is_whole else (tuple(seen_as), tuple(taken))
             yield filling.Source(piece.name, piece.stored, array[tuple(place)], piece.scale, blocks, *cut)
 
 
 def _require_memory(folder: pathlib.Path, stacks: Sequence[Stack], parts: Sequence[Sequence[Index]]) -> None:
-    """Refuses what does not fit; what is mapped takes none that the system could not take back."""
+    """Refuses what does not fit in memory; mapped parameters do not count, since the system can drop their pages."""
     needed_bytes = halved_bytes = 0
-    for stack, expected in zip(stacks, parts):
-        numbers = 0 if stack.mapped else sum(math.prod(_shape(part)) for part in expected)
+    for stack, stack_parts in zip(stacks, parts):
+        numbers = 0 if stack.mapped else sum(math.prod(_shape(part)) for part in stack_parts)
         needed_bytes += numbers * stack.dtype.itemsize
         halved_bytes += numbers * stack.halved_itemsize
     available_bytes = psutil.virtual_memory().available

@@ -1,7 +1,7 @@
-"""Tensors that say again what is known: the head of tied embeddings, frequencies, positions, biases that are zero.
+"""Redundant tensors: the head of tied embeddings, rotary frequencies, positions, biases that are zero.
 
-Other loaders pass over them. So does this one where they agree with what is there; where they do not, the checkpoint is
-of another model than it says.
+Other loaders ignore them. They are ignored here too where they agree with the rest of the model, and refused where they
+do not, since config.json then describes another model than the weights.
 """
 
 import pathlib
@@ -22,10 +22,10 @@ _ROWS = 4096  # of an embedding, compared at once
 def agreeing(
     folder: pathlib.Path, names: Iterable[str], stored: Mapping[str, StoredTensor], architecture: Architecture
 ) -> set[str]:
-    """Those of some tensors, none of them a parameter, that agree with the model.
+    """The names of redundant tensors among those given, none of which is a parameter.
 
     Raises:
-        ValueError: one contradicts it.
+        ValueError: one contradicts the model.
     """
     found = set()
     for name in names:
@@ -44,7 +44,7 @@ def agreeing(
             raise ValueError(f"{tensor.path}: {name} differs from {what}")
         found.add(name)
     if found:
-        logging.info("%s: %d tensors say again what is known: %s", folder, len(found), ", ".join(sorted(found)[:3]))
+        logging.info("%s: ignored %d redundant tensors: %s", folder, len(found), ", ".join(sorted(found)[:3]))
     return found
 
 
@@ -60,7 +60,7 @@ def _same(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _are_frequencies(tensor: StoredTensor, architecture: Architecture) -> bool:
-    """To what is lost where they are stored in half precision."""
+    """Whether these are the rotary frequencies, with a tolerance for storage in half precision."""
     expected = rope.frequencies(architecture.attention)
     given = read_values(tensor).astype(np.float32)
     relative = 1e-5 if tensor.dtype == np.float32 else 2.0**-7

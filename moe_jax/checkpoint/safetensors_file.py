@@ -1,7 +1,7 @@
 """The safetensors format: a JSON table of names, dtypes, shapes and offsets, then the bytes.
 
-The format's own library reads into, and writes from, a second copy of the model. Here tables are read, whose tensors
-`filling` brings to their places, and files are written tensor by tensor.
+The format's own library needs a second copy of the model to read or write it. This module reads tables, whose tensors
+`filling` copies directly to their places, and writes files tensor by tensor.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ _DTYPES = {
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
 FLOATS = frozenset(_DTYPES.values())
-# No weights: they are read into tables, so that what holds one is told by its name.
+# Not weights: tables hold such tensors, so that a message can name them.
 _INTEGERS = {
     **{"BOOL": np.dtype(np.bool_), "U8": np.dtype(np.uint8), "I8": np.dtype(np.int8), "I16": np.dtype(np.int16)},
     **{"U16": np.dtype(np.uint16), "I32": np.dtype(np.int32), "U32": np.dtype(np.uint32), "I64": np.dtype(np.int64)},
@@ -34,7 +34,7 @@ _MAX_TABLE_BYTES = 100_000_000  # the library's own limit
 
 
 class StoredTensor(NamedTuple):
-    """Where one tensor lies: `start` counts bytes from the beginning of the file."""
+    """The location of one tensor: `start` counts bytes from the beginning of the file."""
 
     path: Path
     dtype: np.dtype
@@ -43,11 +43,11 @@ class StoredTensor(NamedTuple):
 
     @property
     def code(self) -> str:
-        """What the format calls its dtype."""
+        """The format's name for its dtype."""
         return _CODES[self.dtype]
 
     def require_float(self, name: str) -> None:
-        """ValueError where it holds integers, which are no weights."""
+        """Raises ValueError if it holds integers, which are not weights."""
         if self.dtype not in FLOATS:
             raise ValueError(
                 f"{self.path}: tensor {name} is stored as {self.code}: expected one of {', '.join(_DTYPES)}"
@@ -64,15 +64,15 @@ def read_table(path: Path) -> dict[str, StoredTensor]:
 
     Raises:
         ValueError: the file cannot be read or is truncated, its table is damaged (a name twice, gaps or overlaps), or
-            a tensor has a dtype other than F32, F16, BF16, F8_E4M3 and integers. Changed values cannot be told: there
-            are no checksums.
+            a tensor has a dtype other than F32, F16, BF16, F8_E4M3 and integers. Damaged values go unnoticed: the
+            format has no checksums.
     """
     try:
         file_bytes, table_bytes, text = _read_head(path)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     try:
-        entries = json.loads(text, object_pairs_hook=_without_doubles)
+        entries = json.loads(text, object_pairs_hook=_refuse_repeated_names)
         entries.pop("__metadata__", None)
         spans = {name: _parsed(entry) for name, entry in entries.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -105,10 +105,10 @@ def _read_head(path: Path) -> tuple[int, int, bytes]:
         return file_bytes, table_bytes, file.read(table_bytes)
 
 
-def _without_doubles(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _refuse_repeated_names(pairs: list[tuple[str, object]]) -> dict[str, object]:
     fields = dict(pairs)
     if len(fields) < len(pairs):
-        raise ValueError(f"{next(name for name, value in pairs if fields[name] is not value)} is there twice")
+        raise ValueError(f"{next(name for name, value in pairs if fields[name] is not value)} appears twice")
     return fields
 
 
@@ -123,7 +123,7 @@ def _parsed(entry: dict) -> tuple[int, int, str, tuple[int, ...]]:
 
 
 def head_sha256(path: Path) -> str:
-    """A digest of all that stands before the values: the table and its size."""
+    """A digest of everything before the values: the table and its size."""
     _, table_bytes, text = _read_head(path)
     return hashlib.sha256(table_bytes.to_bytes(8, "little") + text).hexdigest()
 
@@ -137,10 +137,10 @@ def write_file(
     """Writes a new file.
 
     Args:
-        path: where.
-        shapes: the dtype and shape of each tensor, in the order in which they lie.
-        tensors: one by one, contiguous, in that order.
-        alignment_bytes: the first one begins at a multiple of this.
+        path: of the file, which must not exist.
+        shapes: the dtype and shape of each tensor, in the order of the file.
+        tensors: contiguous arrays, in that order.
+        alignment_bytes: the first tensor begins at a multiple of this.
     """
     table: dict[str, dict] = {"__metadata__": {"format": "pt"}}  # transformers refuses a file without it
     end = 0
@@ -153,5 +153,5 @@ def write_file(
         file.write(len(text).to_bytes(8, "little") + text)
         for (name, (dtype, shape)), tensor in zip(shapes.items(), tensors, strict=True):
             if (tensor.dtype, tensor.shape) != (dtype, shape):
-                raise ValueError(f"{name} is {tensor.dtype} {tensor.shape}: announced {dtype} {shape}")
+                raise ValueError(f"{name} is {tensor.dtype} {tensor.shape}: expected {dtype} {shape}")
             file.write(tensor.reshape(-1).view(np.uint8).data if tensor.size else b"")

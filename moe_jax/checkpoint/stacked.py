@@ -1,9 +1,9 @@
-"""The stacked layout: each parameter is one tensor, as it lies in memory, so that a model is mapped and not read.
+"""The stacked layout: each parameter is one tensor, stored as it is used in memory, so that a model can be mapped.
 
-`stacked.safetensors` has the parameters by their paths, each beginning at a multiple of 64 bytes, as JAX wants memory
-that it uses without copying it. What fills a gap is a tensor too, since the format has none. `stacked.json` says what
-was written: the length of that file and a digest of all that stands before its values. That those are finite was seen
-when they were written, and is not looked for again. Beside them stands what any folder of a model holds.
+`stacked.safetensors` holds the parameters by their paths. Each begins at a multiple of 64 bytes, so that JAX can use
+the memory without copying it; as the format has no gaps, padding is a tensor too. `stacked.json` records the length of
+that file and a digest of everything before its values. Values are checked to be finite when they are written, and not
+again when they are read. The folder has all other files of a model as well.
 """
 
 import collections
@@ -28,11 +28,11 @@ from moe_jax.model import parameters
 STACKS, WRITTEN = "stacked.safetensors", "stacked.json"
 _FORMAT = 1
 _ALIGNMENT_BYTES = 64
-_GAP = "gap."  # what the names of tensors that are no parameters begin with
+_GAP = "gap."  # prefix of the names of padding
 
 
 def is_stacked(folder: pathlib.Path) -> bool:
-    """Whether a folder was written by `write`; ValueError where it has weights in another layout as well."""
+    """Whether a folder was written by `write`; ValueError if it has weights in another layout as well."""
     if not (folder / STACKS).exists() and not (folder / WRITTEN).exists():
         return False
     if other := [name for name in (WEIGHTS, INDEX) if (folder / name).exists()]:
@@ -41,23 +41,23 @@ def is_stacked(folder: pathlib.Path) -> bool:
 
 
 def read_table(folder: pathlib.Path, architecture: Architecture) -> dict[str, StoredTensor]:
-    """Where the parameters of a stacked folder lie, by their paths, if all is as it was written.
+    """The locations of the parameters of a stacked folder, by their paths.
 
     Raises:
-        ValueError: the file is shorter, longer or begins otherwise than was written, or does not hold the parameters of
-            the architecture.
+        ValueError: the file has another length or table than was written, or does not hold the parameters of the
+            architecture.
     """
     path = folder / STACKS
     written = read_json(folder / WRITTEN)
     if written.get("format") != _FORMAT:
         raise ValueError(f"{folder / WRITTEN}: format = {written.get('format')!r}: expected {_FORMAT}")
     if not path.is_file():
-        raise ValueError(f"{path} is missing: {WRITTEN} stands beside it")
+        raise ValueError(f"{path} is missing: expected it beside {WRITTEN}")
     if (file_bytes := path.stat().st_size) != written.get("bytes"):
-        raise ValueError(f"{path} has {file_bytes} bytes, {written.get('bytes')!r} were written: expected it whole")
+        raise ValueError(f"{path} has {file_bytes} bytes: expected {written.get('bytes')!r}, as were written")
     table = safetensors_file.read_table(path)
     if safetensors_file.head_sha256(path) != written.get("head_sha256"):
-        raise ValueError(f"{path} begins otherwise than was written: expected it as it was")
+        raise ValueError(f"{path} has another table than was written: expected the file unchanged")
     found = {name: tensor for name, tensor in table.items() if not name.startswith(_GAP)}
     expected = {parameter.path: parameter.shape(architecture) for parameter in parameters.of(architecture)}
     huggingface.require_same_names(folder, set(expected), set(found))
@@ -65,12 +65,12 @@ def read_table(folder: pathlib.Path, architecture: Architecture) -> dict[str, St
         if tensor.shape != expected[name]:
             raise ValueError(f"{path}: {name} has shape {tensor.shape}: config.json asks for {expected[name]}")
         if tensor.dtype not in filling.EXPONENTS or tensor.start % _ALIGNMENT_BYTES:
-            raise ValueError(f"{path}: {name} is {tensor.code} at {tensor.start}: that cannot be mapped")
+            raise ValueError(f"{path}: {name} is {tensor.code} at byte {tensor.start}: this cannot be mapped")
     return found
 
 
 def stacks_of(table: Mapping[str, StoredTensor], architecture: Architecture, dtype: str) -> list[Stack]:
-    """Where the parameters of a model lie, as `huggingface.stacks_of` tells it; "auto": each as stored."""
+    """The location of every parameter, as `huggingface.stacks_of` gives it; dtype "auto": each as stored."""
     stacks = []
     for parameter in parameters.of(architecture):
         stored, shape = table[parameter.path], parameter.shape(architecture)
@@ -82,15 +82,15 @@ def stacks_of(table: Mapping[str, StoredTensor], architecture: Architecture, dty
 
 
 def dtype_of(parameter: parameters.Parameter, dtype: str) -> np.dtype:
-    """The dtype of a parameter in a model of some dtype: a selection bias stays in float32."""
+    """The dtype of a parameter in a model of this dtype: a selection bias stays in float32."""
     return np.dtype(np.float32 if parameter.kind is parameters.SelectionBias else dtype)
 
 
 def in_dtype(params: Mapping[str, Any], architecture: Architecture, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Every parameter with its path, in host memory, in a dtype; "auto": as it is.
+    """Yields every parameter with its path, in host memory, converted to a dtype; "auto": as it is.
 
     Raises:
-        ValueError: one is not finite in it.
+        ValueError: a parameter is not finite in that dtype.
     """
     arrays = dict(huggingface.flattened(params))
     for path, expected in dtypes_of(params, architecture, dtype).items():
@@ -103,10 +103,10 @@ def in_dtype(params: Mapping[str, Any], architecture: Architecture, dtype: str) 
 
 
 def dtypes_of(params: Mapping[str, Any], architecture: Architecture, dtype: str) -> dict[str, np.dtype]:
-    """The dtype of each parameter, by its path, as it is to be written; "auto": as it is.
+    """The dtype in which each parameter is written, by its path; "auto": as it is.
 
     Raises:
-        ValueError: one is missing or unknown, of another shape, or holds no numbers that a model has.
+        ValueError: a parameter is missing, unknown, of another shape, or of a dtype that a model cannot have.
     """
     huggingface.require_dtype(dtype)
     arrays, dtypes = dict(huggingface.flattened(params)), {}
@@ -135,13 +135,13 @@ def write(
     """Writes a stacked folder; it appears whole, or not at all.
 
     Args:
-        folder: where; it must not exist yet, or be an empty folder.
+        folder: the new folder; it must not exist yet, or be empty.
         architecture: of the model.
         params: a nested dict of arrays.
         texts_of: gives config.json and generation_config.json for the dtype of most numbers.
-        files: what else is written beside the weights, by name.
+        files: other files to write, by name.
         dtype: of every parameter but a selection bias; "auto": as it is.
-        replace: whether a folder that is already there is replaced, with everything in it.
+        replace: whether to replace an existing folder, with everything in it.
 
     Raises:
         ValueError: the folder is taken, the parameters are not those of the architecture, or one is not finite.

@@ -1,4 +1,4 @@
-"""The files of a checkpoint's folder: its JSON, and the tables of its weight files, which are one or several."""
+"""Reads the JSON files of a checkpoint's folder, and the tables of its weight files."""
 
 import json
 import pathlib
@@ -14,7 +14,7 @@ LAYOUT = (
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads an object from a file of a checkpoint; ValueError names what is missing or damaged."""
+    """Reads a JSON object from a file of a checkpoint; ValueError names what is missing or damaged."""
     folder = path.parent
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
@@ -33,7 +33,7 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def read_tables(folder: pathlib.Path) -> dict[str, StoredTensor]:
-    """Reads the tables of all weight files: the single one where there is one, else the shards that the index names."""
+    """Reads the tables of all weight files: of the single file if there is one, else of the shards in the index."""
     if (folder / WEIGHTS).is_file():
         return safetensors_file.read_table(folder / WEIGHTS)
     if not (folder / INDEX).is_file():
@@ -51,5 +51,5 @@ def read_tables(folder: pathlib.Path) -> dict[str, StoredTensor]:
         tables |= table
     for name, shard in weight_map.items():
         if name not in tables or tables[name].path.name != shard:
-            raise ValueError(f"{folder / INDEX} says that {name} is in {shard}: it is not")
+            raise ValueError(f"{folder / INDEX} lists {name} in {shard}, which does not hold it")
     return tables

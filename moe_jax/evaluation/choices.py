@@ -1,4 +1,4 @@
-"""Next-line choice: which of four lines of a file comes next, the true one or one of three later lines."""
+"""Next-line choice: which of four lines comes next in a file, the true one or one of three later lines."""
 
 import collections
 import dataclasses
@@ -16,15 +16,15 @@ from moe_jax.routing import policies
 from moe_jax.text.corpus import Document
 
 OPTIONS = 4
-ROW = 192  # tokens: what comes before, then the options one behind the other
-LONGEST_OPTIONS = 96  # tokens of them all
-SHORTEST_LINE = 8  # characters without indentation: `else:` and brackets tell little
+ROW = 192  # tokens: the prefix, then the options one after another
+LONGEST_OPTIONS = 96  # tokens of all options together
+SHORTEST_LINE = 8  # characters without indentation: `else:` and brackets carry little information
 EARLIEST_LINE = 5  # lines before the question
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """What comes before, and four lines of which the first is the true one."""
+    """A prefix, and four lines of which the first is the true continuation."""
 
     document: int
     prefix_ids: tuple[int, ...]
@@ -37,9 +37,9 @@ def make_questions(
 ) -> list[Question]:
     """Draws questions from documents, as evenly over them as their lines permit.
 
-    The line asked for and the later ones that it stands against keep their indentation. Each is written once in the
-    whole text, so no licence is asked for; an earlier line would tempt a model that copies what it has just read. All
-    four continue the same tokens: what the four encodings of text and line share comes before.
+    All four lines keep their indentation. Each occurs once in the whole text, which excludes boilerplate such as
+    licences. Wrong options come from later lines, as an earlier line would tempt a model that copies what it has read.
+    All four continue the same tokens: the prefix is what the four encodings of text and line have in common.
 
     Args:
         documents: the held-out text.
@@ -48,12 +48,12 @@ def make_questions(
         seed: of the draw; the same arguments give the same questions.
 
     Raises:
-        ValueError: the documents do not have so many.
+        ValueError: the documents have fewer questions.
     """
     rng = np.random.default_rng(seed)
     questions: list[Question] = []
     places = _places(documents)
-    waiting = [rng.permutation(np.array(of_document, np.int64)).tolist() for of_document in places]
+    waiting = [rng.permutation(np.array(document_places, np.int64)).tolist() for document_places in places]
     while any(waiting) and len(questions) < count:
         for number, document in enumerate(documents):
             question = _draw(document.text, number, places[number], waiting[number], tokenizer, rng)
@@ -68,7 +68,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _places(documents: Sequence[Document]) -> list[list[int]]:
-    """Of each document the numbers of the lines that can be asked for: long enough, and nowhere written twice."""
+    """For each document, the numbers of lines that can be asked for: long enough, and unique in the whole text."""
     bare = [[line.strip() for line in _lines(document.text)] for document in documents]
     written = collections.Counter(itertools.chain.from_iterable(bare))
     return [
@@ -78,7 +78,7 @@ def _places(documents: Sequence[Document]) -> list[list[int]]:
 
 
 def _draw(text, number, places, waiting, tokenizer, rng) -> Question | None:
-    """Takes places that wait until one gives a question that fits; None where the document has no more."""
+    """Tries the remaining places until one gives a question that fits; None if the document has no more."""
     lines = _lines(text)
     while waiting:
         place = waiting.pop()
@@ -99,7 +99,7 @@ def _draw(text, number, places, waiting, tokenizer, rng) -> Question | None:
 
 
 def _shared(ids: Sequence[Sequence[int]]) -> int:
-    """How many leading tokens all have in common."""
+    """The number of leading tokens that all have in common."""
     return sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*ids)))
 
 
@@ -113,9 +113,10 @@ def score_options(
     journal: Journal | None = None,
     advance: Callable[[int], object] = lambda questions: None,
 ) -> np.ndarray:
-    """How unlikely every option of every question is under every policy.
+    """Scores every option of every question under every policy.
 
-    The options of a question lie in one row, each a segment that goes on from the same prefix, which is thus read once.
+    The options of a question share one row, each as a segment that continues the same prefix, so the prefix is read
+    only once.
 
     Args:
         params: as `decoder.split` gives them.
@@ -123,11 +124,11 @@ def score_options(
         compared: the policies.
         execution: the static half of the step.
         batch_size: rows of `ROW` tokens per compiled step.
-        journal: where finished batches are kept; None: nowhere.
+        journal: keeps finished batches; None: they are not kept.
         advance: called with the number of questions done since the last call.
 
     Returns:
-        float64 [policies, questions, options]: nats per byte of the line.
+        float64 [policies, questions, options]: nats per byte of the line; lower is likelier.
     """
     journal = journal or Journal(None, {})
     settings = [
@@ -152,7 +153,7 @@ def score_options(
 
 
 def is_right(per_byte: np.ndarray) -> np.ndarray:
-    """Whether the true line is the likeliest, of what `score_options` gives; where another is as likely it is not."""
+    """Whether the true line is likelier than all others, from the result of `score_options`; a tie counts as wrong."""
     return per_byte[..., 0] < per_byte[..., 1:].min(axis=-1)
 
 

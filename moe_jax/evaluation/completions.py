@@ -1,4 +1,4 @@
-"""Completion parse rate: how often the body that a model writes under a function's header is Python that parses."""
+"""Completion parse rate: how often the body that a model writes for a function's header is Python that parses."""
 
 import ast
 import dataclasses
@@ -18,7 +18,7 @@ from moe_jax.model import decoder
 from moe_jax.routing import policies
 from moe_jax.text.corpus import Document
 
-PROMPT = 128  # tokens, the header's the last of them
+PROMPT = 128  # tokens, which end with the header
 BATCH = 128  # completions at a time
 SAMPLED_TEMPERATURE = 0.8
 
@@ -28,8 +28,8 @@ class Header:
     """The header of a function, and the tokens that lead up to its body."""
 
     document: int
-    ids: tuple[int, ...]  # end with the line break and the indentation before the body, whole tokens
-    text: str  # from `def`'s own line to the body's first character
+    ids: tuple[int, ...]  # whole tokens; they end with the line break and the indentation before the body
+    text: str  # from the line of `def` to the body's first character
     column: int  # of `def`
 
 
@@ -39,13 +39,13 @@ def make_headers(
     """Draws functions from documents, as evenly over them as they permit.
 
     Args:
-        documents: the held-out text; those that this Python does not parse are passed over.
+        documents: the held-out text; those that this Python cannot parse are skipped.
         tokenizer: of the model.
         count: how many headers.
         seed: of the draw; the same arguments give the same headers.
 
     Raises:
-        ValueError: the documents do not have so many.
+        ValueError: the documents have fewer headers.
     """
     rng = np.random.default_rng(seed)
     waiting = [rng.permutation(np.array(_functions(document.text), np.int64)).tolist() for document in documents]
@@ -63,7 +63,7 @@ def make_headers(
 
 
 def _functions(text: str) -> list[tuple[int, int]]:
-    """Where the line of each `def` begins and where its body does, in characters; bodies on a line of their own."""
+    """Where each line of a `def` and its body begin, in characters; only for bodies on a line of their own."""
     try:
         with warnings.catch_warnings(action="ignore"):
             tree = ast.parse(text)
@@ -76,7 +76,7 @@ def _functions(text: str) -> list[tuple[int, int]]:
 
 
 def _header(text: str, number: int, begin: int, body: int, tokenizer: tokenizers.Tokenizer) -> Header | None:
-    """None where a token reaches into the body, so that no prompt ends before it."""
+    """The header; None if a token spans the start of the body, so that no prompt can end there."""
     encoded = tokenizer.encode(text[: body + 1])
     count = sum(end <= body for _, end in encoded.offsets)
     if not count or encoded.offsets[count - 1][1] != body:
@@ -86,15 +86,15 @@ def _header(text: str, number: int, begin: int, body: int, tokenizer: tokenizers
 
 
 def parses(header: Header, text: str, finished: bool) -> bool:
-    """Whether a header and the body written under it are a function that this Python parses.
+    """Whether a header and the body written for it are a function that this Python parses.
 
-    The body ends before the first line that is indented no deeper than the header. Where none is and the text is not
-    finished, its last line may be half a line and does not count; with nothing left, nothing parses.
+    The body ends before the first line that is indented no deeper than the header. If there is no such line and the
+    text is not finished, its last line may be incomplete and is dropped; an empty body does not parse.
 
     Args:
         header: as `make_headers` gives it.
         text: what the model wrote.
-        finished: whether it came to an end by itself.
+        finished: whether the model ended the text itself.
     """
     first, *rest = text.split("\n")
     deeper = list(itertools.takewhile(lambda line: not line.strip() or _indentation(line) > header.column, rest))
@@ -125,10 +125,9 @@ def complete(
     journal: Journal | None = None,
     advance: Callable[[int], object] = lambda completions: None,
 ) -> np.ndarray:
-    """Has every body written under every policy, greedily and at a temperature of 0.8.
+    """Generates every body under every policy, greedily and at a temperature of 0.8.
 
-    Policies and temperatures are data, so all share one compiled step. The same header draws the same random numbers
-    under every policy.
+    All policies and temperatures share one compiled step. A header uses the same random numbers under every policy.
 
     Args:
         engine: of the model.
@@ -137,15 +136,15 @@ def complete(
         compared: the policies.
         execution: the static half of the step.
         max_new_tokens: of each body.
-        seed: of the draws.
-        journal: where finished batches are kept; None: nowhere.
+        seed: of sampling.
+        journal: keeps finished batches; None: they are not kept.
         advance: called with the number of completions done since the last call.
 
     Returns:
         bool [policies, 2, headers]: whether the completion parses; greedy first, then sampled.
     """
     journal = journal or Journal(None, {})
-    asked = list(headers) * (2 * len(compared))
+    all_headers = list(headers) * (2 * len(compared))
     settings = [(policy, temperature) for policy in compared for temperature in (0.0, SAMPLED_TEMPERATURE)]
     requests = []
     for policy, temperature in settings:
@@ -161,7 +160,7 @@ def complete(
             completions = engine.run(requests[batch], execution).completions
             judged = [
                 parses(header, completion.text, completion.finish_reason == "end")
-                for header, completion in zip(asked[batch], completions)
+                for header, completion in zip(all_headers[batch], completions)
             ]
             return {"parses": judged}
 

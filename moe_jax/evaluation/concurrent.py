@@ -1,7 +1,7 @@
-"""Held-out likelihood at a load: windows read side by side, each position a decode step of so many rows.
+"""Held-out likelihood of concurrent requests: windows are read together, each position as one decode step.
 
 What a batch-aware policy keeps depends on which rows decode together. Windows are full, so that every step has all its
-rows, and shuffled, so that rows have nothing to do with each other, as the requests of a server.
+rows, and shuffled, so that rows are unrelated, like the requests of a server.
 """
 
 from collections.abc import Sequence
@@ -18,20 +18,20 @@ from moe_jax.routing.selection import distinct_experts
 class Windows(NamedTuple):
     """Full windows of held-out documents."""
 
-    tokens_JT: np.ndarray  # int32: T inputs, and behind them the label of the last
-    bytes_J: np.ndarray  # int: of the text of the labels
-    document_J: np.ndarray  # int: which document
+    tokens_JT: np.ndarray  # int32: T inputs, then the label of the last
+    bytes_J: np.ndarray  # int: bytes of the labels' text
+    document_J: np.ndarray  # int: index of the document
 
 
 class AtLoad(NamedTuple):
-    """What one policy gave."""
+    """The results of one policy."""
 
     bits_J: np.ndarray  # float64, of each window
     chosen_LJTK: np.ndarray  # int16: the expert of each slot; -1: not kept
 
 
 def cut(documents: Sequence[np.ndarray], tokenizer, context: int, count: int, seed: int) -> Windows:
-    """Draws so many of the full windows that documents are cut into, end to end.
+    """Cuts documents into full windows, end to end, and draws `count` of them.
 
     Args:
         documents: ids of each, as `encode_documents` gives them.
@@ -73,9 +73,8 @@ def read(
         windows: a multiple of `rows`.
         policy: of every row.
         execution: the static half of the step.
-        rows: of a compiled step; any number of concurrencies share it.
-        concurrency: rows that decode together: the first so many windows, the next so many, and so on; a divisor of
-            `rows`.
+        rows: of a compiled step, which all values of `concurrency` share.
+        concurrency: number of successive windows that decode together; a divisor of `rows`.
     """
     live = policies.settings([policy] * rows, execution.architecture, execution.k_max, np.arange(rows) // concurrency)
     bits, chosen = [], []
@@ -93,14 +92,14 @@ def read(
 
 
 def distinct_at(chosen_LJTK: np.ndarray, concurrency: int) -> float:
-    """Distinct experts of a MoE layer in a decode step of so many rows, mean over layers, steps and groups of rows."""
+    """Distinct experts of a MoE layer in a decode step of `concurrency` rows: mean over layers, steps and groups."""
     layers, windows, length, _ = chosen_LJTK.shape
     by_step = chosen_LJTK.reshape(layers, windows // concurrency, concurrency, length, -1).transpose(0, 1, 3, 2, 4)
     return float(distinct_experts(by_step.reshape(layers * (windows // concurrency) * length, concurrency, -1)).mean())
 
 
 def steps_of(chosen_LJTK: np.ndarray, concurrency: int, count: int) -> np.ndarray:
-    """chosen_SLBK of so many decode steps of so many rows, evenly over the groups of rows and over the text."""
+    """chosen_SLBK of `count` decode steps of `concurrency` rows, spread evenly over groups of rows and positions."""
     groups, length = chosen_LJTK.shape[1] // concurrency, chosen_LJTK.shape[2]
     place_S = (np.arange(count) + 0.5) / count
     group_S, time_S = np.arange(count) % groups, (place_S * length).astype(int)

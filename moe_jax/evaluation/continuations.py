@@ -1,4 +1,4 @@
-"""How likely a model finds given continuations of given contexts, and whether it would write them itself."""
+"""Log-probabilities of given continuations of given contexts, and whether greedy decoding would write them."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,27 +12,27 @@ from moe_jax.routing import policies
 
 
 class Pair(NamedTuple):
-    """Token ids of what is given and of what is scored behind it."""
+    """Token ids of a context and of the continuation that is scored."""
 
     context_ids: Sequence[int]  # at least one
     continuation_ids: Sequence[int]  # at least one, at most the model's context
 
 
 class Scored(NamedTuple):
-    """What a model says of one pair."""
+    """The result for one pair."""
 
-    log_probability: float  # nats, all tokens of the continuation together
-    is_greedy: bool  # of each of them no other token is likelier where it stands
+    log_probability: float  # nats, sum over the tokens of the continuation
+    is_greedy: bool  # whether no other token is likelier, at any of its positions
 
 
 def require_row_wise(policy: policies.Policy) -> None:
-    """Refuses a policy whose choice for one request depends on the requests beside it.
+    """Refuses a policy whose choice for one request depends on the other requests of the batch.
 
-    A continuation is read as a whole, beside others that the order of the work put there: such a policy would have no
-    decode step to act on, and its figures no meaning.
+    A continuation is read as a whole, batched by length with others: there is no decode step for such a policy to act
+    on, so its results would have no meaning.
 
     Raises:
-        ValueError: it does.
+        ValueError: the policy is batch-aware.
     """
     if policy.batch_aware:
         raise ValueError(
@@ -42,7 +42,7 @@ def require_row_wise(policy: policies.Policy) -> None:
 
 
 def num_truncated(pairs: Sequence[Pair], max_context: int) -> int:
-    """How many pairs are too long, so that `score_continuations` leaves out the beginning of their context."""
+    """The number of pairs that are too long, whose contexts `score_continuations` truncates at the beginning."""
     return sum(len(one.context_ids) + len(one.continuation_ids) > max_context + 1 for one in pairs)
 
 
@@ -55,22 +55,22 @@ def score_continuations(
     batch_size: int,
     on_scored: Callable[[int, Scored], object] = lambda index, scored: None,
 ) -> list[Scored]:
-    """Scores each continuation behind its context; contexts that are too long lose their beginning.
+    """Scores each continuation of its context; contexts that are too long are truncated at the beginning.
 
-    The longest go first, in batches of one number of rows and of bucketed lengths: few programs are compiled, and what
-    is too large for the memory fails at once. Pairs that have the model read the same tokens share a row, as the
-    answers "A" to "D" to one question do.
+    The longest pairs go first, in batches of a fixed number of rows and bucketed lengths: few programs are compiled,
+    and a batch that does not fit in memory fails at once. Pairs for which the model reads the same tokens share a row,
+    such as the answers "A" to "D" to one question.
 
     Args:
         params: as `decoder.split` gives them.
-        pairs: what is asked.
+        pairs: to score.
         policy: which experts run; row-wise.
         execution: the static half of the step.
         batch_size: rows per compiled step.
-        on_scored: called with the index of a pair and its score as soon as that is known.
+        on_scored: called with the index of a pair and its result, as soon as that is known.
 
     Returns:
-        A score for each pair, in order.
+        A result for each pair, in order.
 
     Raises:
         ValueError: a pair has no context or no continuation, or one longer than the model's context; the policy is not
@@ -80,7 +80,7 @@ def score_continuations(
     max_context = execution.architecture.decoder.max_context
     sharing: dict[tuple[int, ...], list[int]] = {}
     for index, pair in enumerate(pairs):
-        sharing.setdefault(_read(index, pair, max_context), []).append(index)
+        sharing.setdefault(_tokens_read(index, pair, max_context), []).append(index)
     longest_first = sorted(sharing, key=len, reverse=True)
     rows = min(batch_size, round_up(max(len(longest_first), 1)))
     live = settings_of(policy, rows, execution)
@@ -99,8 +99,8 @@ def score_continuations(
     return found
 
 
-def _read(index: int, pair: Pair, max_context: int) -> tuple[int, ...]:
-    """What the model reads to score a pair: all but the last token, as much of it as the context holds."""
+def _tokens_read(index: int, pair: Pair, max_context: int) -> tuple[int, ...]:
+    """The tokens that the model reads to score a pair: all but the last, truncated to the model's context."""
     count = len(pair.continuation_ids)
     if not len(pair.context_ids) or not count:
         empty = "continuation" if len(pair.context_ids) else "context"
@@ -114,17 +114,17 @@ def _read(index: int, pair: Pair, max_context: int) -> tuple[int, ...]:
 
 
 def settings_of(policy: policies.Policy, rows: int, execution: decoder.Execution) -> policies.Settings:
-    """Binds one policy to so many rows; ValueError where it does not fit the model."""
+    """The settings of one policy for `rows` rows; ValueError if it does not fit the model."""
     return policies.settings([policy] * rows, execution.architecture, execution.k_max)
 
 
 class _LaidOut(NamedTuple):
     batch: Batch
-    asked_Y: np.ndarray  # whose continuation each label is of
+    asked_Y: np.ndarray  # the continuation of each label
 
 
 def _lay_out(read, row_of, continuations, rows: int, max_context: int) -> _LaidOut:
-    """Rows of one bucket of lengths, empty ones behind the last; labels stand behind the end of their row."""
+    """Pads rows to a bucketed length, with empty rows at the end; each continuation ends its row."""
     length = length_bucket(max(map(len, read)), max_context)
     tokens_BT, segments_BT = np.zeros((2, rows, length), np.int32)
     for row, ids in enumerate(read):

@@ -1,4 +1,4 @@
-"""A model under a policy as lm-evaluation-harness sees it: published tasks, with any number of active experts.
+"""A model under a policy for lm-evaluation-harness: published tasks, with any number of active experts.
 
 Importing this file needs the package `lm_eval`; nothing else in `moe_jax` does.
 """
@@ -25,32 +25,32 @@ from moe_jax.evaluation.continuations import Pair, Scored, num_truncated, score_
 from moe_jax.model.decoder import Execution
 from moe_jax.text import chat, framing
 
-MAX_NEW_TOKENS = 256  # where a task does not say, as lm-eval's own models have it
+MAX_NEW_TOKENS = 256  # default where a task gives none, as in lm-eval's own models
 _SAMPLING = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
 
 
 class LanguageModel(TemplateLM):
-    """What `lm_eval.simple_evaluate(model=...)` takes.
+    """A model for `lm_eval.simple_evaluate(model=...)`.
 
-    How a context and a continuation become tokens is lm-eval's own: both are encoded as one text, which is cut behind
-    as many tokens as the context alone has, spaces at its end counting to the continuation. A tokenizer that joins the
-    end of a context with the beginning of a continuation is therefore wronged, as it is by all of lm-eval's models.
+    lm-eval itself turns a context and a continuation into tokens: it encodes both as one text, and cuts after as many
+    tokens as the context alone has; spaces at the end of the context go to the continuation. Where a tokenizer joins
+    the end of the context with the beginning of the continuation, the cut is off, as in all of lm-eval's models.
 
     Attributes:
-        num_truncated: requests whose context has lost its beginning to the length of the model's, so far.
+        num_truncated: number of requests so far whose context was truncated at the beginning to fit the model's.
 
     Args:
         folder: of the checkpoint, for its special tokens and its chat template.
-        engine: holds the weights, and generates.
+        engine: holds the weights and generates text.
         tokenizer: of the model.
         execution: the static half of the steps; policies keep at most its `k_max` experts.
-        policy: which experts run, a spec such as "topk:4"; row-wise for any request but those of generation.
+        policy: which experts run, a spec such as "topk:4"; row-wise for all requests but generation.
         batch_size: rows per compiled step.
-        seed: of the draws of generation, where a task samples.
+        seed: of generation, for tasks that sample.
 
     Raises:
-        ValueError: the policy does not parse or does not fit the model, or the checkpoint names no token that could
-            stand before a text.
+        ValueError: the policy does not parse or does not fit the model, or the checkpoint names no token that can
+            precede a text.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class LanguageModel(TemplateLM):
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model takes."""
+        """The model's context, in tokens."""
         return self._execution.architecture.decoder.max_context
 
     @property
@@ -87,32 +87,32 @@ class LanguageModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that stands before a text without context."""
+        """The token that precedes a text without context."""
         return self._prefix_id
 
     @property
     def tokenizer_name(self) -> str:
-        """Tells lm-eval's caches of requests apart."""
+        """The name that distinguishes lm-eval's caches of requests."""
         return str(self._folder.resolve()).replace(os.sep, "__")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of a text; by default with what the tokenizer puts around one, unless it is there already."""
+        """Token ids of a text; by default with the tokenizer's special tokens, unless the text has them already."""
         bare = self._tokenizer.encode(string, add_special_tokens=False).ids
         if add_special_tokens is False or (add_special_tokens is None and bare[:1] == [self._prefix_id]):
             return bare
         return self._tokenizer.encode(string).ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A conversation in the checkpoint's own template; ValueError where it has none."""
+        """Renders a conversation with the checkpoint's chat template; ValueError if it has none."""
         return chat.render_messages(*chat.load_template(self._folder), chat_history, add_generation_prompt)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Of each (context, continuation): log-probability in nats, and whether greedy decoding would write it.
+        """For each (context, continuation): log-probability in nats, and whether greedy decoding would write it.
 
         Raises:
             ValueError: the policy is not row-wise, or a continuation is empty or longer than the model's context.
         """
-        return super().loglikelihood(requests, disable_tqdm=True)  # its own bar ignores where it is printed
+        return super().loglikelihood(requests, disable_tqdm=True)  # its progress bar prints even without a terminal
 
     def _loglikelihood_tokens(self, requests, disable_tqdm: bool = False, **kwargs: Any) -> list[tuple[float, bool]]:
         pairs = [Pair(context or [self._prefix_id], continuation) for _, context, continuation in requests]
@@ -123,10 +123,10 @@ class LanguageModel(TemplateLM):
         return [tuple(scored) for scored in self._score(pairs, "loglikelihood", keep)]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-probability of each whole text in nats, in windows that do not overlap but for the last.
+        """Log-probability of each whole text in nats, in windows of which only the last overlaps.
 
-        The token that stands before the text is given, not scored. lm-eval's own Hugging Face model scores it once
-        more where the tokenizer writes it.
+        The token that precedes the text is given, not scored. lm-eval's own Hugging Face model also scores it if the
+        tokenizer adds it.
         """
         owner, pairs = [], []
         for number, request in enumerate(requests):
@@ -157,13 +157,13 @@ class LanguageModel(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Continues each context up to a stop string or the end of text, neither included.
 
-        As lm-eval's own models have it, the text of the token that ends a text is one more stop string, and a
-        continuation is decoded without its context: what the decoder strips at the head of a text is missing. Contexts
-        lose their beginning where the tokens asked for would not fit behind them. A request that samples
-        draws by its place among all, not by what shares its batch.
+        As in lm-eval's own models, the text of the end token is one more stop string, and a continuation is decoded
+        without its context, so whatever the decoder strips at the start of a text is missing. Contexts are truncated at
+        the beginning to leave room for the new tokens. A request that samples is seeded by its index among all
+        requests, so its batch does not matter.
 
         Raises:
-            ValueError: a setting of generation that we do not have, or no room for a context.
+            ValueError: a generation setting is not supported, or there is no room for a context.
         """
         prepared = [self._request(number, *request.args) for number, request in enumerate(requests)]
         longest_first = sorted(range(len(prepared)), key=lambda number: -len(prepared[number].ids))
@@ -202,10 +202,10 @@ class LanguageModel(TemplateLM):
 
 
 def sampling_of(arguments: Mapping[str, Any]) -> SamplingConfig:
-    """What a task's `generation_kwargs` ask for, in our terms; `do_sample` without a temperature draws at 1.
+    """Converts a task's `generation_kwargs` to our settings; `do_sample` without a temperature samples at 1.
 
     Raises:
-        ValueError: a setting that we do not have, or a value that is out of its range.
+        ValueError: a setting is not supported, or a value is out of range.
     """
     given = normalize_gen_kwargs(dict(arguments), MAX_NEW_TOKENS)
     unknown = sorted(name for name in given if name not in _SAMPLING and (name, given[name]) != ("num_beams", 1))

@@ -1,7 +1,7 @@
 """Estimates with 95% intervals: ratios of sums over documents, and paired differences between policies.
 
-Documents are resampled whole (the bootstrap; Efron, 1979), since what lies within one document is alike. Every interval
-of one text resamples with the same draws.
+Documents are resampled whole (the bootstrap; Efron, 1979), since values within one document are correlated. All
+intervals for one text use the same resamples.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ def ratio(part_J: np.ndarray, whole_J: np.ndarray, seed: int = 0) -> Estimate:
 
     Args:
         part_J: of each document.
-        whole_J: of each document, 0 or more; documents with 0 say nothing and are left out.
+        whole_J: of each document, 0 or more; documents with 0 are left out.
         seed: of the resampling.
     """
     part_J, whole_J = part_J[whole_J > 0], whole_J[whole_J > 0]
@@ -32,7 +32,7 @@ def ratio(part_J: np.ndarray, whole_J: np.ndarray, seed: int = 0) -> Estimate:
 
 
 def paired_difference(part_J: np.ndarray, reference_J: np.ndarray, whole_J: np.ndarray, seed: int = 0) -> Estimate:
-    """How much more than the reference, in the unit of the ratio.
+    """The difference from the reference, in the unit of the ratio.
 
     Documents are resampled in pairs, so the spread between documents cancels.
     """
@@ -40,18 +40,18 @@ def paired_difference(part_J: np.ndarray, reference_J: np.ndarray, whole_J: np.n
 
 
 def paired_ratio(part_J: np.ndarray, reference_J: np.ndarray, seed: int = 0) -> Estimate:
-    """How much more than the reference, as a fraction of it: 0.01 is one percent more bits for the same text."""
+    """The difference from the reference as a fraction of it: 0.01 is one percent more bits for the same text."""
     parts, references = (_resampled(values, seed) for values in (part_J, reference_J))
     return _estimate(part_J.sum() / reference_J.sum() - 1, parts / references - 1)
 
 
 def recovered(before_J: np.ndarray, after_J: np.ndarray, full_J: np.ndarray, seed: int = 0) -> Estimate:
-    """The share of what a policy cost that is won back: (before - after) / (before - full), sums over documents.
+    """The share of a policy's loss that is recovered: (before - after) / (before - full), sums over documents.
 
     Args:
         before_J: of each document under the policy, before.
         after_J: of each document under the policy, after.
-        full_J: of each document under the full model, the goal.
+        full_J: of each document under the full model.
         seed: of the resampling.
     """
     befores, afters, fulls = (_resampled(values, seed) for values in (before_J, after_J, full_J))

@@ -1,4 +1,4 @@
-"""What a long measurement has done so far, kept part by part, so that a killed one goes on where it stood."""
+"""Keeps the finished parts of a long measurement, so that it can resume after it was killed."""
 
 import dataclasses
 import hashlib
@@ -21,12 +21,12 @@ from moe_jax.config.schema import Config
 class Journal:
     """A folder of finished parts; a part is a dict of arrays and appears whole or not at all.
 
-    The parts of one measurement lie under a name made of all that it depends on, so another configuration, model or
-    text never takes them for its own.
+    The parts of one measurement are in a folder named by a digest of everything that they depend on, so that a
+    measurement with another configuration, model or text does not use them.
 
     Args:
-        folder: where; made by the first part. None: nothing is kept.
-        identity: what the parts depend on; JSON.
+        folder: made with the first part; None: nothing is kept.
+        identity: JSON of everything that the parts depend on.
     """
 
     def __init__(self, folder: pathlib.Path | None, identity: Mapping[str, Any]):
@@ -35,7 +35,7 @@ class Journal:
         self._folder = None if folder is None else folder / self.name
 
     def once(self, name: str, compute: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """The arrays of a part: read where it is finished, else computed and written."""
+        """The arrays of a part: read if it is finished, else computed and written."""
         if self._folder is None:
             return _arrays(compute())
         path = self._folder / f"{name}.npz"
@@ -53,7 +53,7 @@ class Journal:
         return arrays
 
     def forget(self) -> None:
-        """Removes the parts, once what they add up to is written elsewhere."""
+        """Removes the parts, once the measurement's results are written elsewhere."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             if self._folder.parent.is_dir() and not any(self._folder.parent.iterdir()):
@@ -61,11 +61,11 @@ class Journal:
 
 
 def identity(config: Config, places: Sequence[pathlib.Path], implementations: Mapping[str, str]) -> dict[str, Any]:
-    """All that the parts of a measurement depend on.
+    """Everything that the parts of a measurement depend on.
 
     Args:
-        config: the whole of it.
-        places: files, and folders of files, of which counts what changes when they are written again.
+        config: all settings.
+        places: files, and folders of files, identified by size and time of modification.
         implementations: by operation.
     """
     found = [file for place in places for file in ([place] if place.is_file() else sorted(place.iterdir()))]

@@ -1,4 +1,4 @@
-"""Held-out likelihood: how many bits a model needs for each byte of a text that it has not seen."""
+"""Held-out likelihood: how many bits per byte a model needs for a text that it has not seen."""
 
 import lzma
 from collections.abc import Callable, Sequence
@@ -12,15 +12,15 @@ from moe_jax.model import decoder
 from moe_jax.routing import policies
 from moe_jax.text.batches import windows
 
-TOKENS = 8192  # of all windows of a step, at most: what they take in memory is then a part of what a model does
+TOKENS = 8192  # most tokens of a step, so that activations take less memory than the model
 
 
 class Likelihood(NamedTuple):
-    """What one policy gave on some documents."""
+    """The results of one policy on some documents."""
 
     bits_J: np.ndarray  # float64
     kl_J: np.ndarray | None  # float64 nats, summed over scored tokens: divergence of the reference from this policy
-    tokens_J: np.ndarray  # int64: tokens scored
+    tokens_J: np.ndarray  # int64: number of tokens scored
     load_LE: np.ndarray  # int64: slots that each expert received; masked where a layer has fewer experts
 
 
@@ -38,8 +38,8 @@ def score_documents(
 ) -> list[Likelihood]:
     """Scores every token of every document but its leading `<|endoftext|>`.
 
-    A document longer than the context is cut into windows that overlap by a quarter: each token but those of the
-    first window is predicted from at least a quarter of a context.
+    A document longer than the context is cut into windows that overlap by a quarter, so that after the first window,
+    each token is predicted from at least a quarter of a context.
 
     Args:
         params: as `decoder.split` gives them.
@@ -47,9 +47,9 @@ def score_documents(
         compared: the policies; each batch runs under all of them in turn.
         execution: the static half of the step.
         context: T, tokens of a window.
-        batch_size: windows per compiled step, fewer where those have more than `TOKENS` tokens.
-        reference: which policy divergences are measured from; None: no divergences.
-        journal: where finished batches are kept; None: nowhere.
+        batch_size: windows per compiled step; fewer if they would have more than `TOKENS` tokens.
+        reference: index of the policy from which divergences are measured; None: no divergences.
+        journal: keeps finished batches; None: they are not kept.
         advance: called with the number of windows done since the last call, for a progress bar.
 
     Returns:
@@ -93,7 +93,7 @@ def score_documents(
 
 
 def num_windows(documents: Sequence[np.ndarray], context: int) -> int:
-    """How many windows `score_documents` cuts documents into."""
+    """The number of windows into which `score_documents` cuts documents."""
     return len(_Windows(documents, context).owner)
 
 
@@ -108,7 +108,7 @@ class _Windows:
         self._lengths = np.minimum(context, np.array([len(tokens) - 1 for tokens in documents])[self.owner] - starts)
 
     def batch(self, first: int, batch_size: int) -> Batch:
-        """So many windows from the first on, padded with empty rows behind the last."""
+        """The `batch_size` windows from `first` on, padded with empty rows at the end."""
         rows = slice(first, first + batch_size)
         missing = first + batch_size - min(first + batch_size, len(self.owner))
         tokens_BT, labels_BT, scored_BT = (
@@ -129,11 +129,11 @@ class _Windows:
 
 
 def xz_bits_per_byte(texts: Sequence[bytes], primer: Sequence[bytes] = ()) -> float:
-    """The same for `xz -9e` of all texts together: what a general compressor needs.
+    """Bits per byte of `xz -9e` for all texts together: what a general compressor needs.
 
     Args:
-        texts: what is compressed.
-        primer: texts that the compressor has read before, all within its window; their own size does not count.
+        texts: to compress.
+        primer: texts that the compressor reads first, all within its window; their own size does not count.
     """
     read_before = b"".join(primer)
     text = b"".join(texts)

@@ -1,4 +1,4 @@
-"""Scores labels behind positions of token rows: the one compiled step of all that asks a model how likely a text is."""
+"""Scores labels at positions of token rows: the compiled step that all likelihood evaluations share."""
 
 import dataclasses
 import functools
@@ -14,28 +14,28 @@ from moe_jax.model import decoder
 from moe_jax.model.finite import require_finite
 from moe_jax.routing import policies
 
-CHUNK = 1024  # labels whose logits exist at a time
+CHUNK = 1024  # labels whose logits are in memory at a time
 
 
 class Batch(NamedTuple):
-    """Token rows, and which labels are scored behind which of their positions."""
+    """Token rows, and the labels to score after which of their positions."""
 
     tokens_BT: np.ndarray  # int32
     positions_BT: np.ndarray  # int32
     segments_BT: np.ndarray  # int32, as `decoder.hidden` takes them
     source_Y: np.ndarray  # int32: position b * T + t that predicts each label
     label_Y: np.ndarray  # int32
-    num_labels: int  # only the first so many are scored; the rest is padding and costs nothing
+    num_labels: int  # only the first `num_labels` are scored; the rest is padding and costs nothing
 
 
 class Scores(NamedTuple):
-    """What one policy says of a batch."""
+    """The results of one policy on a batch."""
 
-    nats_Y: np.ndarray  # float32: of each scored label
+    nats_Y: np.ndarray  # float32: -log p of each scored label
     load_LE: np.ndarray  # int32: slots that each expert received
     chosen_LBTK: np.ndarray  # int32: the expert of each slot; -1: not kept
-    kl_Y: np.ndarray | None = None  # float32 nats: of the reference's next-token distribution from this one
-    greedy_Y: np.ndarray | None = None  # bool: no other token is likelier
+    kl_Y: np.ndarray | None = None  # float32 nats: divergence of the reference's next-token distribution from this one
+    greedy_Y: np.ndarray | None = None  # bool: whether no other token is likelier
 
 
 @functools.partial(jax.jit, static_argnames=("execution", "side_by_side"))
@@ -46,21 +46,21 @@ def _hidden(params, tokens_BT, positions_BT, segments_BT, live, execution, side_
 
 
 @functools.partial(jax.jit, static_argnames="greedy")
-def _of_labels(params, x_ND, reference_ND, source_Y, label_Y, num_labels, *, greedy):
-    """The fields of `Scores` that end in Y, of which there are as many as asked for; chunk by chunk."""
+def _score_labels(params, x_ND, reference_ND, source_Y, label_Y, num_labels, *, greedy):
+    """The requested fields of `Scores` that end in Y, chunk by chunk."""
     size = min(CHUNK, len(label_Y))
 
     def log_probability(x_ND, source):
         return jax.nn.log_softmax(decoder.logits(params, x_ND[source]), axis=1)
 
-    def of_chunk(number, done):
+    def score_chunk(number, done):
         first = jnp.minimum(number * size, len(label_Y) - size)
         source, label = (lax.dynamic_slice_in_dim(part, first, size) for part in (source_Y, label_Y))
         log_YV = log_probability(x_ND, source)
         own_Y = jnp.take_along_axis(log_YV, label[:, None], axis=1)[:, 0]
         new = {"nats_Y": -own_Y}
         if greedy:
-            new["greedy_Y"] = own_Y >= log_YV.max(axis=1)  # an argmax takes as long as the logits themselves on a CPU
+            new["greedy_Y"] = own_Y >= log_YV.max(axis=1)  # on a CPU an argmax takes as long as the logits themselves
         if reference_ND is not None:
             reference_YV = log_probability(reference_ND, source)
             new["kl_Y"] = (jnp.exp(reference_YV) * (reference_YV - log_YV)).sum(axis=1)
@@ -71,7 +71,7 @@ def _of_labels(params, x_ND, reference_ND, source_Y, label_Y, num_labels, *, gre
         nothing["greedy_Y"] = jnp.zeros(len(label_Y), bool)
     if reference_ND is not None:
         nothing["kl_Y"] = jnp.zeros(len(label_Y), jnp.float32)
-    return lax.fori_loop(0, (num_labels + size - 1) // size, of_chunk, nothing)
+    return lax.fori_loop(0, (num_labels + size - 1) // size, score_chunk, nothing)
 
 
 def score(
@@ -84,20 +84,20 @@ def score(
     greedy: bool = False,
     specs: Sequence[str] = (),
 ) -> list[Scores]:
-    """Scores one batch under several policies, each with as many static slots as it keeps.
+    """Scores one batch under several policies, each with as many static slots as it keeps experts.
 
     Args:
         params: as `decoder.split` gives them.
         batch: the rows and their labels.
         settings: of each policy, one row for each row of the batch.
         execution: the static half of the steps.
-        reference: which of them divergences are measured from; None: no divergences.
+        reference: index of the policy from which divergences are measured; None: no divergences.
         side_by_side: as `decoder.hidden` takes it.
-        greedy: whether to tell which labels are the likeliest tokens.
-        specs: of the policies, for what is said of one.
+        greedy: whether to return `greedy_Y`.
+        specs: of the policies, for messages.
 
     Raises:
-        NotFiniteError: what a policy makes of a label is NaN or infinite.
+        NotFiniteError: the log-probability of a label is NaN or infinite.
     """
     rows = (batch.tokens_BT, batch.positions_BT, batch.segments_BT)
     labels = (batch.source_Y, batch.label_Y, batch.num_labels)
@@ -111,10 +111,10 @@ def score(
     scores = []
     for number, live in enumerate(settings):
         x_ND, load_LE, chosen_LNK = from_reference if number == reference else hidden(live)
-        found = _of_labels(params, x_ND, reference_ND, *labels, greedy=greedy)
-        of_labels = {name: np.asarray(part)[: batch.num_labels] for name, part in found.items()}
+        scored = _score_labels(params, x_ND, reference_ND, *labels, greedy=greedy)
+        scored = {name: np.asarray(part)[: batch.num_labels] for name, part in scored.items()}
         named = f", {specs[number]!r}" if specs else ""
-        require_finite(of_labels["nats_Y"], f"the log-probabilities of a text{named}", params)
+        require_finite(scored["nats_Y"], f"the log-probabilities of a text{named}", params)
         chosen_LBTK = np.asarray(chosen_LNK).reshape(len(chosen_LNK), *batch.tokens_BT.shape, -1)
-        scores.append(Scores(load_LE=np.asarray(load_LE), chosen_LBTK=chosen_LBTK, **of_labels))
+        scores.append(Scores(load_LE=np.asarray(load_LE), chosen_LBTK=chosen_LBTK, **scored))
     return scores

@@ -1,7 +1,7 @@
-"""Grouped-query attention: whole sequences, and against a cache, one position of every row or many.
+"""Grouped-query attention over whole sequences, or over a cache with one or several new positions per row.
 
-Every kind of attention is a module with a function `heads` (projections, norms and rotation), whose result mixes
-positions: `causal` over whole sequences; `extend` and `step` against a cache, to which they add them.
+Every kind of attention is a module with a function `heads`, which projects, norms and rotates. The result mixes
+positions: `causal` over whole sequences; `extend` (several positions) and `step` (one) add to a cache and read it.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from moe_jax.kernels.causal_attention.api import causal_attention
 from moe_jax.model import rope
 from moe_jax.model.layers import Stacked, one_layer, project, rms_norm
 
-OUTPUT = "output_DHA"  # the weight that projects mixed heads back
+OUTPUT = "output_DHA"  # the output projection
 
 
 class Kept(NamedTuple):
@@ -28,13 +28,13 @@ class Kept(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What attention keeps of the positions seen so far, all layers in order."""
+    """Keys and values of the positions seen so far, all layers in order."""
 
     key_LBMGA: jax.Array
-    value_LBMGX: jax.Array | None  # None where the keys hold the values
+    value_LBMGX: jax.Array | None  # None where keys contain the values
 
     def opened(self, kept: Kept, layer: jax.Array | int) -> "Cache":
-        """With the first positions of every row in one layer."""
+        """The cache with one layer's new keys and values written from position 0 of every row."""
 
         def write(all_layers, new):
             return lax.dynamic_update_slice(all_layers, new[None], (layer, 0, 0, 0, 0))
@@ -42,12 +42,15 @@ class Cache(NamedTuple):
         return Cache(*jax.tree.map(write, tuple(self), tuple(kept)))
 
     def extended(self, kept: Kept, layer: jax.Array | int, start_B: jax.Array) -> "Cache":
-        """With the positions from `start_B` on in one layer: row after row, since XLA's scatter on a CPU is slow."""
+        """The cache with one layer's new keys and values written from `start_B` on.
+
+        Writes row by row, since XLA's scatter is slow on a CPU.
+        """
 
         def write(all_layers, new):
             def write_row(row, all_layers):
-                of_row = lax.dynamic_slice_in_dim(new, row, 1)[None]
-                return lax.dynamic_update_slice(all_layers, of_row, (layer, row, start_B[row], 0, 0))
+                new_row = lax.dynamic_slice_in_dim(new, row, 1)[None]
+                return lax.dynamic_update_slice(all_layers, new_row, (layer, row, start_B[row], 0, 0))
 
             return lax.fori_loop(0, len(new), write_row, all_layers)
 
@@ -61,11 +64,11 @@ class Heads:
     query_BTHA: jax.Array
     key_BTGA: jax.Array
     value_BTGX: jax.Array
-    scale: float  # of the scores
+    scale: float  # what scores are multiplied by
 
     @property
     def kept(self) -> Kept:
-        """What later positions will read."""
+        """The keys and values that go into the cache."""
         return Kept(self.key_BTGA, self.value_BTGX)
 
     def causal(self, segments_BT: jax.Array, implementation: str) -> jax.Array:
@@ -78,12 +81,12 @@ class Heads:
     def extend(
         self, cache: Cache, layer: jax.Array | int, start_B: jax.Array, implementation: str
     ) -> tuple[jax.Array, Cache]:
-        """Adds several positions of every row to the cache and mixes what each sees there: itself and all before it.
+        """Adds several positions of every row to the cache; each attends to itself and all earlier ones.
 
         Args:
             cache: of all layers.
-            layer: which of them.
-            start_B: int32, the place of the first in the cache, in which there is room for all.
+            layer: index into the cache.
+            start_B: int32, where the first new position goes; the cache must have room for all.
             implementation: of `causal_attention`.
 
         Returns:
@@ -98,12 +101,12 @@ class Heads:
     def step(
         self, cache: Cache, layer: jax.Array | int, position_B: jax.Array, implementation: str
     ) -> tuple[jax.Array, Cache]:
-        """Adds the one position of every row to the cache and mixes what it sees there, see `cached_attention`.
+        """Adds one position of every row to the cache and attends over the cache, see `cached_attention`.
 
         Args:
             cache: of all layers.
-            layer: which of them.
-            position_B: int32, the place in the cache.
+            layer: index into the cache.
+            position_B: int32, where the new position goes.
             implementation: of `cached_attention`.
 
         Returns:
@@ -124,7 +127,7 @@ class Heads:
 
 
 def cached_widths(attention: AttentionConfig) -> tuple[int, int, int]:
-    """Heads that a cache holds of every position, and the channels of each one's key and value."""
+    """What a cache holds per position: number of heads, channels of a key, channels of a value."""
     return attention.num_kv_heads, attention.head_dim, attention.head_dim
 
 
@@ -135,13 +138,13 @@ def heads(
     attention: AttentionConfig,
     norm_eps: float,
 ) -> Heads:
-    """Projects to heads.
+    """Projects to queries, keys and values, norms and rotates them.
 
     Args:
         x_BTD: normed activations.
-        weights: one layer of attention's, names without the leading L.
-        turn: cosines and sines of the positions.
-        attention: the section of the configuration.
+        weights: the attention weights of one layer, names without the leading L.
+        turn: cosines and sines of the rotary angles.
+        attention: the attention settings.
         norm_eps: of the query and key norms.
     """
     query_BTHA = project(x_BTD, weights["query_HAD"])
@@ -169,5 +172,5 @@ def _add(x_BTHA: jax.Array, bias_HA: jax.Array) -> jax.Array:
 
 
 def _norm_of_all(x_BTHA: jax.Array, scale_HA: jax.Array, eps: float) -> jax.Array:
-    together = rms_norm(x_BTHA.reshape(*x_BTHA.shape[:2], -1), scale_HA.reshape(-1), eps)
-    return together.reshape(x_BTHA.shape)
+    normed = rms_norm(x_BTHA.reshape(*x_BTHA.shape[:2], -1), scale_HA.reshape(-1), eps)
+    return normed.reshape(x_BTHA.shape)

@@ -1,4 +1,4 @@
-"""The decoder: dense and MoE layers; whole sequences for training, and prefill and decode with a cache."""
+"""The decoder, dense and MoE layers: whole sequences for training and scoring, prefill and decode with a cache."""
 
 import dataclasses
 import functools
@@ -29,13 +29,14 @@ Params = dict[str, Any]  # nested dicts of arrays, as `split` gives them
 
 
 class Weights(nnx.Module):
-    """Parameters that stand together: a stack of layers, or a part of one."""
+    """A group of parameters: a stack of layers, or a part of one."""
 
 
 class Decoder(Weights):
-    """All parameters of a model as a Flax module, drawn as `parameters.TABLE` says, with a type for each kind.
+    """All parameters of a model as a Flax module, randomly initialised as `parameters.TABLE` says.
 
-    `split` hands them to the functions below; called, it runs them on whole sequences with all experts.
+    Each kind of parameter has its own type. `split` gives the parameters to the functions below. Calling the module
+    runs whole sequences with the model's own number of experts.
     """
 
     def __init__(self, architecture: Architecture, rngs: nnx.Rngs):
@@ -74,14 +75,14 @@ class Execution:
 
 
 def split(decoder: Decoder) -> Params:
-    """The parameters as nested dicts of arrays."""
+    """Returns the parameters as nested dicts of arrays."""
     return nnx.to_pure_dict(nnx.state(decoder))
 
 
 def dtype_of(params: Params) -> jnp.dtype:
     """The dtype of activations and caches: the narrowest of the weights.
 
-    Some weights may be wider: their products run in their own dtype, and the results are rounded to this one.
+    Products with wider weights run in the weights' dtype; their results are rounded to this one.
     """
     return min((leaf.dtype for leaf in jax.tree.leaves(params)), key=lambda dtype: dtype.itemsize)
 
@@ -91,29 +92,30 @@ def _one_layer(weights: Params, modules: tuple[str, ...], layer: jax.Array | int
 
     Args:
         weights: stacks.
-        modules: where they stand in the tree of all parameters.
-        layer: which.
-        projection: the implementation that reads matrices within their stacks, where they are left; "": nowhere.
+        modules: their path in the tree of all parameters.
+        layer: index into the stacks.
+        projection: the implementation that reads matrices within their stacks, which are then not taken out; "": all
+            are taken out.
     """
 
-    def of_layer(name, value):
+    def take(name, value):
         if isinstance(value, dict):
             return _one_layer(value, (*modules, name), layer, "" if name == "router" else projection)
         if projection and value.ndim > 2 and parameters.find((*modules, name)).kind is parameters.Matrix:
             return Stacked(value, layer, projection)
         return jax.tree.map(lambda stack: one_layer(stack, layer), value)  # a `LowRank` is three stacks
 
-    return {name.replace("_L", "_"): of_layer(name, value) for name, value in weights.items()}
+    return {name.replace("_L", "_"): take(name, value) for name, value in weights.items()}
 
 
 def _layer(x_BTD, weights, turn, core, ffn, architecture):
-    """One pre-norm layer; `core` mixes positions and `ffn` works on flattened tokens. Returns what both hand back."""
+    """One pre-norm layer; `core` mixes positions, `ffn` runs on flattened tokens. Also returns what both report."""
     eps = architecture.decoder.norm_eps
     with jax.named_scope("attention"):
         normed = rms_norm(x_BTD, weights["attention_norm_D"], eps)
-        kind, of_kind = ATTENTION[architecture.attention.kind], weights["attention"]
-        mixed_BTHX, from_core = core(kind.heads(normed, of_kind, turn, architecture.attention, eps))
-        x_BTD = x_BTD + project(mixed_BTHX, of_kind[kind.OUTPUT], 2)
+        kind, attention_weights = ATTENTION[architecture.attention.kind], weights["attention"]
+        mixed_BTHX, from_core = core(kind.heads(normed, attention_weights, turn, architecture.attention, eps))
+        x_BTD = x_BTD + project(mixed_BTHX, attention_weights[kind.OUTPUT], 2)
     with jax.named_scope("ffn"):
         normed = rms_norm(x_BTD, weights["ffn_norm_D"], eps)
         y_ND, from_ffn = ffn(normed.reshape(-1, normed.shape[-1]))
@@ -125,7 +127,7 @@ def _dense_ffn(weights):
 
 
 def _moe_ffn(weights, experts, layer: Layer, live, context, execution):
-    """Tells what a layer with fewer experts than most did as one with all of them would: the others got nothing."""
+    """A MoE feed-forward; the `Traffic` of a layer with fewer experts than the largest is padded to that size."""
     most, moe = execution.architecture.moe.num_experts, layers.moe_of(execution.architecture, layer.stack)
     k_max = min(execution.k_max, moe.num_experts)
 
@@ -162,22 +164,22 @@ def hidden(
     in_stacks: bool = False,
     remat: bool = False,
 ) -> tuple[jax.Array, Traffic]:
-    """Whole sequences, for training and scoring: what the output head reads.
+    """Runs whole sequences, for training and scoring; `logits` applies the output head to the result.
 
     Args:
         params: as `split` gives them; matrices of attention and experts may be `LowRank`.
         tokens_BT: int32 ids.
         positions_BT: int32, counted within each segment.
-        segments_BT: int32; positions see their own segment and negative ones, which are prefixes of all that follows in
-            their row; 0 is padding, which no expert serves.
+        segments_BT: int32; a position sees its own segment and negative segments, which are shared prefixes of their
+            row; 0 is padding, which is sent to no expert.
         live: settings of the policy.
         execution: the static half.
-        side_by_side: whether all rows at one position are a decode step, in which batch-aware policies act; otherwise
-            the rows are read as prompts are.
-        in_stacks: whether weights are read within their stacks, which has no gradient. Otherwise every layer is taken
-            out of its stack, whole, and its gradient is no larger; so it is in any case where some are `LowRank`.
-        remat: whether a gradient computes each layer of a loop again instead of keeping what it made on the way:
-            memory for the input of each layer alone, at a third more time.
+        side_by_side: whether all rows at one position form a decode step, in which batch-aware policies act; otherwise
+            rows are read like prompts.
+        in_stacks: whether weights are read within their stacks; this has no gradient. Otherwise each layer is copied
+            out of its stack, so its gradient is only as large as the layer. Ignored where some weights are `LowRank`.
+        remat: whether the backward pass recomputes each layer of a loop from its input instead of keeping its
+            activations: only the input of each layer is kept, at a third more time.
 
     Returns:
         normed x_BTD, and the `Traffic` of the MoE layers stacked, L first.
@@ -189,7 +191,7 @@ def hidden(
 
 
 def moe_inputs(params: Params, tokens_BT: jax.Array, live: Settings, execution: Execution) -> jax.Array:
-    """What the routers and experts of every MoE layer read of whole sequences without padding: normed x_LND."""
+    """The inputs of every MoE layer on whole sequences without padding: normed x_LND."""
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     rows = (tokens_BT, positions_BT, jnp.ones_like(positions_BT))
     return _whole(params, *rows, live, execution, False, lambda x_ND: x_ND, True)[2]
@@ -198,7 +200,7 @@ def moe_inputs(params: Params, tokens_BT: jax.Array, live: Settings, execution: 
 def _whole(
     params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side, observe, in_stacks, remat=False
 ):
-    """All layers over whole sequences: x_BTD, the traffic, and what is observed of the inputs of the MoE layers."""
+    """Runs all layers over whole sequences: x_BTD, the traffic, and `observe` of the input of each MoE layer."""
     architecture = execution.architecture
     turn = _turn(positions_BT, architecture)
     x_BTD = params["embedding_VD"][tokens_BT].astype(dtype_of(params))
@@ -229,7 +231,7 @@ def _whole(
         x_BTD, _, seen = _layer(x_BTD, weights, turn, core, observed_ffn, architecture)
         return x_BTD, seen
 
-    def again(layer):  # how much of the layer a gradient computes again
+    def recomputed(layer):  # the layer, with the part that the backward pass recomputes
         if remat:
             return jax.checkpoint(functools.partial(run, layer))
         return jax.checkpoint(functools.partial(run, layer), policy=KEPT) if adapted else functools.partial(run, layer)
@@ -239,10 +241,10 @@ def _whole(
         seen = []
         for layer, place in zip(block.at(time), block.places, strict=True):
             stack = params[layer.stack]
-            if apart:  # each layer one of one
+            if apart:  # the layer becomes a stack of one
                 stack, layer = _alone(own[layer.stack], place), layer._replace(index=jnp.int32(0))
-            x_BTD, of_layer = again(layer)(x_BTD, stack)
-            seen += [of_layer] if layer.is_moe else []
+            x_BTD, seen_here = recomputed(layer)(x_BTD, stack)
+            seen += [seen_here] if layer.is_moe else []
         return x_BTD, seen[0] if len(seen) == 1 else jax.tree.map(lambda *parts: jnp.stack(parts), *seen)
 
     seen = []
@@ -254,40 +256,40 @@ def _whole(
                     stack, layer = _alone(stack, layer.index), layer._replace(index=0)
                 x_BTD, _ = again(layer)(x_BTD, stack)
             continue
-        own = {stack: _of_passes(params[stack], stack, block) for stack in block.stacks} if apart else None
+        own = {stack: _by_pass(params[stack], stack, block) for stack in block.stacks} if apart else None
         times = jnp.arange(block.times, dtype=jnp.int32)
-        x_BTD, of_block = lax.scan(functools.partial(one_pass, block), x_BTD, (times, own))
+        x_BTD, seen_in_block = lax.scan(functools.partial(one_pass, block), x_BTD, (times, own))
         if block.num_moe > 1:
-            of_block = jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), of_block)
-        seen.append(of_block)
+            seen_in_block = jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), seen_in_block)
+        seen.append(seen_in_block)
     traffic, observed = seen[0] if len(seen) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen)
     return x_BTD, traffic, observed
 
 
 def _alone(stack: Params, index: int) -> Params:
-    """A stack of one of the layers of a stack."""
+    """One layer of a stack, as a stack of one."""
     return jax.tree.map(lambda weight: weight[index : index + 1], stack)
 
 
-def _of_passes(weights: Params, stack: str, block: Block) -> Params:
-    """The layers of a stack that run in a block: passes first, then those of one pass."""
+def _by_pass(weights: Params, stack: str, block: Block) -> Params:
+    """The layers of a stack that run in a block, with leading axes: passes of the block, layers of one pass."""
     first, count = block.first(stack), block.stride(stack)
 
-    def of_passes(weight):
+    def split_passes(weight):
         return weight[first : first + block.times * count].reshape(block.times, count, *weight.shape[1:])
 
-    return jax.tree.map(of_passes, weights)
+    return jax.tree.map(split_passes, weights)
 
 
 def head(params: Params) -> jax.Array:
-    """The output projection [V, D]: the embedding where the two are tied."""
+    """The output projection [V, D]; the embedding where embeddings are tied."""
     return params.get("head_VD", params["embedding_VD"])
 
 
 def logits(params: Params, x_BTD: jax.Array, projection: str = "") -> jax.Array:
-    """float32 logits_BTV of what `hidden` or `extend` returned.
+    """float32 logits_BTV from the result of `hidden` or `extend`.
 
-    `projection` is the implementation that multiplies; "": one that has a gradient.
+    `projection` is the implementation of the product; "": one that has a gradient.
     """
     head_VD = head(params)
     return project(x_BTD, Stacked(head_VD[None], 0, projection) if projection else head_VD, dtype=jnp.float32)
@@ -302,16 +304,16 @@ def extend(
     live: Settings,
     execution: Execution,
 ) -> tuple[jax.Array, Cache, Traffic]:
-    """Appends tokens to the cached sequences: a prompt, or the next part of one (prefill), or one token each (decode).
+    """Appends tokens to cached sequences: a prompt or the next part of one (prefill), or one token each (decode).
 
-    Experts are read out of the whole stack by layer index; the loop never takes a layer's experts out of it.
+    Experts are read from the whole stack by layer index; no layer's experts are copied out of it.
 
     Args:
         params: as `split` gives them.
-        cache: what attention kept of the earlier positions.
+        cache: keys and values of the earlier positions.
         tokens_BT: int32 ids; rows may be padded at their end. T > 1 is a prefill, in which no policy is batch-aware.
         start_B: int32, the position of each row's first token; the cache has room for T from there on. None: a prefill
-            of empty sequences, which reads nothing of the cache.
+            of empty sequences, which does not read the cache.
         valid_BT: bool, False for padding and for finished rows.
         live: settings of the policy.
         execution: the static half.
@@ -332,7 +334,7 @@ def extend(
         def run(heads):
             if is_step:
                 return heads.step(cache, layer, start_B, execution.kernels.cached_attention)
-            # what padding writes is overwritten in time
+            # padding writes to the cache too; the tokens that follow overwrite it before it is read
             if start_B is not None:
                 return heads.extend(cache, layer, start_B, execution.kernels.causal_attention)
             mixed_BTHX = heads.causal(jnp.ones_like(tokens_BT), execution.kernels.causal_attention)

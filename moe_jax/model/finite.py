@@ -1,4 +1,4 @@
-"""Numbers that are not finite at run time: refused at once, since all that is made of them would be made up."""
+"""Refuses NaN and infinity at run time, since any result made from them would be meaningless."""
 
 from typing import Any
 
@@ -7,9 +7,9 @@ import numpy as np
 from moe_jax.model.decoder import Params, dtype_of
 
 _REMEDIES = {
-    "float16": "float16, which ends at 65504: expected model.dtype=bfloat16 or float32",
+    "float16": "float16, whose largest number is 65504: expected model.dtype=bfloat16 or float32",
     "bfloat16": "bfloat16: expected model.dtype=float32 or, if that gives the same, other weights",
-    "float32": "float32, so they come from its weights: expected others",
+    "float32": "float32, so they come from its weights: expected other weights",
 }
 
 
@@ -17,8 +17,7 @@ class NotFiniteError(ValueError):
     """What a model computed is NaN or infinite, though its weights are finite.
 
     Attributes:
-        completions: where it generated, what had been made of each prompt so far; `finish_reason` is None where that
-            was not finished.
+        completions: while generating, the text so far for each prompt; `finish_reason` is None for unfinished ones.
     """
 
     completions: tuple[Any, ...] = ()
@@ -29,13 +28,13 @@ def require_finite(values: np.ndarray, what: str, params: Params) -> None:
 
     Args:
         values: of any shape.
-        what: they are, for the message.
-        params: of the model, whose dtype the message names.
+        what: names them in the message.
+        params: of the model; the message names their dtype.
 
     Raises:
         NotFiniteError: some are NaN or infinite.
     """
-    if values.size and not np.isfinite([values.min(), values.max()]).all():  # NaN is both
+    if values.size and not np.isfinite([values.min(), values.max()]).all():  # min and max propagate NaN
         raise NotFiniteError(
             f"{what}: not finite (NaN or infinity); the model runs in {_REMEDIES[dtype_of(params).name]}"
         )

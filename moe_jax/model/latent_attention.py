@@ -1,8 +1,8 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434): keys and values are made of a narrow latent.
 
-Many positions at once expand the latent to a key and a value for every head. A step against the cache does not: it
-moves the projection of the keys to the query and that of the values behind the mixing, and so reads nothing but latents
-and rotary keys, as multi-query attention whose one key is both and whose one value is the latent.
+With many positions at once, the latent is expanded to a key and a value for every head. A decode step does not expand
+the cache: it applies the key projection to the query, and the value projection to the mixed latents. The step is then
+multi-query attention with one key (latent and rotary key) and one value (the latent).
 """
 
 import dataclasses
@@ -17,21 +17,21 @@ from moe_jax.model import rope
 from moe_jax.model.attention import Cache, Kept
 from moe_jax.model.layers import Stacked, one_layer, project, rms_norm
 
-OUTPUT = "output_DHX"  # the weight that projects mixed heads back
+OUTPUT = "output_DHX"  # the output projection
 
 
 @dataclasses.dataclass(frozen=True)
 class Heads:
-    """Queries, and what keys and values are made of: normed and rotated."""
+    """Queries, latents and rotary keys, normed and rotated."""
 
     query_BTHA: jax.Array  # position-free channels, then rotated ones
-    key_BTGA: jax.Array  # of one head: the latent, then the rotary key
-    up_HOZ: jax.Array  # the latent to each head's position-free key, then to its value
+    key_BTGA: jax.Array  # G is 1: the latent, then the rotary key
+    up_HOZ: jax.Array  # projects the latent to each head's position-free key, then to its value
     attention: AttentionConfig
 
     @property
     def kept(self) -> Kept:
-        """What later positions will read."""
+        """The latents and rotary keys that go into the cache."""
         return Kept(self.key_BTGA, None)
 
     @property
@@ -45,7 +45,7 @@ class Heads:
     def extend(
         self, cache: Cache, layer: jax.Array | int, start_B: jax.Array, implementation: str
     ) -> tuple[jax.Array, Cache]:
-        """Adds several positions of every row to the cache and mixes what each sees there, as `attention.Heads.extend`.
+        """Adds several positions of every row to the cache, as `attention.Heads.extend`.
 
         Expands the latents of the whole cache.
         """
@@ -67,7 +67,7 @@ class Heads:
     def step(
         self, cache: Cache, layer: jax.Array | int, position_B: jax.Array, implementation: str
     ) -> tuple[jax.Array, Cache]:
-        """Adds the one position of every row to the cache and mixes what it sees there, as `attention.Heads.step`."""
+        """Adds one position of every row to the cache and attends over the cache, as `attention.Heads.step`."""
         key_up_HAZ, value_up_HXZ = jnp.split(self.up_HOZ, [self.attention.nope_head_dim], axis=1)
         query_BTHA, rotary_BTHA = jnp.split(self.query_BTHA, [self.attention.nope_head_dim], axis=-1)
         query_BTHZ = _einsum("btha,haz->bthz", query_BTHA, key_up_HAZ)
@@ -87,12 +87,12 @@ class Heads:
 
 
 def _einsum(sums: str, x: jax.Array, weight: jax.Array) -> jax.Array:
-    """A product of x and a weight, of which that may be the wider one, in the dtype of x."""
+    """A product of x and a weight, whose dtype may be wider; the result has the dtype of x."""
     return jnp.einsum(sums, x, weight).astype(x.dtype)
 
 
 def cached_widths(attention: AttentionConfig) -> tuple[int, int, int]:
-    """As in `attention`: one head, whose key holds its value too."""
+    """As in `attention`: one head whose key contains its value."""
     return 1, attention.latent_rank + attention.rope_head_dim, 0
 
 
@@ -107,9 +107,9 @@ def heads(
 
     Args:
         x_BTD: normed activations.
-        weights: one layer of attention's, names without the leading L.
-        turn: cosines and sines of the positions.
-        attention: the section of the configuration, which has an epsilon of its own for the norms of latents.
+        weights: the attention weights of one layer, names without the leading L.
+        turn: cosines and sines of the rotary angles.
+        attention: the attention settings; the norms of latents use its `latent_norm_eps`.
         norm_eps: not used.
     """
     eps = attention.latent_norm_eps

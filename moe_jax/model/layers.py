@@ -1,6 +1,6 @@
 """The small parts of a layer: norms, products with weights, gated feed-forwards.
 
-Weights lie as checkpoints store them, outputs first: a product sums over the last axes of both factors.
+Weights have outputs first, as checkpoints store them: a product sums over the last axes of both factors.
 """
 
 import dataclasses
@@ -14,26 +14,26 @@ from moe_jax.kernels.projection.api import projection
 
 @dataclasses.dataclass(frozen=True)
 class Stacked:
-    """A matrix of one layer that is still within the stack of all layers, from which a product reads it."""
+    """A matrix of one layer, which a product reads within the stack of all layers."""
 
     stack: jax.Array  # L first
     layer: jax.Array | int
     implementation: str  # of `projection`
 
     def taken(self) -> jax.Array:
-        """The matrix by itself: a copy, where a product reads it."""
+        """The matrix by itself; XLA copies it for a product."""
         return one_layer(self.stack, self.layer)
 
 
 def one_layer(stack: jax.Array, layer: jax.Array | int) -> jax.Array:
-    """Takes one layer out of a stack: a copy, where a product reads it."""
+    """Takes one layer out of a stack; XLA copies it for a product."""
     return jax.lax.dynamic_index_in_dim(stack, layer, 0, keepdims=False)
 
 
 def project(x: jax.Array, weight: jax.Array | Stacked, contracted: int = 1, dtype=None) -> jax.Array:
-    """Sums over the last `contracted` axes of x and of a weight; the result is of the dtype of x, or of another.
+    """Sums over the last `contracted` axes of x and of a weight; the result has the dtype of x unless `dtype` is given.
 
-    The product is one in the dtype of the weight, which may be wider than that of x.
+    The product runs in the dtype of the weight, which may be wider than that of x.
     """
     dtype = jnp.dtype(dtype or x.dtype)
     if isinstance(weight, Stacked):
@@ -42,19 +42,19 @@ def project(x: jax.Array, weight: jax.Array | Stacked, contracted: int = 1, dtyp
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """Scales the last axis to unit mean square, then by `scale`; in float32, back in the dtype of x."""
+    """Scales the last axis to unit mean square, then by `scale`; computed in float32, returned in the dtype of x."""
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (x32 * jnp.broadcast_to(scale.astype(jnp.float32), x32.shape)).astype(x.dtype)
 
 
 def swiglu(gate_up_NI: jax.Array) -> jax.Array:
-    """silu(gate) * up, gate being the first half of the last axis (arXiv 2002.05202)."""
+    """silu(gate) * up, where gate is the first half of the last axis (arXiv 2002.05202)."""
     gate, up = jnp.split(gate_up_NI, 2, axis=-1)
     return jax.nn.silu(gate) * up
 
 
 def feed_forward(x_ND: jax.Array, weights: dict[str, jax.Array | Stacked]) -> jax.Array:
-    """A dense gated feed-forward: of dense layers, and of the shared experts."""
+    """A gated feed-forward, for dense layers and shared experts."""
     gate_up_NIF = project(x_ND, weights["gate_up_IFD"])
     return project(swiglu(gate_up_NIF.reshape(len(x_ND), -1)), weights["down_DF"])

@@ -1,4 +1,4 @@
-"""A weight that a low-rank product is added to: LoRA (arXiv 2106.09685), per expert where there are experts."""
+"""LoRA (arXiv 2106.09685): a low-rank product added to a weight, one per expert where there are experts."""
 
 import functools
 import math
@@ -15,10 +15,10 @@ KEPT = jax.checkpoint_policies.save_anything_except_these_names(_MERGED)  # for 
 class LowRank:
     """`base + scale * up @ down`, in place of the weight itself.
 
-    The axes of a weight are stacked ones (layers, experts, gate and up), then outputs, then inputs; each stacked matrix
-    has a product of its own. A layer turns into a plain array when it is taken out of its stack, so that no more than
-    one layer is held twice: a gradient merges it again, see `KEPT`. This saves the memory of gradients and moments, not
-    arithmetic.
+    The axes of a weight are stacked axes (layers, experts, gate and up), then outputs, then inputs; each stacked matrix
+    has its own low-rank product. A layer becomes a plain array when it is taken out of its stack, so at most one layer
+    is in memory twice; the backward pass merges it again, see `KEPT`. This saves the memory of gradients and optimizer
+    moments, not arithmetic.
 
     Attributes:
         base: [stacked.., outputs.., inputs..].
@@ -49,7 +49,7 @@ def holds_any(weights) -> bool:
 
 
 def merge(weights):
-    """A tree of weights with every `LowRank` in it as a plain array."""
+    """Replaces every `LowRank` in a tree of weights by its merged array."""
     return jax.tree.map(
         lambda weight: weight.merged() if isinstance(weight, LowRank) else weight,
         weights,

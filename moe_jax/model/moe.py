@@ -1,4 +1,4 @@
-"""The MoE layer: route, select, dispatch to the routed experts, add the shared ones."""
+"""The MoE layer: route, select, dispatch to the routed experts, add the shared experts."""
 
 from typing import Any, NamedTuple
 
@@ -26,9 +26,9 @@ class Traffic(NamedTuple):
 def run_experts(
     rows_SD: jax.Array, group_sizes_E: jax.Array, layer: jax.Array, weights: dict[str, jax.Array], implementation: str
 ) -> jax.Array:
-    """The routed experts on rows sorted by expert: out_SD, unweighted; rows that nobody holds give zero.
+    """Runs the routed experts on rows sorted by expert: out_SD, unweighted; rows outside every group give zero.
 
-    A product is one in the dtype of its weights, which may be wider than that of the rows.
+    Products run in the dtype of the weights, which may be wider than that of the rows.
     """
 
     def multiply(rows_SX, weights_LEFX):
@@ -56,13 +56,13 @@ def moe_layer(
 
     Args:
         x_ND: normed activations.
-        weights: this layer's, names without the leading L; `router` (which has a `mask_E` while one is trained) and,
-            where there are any, `shared` and `shared_gate_D` are read.
+        weights: of this layer, names without the leading L: `router` (with a `mask_E` while a mask is trained) and,
+            where the model has them, `shared` and `shared_gate_D`.
         experts: the stack that holds the routed experts.
-        layer: int32 scalar, where in that stack this layer stands.
+        layer: int32 scalar, this layer's index in that stack.
         live: settings of the policy.
         context: requests and validity of the tokens; its layer is the column of the settings.
-        moe: the section of the configuration.
+        moe: the MoE settings.
         k_max: K, static.
         implementation: of grouped_matmul.
 

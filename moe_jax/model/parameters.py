@@ -1,8 +1,8 @@
-"""Every parameter of a decoder, once: its place, its dimensions, what kind it is, and how it is drawn.
+"""The table of a decoder's parameters: path, dimensions, kind and random initialisation of each.
 
-All else that has to know a parameter asks this table: drawing and random weights, shapes of checkpoints, counts of
-bytes and operations, what decays, what trains, and what may be read within a stack. Matrices lie as checkpoints store
-them, outputs first: letters of stacked axes (layers, experts, gate and up), then outputs, then inputs.
+Everything that needs to know a parameter reads this table: initialisation, shapes of checkpoints, counts of bytes and
+operations, which parameters decay, which train, and which may be read within a stack. Matrices have outputs first, as
+checkpoints store them: stacked axes (layers, experts, gate and up), then outputs, then inputs.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ _STACKED = "LEI"
 
 
 class Matrix(nnx.Param):
-    """One or more matrices: decays, and LoRA may adapt it."""
+    """One or more matrices. Weight decay applies, and LoRA may adapt it."""
 
 
 class Norm(nnx.Param):
@@ -30,15 +30,15 @@ class Norm(nnx.Param):
 
 
 class Bias(nnx.Param):
-    """Is added to the result of a product."""
+    """Added to the result of a product."""
 
 
 class SelectionBias(nnx.Variable):
-    """Is added to the scores of experts for choosing. Balancing moves it, and no gradient reaches it."""
+    """Added to the scores of experts when they are selected. Updated by load balancing; it has no gradient."""
 
 
 class Mask(nnx.Param):
-    """What each expert is worth while a mask is trained; no part of a model otherwise."""
+    """A weight per expert, present only while a mask is trained."""
 
 
 Kind = type[nnx.Variable]
@@ -50,15 +50,15 @@ def _always(architecture: Architecture) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Parameter:
-    """One parameter, of all layers of a stack.
+    """One parameter, for all layers of a stack.
 
     Attributes:
-        path: its place in the tree, such as `moe/experts/down_LEDF`; the letters (`dims.py`) are its dimensions. Of a
-            MoE layer `moe/...` in the table, whatever the stack.
+        path: in the tree, such as `moe/experts/down_LEDF`; the letters (`dims.py`) are its dimensions. The table writes
+            `moe/...` for every stack of MoE layers.
         kind: a matrix, a norm, a bias ...
-        inputs: of a matrix, the letters that its product sums over.
-        gain: of a matrix, the standard deviation that it is drawn with, times the root of the number of its inputs.
-        present: whether a model of some architecture has it.
+        inputs: for a matrix, the letters that its product sums over.
+        gain: for a matrix, its initial standard deviation times the square root of its number of inputs.
+        present: whether a model of an architecture has it.
     """
 
     path: str
@@ -69,17 +69,17 @@ class Parameter:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """The parts of the path before the name."""
+        """The path without the name."""
         return tuple(self.path.split("/")[:-1])
 
     @property
     def letters(self) -> str:
-        """One for each dimension."""
+        """One letter for each dimension."""
         return self.path.rsplit("_", 1)[1]
 
     @property
     def num_stacked(self) -> int:
-        """Leading dimensions that are no matrix's: layers, experts, gate and up."""
+        """Number of leading stacked dimensions: layers, experts, gate and up."""
         return len(self.letters) - len(self.letters.lstrip(_STACKED))
 
     def shape(self, architecture: Architecture) -> tuple[int, ...]:
@@ -88,11 +88,11 @@ class Parameter:
         return tuple(sizes[letter] for letter in self.letters)
 
     def size(self, architecture: Architecture) -> int:
-        """How many numbers it has."""
+        """The number of its elements."""
         return math.prod(self.shape(architecture))
 
     def draw(self, architecture: Architecture, rngs: nnx.Rngs) -> nnx.Variable:
-        """Float32: normal for a matrix, one for a norm, zero for a bias. The letters are its metadata."""
+        """Initial values in float32: normal for a matrix, one for a norm, zero for a bias; letters as metadata."""
         shape = self.shape(architecture)
         if self.kind is not Matrix:
             return self.kind(jnp.full(shape, 1.0 if self.kind is Norm else 0.0, jnp.float32), letters=self.letters)
@@ -102,7 +102,7 @@ class Parameter:
 
 
 def sizes_of(architecture: Architecture, modules: Sequence[str]) -> dict[str, int]:
-    """The size of every letter for the parameters of a module, such as ("moe", "experts")."""
+    """The size of each letter for the parameters of a module, such as ("moe", "experts")."""
     decoder, attention, stack = architecture.decoder, architecture.attention, modules[0] if modules else layers.MOE
     moe = layers.moe_of(architecture, stack)
     hidden = {"ffn": decoder.dense_hidden, "experts": moe.expert_hidden, "shared": moe.shared_width}
@@ -133,7 +133,7 @@ def _attention_sizes(attention: AttentionConfig) -> dict[str, int]:
 
 
 def _residual(architecture: Architecture) -> float:
-    """Keeps the variance of the residual stream flat over depth."""
+    """Keeps the variance of the residual stream constant over depth."""
     return (2 * architecture.decoder.num_layers) ** -0.5
 
 
@@ -168,7 +168,7 @@ def _shared(architecture: Architecture) -> bool:
 
 def _attention(stack: str) -> list[Parameter]:
     """Attention and the two norms of the layers of a stack."""
-    of_all, of_head = (functools.partial(_normed, span=span) for span in ("all", "head"))
+    normed_over_all, normed_per_head = (functools.partial(_normed, span=span) for span in ("all", "head"))
     at = f"{stack}/attention"
     return [
         Parameter(f"{stack}/attention_norm_LD", Norm),
@@ -182,10 +182,10 @@ def _attention(stack: str) -> list[Parameter]:
         Parameter(f"{at}/query_bias_LHA", Bias, present=_biased),
         Parameter(f"{at}/key_bias_LGA", Bias, present=_biased),
         Parameter(f"{at}/value_bias_LGA", Bias, present=_biased),
-        Parameter(f"{at}/query_norm_LHA", Norm, present=of_all),
-        Parameter(f"{at}/key_norm_LGA", Norm, present=of_all),
-        Parameter(f"{at}/query_norm_LA", Norm, present=of_head),
-        Parameter(f"{at}/key_norm_LA", Norm, present=of_head),
+        Parameter(f"{at}/query_norm_LHA", Norm, present=normed_over_all),
+        Parameter(f"{at}/key_norm_LGA", Norm, present=normed_over_all),
+        Parameter(f"{at}/query_norm_LA", Norm, present=normed_per_head),
+        Parameter(f"{at}/key_norm_LA", Norm, present=normed_per_head),
         Parameter(f"{at}/latent_LWD", Matrix, "D", present=_latent),
         Parameter(f"{at}/latent_norm_LZ", Norm, present=_latent),
         Parameter(f"{at}/key_value_up_LHOZ", Matrix, "Z", present=_latent),
@@ -194,14 +194,14 @@ def _attention(stack: str) -> list[Parameter]:
     ]
 
 
-def _with_dense_layers(of: Parameter) -> Parameter:
-    present = of.present
+def _with_dense_layers(parameter: Parameter) -> Parameter:
     return dataclasses.replace(
-        of, present=lambda architecture: architecture.decoder.num_dense_layers > 0 and present(architecture)
+        parameter,
+        present=lambda architecture: architecture.decoder.num_dense_layers > 0 and parameter.present(architecture),
     )
 
 
-# In the order in which they are drawn.
+# In the order of initialisation.
 TABLE = (
     Parameter("embedding_VD", Matrix, "D", lambda architecture: 0.5),
     *map(_with_dense_layers, _attention("dense")),
@@ -222,7 +222,7 @@ TABLE = (
 
 
 def of(architecture: Architecture) -> list[Parameter]:
-    """The parameters that a model has, those of MoE layers once for every stack of them."""
+    """The parameters of a model; those of MoE layers once for each stack of MoE layers."""
     moe_stacks = layers.moe_stacks(layers.stacks(architecture))
     found = []
     for parameter in TABLE:
@@ -234,7 +234,7 @@ def of(architecture: Architecture) -> list[Parameter]:
 
 
 def find(path: Iterable[str]) -> Parameter:
-    """The entry for a path, or for what a part of it is at, such as a factor of LoRA; KeyError where there is none."""
+    """The entry for the path of a parameter or of something within it, such as a LoRA factor; KeyError if none."""
     stack, slash, within = "/".join(path).partition("/")
     path = layers.kind_of(stack) + slash + within
     for parameter in TABLE:
@@ -244,12 +244,12 @@ def find(path: Iterable[str]) -> Parameter:
 
 
 def find_key(path: Sequence[Any]) -> Parameter:
-    """The same for a path of `jax.tree_util`."""
+    """`find` for a path of `jax.tree_util`."""
     return find(entry.key for entry in path)
 
 
 def count(architecture: Architecture, expected: Callable[[Parameter], bool] = lambda parameter: True) -> int:
-    """How many numbers the parameters of a model have, or those of them that are expected."""
+    """The number of elements of a model's parameters, or of those for which `expected` holds."""
     return sum(parameter.size(architecture) for parameter in of(architecture) if expected(parameter))
 
 

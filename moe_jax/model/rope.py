@@ -1,4 +1,4 @@
-"""Rotary positions (arXiv 2104.09864), plain or stretched by YaRN (arXiv 2309.00071)."""
+"""Rotary position embedding (arXiv 2104.09864), plain or extended by YaRN (arXiv 2309.00071)."""
 
 import math
 
@@ -10,10 +10,11 @@ from moe_jax.config.architecture import AttentionConfig
 
 
 def frequencies(attention: AttentionConfig) -> np.ndarray:
-    """Angle per position of every channel pair, float32 [rope_dim / 2]: pair i turns at theta ** (-2 i / rope_dim).
+    """Angle per position of every channel pair, float32 [rope_dim / 2]: theta ** (-2 i / rope_dim) for pair i.
 
-    YaRN divides the frequencies of slow pairs by its factor and leaves fast ones alone. Between the pair that turns
-    `yarn_beta_fast` times over the original context and the one that turns `yarn_beta_slow` times lies a linear ramp.
+    YaRN divides low frequencies by its factor and leaves high ones alone. In between, from the pair that turns
+    `yarn_beta_fast` times over the original context to the one that turns `yarn_beta_slow` times, it interpolates
+    linearly.
     """
     dim, theta = attention.rope_dim, attention.rope_theta
     frequency = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
@@ -35,24 +36,24 @@ def _mscale(factor: float, coefficient: float) -> float:
 
 
 def turn_scale(attention: AttentionConfig) -> float:
-    """What YaRN scales rotated channels by.
+    """The factor by which YaRN scales rotated channels.
 
-    The paper's 0.1 ln(factor) + 1; DeepSeek, where it gives both coefficients, scales whole heads by the one and so
-    divides it out here.
+    The paper's 0.1 ln(factor) + 1. Where DeepSeek gives both coefficients, `yarn_mscale_all_dim` scales whole heads
+    (see `score_scale`), so it is divided out here.
     """
     if attention.yarn_mscale and attention.yarn_mscale_all_dim:
-        of_all = _mscale(attention.yarn_factor, attention.yarn_mscale_all_dim)
-        return _mscale(attention.yarn_factor, attention.yarn_mscale) / of_all
+        whole_heads = _mscale(attention.yarn_factor, attention.yarn_mscale_all_dim)
+        return _mscale(attention.yarn_factor, attention.yarn_mscale) / whole_heads
     return _mscale(attention.yarn_factor, 1)
 
 
 def score_scale(attention: AttentionConfig, head_dim: int) -> float:
-    """What attention scores are multiplied by: head_dim ** -1/2, and what YaRN scales whole queries and keys by."""
+    """The factor of attention scores: head_dim ** -1/2, times YaRN's scale of whole queries and keys."""
     return head_dim**-0.5 * _mscale(attention.yarn_factor, attention.yarn_mscale_all_dim) ** 2
 
 
 def angles(positions_BT: jax.Array, attention: AttentionConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines that channel pairs turn by, scaled, float32 [B, T, rope_dim / 2]."""
+    """Cosines and sines of the rotary angles, times `turn_scale`, float32 [B, T, rope_dim / 2]."""
     angle = positions_BT.astype(jnp.float32)[:, :, None] * frequencies(attention)[None, None, :]
     scale = turn_scale(attention)
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
@@ -61,8 +62,8 @@ def angles(positions_BT: jax.Array, attention: AttentionConfig) -> tuple[jax.Arr
 def rotate(x_BTHA: jax.Array, turn: tuple[jax.Array, jax.Array], interleaved: bool) -> jax.Array:
     """Rotates the first rope_dim channels of every head.
 
-    Channel i is paired with i + rope_dim / 2, or, interleaved, 2 i with 2 i + 1: a convention of the checkpoint. Pairs
-    come out as halves either way: queries and keys agree, and nothing else looks at them.
+    Channel i is paired with i + rope_dim / 2, or, if interleaved, 2 i with 2 i + 1; the checkpoint decides. The result
+    has the pairs as halves in both cases. Scores do not depend on the order, as queries and keys share it.
     """
     cos, sin = (t[:, :, None, :] for t in turn)
     rotated, rest = jnp.split(x_BTHA.astype(jnp.float32), [2 * cos.shape[-1]], axis=-1)

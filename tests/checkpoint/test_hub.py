@@ -83,7 +83,7 @@ def test_the_cache_serves_when_the_hub_does_not(hub, monkeypatch, caplog, how):
     jax.tree.map(np.testing.assert_array_equal, moe_jax.load("tiny/one").params, given.params)
     assert "tiny/one is taken from the cache: " in caplog.text
     message = refusal("tiny/shards")
-    assert "'tiny/shards' is no folder" in message and "lacks all of it" in message
+    assert "'tiny/shards' is not a folder" in message and "lacks all of it" in message
     assert ("HF_HUB_OFFLINE is set" if how == "offline" else f"{hub.endpoint} does not answer") in message
 
 
@@ -92,7 +92,7 @@ def test_the_cache_serves_when_the_hub_does_not(hub, monkeypatch, caplog, how):
     [
         ("tiny/nowhere", "has no such model"),
         ("tiny/one@v2", "has no such revision"),
-        ("tiny/pickled", r"tiny/pickled at main has pickled weights alone (pytorch_model.bin)"),
+        ("tiny/pickled", r"tiny/pickled at main has only pickled weights (pytorch_model.bin)"),
         ("tiny/bare", "tiny/bare at main has no config.json"),
     ],
 )
@@ -133,7 +133,7 @@ def test_launchers_take_a_name(folders, tmp_path):
         refused = launched("infer.py", "--prompt=The", offline="1")
         assert refused.returncode == 2
         last = refused.stderr.splitlines()[-1]
-        assert last.startswith("error: model.path = 'tiny/one' is no folder") and "HF_HUB_OFFLINE is set" in last
+        assert last.startswith("error: model.path = 'tiny/one' is not a folder") and "HF_HUB_OFFLINE is set" in last
         mistaken = launched("infer.py", "--prompt=The", "--set=policy.spec=tpok:2")
         assert mistaken.returncode == 2 and "did you mean" in mistaken.stderr.splitlines()[-1]
         assert set(hub.sent) == SMALL  # a mistake is told before the weights are fetched

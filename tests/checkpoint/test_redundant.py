@@ -1,4 +1,4 @@
-"""Tensors that say again what is known: passed over where they agree, refused where they do not."""
+"""Redundant tensors: ignored where they agree with the model, refused where they do not."""
 
 import ml_dtypes
 import numpy as np

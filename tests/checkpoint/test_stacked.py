@@ -125,11 +125,11 @@ def in_json(name, **fields):
 
 
 DAMAGES = {
-    "no bytes": (cut(0), "has 0 bytes, [0-9]+ were written"),
+    "no bytes": (cut(0), "has 0 bytes: expected [0-9]+, as were written"),
     "cut in its table": (cut(300), "has 300 bytes"),
-    "cut in its last number": (cut(-1), "were written: expected it whole"),
-    "a byte more": (cut(None), "were written: expected it whole"),
-    "another table": (change_head, "begins otherwise than was written"),
+    "cut in its last number": (cut(-1), "expected [0-9]+, as were written"),
+    "a byte more": (cut(None), "expected [0-9]+, as were written"),
+    "another table": (change_head, "has another table than was written"),
     "no weights": (lambda folder: (folder / "stacked.safetensors").unlink(), r"stacked\.safetensors is missing"),
     "no description": (lambda folder: (folder / "stacked.json").unlink(), r"has no stacked\.json"),
     "no JSON": (lambda folder: (folder / "stacked.json").write_text("{"), r"stacked\.json is not JSON"),

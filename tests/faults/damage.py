@@ -195,7 +195,7 @@ DAMAGES = [
     *(Damage(f"a bit of the table, {seed}", in_table(seed), "tiny") for seed in range(6)),
     Damage("a table of a terabyte", _sparse, "truncated, or not a safetensors file"),
     Damage("a table of brackets", _deep, "damaged table"),
-    Damage("a name twice", twice, r"model\.norm\.weight is there twice"),
+    Damage("a name twice", twice, r"model\.norm\.weight appears twice"),
     Damage("tensors that overlap", retabled(_overlapping), "begins at"),
     Damage("offsets beyond the file", retabled(_beyond), "truncated or damaged: its table needs"),
     Damage("offsets below zero", retabled(lambda t: t[EXPERT].update(data_offsets=[-4, 0])), "damaged table"),
@@ -252,8 +252,15 @@ DAMAGES = [
         "a shard twice", lambda f: (f / SHARDS[1]).write_bytes((f / SHARDS[0]).read_bytes()), "also in", sharded=True
     ),
     Damage("the index cut", truncated(INDEX, lambda path: 99), "is not JSON", sharded=True),
-    Damage("a bit of the index", flipped(INDEX, lambda data: data.index(b"norm")), "it is not", sharded=True),
+    Damage(
+        "a bit of the index", flipped(INDEX, lambda data: data.index(b"norm")), "which does not hold it", sharded=True
+    ),
     Damage("an index without a map", configured(INDEX, weight_map=[1]), "has no weight_map", sharded=True),
     Damage("an index to elsewhere", _indexed(lambda m: m.update({EXPERT: "../x"})), "is missing", sharded=True),
-    Damage("an index with a name too many", _indexed(lambda m: m.update(x=SHARDS[0])), "it is not", sharded=True),
+    Damage(
+        "an index with a name too many",
+        _indexed(lambda m: m.update(x=SHARDS[0])),
+        "which does not hold it",
+        sharded=True,
+    ),
 ]

@@ -74,7 +74,7 @@ def test_what_orbax_leaves_unfinished_is_not_told(monkeypatch, file, told):
     seen, code = [], {}
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     monkeypatch.setattr(sys, "unraisablehook", seen.append)
-    orbax._say_once()
+    orbax._suppress_background_tracebacks()
     exec(compile("async def read(): pass", file, "exec"), code)
     unfinished = code["read"]()
     sys.unraisablehook(types.SimpleNamespace(exc_traceback=None, object=unfinished))

@@ -37,7 +37,7 @@ def test_logits_are_refused_and_the_dtype_is_named(folder, overflowing):
 
 def test_weights_beyond_float32_are_named_as_such(tmp_path):
     model = moe_jax.load(chained_model.write(tmp_path / "model", gain=1e38))
-    with pytest.raises(NotFiniteError, match="float32, so they come from its weights: expected others"):
+    with pytest.raises(NotFiniteError, match="float32, so they come from its weights: expected other weights"):
         model.logits(TOKENS_BT)
 
 

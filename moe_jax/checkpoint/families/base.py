@@ -1,4 +1,4 @@
-"""What every model family shares: reading fields of `config.json`, refusing others, and the parts that are alike."""
+"""What all model families share: reading fields of `config.json`, refusing unsupported ones, and common settings."""
 
 import dataclasses
 import json
@@ -16,11 +16,11 @@ class Family:
     """One published model family.
 
     Attributes:
-        model_type: what `config.json` calls it.
-        architecture: the shape that a `config.json` describes; ValueError names a field that asks for what we lack.
+        model_type: its name in `config.json`.
+        architecture: reads the fields of `config.json`; ValueError names a field that asks for something unsupported.
         config_json: the inverse, without token ids and dtype; ValueError names a setting that the family lacks.
         rules: the parameters of an architecture and their tensors.
-        skipped: (prefix of tensor names, what they are) that such a checkpoint may hold and that we do not run.
+        skipped: (prefix of tensor names, what they are) of tensors that a checkpoint may hold and that are not used.
     """
 
     model_type: str
@@ -30,8 +30,8 @@ class Family:
     skipped: Callable[[dict[str, Any]], tuple[tuple[str, str], ...]]
 
 
-# Fields that change the computation, with the values that leave it as the decoder runs it. The first is that of a field
-# which is absent.
+# Fields that change the computation, with the values that the decoder implements. The first is the value of a field
+# that is absent.
 NEUTRAL: dict[str, tuple] = {
     "hidden_act": ("silu", "swish"),  # two names of one function
     "sliding_window": (None,),
@@ -50,7 +50,7 @@ NEUTRAL: dict[str, tuple] = {
 
 
 def refuse_others(fields: dict[str, Any], neutral: dict[str, tuple]) -> None:
-    """Raises ValueError where a field has a value that its row does not list."""
+    """Raises ValueError if a field has a value that is not listed for it."""
     for name, accepted in neutral.items():
         value = fields.get(name, accepted[0])
         if name == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value):
@@ -63,13 +63,13 @@ def refuse_others(fields: dict[str, Any], neutral: dict[str, tuple]) -> None:
 
 
 def _prefix_then_moe(fields: dict[str, Any]) -> list[int]:
-    """A dense prefix and MoE layers behind it, layer by layer: 0 and 1."""
+    """The list for a dense prefix followed by MoE layers: 0 for each dense layer, 1 for each MoE layer."""
     count, dense = fields.get("num_hidden_layers"), fields.get("first_k_dense_replace") or 0
     return [int(layer >= dense) for layer in range(count)] if isinstance(count, int) else []
 
 
 def require_settings(model_type: str, architecture: Architecture, only: dict[str, Any]) -> None:
-    """Raises ValueError where a setting (`section.field`) differs from the one value that a family has."""
+    """Raises ValueError if a setting (`section.field`) differs from the only value that a family supports."""
     for setting, expected in only.items():
         section, name = setting.split(".")
         given = getattr(getattr(architecture, section), name)
@@ -77,11 +77,11 @@ def require_settings(model_type: str, architecture: Architecture, only: dict[str
             raise ValueError(f"{setting} = {given!r}: the Hugging Face family {model_type} only has {expected!r}")
 
 
-_MOST_LISTED_LAYERS = 10_000  # more than any model has: a list of them is no longer
+_MOST_LISTED_LAYERS = 10_000  # more than any model has; limits the lists made from config.json
 
 
 def dense_layers(fields: dict[str, Any], is_dense: Callable[[int], bool]) -> dict[str, Any]:
-    """`num_dense_layers` and `dense_layers` of a model whose dense layers a rule tells, from 0 on."""
+    """`num_dense_layers` and `dense_layers` of a model; `is_dense` takes the number of a layer, from 0."""
     count = field(fields, "num_hidden_layers", int)
     if count > _MOST_LISTED_LAYERS:
         raise ValueError(f"num_hidden_layers = {count}: expected at most {_MOST_LISTED_LAYERS}")
@@ -89,14 +89,14 @@ def dense_layers(fields: dict[str, Any], is_dense: Callable[[int], bool]) -> dic
     return {"num_dense_layers": len(places), "dense_layers": () if places == tuple(range(len(places))) else places}
 
 
-# Of each MoE layer in order, where they differ. These fields are our own: published families have one number for all
-# layers, which then says the most of them.
+# Fields for MoE layers that differ: one number for each MoE layer, in order. They are our own: published families have
+# one number for all layers, which then gives the largest.
 _OF_LAYERS = {"num_experts_of_layers": "num_experts_of_layers", "num_experts_per_tok_of_layers": "k_of_layers"}
 OF_LAYERS = tuple(_OF_LAYERS)
 
 
 def with_numbers_of_layers(architecture: Architecture, fields: dict[str, Any]) -> Architecture:
-    """The architecture with what `config.json` says of single layers; ValueError where that does not fit."""
+    """The architecture with the numbers that `config.json` gives for single layers; ValueError if they do not fit."""
     given = {setting: fields[name] for name, setting in _OF_LAYERS.items() if fields.get(name) is not None}
     for name, setting in _OF_LAYERS.items():
         numbers = given.get(setting, [])
@@ -112,7 +112,7 @@ def numbers_of_layers_json(architecture: Architecture) -> dict[str, list[int]]:
     return {name: numbers for name, numbers in found.items() if numbers}
 
 
-# What families have that know neither latents nor a selection bias, groups, scaling or shared experts.
+# The settings of families without latents, selection bias, expert groups and scaling.
 PLAIN_SETTINGS = {
     "attention.kind": "grouped",
     "attention.rope_interleaved": False,
@@ -143,12 +143,12 @@ def field(fields: dict[str, Any], name: str, kind: type, default: Any = _REQUIRE
 
 
 def trunk(fields: dict[str, Any], *, norm_eps: float, max_context: int, **dense: Any) -> DecoderConfig:
-    """The trunk.
+    """The decoder settings that all families share.
 
     Args:
         fields: of `config.json`.
-        norm_eps: where no field says it.
-        max_context: where no field says it.
+        norm_eps: default of the family.
+        max_context: default of the family.
         **dense: `num_dense_layers`, `dense_layers` and `dense_hidden`.
     """
     return DecoderConfig(
@@ -163,7 +163,7 @@ def trunk(fields: dict[str, Any], *, norm_eps: float, max_context: int, **dense:
 
 
 def trunk_json(decoder: DecoderConfig) -> dict[str, Any]:
-    """The inverse of `trunk`, dense layers left out."""
+    """The inverse of `trunk`, without dense layers."""
     return {
         "vocab_size": decoder.vocab_size,
         "hidden_size": decoder.d_model,
@@ -180,7 +180,7 @@ def grouped_heads(fields: dict[str, Any], kv_heads: int | None = None) -> dict[s
 
     Args:
         fields: of `config.json`.
-        kv_heads: where no field says it; None: as many as heads.
+        kv_heads: default of the family; None: as many as heads.
     """
     num_heads = field(fields, "num_attention_heads", int)
     return {
@@ -199,7 +199,7 @@ def grouped_heads_json(attention: AttentionConfig) -> dict[str, int]:
     }
 
 
-# Fields of YaRN, our settings, and the values of those that may be absent.
+# Fields of YaRN, our settings, their types, and defaults of those that may be absent.
 _YARN = (
     ("factor", "yarn_factor", float, _REQUIRED),
     ("original_max_position_embeddings", "yarn_original_context", int, _REQUIRED),
@@ -213,22 +213,22 @@ _YARN = (
 def rope_settings(
     fields: dict[str, Any], theta: float = 10000.0, fraction: float | None = None
 ) -> dict[str, float | int]:
-    """`rope_theta` and what YaRN adds; `rope_fraction` too where the family has a default fraction.
+    """`rope_theta` and the YaRN settings; also `rope_fraction` if `fraction` is given.
 
-    `rope_parameters`, once `rope_scaling`, wins over top-level fields.
+    `rope_parameters`, or the older `rope_scaling`, takes precedence over top-level fields.
 
     Args:
         fields: of `config.json`.
-        theta: where no field says it.
-        fraction: where no field says it; None: the family rotates all.
+        theta: default of the family.
+        fraction: default of the family; None: it rotates all channels.
     """
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     inner = {key: value for key, value in field(fields, name, dict, {}).items() if value is not None}
-    if inner.keys() == {"full_attention"}:  # where another kind of layer might rotate otherwise
+    if inner.keys() == {"full_attention"}:  # rotary settings by kind of layer
         inner = {key: value for key, value in field(inner, "full_attention", dict).items() if value is not None}
     kind = inner.pop("rope_type", None) or inner.get("type", "default")
     inner.pop("type", None)
-    if kind in ("linear", "dynamic") and inner.get("factor") == 1:  # stretches by nothing
+    if kind in ("linear", "dynamic") and inner.get("factor") == 1:  # no scaling
         kind = "default"
     if kind == "default":
         inner = {key: value for key, value in inner.items() if not _changes_nothing(key, value)}
@@ -251,9 +251,9 @@ def rope_settings(
     elif (given := field(both, "partial_rotary_factor", float, 1.0)) != 1:
         raise ValueError(f"partial_rotary_factor = {given}: expected 1.0; nothing else is implemented for this family")
     if kind == "yarn":
-        for key, setting, of_kind, default in _YARN:
+        for key, setting, value_type, default in _YARN:
             try:
-                settings[setting] = field(inner, key, of_kind, default)
+                settings[setting] = field(inner, key, value_type, default)
             except ValueError as error:
                 raise ValueError(f"{name}.{error}") from error
         if turn_scale is not None:
@@ -264,12 +264,12 @@ def rope_settings(
 
 
 def _changes_nothing(key: str, value: Any) -> bool:
-    """Whether a field of a rotation that is not stretched, which newer libraries add, leaves it as it is."""
+    """Whether a field that newer libraries add to unscaled rotary settings has no effect."""
     return key == "original_max_position_embeddings" or (key in ("factor", "attention_factor") and value == 1)
 
 
 def rope_json(attention: AttentionConfig, with_fraction: bool = False) -> dict[str, Any]:
-    """The inverse of `rope_settings`: twice, since transformers 5 reads `rope_parameters`, older readers the others."""
+    """The inverse of `rope_settings`, in two forms: transformers 5 reads `rope_parameters`, older readers the rest."""
     theta = {"rope_theta": attention.rope_theta}
     if with_fraction:
         theta["partial_rotary_factor"] = attention.rope_fraction
@@ -288,7 +288,7 @@ _MOST_PREDICTION_LAYERS = 100  # published models have one
 
 
 def prediction_layers(fields: dict[str, Any], default: int) -> tuple[tuple[str, str], ...]:
-    """Multi-token prediction layers, which published checkpoints hold behind the decoder's own: as `Family.skipped`."""
+    """Multi-token prediction layers, which published checkpoints number after the decoder's: for `Family.skipped`."""
     count = field(fields, "num_nextn_predict_layers", int, default)
     if not 0 <= count <= _MOST_PREDICTION_LAYERS:
         raise ValueError(f"num_nextn_predict_layers = {count}: expected 0 to {_MOST_PREDICTION_LAYERS}")
@@ -297,5 +297,5 @@ def prediction_layers(fields: dict[str, Any], default: int) -> tuple[tuple[str, 
 
 
 def nothing_skipped(fields: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Of families whose checkpoints hold nothing that we do not run."""
+    """`Family.skipped` of families whose tensors are all used."""
     return ()

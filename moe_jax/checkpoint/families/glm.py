@@ -1,4 +1,4 @@
-"""GLM-4.5 (arXiv 2508.06471): grouped queries that rotate in part, and the router of DeepSeek-V3."""
+"""GLM-4.5 (arXiv 2508.06471): grouped-query attention with partial rotary embedding, and DeepSeek-V3's router."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Mixtral (arXiv 2401.04088): few large experts, weighted by a softmax over those that are chosen."""
+"""Mixtral (arXiv 2401.04088): few large experts, weighted by a softmax over the chosen ones."""
 
 from typing import Any
 

@@ -25,7 +25,7 @@ def _architecture(fields: dict[str, Any]) -> Architecture:
     """Defaults are those of `OlmoeConfig` in transformers 5."""
     base.refuse_others(fields, _NEUTRAL)
     heads = base.grouped_heads(fields)
-    _require_heads_that_fill(field(fields, "hidden_size", int), heads["num_heads"], heads["head_dim"])
+    _require_full_heads(field(fields, "hidden_size", int), heads["num_heads"], heads["head_dim"])
     return Architecture(
         base.trunk(fields, norm_eps=1e-5, max_context=4096, num_dense_layers=0),
         AttentionConfig(
@@ -49,14 +49,14 @@ def _architecture(fields: dict[str, Any]) -> Architecture:
 
 
 def _bound(fields: dict[str, Any]) -> float:
-    """Of queries, keys and values; 0 where there is none, which would leave nothing of them."""
+    """The bound to which queries, keys and values are clipped; 0: they are not."""
     bound = field(fields, "clip_qkv", float, None)
     if bound is not None and not 0 < bound < math.inf:
         raise ValueError(f"clip_qkv = {bound}: expected a positive number, or null")
     return bound or 0.0
 
 
-def _require_heads_that_fill(d_model: int, num_heads: int, head_dim: int) -> None:
+def _require_full_heads(d_model: int, num_heads: int, head_dim: int) -> None:
     if num_heads * head_dim != d_model:
         raise ValueError(f"head_dim = {head_dim}: expected hidden_size / num_attention_heads = {d_model} / {num_heads}")
 
@@ -64,7 +64,7 @@ def _require_heads_that_fill(d_model: int, num_heads: int, head_dim: int) -> Non
 def _config_json(architecture: Architecture) -> dict[str, Any]:
     base.require_settings(_MODEL_TYPE, architecture, _ONLY)
     decoder, attention, moe = architecture.decoder, architecture.attention, architecture.moe
-    _require_heads_that_fill(decoder.d_model, attention.num_heads, attention.head_dim)
+    _require_full_heads(decoder.d_model, attention.num_heads, attention.head_dim)
     return {
         "architectures": ["OlmoeForCausalLM"],
         "model_type": _MODEL_TYPE,

@@ -1,4 +1,4 @@
-"""Qwen1.5-MoE and Qwen2-MoE (arXiv 2407.10671), with a gated shared expert; Qwen3-MoE (arXiv 2505.09388), without."""
+"""Qwen1.5-MoE and Qwen2-MoE (arXiv 2407.10671) with a gated shared expert, Qwen3-MoE (arXiv 2505.09388) without."""
 
 import json
 from typing import Any
@@ -8,7 +8,7 @@ from moe_jax.checkpoint.families.base import Family, field
 from moe_jax.checkpoint.names import Rule, decoder_rules, gated_rules
 from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 
-# sliding_window stands in published files beside use_sliding_window = false, which leaves it without effect.
+# Published files have sliding_window together with use_sliding_window = false, so that it has no effect.
 _NEUTRAL = {name: accepted for name, accepted in base.NEUTRAL.items() if name != "sliding_window"}
 _QWEN2_ONLY = {
     **base.PLAIN_SETTINGS,
@@ -29,10 +29,10 @@ _QWEN3_ONLY = {
 
 
 def _trunk(fields: dict[str, Any]) -> DecoderConfig:
-    """Dense are the layers that are listed, and those but every so many, the first of which is dense."""
+    """A layer is dense if `mlp_only_layers` lists it or its number + 1 is no multiple of `decoder_sparse_step`."""
     listed, step = field(fields, "mlp_only_layers", list, []), field(fields, "decoder_sparse_step", int, 1)
     if not all(type(layer) is int for layer in listed):
-        raise ValueError(f"mlp_only_layers = {json.dumps(listed)[:100]}: expected numbers of layers, from 0 on")
+        raise ValueError(f"mlp_only_layers = {json.dumps(listed)[:100]}: expected a list of layer numbers, from 0")
     if step < 1:
         raise ValueError(f"decoder_sparse_step = {step}: expected 1 or more")
     dense = base.dense_layers(fields, lambda layer: layer in listed or (layer + 1) % step != 0)
