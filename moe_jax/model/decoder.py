@@ -254,7 +254,7 @@ def _whole(
                 stack = params[layer.stack]
                 if apart:
                     stack, layer = _alone(stack, layer.index), layer._replace(index=0)
-                x_BTD, _ = again(layer)(x_BTD, stack)
+                x_BTD, _ = recomputed(layer)(x_BTD, stack)
             continue
         own = {stack: _by_pass(params[stack], stack, block) for stack in block.stacks} if apart else None
         times = jnp.arange(block.times, dtype=jnp.int32)
