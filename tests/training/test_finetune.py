@@ -436,7 +436,7 @@ def replaced(path, data):
 
 
 def test_another_model_or_text_of_the_same_name_is_refused(refused, model, sources, other):
-    differs = r": what it names differs from what the run in .* was started with; restore those files, or give another"
+    differs = r": its contents changed since the run in .* was started; restore those files, or give another"
     with replaced(model / "model.safetensors", (other / "model.safetensors").read_bytes()):
         refused("model.path" + differs)
     changed = sources / "train" / "cmd.py"
