@@ -279,7 +279,7 @@ WITHOUT_LANGUAGE = {"objective.language_model": 0.0, "objective.distillation": 1
         ({"policy.spec": "layers:3,2,1"}, r"policy.spec = 'layers:3,2,1': .*the model's 2"),
         ({"evaluation.policies": ("topk:1", "oportunistic:3")}, r'did you mean "opportunistic:3"'),
         ({"evaluation.policies": ("topk:1", "opportunistic:3")}, r"'opportunistic:3', which looks at all rows"),
-        ({"evaluation.half": "even"}, r"evaluation.half = 'even': the odd half is reported"),
+        ({"evaluation.half": "even"}, r"evaluation.half = 'even': expected '', the odd half is"),
         (
             {"finetune.rollouts": 4, "training.sequence_length": 16},
             r"training.sequence_length = 16: expected more than",
