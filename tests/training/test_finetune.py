@@ -289,7 +289,7 @@ WITHOUT_LANGUAGE = {"objective.language_model": 0.0, "objective.distillation": 1
         ({"training.sequence_length": 64}, r"training.sequence_length = 64: .* the model's context of 32"),
         ({"text.held_out": "nowhere"}, r"text.held_out = '.*nowhere'"),
         ({"model.path": "nowhere"}, r"model.path = 'nowhere' does not exist"),
-        ({"moe.k": 4}, r"moe.k = 4: the model's own is 8.*policy.spec=topk:4"),
+        ({"moe.k": 4}, r"moe.k = 4: expected the model's own, 8.*policy.spec=topk:4"),
     ],
 )
 def test_refused_before_the_weights_are_read(model, sources, tmp_path, settings, says):
