@@ -184,7 +184,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """One line per policy, in Markdown; intervals are 95%."""
     columns = {
         "bits per byte": ("bits_per_byte", "{:.3f}"),
-        "more, paired": ("bits_per_byte_increase", "{:+.2%}"),
+        "increase, paired": ("bits_per_byte_increase", "{:+.2%}"),
         "KL to full": ("kl_to_full", "{:.3f}"),
         "next-line choice": ("choice_accuracy", "{:.3f}"),
         "difference": ("choice_accuracy_difference", "{:+.3f}"),

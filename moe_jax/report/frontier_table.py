@@ -76,7 +76,7 @@ def table(frontier: Frontier) -> str:
 
 
 def _choices_table(chosen: Sequence[Choice]) -> str:
-    lines = ["| concurrency | at most worse | policy | gain | more bits per byte | uniform | gain | over it |"]
+    lines = ["| concurrency | limit | policy | gain | more bits per byte | uniform | gain | over uniform |"]
     lines.append("|--:" * 8 + "|")
     for choice in chosen:
         lines.append(

@@ -108,9 +108,9 @@ def recover(
 ) -> Finished:
     """Fine-tunes, exports to `folder/model`, and measures the export; resumes a killed run.
 
-    The export has the layout, dtype and family of the original model, and the files beside its weights except for its
-    cards. If the policy keeps a fixed number of experts per layer, that becomes the exported model's own k: in
-    config.json's field of the family if it is the same in all layers, else in `num_experts_per_tok_of_layers`.
+    The export has the layout, dtype and family of the original model, and its other files except its calibration and
+    the pages about it. If the policy keeps a fixed number of experts per layer, that becomes the exported model's own
+    k: in the family's field of config.json if it is the same in all layers, else in `num_experts_per_tok_of_layers`.
 
     Args:
         config: reads `training`, `objective` and `finetune`.

@@ -94,7 +94,7 @@ def _forward(x_ND, head_VD, labels_N, weight_N, teacher_ND, teacher_head_VD, con
     chunks = next(count for count in range(most, 0, -1) if num_tokens % count == 0)
     split = functools.partial(jax.tree.map, lambda a: a.reshape(chunks, -1, *a.shape[1:]))
 
-    def of_chunk(x_ND, labels_N, weight_N, teacher_ND):
+    def chunk_terms(x_ND, labels_N, weight_N, teacher_ND):
         logits_NV = jnp.dot(x_ND, head_VD.T, preferred_element_type=jnp.float32)
         log_NV, share_NV = _softmax(logits_NV)
         loss_N, gradient_NV = _cross_entropy(log_NV, share_NV, labels_N)
@@ -112,7 +112,7 @@ def _forward(x_ND, head_VD, labels_N, weight_N, teacher_ND, teacher_head_VD, con
 
     def step(carried, chunk):
         terms, head_grad_VD = carried
-        new, logits_grad = of_chunk(*chunk)
+        new, logits_grad = chunk_terms(*chunk)
         x = chunk[0]
         head_grad_VD = head_grad_VD + jnp.dot(logits_grad.T, x, preferred_element_type=jnp.float32)
         return (jax.tree.map(jnp.add, terms, new), head_grad_VD), jnp.dot(logits_grad, head_VD).astype(x.dtype)
@@ -172,12 +172,12 @@ def objective(
         teacher_head_VD = lax.stop_gradient(decoder.head(teacher.params))
     labels_N = batch["labels_BT"].reshape(-1)
     total, terms = token_losses(x_ND, decoder.head(params), labels_N, weight_N, teacher_ND, teacher_head_VD, config)
-    of_layers = {
+    layer_terms = {
         "hidden_distance": (config.hidden, None if teacher is None else _distance(x_ND, teacher_ND, weight_N)),
         "load_loss": (balance_loss, traffic.load_loss.mean()),
         "effective_experts": (config.sparsity, traffic.effective_experts.mean()),
     }
-    for name, (weight, value) in of_layers.items():
+    for name, (weight, value) in layer_terms.items():
         if value is not None:
             terms[name] = value
             total = total + weight * value if weight else total
