@@ -27,7 +27,7 @@ BOOTSTRAPS = 1000  # resamplings by the harness itself, for metrics such as F1
 
 TASKS = flags.DEFINE_list("tasks", [], "Names of tasks, separated by commas.")
 INCLUDE = flags.DEFINE_multi_string("include", [], "A folder of further tasks (YAML); repeat it for more.")
-LIMIT = flags.DEFINE_integer("limit", None, "The number of documents of each task to use.", lower_bound=1)
+LIMIT = flags.DEFINE_integer("limit", None, "Use only the first LIMIT documents of each task.", lower_bound=1)
 NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "Examples in each prompt. Default: the task's.", lower_bound=0)
 CHAT = flags.DEFINE_bool("chat", False, "Put prompts into the model's chat template.")
 

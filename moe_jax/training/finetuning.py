@@ -31,7 +31,7 @@ from moe_jax.training.objective import Teacher
 from moe_jax.training.optimizer import with_selection_bias, without_selection_bias
 from moe_jax.training.step import Fixed, State, make_step, state_of
 
-FEW_DOCUMENTS = 10  # a 95% interval from resampling covers less of few documents: 89% with 10, 76% with 3
+FEW_DOCUMENTS = 10  # 95% intervals from resampling cover less with few documents: 89% with 10, 76% with 3
 
 
 class Held(NamedTuple):
