@@ -1,10 +1,10 @@
-"""Times decode steps and prefills of a model, and sets them beside the least that this machine needs for them.
+"""Times decode steps and prefills of a model, and compares them with the least time that this machine allows.
 
     python launch/benchmark.py --config configs/benchmark_demo.gin --out out/benchmark --trace
 
-The model is that of model.path or, where that is "", one of the configured shape with random weights, whose routing is
-replayed from a trained model (benchmark.trace). The machine's own bandwidth and rate are measured first, and again in
-every round. With --trace, a profile of every case goes to OUT/trace, for Perfetto or XProf.
+The model is that of model.path or, if that is "", one of the configured shape with random weights, whose routing is
+replayed from a trained model (benchmark.trace). The machine's memory bandwidth and matmul rate are measured first, and
+again in every round. With --trace, a profile of every case goes to OUT/trace, for Perfetto or XProf.
 """
 
 import os
@@ -15,13 +15,13 @@ from absl import flags
 from moe_jax import command
 
 ROOT = pathlib.Path(__file__).parents[1]
-SPARE_STEPS = 2  # of each decode case: one to warm up, one for the profile
+SPARE_STEPS = 2  # extra steps of each decode case: one to warm up, one for the profile
 
 TRACE = flags.DEFINE_bool("trace", False, "Write a profile of every case to OUT/trace.")
 
 
 def main(run: command.Command) -> None:
-    """Measures the machine, readies every case, and times them in turn."""
+    """Measures the machine, compiles every case, and times the cases in turn."""
     import tqdm
 
     from moe_jax.cost import hardware
@@ -60,10 +60,11 @@ def main(run: command.Command) -> None:
 
 
 def prepare(run: command.Command):
-    """Loads or makes the model, after all that can be refused at once.
+    """Checks the configuration, then loads or makes the model.
 
     Returns:
-        The subject of the measurement; (rows, length) -> tokens_BT that rows read; and where the routing comes from.
+        The subject of the measurement; a function (rows, length) -> tokens_BT to read; and where the routing comes
+        from, in words.
     """
     from moe_jax.engine.generate import Engine
     from moe_jax.engine.request import make_requests
@@ -81,7 +82,7 @@ def prepare(run: command.Command):
         execution = run.execution_of(config.architecture)
     architecture = execution.architecture
     policy = parse(config.policy.spec, None if opened is None else opened.calibration)
-    make_requests([[0]], None, execution, sampling=config.sampling, policy=policy)  # refuses what is wrong
+    make_requests([[0]], None, execution, sampling=config.sampling, policy=policy)  # checks the settings
     cases_of(config.benchmark, architecture.decoder.max_context)
     trace = None
     if opened is None and config.benchmark.trace:
@@ -89,8 +90,8 @@ def prepare(run: command.Command):
         trace.require(architecture.moe.num_experts, execution.k_max)
         if fixed_k(policy, architecture) is None:
             raise ValueError(
-                f"policy.spec = {policy.spec!r}: recorded routing is the full model's; expected a number of experts "
-                "for each layer, or launch/sweep.py, which replays what a policy chose"
+                f"policy.spec = {policy.spec!r}: recorded routing is the full model's; expected a policy with a fixed "
+                "number of experts per layer; launch/sweep.py replays the choices of other policies"
             )
     routing = "of random routers" if trace is None else f"replayed from {config.benchmark.trace}"
     if opened is not None:
@@ -105,12 +106,12 @@ def prepare(run: command.Command):
 
 
 def cases_of(benchmark, max_context: int) -> tuple[list[tuple[str, int, int]], list[str]]:
-    """(phase, rows, tokens of each row) of every case that the context permits, and the names of the other ones."""
+    """(phase, rows, tokens per row) of every case that fits in the context, and the names of the others."""
     length = benchmark.prompt_length + benchmark.rounds * benchmark.decode_steps + SPARE_STEPS
     if benchmark.decode_batches and length > max_context:
         raise ValueError(
             f"benchmark.prompt_length, and {benchmark.rounds} benchmark.rounds of {benchmark.decode_steps} "
-            f"benchmark.decode_steps, take {length} tokens a row: expected at most the model's context, {max_context}"
+            f"benchmark.decode_steps, take {length} tokens per row: expected at most the model's context, {max_context}"
         )
     permitted = [("decode", rows, length) for rows in benchmark.decode_batches]
     permitted += [("prefill", 1, length) for length in benchmark.prefill_lengths if length < max_context]
@@ -121,14 +122,14 @@ def cases_of(benchmark, max_context: int) -> tuple[list[tuple[str, int, int]], l
 
 
 def random_tokens(vocab_size: int, seed: int):
-    """(rows, length) -> tokens_BT, any of the vocabulary."""
+    """(rows, length) -> tokens_BT, drawn from the vocabulary."""
     import numpy as np
 
     return lambda rows, length: np.random.default_rng(seed).integers(0, vocab_size, (rows, length), np.int32)
 
 
 def held_out_tokens(held_out: str, tokenizer):
-    """(rows, length) -> tokens_BT, each row of other documents than the next, as far as there are enough."""
+    """(rows, length) -> tokens_BT of held-out text; rows begin at evenly spaced places in it."""
     import numpy as np
 
     from moe_jax.text import corpus
@@ -153,7 +154,7 @@ def figures_of(timings, machines) -> dict:
         figures[name] = {"value": median, "unit": unit, "quartiles": [first, third], "best": max(measured)}
     for timing in timings:
         first_ms, median_ms, third_ms = timing.quartiles_ms
-        of_case = {
+        case_figures = {
             "ms": {"value": median_ms, "unit": "ms", "quartiles": [first_ms, third_ms]},
             "tokens_per_s": {"value": timing.tokens_per_s, "unit": "tokens/s"},
             "bytes": {"value": timing.bytes, "unit": "bytes"},
@@ -163,7 +164,7 @@ def figures_of(timings, machines) -> dict:
             "distinct_experts_per_layer_step": {"value": timing.distinct_experts, "unit": "experts"},
             "independent_experts_per_layer_step": {"value": timing.independent_experts, "unit": "experts"},
         }
-        figures |= {f"{timing.case}_{name}": figure for name, figure in of_case.items()}
+        figures |= {f"{timing.case}_{name}": figure for name, figure in case_figures.items()}
     return figures
 
 
@@ -184,7 +185,7 @@ def table(timings, figures: dict, dtype: str, routing: str, left_out: list[str])
             f" {timing.distinct_experts:9.2f} {timing.independent_experts:8.2f}"
         )
     if left_out:
-        lines.append(f"left out: {', '.join(left_out)}: the model's context leaves no room for the next token")
+        lines.append(f"left out: {', '.join(left_out)}: no room for the next token in the model's context")
     return "\n".join(lines)
 
 

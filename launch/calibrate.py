@@ -1,8 +1,8 @@
-"""Measures what the policies `median` and `reroute` have to know of a model, into OUT/calibration.npz.
+"""Measures what the policies `median` and `reroute` need to know about a model; writes OUT/calibration.npz.
 
     python launch/calibrate.py --config configs/calibrate_demo.gin --out out/calibrate
 
-The text is that of text.sources: not the held-out text, on which policies are compared. Put the file into the model's
+The text is that of text.sources, not the held-out text on which policies are compared. Put the file into the model's
 folder, or name it in policy.calibration.
 """
 
@@ -18,7 +18,7 @@ DOCUMENTS = 64
 
 
 def main(run: command.Command) -> None:
-    """Reads text and model, measures, and says what was found."""
+    """Reads text and model, measures, and prints the result."""
     config = run.config
 
     import numpy as np
@@ -46,9 +46,7 @@ def main(run: command.Command) -> None:
     for layer, (ratio, nearest) in enumerate(zip(found.median_ratio_L.tolist(), nearest_L.tolist())):
         figures[f"median_ratio_layer_{layer}"] = {"value": ratio, "unit": "1"}
         figures[f"nearest_expert_layer_{layer}"] = {"value": nearest, "unit": "1"}
-    lines = [
-        f"on {rows_JT.size} tokens, of each MoE layer the median of w_i / w_1, and of how like the nearest expert is:"
-    ]
+    lines = [f"on {rows_JT.size} tokens, for each MoE layer: median w_i / w_1, median similarity to the nearest expert"]
     lines += [f"{layer:3} {r:.3f} {n:.3f}" for layer, (r, n) in enumerate(zip(found.median_ratio_L, nearest_L))]
     run.finish(figures, text="\n".join([*lines, str(run.out / calibrations.NAME)]))
 

@@ -2,20 +2,20 @@
 
     python launch/convert.py --set model.path=assets/demo --set policy.spec=topk:4 --out out/four
 
-model.path is a Hugging Face folder, the name of a model of a hub, the folder of a training run, or what --to wrote.
-Servers that know nothing of policies then run the number of experts that the checkpoint says. With --to stacked the
-weights lie as they do in memory: every launcher opens such a folder at once, since it is mapped and not read.
+model.path is a Hugging Face folder, the name of a model on a hub, the folder of a training run, or an earlier output.
+Servers without policies then run the converted checkpoint's number of experts. With --to stacked the weights are
+written as they lie in memory: every launcher opens such a folder at once, since it is mapped and not read.
 """
 
 from absl import flags
 
 from moe_jax import command
 
-TO = flags.DEFINE_enum("to", "huggingface", ["huggingface", "stacked", "orbax"], "The layout that is written.")
+TO = flags.DEFINE_enum("to", "huggingface", ["huggingface", "stacked", "orbax"], "The layout to write.")
 
 
 def main(run: command.Command) -> None:
-    """Converts, and says what was written."""
+    """Converts, and prints what was written."""
     path = command.in_repository(run.config.model.path)
 
     import jax

@@ -2,10 +2,10 @@
 
     python launch/evaluate.py --config configs/evaluate_demo.gin --out out/evaluate
 
-Bits per byte, the divergence from the full model, the choice of a next line among four, how often a completed function
-parses, and the load of the experts; with 95% intervals over documents, and differences to the first policy paired by
-document. Started again with the same --out, it goes on where it was killed. OUT/documents.csv and OUT/expert_load.csv
-hold what the table sums up.
+It measures bits per byte, divergence from the full model, the choice of the next line among four, how often a completed
+function parses, and expert load, with 95% intervals over documents and differences from the first policy, paired by
+document. A killed run resumes when it is started again with the same --out. OUT/documents.csv and OUT/expert_load.csv
+have the details.
 """
 
 import os
@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def main(run: command.Command) -> None:
-    """Checks all that was asked for, then loads and measures."""
+    """Checks the configuration, then loads the model and measures."""
     config = run.config
     held_out = command.in_repository(config.text.held_out, "text.held_out")
 

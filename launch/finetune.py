@@ -1,10 +1,10 @@
-"""Wins back what fewer experts cost: a short training of a loaded model under the policy that it will be served with.
+"""Fine-tunes a model under the policy that it will be served with, to recover the quality that fewer experts cost.
 
     python launch/finetune.py --config configs/finetune_demo.gin --set policy.spec=topk:4 --out out/four
 
-Started again with the same --out, it goes on where it was killed. The model is exported to OUT/model, in the layout
-that was read, with the policy's k as its own; the table says what it cost before and what it costs now, on held-out
-files that nothing was chosen by. With finetune.elastic=True one model learns every k.
+A killed run resumes when it is started again with the same --out. The model is exported to OUT/model, in the layout
+that was read, with the policy's k as its own. The table compares quality before and after, on held-out files that were
+not used to choose the best step. With finetune.elastic=True one model learns every k.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def main(run: command.Command) -> None:
-    """Checks all that was asked for, then measures, trains, exports and measures again."""
+    """Checks the configuration, then measures, trains, exports and measures again."""
     from moe_jax.evaluation.journal import Journal, identity
     from moe_jax.report import finetuned
     from moe_jax.study import recover

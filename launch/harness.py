@@ -2,9 +2,9 @@
 
     python launch/harness.py --config configs/harness_demo.gin --tasks held_out_next_line,held_out_bits --limit 40
 
---tasks takes names of lm-eval's own tasks, groups and tags, whose data it downloads; of those in assets/tasks, which
-need no network; and of those in folders that --include names. Intervals are 95%, differences to the first policy are
-paired by document. OUT/samples.jsonl holds every document's metrics under every policy.
+--tasks takes names of lm-eval's own tasks, groups and tags, whose data lm-eval downloads; of tasks in assets/tasks,
+which need no network; and of tasks in folders given by --include. Intervals are 95%; differences from the first policy
+are paired by document. OUT/samples.jsonl has every document's metrics under every policy.
 """
 
 import difflib
@@ -23,17 +23,17 @@ from moe_jax import command, files
 ROOT = pathlib.Path(__file__).parents[1]
 OURS = ROOT / "assets" / "tasks"
 INSTALL = 'pip install "lm-eval>=0.4.13,<0.5"'
-BOOTSTRAPS = 1000  # where the harness itself resamples, for metrics such as F1
+BOOTSTRAPS = 1000  # resamplings by the harness itself, for metrics such as F1
 
 TASKS = flags.DEFINE_list("tasks", [], "Names of tasks, separated by commas.")
 INCLUDE = flags.DEFINE_multi_string("include", [], "A folder of further tasks (YAML); repeat it for more.")
-LIMIT = flags.DEFINE_integer("limit", None, "Only the first so many documents of each task.", lower_bound=1)
+LIMIT = flags.DEFINE_integer("limit", None, "Use only the first LIMIT documents of each task.", lower_bound=1)
 NUM_FEWSHOT = flags.DEFINE_integer("num_fewshot", None, "Examples in each prompt. Default: the task's.", lower_bound=0)
 CHAT = flags.DEFINE_bool("chat", False, "Put prompts into the model's chat template.")
 
 
 def main(run: command.Command) -> None:
-    """Checks all that was asked for, then loads the model and runs the tasks under each policy."""
+    """Checks flags and configuration, then loads the model and runs the tasks under each policy."""
     config = run.config
     if not TASKS.value:
         raise ValueError("--tasks: expected at least one name, such as --tasks held_out_next_line")
@@ -82,7 +82,7 @@ def main(run: command.Command) -> None:
 
 
 def evaluate(model, tasks: list, manager) -> tuple[dict, int]:
-    """What the harness finds under one policy, and how many contexts lost their beginning."""
+    """The harness's results under one policy, and the number of contexts that were truncated at their beginning."""
     from lm_eval import simple_evaluate
 
     asked = {"limit": LIMIT.value, "num_fewshot": NUM_FEWSHOT.value, "apply_chat_template": CHAT.value}
@@ -91,18 +91,18 @@ def evaluate(model, tasks: list, manager) -> tuple[dict, int]:
 
 
 def require_lm_eval() -> None:
-    """Refuses to go on without the package, and makes it quiet and free of forks, which JAX does not survive."""
+    """Raises ValueError without lm-eval; else quiets it and turns off its forks, which JAX does not survive."""
     if importlib.util.find_spec("lm_eval") is None:
         raise ValueError(f"lm-eval is not installed: {INSTALL}")
     os.environ.setdefault("DISABLE_MULTIPROC", "1")
     if not sys.stderr.isatty():
-        os.environ.setdefault("TQDM_DISABLE", "1")  # read as tqdm is imported: the harness has bars of its own
+        os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported, to hide the harness's bars
     for library in ("lm_eval", "datasets"):
         logging.getLogger(library).setLevel(logging.ERROR)
 
 
 def include_folders() -> list[pathlib.Path]:
-    """Where tasks are looked for beside lm-eval's own."""
+    """Folders of tasks, beside lm-eval's own."""
     for name in INCLUDE.value:
         if not pathlib.Path(name).is_dir():
             raise ValueError(f"--include = {name!r}: expected a folder of tasks")
@@ -110,7 +110,7 @@ def include_folders() -> list[pathlib.Path]:
 
 
 def task_manager(folders: list[pathlib.Path]):
-    """Knows every task asked for; lm-eval's own, which take seconds to list, only where one of them is expected."""
+    """The harness's task manager; it lists lm-eval's own tasks, which takes seconds, only if one of them is named."""
     from lm_eval.tasks import TaskManager
 
     names = [name.strip() for name in TASKS.value]
@@ -122,14 +122,14 @@ def task_manager(folders: list[pathlib.Path]):
         if name not in everything.all_tasks:
             near = difflib.get_close_matches(name, everything.all_tasks, n=1)
             hint = f'; did you mean "{near[0]}"?' if near else ""
-            looked = ", ".join(map(str, folders))
+            places = ", ".join(map(str, folders))
             version = importlib.metadata.version("lm-eval")
-            raise ValueError(f"--tasks: {name!r} is no task of lm-eval {version}, nor of {looked}{hint}")
+            raise ValueError(f"--tasks: {name!r} is no task of lm-eval {version}, nor of {places}{hint}")
     return everything
 
 
 def load_tasks(manager) -> tuple[list, set[str]]:
-    """The tasks and groups asked for with their data, each once, and what kinds of output they ask of a model."""
+    """The named tasks and groups with their data, each once, and the types of output that they need."""
     loaded = manager.load([name.strip() for name in TASKS.value])
     within = {name for children in loaded["group_map"].values() for name in children}
     groups = [group for name, group in loaded["groups"].items() if name not in within]
@@ -139,7 +139,7 @@ def load_tasks(manager) -> tuple[list, set[str]]:
 
 
 def write_samples(out: pathlib.Path | None, specs: list[str], results: list[dict]) -> None:
-    """Writes one line of JSON per policy, task, document and filter: what the metrics are made of."""
+    """Writes the metrics of each policy, task, document and filter, one line of JSON each."""
     if out is None:
         return
     lines = []

@@ -1,10 +1,10 @@
-"""Continues prompts with a model, with as many active experts as asked for, and says how fast.
+"""Generates text with a model and any number of active experts, and measures the speed.
 
     python launch/infer.py --config configs/infer_demo.gin --prompt "def main():" --set policy.spec=topk:3
 
-Prompts come from --prompt, --prompt_file or, where neither is given, from what is piped to standard input. The
-continuations go to standard output as they are made; several prompts run as one batch. With --out, they are also
-written to OUT/completions.jsonl. With --chat, each prompt is a user's message, put into the model's chat template.
+Prompts come from --prompt and --prompt_file or, without both, from standard input. Completions are printed as they are
+generated; several prompts run as one batch. With --out they are also written to OUT/completions.jsonl. With --chat,
+each prompt is a user's message, put into the model's chat template.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ def normalize(x, axis=None):
     \"\"\"Scales an array to unit length.\"\"\"
     x = np.asarray(x)
     if"""
-MOST_BYTES = 10_000_000  # of one prompt: more than any context takes
-WAIT_S = 5.0  # for the first byte of a pipe: some callers leave one open and never write to it
+MOST_BYTES = 10_000_000  # of one prompt: more than any context holds
+WAIT_S = 5.0  # for the first byte of a pipe: some callers leave one open and never write
 
 PROMPT = flags.DEFINE_multi_string(
     "prompt", [], "A text to continue; repeat it for a batch. Default: a Python function."
@@ -37,7 +37,7 @@ CHAT = flags.DEFINE_bool("chat", False, "Put each prompt into the model's chat t
 
 
 def main(run: command.Command) -> None:
-    """Checks all that was asked for, then loads, compiles and generates."""
+    """Checks flags and configuration, then loads, compiles and generates."""
     prompts = read_prompts()
 
     from moe_jax.engine.request import make_requests
@@ -88,7 +88,7 @@ def main(run: command.Command) -> None:
 
 
 def chat_ids(folder: pathlib.Path, tokenizer, messages: list[str]) -> list[list[int]]:
-    """Each message within the model's chat template, as tokens: the template writes its special tokens itself."""
+    """Each message in the model's chat template, as tokens; the template includes the special tokens."""
     from moe_jax.text import chat
 
     template, special_tokens = chat.load_template(folder)
@@ -97,7 +97,7 @@ def chat_ids(folder: pathlib.Path, tokenizer, messages: list[str]) -> list[list[
 
 
 def read_prompts() -> list[str]:
-    """The prompts asked for: flags, then files, else standard input, else the default one."""
+    """The prompts of the flags, then of the files; without either, standard input; without that, the default."""
     prompts = list(PROMPT.value)
     for name in PROMPT_FILE.value:
         try:
@@ -111,25 +111,25 @@ def read_prompts() -> list[str]:
 
 
 def read_file(path: pathlib.Path) -> bytes:
-    """A file's bytes, `MOST_BYTES` and one at most; ValueError for a pipe or a device, which may never end."""
+    """A file's first `MOST_BYTES + 1` bytes; ValueError for a pipe or a device, which may never end."""
     if "\0" in str(path) or (path.exists() and not path.is_file() and not path.is_dir()):
-        raise ValueError(f"--prompt_file = {str(path)!r} is not a regular file; what is piped goes to standard input")
+        raise ValueError(f"--prompt_file = {str(path)!r} is not a regular file; pipe to standard input instead")
     with open(path, "rb") as file:
         return file.read(MOST_BYTES + 1)
 
 
 def read_piped() -> bytes:
-    """All of standard input, unless it is a terminal, closed, or a pipe that nobody writes to."""
+    """Standard input; empty if it is a terminal, closed, or a pipe that nobody writes to."""
     if sys.stdin is None or sys.stdin.closed or sys.stdin.isatty():
         return b""
     if os.name == "posix" and not select.select([sys.stdin], [], [], WAIT_S)[0]:
-        print(f"nothing on standard input within {WAIT_S:.0f} s: going on with the default prompt", file=sys.stderr)
+        print(f"nothing on standard input within {WAIT_S:.0f} s: using the default prompt", file=sys.stderr)
         return b""
     return sys.stdin.buffer.read(MOST_BYTES + 1)
 
 
 def as_text(data: bytes, name: str) -> str:
-    """Decodes UTF-8; ValueError, naming the source, for anything else."""
+    """Decodes UTF-8; ValueError, with the source's name, for anything else."""
     if len(data) > MOST_BYTES:
         raise ValueError(f"{name} has more than {MOST_BYTES} bytes: expected a prompt")
     try:
@@ -144,12 +144,12 @@ def as_text(data: bytes, name: str) -> str:
 
 
 def heading(index: int, prompts: list[str]) -> str:
-    """What goes before a prompt where there are several."""
+    """The line before a prompt, if there are several."""
     return f"--- {index + 1} of {len(prompts)}\n" if len(prompts) > 1 else ""
 
 
 def write_completions(out: pathlib.Path | None, prompts: list[str], completions: list[dict]) -> None:
-    """Writes one line of JSON per prompt; what is not a number becomes null, since JSON has no name for it."""
+    """Writes one line of JSON per prompt; NaN and infinity become null, since JSON cannot hold them."""
     if out is None:
         return
     lines = []
@@ -171,7 +171,7 @@ def summary(run: command.Command, figures: dict, completions: list) -> str:
         f"{value['time_to_first_token_s']:.3f} s, decode {value['decode_tokens_per_s']:.1f} tokens/s\n"
         f"{value['experts_per_token']:.2f} experts per token, {value['distinct_experts_per_layer_step']:.2f} distinct "
         f"experts per layer and step\n"
-        f"{tokens} tokens made ({reasons}); {names}"
+        f"{tokens} tokens generated ({reasons}); {names}"
     )
 
 

@@ -1,11 +1,12 @@
-"""Draws the frontier of quality against speed: every policy of `sweep.policies` at every load, as a page and a table.
+"""Measures the frontier of quality against speed, for every policy of `sweep.policies` at every load.
 
     python launch/sweep.py --config configs/sweep_demo.gin --out out/sweep
 
-Quality is measured on the model of model.path, on held-out text; speed on the model of sweep.timed_config, which takes
-the routing that the policies made, or on the same one. A model that was fine-tuned for fewer experts is compared with
-all experts of the one it was made from, sweep.original. Started again with the same --out, it goes on where it was
-killed. OUT/frontier.html needs no network; OUT/frontier.csv has every point.
+Quality is measured with the model of model.path on held-out text. Speed is measured with the same model or, if
+sweep.timed_config is set, with that model, which replays the routing of the first. For a fine-tuned model,
+sweep.original names the model that it was made from: that one with all its experts is then the reference. A killed run
+resumes when it is started again with the same --out. OUT/frontier.html needs no network; OUT/frontier.csv has every
+point.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 def main(run: command.Command) -> None:
-    """Checks all that was asked for, then measures quality, then speed."""
+    """Checks the configuration, then measures quality, then speed."""
     config, sweep = run.config, run.config.sweep
     held_out = command.in_repository(config.text.held_out, "text.held_out")
 
@@ -89,7 +90,7 @@ def main(run: command.Command) -> None:
 
 
 def timed_model(config, opened):
-    """The configuration of the model that is timed and, unless its weights are random, that model opened."""
+    """The configuration of the timed model, and its checkpoint, opened; None if its weights are random."""
     from moe_jax import checkpoint
     from moe_jax.study.sweep import require_alike
 
@@ -103,28 +104,28 @@ def timed_model(config, opened):
     if own.decoder.max_context < config.sweep.cached_tokens + 2:
         raise ValueError(
             f"sweep.cached_tokens = {config.sweep.cached_tokens}: expected at most {own.decoder.max_context - 2}, two "
-            "less than the context of the model that is timed"
+            "less than the timed model's context"
         )
     return timed, other
 
 
 def subject_of(config, timed, other, model, execution):
-    """The model that is timed: the one at hand, another, or one of random weights; and what it is, in words."""
+    """The timed model (the measured one, another, or one with random weights), and what it is, in words."""
     from moe_jax.api import Model
     from moe_jax.engine.generate import Engine
     from moe_jax.study.random_model import random_params
     from moe_jax.study.sweep import Subject
 
     if timed is config:
-        return Subject(model.engine, execution), "the same model, routed as it was there"
-    routed = f"{config.sweep.timed_config}, {timed.model.dtype}, routed as the other model was"
+        return Subject(model.engine, execution), "the same model, with the same routing"
+    routed = f"{config.sweep.timed_config}, {timed.model.dtype}, with the other model's routing"
     if other is not None:
         engine = Model(other, other.load(timed.model.dtype)).engine
         return Subject(engine, dataclasses.replace(execution, architecture=other.architecture)), routed
     dtype = "float32" if timed.model.dtype == "auto" else timed.model.dtype
     engine = Engine(random_params(timed.architecture, dtype, config.run.seed), None, ())
     timed_execution = dataclasses.replace(execution, architecture=timed.architecture)
-    return Subject(engine, timed_execution), f"random weights of the shape of {routed}"
+    return Subject(engine, timed_execution), f"random weights in the shape of {routed}"
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Trains a fine-grained MoE from scratch, measures it on the held-out text, and exports it.
+"""Trains a fine-grained MoE from scratch, exports it, and measures it on held-out text.
 
     python launch/train.py --config configs/train_demo.gin --out out/demo
 
-Started again with the same --out, it goes on where it was killed. The model is exported to OUT/model.
+A killed run resumes when it is started again with the same --out. The model is exported to OUT/model.
 """
 
 import dataclasses

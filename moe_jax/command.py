@@ -1,11 +1,11 @@
-"""What all launchers share: flags, errors of one line, interruption, timings and result.json.
+"""What all launchers share: flags, one-line errors, interruption, timings and result.json.
 
 A launcher is a docstring (its `--help`), a `main(run)` and one call:
 
     if __name__ == "__main__":
         command.run(main, default_config="configs/infer_demo.gin")
 
-It imports JAX, and what needs JAX, inside `main`, so that a mistaken flag is refused at once.
+It imports JAX, and modules that need JAX, inside `main`, so that a wrong flag is refused at once.
 """
 
 import contextlib
@@ -36,28 +36,28 @@ if TYPE_CHECKING:
     from moe_jax import api, checkpoint
     from moe_jax.model import decoder
 
-REFUSED = 2  # exit status of a mistake in what was asked for
+REFUSED = 2  # exit status for wrong flags, settings or files
 _ROOT = pathlib.Path(__file__).parents[1]  # of the repository
-_READER_GONE = 128 + signal.SIGPIPE  # as the shell reports a process that SIGPIPE ended
+_READER_GONE = 128 + signal.SIGPIPE  # as the shell reports a process ended by SIGPIPE
 
 flags.disclaim_key_flags()  # the flags below count as the launcher's own, which `--help` lists
 
 
 @dataclasses.dataclass
 class Command:
-    """One run of a launcher: what was asked for, and where its results go."""
+    """One run of a launcher: its configuration, and where its results go."""
 
     name: str  # of the launcher's file, without suffix
     config: schema.Config  # resolved: files, then overrides
-    out: pathlib.Path | None  # exists and can be written to
+    out: pathlib.Path | None  # the output folder, which exists and is writable
     as_json: bool
-    output: Any  # standard output; under --json what `main` prints itself goes to standard error
+    output: Any  # standard output; with --json, what `main` prints itself goes to standard error
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     implementations: dict[str, str] = dataclasses.field(default_factory=dict)
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Adds the block's duration to `seconds[phase]`, also where it raises."""
+        """Adds the block's duration to `seconds[phase]`, even if it raises."""
         start = time.perf_counter()
         try:
             yield
@@ -65,10 +65,10 @@ class Command:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def open_model(self, *, calibrated: bool = True) -> "tuple[checkpoint.Checkpoint, decoder.Execution]":
-        """Opens the model of `model.path` and says how it runs here; what can be refused is, before weights are read.
+        """Opens the model of `model.path` and checks it against the configuration, without reading weights.
 
         Args:
-          calibrated: whether the calibration of `policy.calibration`, or of the model's folder, is read with it.
+          calibrated: whether to read the calibration of `policy.calibration`, or of the model's folder.
         """
         from moe_jax import checkpoint
 
@@ -78,7 +78,7 @@ class Command:
         return opened, self.execution_of(opened.architecture)
 
     def execution_of(self, architecture: Architecture) -> "decoder.Execution":
-        """How a model of some shape runs here, which goes into the result."""
+        """How a model of this architecture runs here; the chosen implementations go into the result."""
         from moe_jax.engine.request import execution_of
 
         execution = execution_of(architecture, self.config.policy.k_max, self.config.kernels)
@@ -102,14 +102,14 @@ class Command:
     ) -> None:
         """Writes `result.json` and `config.gin` into the output folder, then prints the result.
 
-        On several hosts the first one writes and prints.
+        With several hosts only the first one writes and prints.
 
         Args:
-          figures: name -> {`value`, `unit`, and `ci95` where it is an estimate}, of the configured policy. A value that
-            is not finite becomes null, since JSON has no name for it.
-          rows: {`policy`, `figures`} of each policy, where several were asked for.
-          implementations: operation -> name of the implementation that ran, joined to `self.implementations`.
-          text: The result for people, printed unless `--json` asks for result.json.
+          figures: name -> {`value`, `unit`, and `ci95` for estimates}, of the configured policy. Values that are not
+            finite become null, since JSON cannot hold them.
+          rows: {`policy`, `figures`} for each policy, if there are several.
+          implementations: operation -> name of the implementation that ran, added to `self.implementations`.
+          text: The result for people, printed unless `--json` is given.
         """
         import jax
 
@@ -144,18 +144,18 @@ def run(
     default_out: str | os.PathLike | None = None,
     huge_pages: bool = False,
 ) -> NoReturn:
-    """Reads the command line, runs `main`, and exits with a status that says how it went.
+    """Reads the command line, runs `main`, and exits.
 
-    0, or the status that `main` returns. 2: `main` or the command line was refused (`ValueError`, `OSError`), said in
-    one last line `error: ...`; `--verbosity=1` shows the traceback too. 130 or 143: interrupted by SIGINT or SIGTERM,
-    which `main` sees as a KeyboardInterrupt and may use to save; another signal a second or more later ends the process
-    there and then. 141: nobody reads the output any more. 1: any other exception, a bug, with its traceback.
+    Exit status: 0, or what `main` returns. 2: `ValueError` or `OSError` from the command line or `main`; the last line
+    is `error: ...`, and `--verbosity=1` shows the traceback. 130 or 143: SIGINT or SIGTERM, which `main` sees as a
+    KeyboardInterrupt and may use to save; a second signal, a second or more later, ends the process at once. 141: the
+    reader of the output is gone. 1: any other exception, which is a bug, with its traceback.
 
     Args:
       main: The launcher's work.
-      default_config: The config file where `--config` is not given. None: the schema's defaults.
-      default_out: The output folder where `--out` is not given. None: nothing is written.
-      huge_pages: Whether to start the process over with huge pages where that is possible, see `_use_huge_pages`.
+      default_config: The config file without `--config`. None: the schema's defaults.
+      default_out: The output folder without `--out`. None: nothing is written.
+      huge_pages: Whether to restart the process with huge pages where possible, see `_use_huge_pages`.
     """
     if huge_pages:
         _use_huge_pages()
@@ -175,30 +175,28 @@ def run(
 
 
 def in_repository(path: str, setting: str = "model.path") -> pathlib.Path:
-    """A path as given or, where there is nothing, relative to the repository; `setting` is what gave it."""
+    """A path as given or, if nothing is there, relative to the repository; error messages name `setting`."""
     if not path:
         raise ValueError(f"{setting} = '': expected a folder")
     return pathlib.Path(path) if os.path.exists(path) or not (_ROOT / path).exists() else _ROOT / path
 
 
 def refuse_other_shape(config: schema.Config, architecture: Architecture) -> None:
-    """Refuses settings of the model's shape that say otherwise than the model: they would be ignored."""
+    """Refuses shape settings that contradict the model's own, since they would be ignored."""
     for section in ("decoder", "attention", "moe"):
         given, own = getattr(config, section), getattr(architecture, section)
         for field in dataclasses.fields(given):
             value, expected = getattr(given, field.name), getattr(own, field.name)
             if value not in (field.default, expected):
                 hint = "; for fewer active experts: policy.spec=topk:4" if field.name == "k" else ""
-                raise ValueError(
-                    f"{section}.{field.name} = {value!r}: the model's own is {expected!r}, and stays{hint}"
-                )
+                raise ValueError(f"{section}.{field.name} = {value!r}: expected the model's own, {expected!r}{hint}")
 
 
 def _use_huge_pages() -> None:
-    """Starts the process over, once, with glibc's allocator asking for huge pages (Linux, glibc 2.35 or newer).
+    """Restarts the process, once, with huge pages in glibc's allocator (Linux, glibc 2.35 or newer).
 
-    XLA takes and returns gigabytes at every step on a CPU. In pages of 4 KiB, handing them out takes about half the
-    time of all that is bound by memory. The setting is read when a process starts.
+    On a CPU, XLA allocates and frees gigabytes in every step. With 4 KiB pages, the kernel's work for that takes about
+    half the time of memory-bound operations. glibc reads the setting only when a process starts.
     """
     tunables = os.environ.get("GLIBC_TUNABLES", "")
     if platform.libc_ver()[0] == "glibc" and "glibc.malloc.hugetlb" not in tunables:
@@ -228,7 +226,7 @@ def _status_of(main: Callable[[Command], int | None], received: list[int]) -> in
         return status
     except BaseException as error:
         interruption.ignore()
-        if received or isinstance(error, KeyboardInterrupt):  # what it meets on its way may turn it into another error
+        if received or isinstance(error, KeyboardInterrupt):  # handlers may have turned it into another error
             _leave(received)
         _discard_output()
         if isinstance(error, BrokenPipeError):
@@ -239,7 +237,7 @@ def _status_of(main: Callable[[Command], int | None], received: list[int]) -> in
 
 
 def _leave(received: list[int]) -> NoReturn:
-    """Ends an interrupted process at once: the interpreter would take XLA away from steps that are still running."""
+    """Ends an interrupted process at once: a normal exit would tear XLA down while steps are still running."""
     interruption.ignore()
     _discard_output()
     print("interrupted", file=sys.stderr, flush=True)
@@ -272,7 +270,7 @@ def _run_main(main: Callable[[Command], int | None]) -> int:
 
 
 def _refuse(error: Exception) -> int:
-    """Says in one line what was wrong; the traceback is for `--verbosity=1`."""
+    """Prints an error in one line, with `--verbosity=1` after its traceback; returns the exit status."""
     logging.debug("refused", exc_info=error)
     message = str(error)
     if isinstance(error, OSError) and error.strerror:
@@ -283,7 +281,7 @@ def _refuse(error: Exception) -> int:
 
 
 def _discard_output() -> None:
-    """Flushes standard output; what cannot be written is dropped, lest the interpreter fail on it once more at exit."""
+    """Flushes standard output, or drops what cannot be written, so that the interpreter does not fail on it at exit."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError, AttributeError):
@@ -292,9 +290,9 @@ def _discard_output() -> None:
 
 
 def _open_folder(name: str) -> tuple[pathlib.Path, list[pathlib.Path]]:
-    """Makes a folder and proves by trying that it can be written to; returns it and the folders made for it.
+    """Makes a folder and checks by writing that it is writable; returns it and the folders made for it.
 
-    Trying is the only test that holds for every user: permission bits do not bind root, nor tell of a read-only disk.
+    Permission bits would not do: they do not bind root, and a disk may be read-only.
     """
     path = pathlib.Path(name)
     made = []
@@ -327,7 +325,7 @@ def _remove_empty(folders: Sequence[pathlib.Path]) -> None:
 
 
 def configure_jax() -> None:
-    """Imports JAX and keeps what it compiles between runs, where there is a folder for it."""
+    """Imports JAX and turns on its compilation cache, if its folder is writable."""
     import jax
 
     for library in ("jax", "matplotlib", "httpx", "httpx2"):
@@ -345,12 +343,12 @@ def configure_jax() -> None:
 
 
 def _require_device() -> None:
-    """ValueError where JAX finds no device of the platforms that it was told to use."""
+    """Raises ValueError if JAX finds no device of the platforms in JAX_PLATFORMS."""
     import jax
 
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter where jaxlib knows the platform and nothing serves it
+    except (RuntimeError, AssertionError) as error:  # AssertionError: jaxlib knows the platform but has no plugin
         asked = os.environ.get("JAX_PLATFORMS", "")
         reason = " ".join(str(error).split())
         raise ValueError(
@@ -360,7 +358,7 @@ def _require_device() -> None:
 
 
 def provenance() -> dict[str, Any]:
-    """What a figure was measured with: the versions of packages, and the device."""
+    """What figures were measured with: package versions and the device."""
     packages = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy", "moe_jax")}
     return {"versions": {**packages, "python": platform.python_version()}, "device": _device()}
 
@@ -375,16 +373,16 @@ def _device() -> dict[str, Any]:
 
 
 def _peak_memory_bytes() -> int:
-    """The most memory held: of the fullest local device, or of this process where devices do not tell (CPU)."""
+    """Peak memory of the fullest local device, or of this process if devices do not report it (CPU)."""
     import jax
 
-    of_devices = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    device_bytes = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
     unit = 1 if sys.platform == "darwin" else 1024
-    return max(of_devices) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return max(device_bytes) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def plain(value):
-    """What JSON can hold: arrays and their scalars as numbers and lists, paths as text, NaN and infinity as null."""
+    """Converts a value for JSON: arrays to lists and numbers, paths to text, NaN and infinity to null."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -1,4 +1,4 @@
-"""What each policy costs in quality: all measurements of one model, as figures and as a table."""
+"""What each policy costs in quality: the measurements of one model, as figures and as a table."""
 
 import csv
 import io
@@ -23,11 +23,11 @@ from moe_jax.routing.policies.parse import MODEL_OWN, parse
 from moe_jax.text.corpus import Document, half
 from moe_jax.text.tokenizer import encode_documents
 
-LONGEST_WINDOW = 2048  # tokens, where nothing else is asked for: contexts are up to a hundred times that
+LONGEST_WINDOW = 2048  # tokens, unless evaluation.context is set: contexts are up to a hundred times longer
 
 
 class Task(NamedTuple):
-    """What is asked of every policy: made, and checked, before anything is computed."""
+    """What every policy is measured on, prepared and checked before anything is computed."""
 
     documents: Sequence[Document]
     tokens: Sequence[np.ndarray]
@@ -37,7 +37,7 @@ class Task(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """Of every policy, what it did with each document, question and header."""
+    """The results of every policy on each document, question and header."""
 
     likelihoods: Sequence[likelihood.Likelihood]
     right: np.ndarray  # bool [policies, questions]
@@ -52,10 +52,10 @@ def prepare(
     execution: Execution,
     calibration: Calibration | None = None,
 ) -> Task:
-    """Draws questions and headers, and binds the policies to the model.
+    """Draws questions and headers, and checks the policies against the model.
 
     Raises:
-        ValueError: a policy does not fit the model, its context is too short, or the text has too few lines or
+        ValueError: a policy does not fit the model, the model's context is too short, or the text has too few lines or
             functions.
     """
     context = execution.architecture.decoder.max_context
@@ -71,8 +71,8 @@ def prepare(
     for policy in compared:
         if policy.batch_aware:
             raise ValueError(
-                f"evaluation.policies: {policy.spec!r} looks at all rows of a decode step, launch/sweep.py measures it "
-                "at every load; expected policies that look at one row"
+                f"evaluation.policies: {policy.spec!r} looks at all rows of a decode step; expected policies that look "
+                "at one row; launch/sweep.py measures the others at every load"
             )
     documents = half(documents, config.half)[: config.documents or None]
     return Task(
@@ -87,7 +87,7 @@ def prepare(
 def measure(
     config: EvaluationConfig, seed: int, task: Task, engine: Engine, tokenizer, execution: Execution, journal: Journal
 ) -> Measured:
-    """Runs every measurement under every policy; what the journal holds is not run again."""
+    """Runs every measurement under every policy, except those that the journal already holds."""
     context = window_of(config, execution.architecture)
     shared = {"execution": execution, "journal": journal}
     scored, reference = _with_full(task.compared, execution.architecture)
@@ -120,12 +120,12 @@ def measure(
 
 
 def window_of(config: EvaluationConfig, architecture: Architecture) -> int:
-    """Tokens of the windows into which longer documents are cut."""
+    """The window length, in tokens, into which longer documents are cut."""
     return config.context or min(architecture.decoder.max_context, LONGEST_WINDOW)
 
 
 def _with_full(compared: Sequence[policies.Policy], architecture: Architecture) -> tuple[list[policies.Policy], int]:
-    """The policies and where among them the full model stands, which is added where it is missing."""
+    """The policies and the index of the full model among them; it is added if missing."""
     for number, policy in enumerate(compared):
         if policies.uniform_k(policy, architecture) == architecture.moe.k:
             return list(compared), number
@@ -133,10 +133,10 @@ def _with_full(compared: Sequence[policies.Policy], architecture: Architecture) 
 
 
 def rows(task: Task, measured: Measured) -> list[dict[str, Any]]:
-    """The rows of result.json: each policy's figures and, from the second on, how they differ from the first's.
+    """The rows of result.json: each policy's figures and, from the second on, their differences from the first's.
 
-    Differences are paired by document: `bits_per_byte_increase` is a fraction of the first policy's bits, the others
-    are in the unit of their figure.
+    Differences are paired by document. `bits_per_byte_increase` is a fraction of the first policy's bits per byte; the
+    others have the unit of their figure.
     """
     sizes = np.array([len(document.text.encode()) for document in task.documents])
     count = len(sizes)
@@ -144,7 +144,7 @@ def rows(task: Task, measured: Measured) -> list[dict[str, Any]]:
     headed = np.array([header.document for header in task.headers])
     asked_J, headed_J = np.bincount(asked, minlength=count), np.bincount(headed, minlength=count)
 
-    def of(policy: int) -> list[tuple[str, str, np.ndarray, np.ndarray]]:
+    def rates(policy: int) -> list[tuple[str, str, np.ndarray, np.ndarray]]:
         greedy, sampled = (np.bincount(headed, parses, count) for parses in measured.parses[policy])
         return [
             ("choice_accuracy", "1", np.bincount(asked, measured.right[policy], count), asked_J),
@@ -161,22 +161,22 @@ def rows(task: Task, measured: Measured) -> list[dict[str, Any]]:
             "expert_load_max_over_mean": {"value": load_max_over_mean(one.load_LE), "unit": "1"},
             "unused_experts": {"value": int((one.load_LE == 0).sum()), "unit": "experts"},
         }
-        figures |= {name: figure(ratio(part, whole), unit) for name, unit, part, whole in of(policy)}
+        figures |= {name: figure(ratio(part, whole), unit) for name, unit, part, whole in rates(policy)}
         if policy:
             figures["bits_per_byte_increase"] = figure(paired_ratio(one.bits_J, first.bits_J), "1")
-            for (name, unit, part, whole), (_, _, reference, _) in zip(of(policy), of(0)):
+            for (name, unit, part, whole), (_, _, reference, _) in zip(rates(policy), rates(0)):
                 figures[f"{name}_difference"] = figure(paired_difference(part, reference, whole), unit)
         found.append({"policy": spec.spec, "figures": figures})
     return found
 
 
 def load_max_over_mean(load_LE: np.ndarray) -> float:
-    """The busiest expert's slots over the mean expert's, of the most uneven MoE layer."""
+    """The busiest expert's load over the mean, in the most uneven MoE layer."""
     return float((load_LE.max(axis=1) / load_LE.mean(axis=1)).max())
 
 
 def figure(estimate: Estimate, unit: str) -> dict[str, Any]:
-    """An estimate as result.json holds it."""
+    """An estimate in the format of result.json."""
     return {"value": estimate.value, "unit": unit, "ci95": estimate.ci95}
 
 
@@ -184,7 +184,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """One line per policy, in Markdown; intervals are 95%."""
     columns = {
         "bits per byte": ("bits_per_byte", "{:.3f}"),
-        "more, paired": ("bits_per_byte_increase", "{:+.2%}"),
+        "increase, paired": ("bits_per_byte_increase", "{:+.2%}"),
         "KL to full": ("kl_to_full", "{:.3f}"),
         "next-line choice": ("choice_accuracy", "{:.3f}"),
         "difference": ("choice_accuracy_difference", "{:+.3f}"),
@@ -200,7 +200,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def cell(figure: dict[str, Any] | None, form: str) -> str:
-    """A figure with its interval, as a table shows it; "" where there is none."""
+    """A figure with its interval, for a table; "" if there is no figure."""
     if figure is None:
         return ""
     interval = " ({} to {})".format(*map(form.format, figure["ci95"])) if "ci95" in figure else ""
@@ -208,24 +208,24 @@ def cell(figure: dict[str, Any] | None, form: str) -> str:
 
 
 def write_details(folder: pathlib.Path, task: Task, measured: Measured) -> None:
-    """Writes `documents.csv`, bits of each document under each policy, and `expert_load.csv`, slots of each expert."""
+    """Writes `documents.csv`, each document's bits under each policy, and `expert_load.csv`, each expert's slots."""
     specs = [policy.spec for policy in task.compared]
-    of_documents = [
+    document_lines = [
         [document.source, document.name, len(document.text.encode()), *(f"{bits:.6f}" for bits in bits_P)]
         for document, bits_P in zip(task.documents, zip(*(one.bits_J for one in measured.likelihoods)))
     ]
-    write_csv(folder / "documents.csv", ["source", "name", "bytes", *specs], of_documents)
-    of_experts = [
+    write_csv(folder / "documents.csv", ["source", "name", "bytes", *specs], document_lines)
+    expert_lines = [
         [spec, layer, *load_E]
         for spec, one in zip(specs, measured.likelihoods)
         for layer, load_E in enumerate(one.load_LE.tolist())
     ]
     num_experts = measured.likelihoods[0].load_LE.shape[1]
-    write_csv(folder / "expert_load.csv", ["policy", "moe_layer", *range(num_experts)], of_experts)
+    write_csv(folder / "expert_load.csv", ["policy", "moe_layer", *range(num_experts)], expert_lines)
 
 
 def write_csv(path: pathlib.Path, head: list, lines: list[list]) -> None:
-    """Writes a head and its lines, whole or not at all."""
+    """Writes a header and its lines, atomically."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([head, *lines])
     files.write_atomically(path, text.getvalue())

@@ -1,4 +1,4 @@
-"""A fine-tuned model before and after: figures, tables, and the card that lies beside it."""
+"""A fine-tuned model before and after: figures, tables, and its model card."""
 
 import pathlib
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ def rows(finished: Finished) -> list[dict[str, Any]]:
     """The rows of result.json, one for each policy.
 
     `bits_per_byte_increase` is relative to the full model before, `change` to the same policy before, both paired by
-    document; `recovered` is the share of what the policy cost that is won back, with the better of the full models
-    before and after as the goal, for policies that cost something beyond doubt.
+    document. `recovered` is the share of the policy's cost that was won back, the cost being relative to the better of
+    the full models before and after; only policies whose cost has an interval above zero have it.
     """
     sizes = np.array([len(document.text.encode()) for document in finished.text.reported.documents])
     full = min(finished.before[0].bits_J, finished.after[0].bits_J, key=np.sum)
@@ -38,7 +38,7 @@ def rows(finished: Finished) -> list[dict[str, Any]]:
 
 
 def figures(finished: Finished, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of result.json: of the policy that was trained under, and of the run."""
+    """The figures of result.json: of the trained policy and of the run."""
     [own] = [row["figures"] for row in rows if row["policy"] == finished.trained.spec]
     return own | {
         "training_tokens_per_s": {"value": finished.tokens_per_s, "unit": "token/s"},
@@ -65,13 +65,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def note(config: Config) -> str:
-    """What has to be known of the table: part of the gain may be that of any further training."""
+    """A caveat for the table: part of the gain may come from training longer, not from recovery; "" if none is due."""
     weight = config.objective.language_model
     if not weight:
         return ""
     return (
-        f"The next token has a weight of {weight:g} in the objective, so what is recovered includes what more training "
-        "gives any model; a control with --set policy.spec=model --set objective.distillation=0 tells the two apart."
+        f"The next token has a weight of {weight:g} in the objective, so the gain includes what longer training gives "
+        "any model; a control run with --set policy.spec=model --set objective.distillation=0 measures that part."
     )
 
 
@@ -88,7 +88,7 @@ def write_details(folder: pathlib.Path, finished: Finished) -> None:
 
 
 def model_card(config: Config, finished: Finished, table: str) -> str:
-    """MODEL_CARD.md: from what, how, and with what result the model was tuned."""
+    """MODEL_CARD.md: which model was tuned, how, and with what result."""
     training, objective, tuning = config.training, config.objective, config.finetune
     text, trained = finished.text, finished.trained
     terms = {name: getattr(objective, name) for name in ("language_model", "distillation", "hidden", "sparsity")}
@@ -96,18 +96,20 @@ def model_card(config: Config, finished: Finished, table: str) -> str:
     compared = f" ({objective.direction}, temperature {objective.temperature:g})" if objective.has_teacher else ""
     under = f"k drawn per {tuning.k_drawn_per} from {tuning.k_min} on" if tuning.elastic else f"policy `{trained.spec}`"
     tokens = training.batch_size * training.accumulation * training.sequence_length
-    written = f"{tuning.rollouts:,} texts that the full model wrote, begun as those of " if tuning.rollouts else ""
+    written = f"{tuning.rollouts:,} rollouts of the full model, which continue " if tuning.rollouts else ""
     return f"""# Model card
 
 Fine-tuned by `launch/finetune.py` from `{config.model.path}`, so that it does with fewer experts what it did with all.
 
-- under {under}; trained: {tuning.train}
-- {finished.steps:,} steps of {tokens:,} tokens, the weights as after step {finished.step:,}; AdamW, peak
-  {training.learning_rate:g}, {training.warmup_steps} steps of warm-up, then a cosine; seed {config.run.seed}
+- trained under: {under}; trained parameters: {tuning.train}
+- {finished.steps:,} steps of {tokens:,} tokens; the weights are those after step {finished.step:,}, the best
+- AdamW, peak learning rate {training.learning_rate:g}, {training.warmup_steps} steps of warm-up, then a cosine; seed
+  {config.run.seed}
 - objective: {weighted}{compared}
-- {written}{text.num_documents:,} documents, {text.packed.num_tokens / 1e6:.1f} M tokens; chosen by
-  {len(text.watched.documents)} held-out documents, measured on {len(text.reported.documents)} others;
-  {finished.tokens_per_s:,.0f} tokens/s (median)
+- training text: {written}{text.num_documents:,} documents, {text.packed.num_tokens / 1e6:.1f} M tokens
+- best step chosen on {len(text.watched.documents)} held-out documents; results measured on
+  {len(text.reported.documents)} others
+- {finished.tokens_per_s:,.0f} tokens/s (median)
 
 ![Training curve](training_curve.png)
 
@@ -118,7 +120,7 @@ Fine-tuned by `launch/finetune.py` from `{config.model.path}`, so that it does w
 
 
 def finish(config: Config, folder: pathlib.Path, finished: Finished) -> list[dict[str, Any]]:
-    """Writes card and training curve beside the exported model, and the details; returns the rows of result.json."""
+    """Writes the details, and the card and training curve of the exported model; returns the rows of result.json."""
     found = rows(finished)
     write_details(folder, finished)
     card = model_card(config, finished, table(found))

@@ -1,7 +1,7 @@
-"""One chart of a frontier: what every policy buys and costs at one load, as inline SVG.
+"""One chart of a frontier, as inline SVG: throughput and quality of every policy at one load.
 
-Gain of throughput runs to the right, more bits per byte upwards: the lower right is better. Colours are left to the
-page: every mark carries the class of its policy's kind.
+The x axis is the gain in throughput, the y axis the increase of bits per byte: the lower right is better. The page sets
+the colours, by the class of each mark, which is its policy's kind.
 """
 
 import math
@@ -13,8 +13,8 @@ from typing import NamedTuple
 from moe_jax.report.frontier_table import gain_text, increase_text
 from moe_jax.study.frontier import LIMITS, Point
 
-CEILING = 0.1  # a policy that is worse than that is named below the chart, and would squeeze all others in it
-SHAPES = {  # of the marks, by what decides: one number, the layer, the token, or the rows of a step together
+CEILING = 0.1  # worse policies would squeeze the others together: they are listed below the chart
+SHAPES = {  # of marks, by what decides on the experts: one number, the layer, the token, or all rows of a step
     "model": "disc",
     "topk": "disc",
     "renormalize": "disc",
@@ -41,34 +41,34 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 36, 302, 22, 272
 _LINEAR = 0.005  # increases are spread evenly up to about here, and by their logarithm above
 _TICKS = (0, 0.005, 0.01, 0.02, 0.05, 0.1)
 _LONGEST_LABEL = 22
-_LETTER = 6.6  # width of one at 12 px; wide enough for the fonts that systems ship
+_LETTER = 6.6  # width of a letter at 12 px; enough for the fonts that systems ship
 _NEAR = 11  # between the centre of a mark and its label
 
 
 class Bounds(NamedTuple):
-    """What a chart spans, in fractions over the full model."""
+    """The ranges of a chart's axes, as fractions over the full model."""
 
     gain: tuple[float, float]
     increase: tuple[float, float]
 
     def x(self, gain: float) -> float:
-        """Where a gain lies, in pixels."""
+        """The x coordinate of a gain, in pixels."""
         low, high = self.gain
         return _LEFT + (min(max(gain, low), high) - low) / (high - low) * (_RIGHT - _LEFT)
 
     def y(self, increase: float) -> float:
-        """Where an increase lies, in pixels."""
+        """The y coordinate of an increase, in pixels."""
         low, high = (math.asinh(end / _LINEAR) for end in self.increase)
         part = (math.asinh(increase / _LINEAR) - low) / (high - low)
         return _BOTTOM - min(max(part, 0), 1) * (_BOTTOM - _TOP)
 
     def at(self, point: Point) -> tuple[float, float]:
-        """Where a point lies, in pixels."""
+        """The coordinates of a point, in pixels."""
         return self.x(point.speed.gain.value), self.y(point.quality.increase.value)
 
 
 def kind_of(policy: str) -> str:
-    """The kind that colours a spec: of a composed one, the last that is not merely uniform, else the last."""
+    """The kind that colours a spec: its last part's, skipping `topk` and `renormalize` if there are other parts."""
     kinds = [part.partition(":")[0] for part in policy.split("+")]
     telling = [kind for kind in kinds if kind not in ("topk", "renormalize")] or kinds
     return telling[-1] if telling[-1] in SHAPES else OTHER
@@ -81,7 +81,7 @@ def mark(policy: str) -> str:
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other beats in both, slowest first; of equals, the one that comes first."""
+    """The points that no other beats in both quality and speed, slowest first; of equal points, the first."""
     found, least = [], math.inf
     for point in sorted(points, key=lambda point: (-point.speed.gain.value, point.quality.increase.value)):
         if point.quality.increase.value < least:
@@ -91,16 +91,16 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def chart(points: Sequence[Point], numbers: dict[str, int], recommended: Collection[str]) -> str:
-    """All points of one load that are at most `CEILING` worse.
+    """Draws the points of one load that are at most `CEILING` worse.
 
     Args:
         points: of one load.
-        numbers: of every policy; its marks and label carry the class `p` and its number.
+        numbers: policy -> number; marks and labels of a policy have the class `p` with its number.
         recommended: the policies to ring.
     """
     drawn = [point for point in points if point.quality.increase.value <= CEILING]
     best, bounds = front(drawn), _bounds(drawn)
-    drawn.sort(key=lambda point: (point in best, point.policy in recommended))  # the last lies on top
+    drawn.sort(key=lambda point: (point in best, point.policy in recommended))  # the last is drawn on top
     named = sorted(
         (point for point in drawn if point in best or point.policy in recommended or point.uniform),
         key=lambda point: (point.policy not in recommended, point not in best),
@@ -142,7 +142,7 @@ def _axes(bounds: Bounds) -> str:
 
 
 def _round_steps(low: float, high: float) -> list[float]:
-    """Round numbers from low to high, three to seven of them."""
+    """Three to seven round numbers from low to high."""
     rough = (high - low) / 5
     power = 10 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= rough * 0.99)
@@ -156,7 +156,7 @@ def _uniform(points: Sequence[Point], bounds: Bounds) -> list[tuple[float, float
 
 
 def _stairs(best: Sequence[Point], bounds: Bounds) -> list[tuple[float, float]]:
-    """The corners of the front: between two of its policies, the worse of them is the best there is."""
+    """The corners of the front, a staircase: between two of its policies, the worse one is the best available."""
     places = [bounds.at(point) for point in best]
     return places[:1] + [corner for (x, _), (u, v) in pairwise(places) for corner in ((x, v), (u, v))]
 
@@ -175,7 +175,7 @@ def _whiskers(point: Point, bounds: Bounds, numbers: dict[str, int]) -> str:
 
 def _marked(point: Point, bounds: Bounds, numbers: dict[str, int], on_front: bool, ringed: bool) -> str:
     x, y = bounds.at(point)
-    told = (
+    tooltip = (
         f"{point.policy}: throughput {gain_text(point)}, {point.speed.tokens_per_s:,.0f} tokens/s; "
         f"bits per byte {increase_text(point)}"
     )
@@ -183,7 +183,7 @@ def _marked(point: Point, bounds: Bounds, numbers: dict[str, int], on_front: boo
     dominated = "" if on_front else " dominated"
     return (
         f'<g class="mark{dominated} p{numbers[point.policy]}" transform="translate({x:.1f} {y:.1f})">'
-        f"<title>{escape(told)}</title>{ring}{mark(point.policy)}</g>"
+        f"<title>{escape(tooltip)}</title>{ring}{mark(point.policy)}</g>"
     )
 
 
@@ -194,21 +194,21 @@ class _Box(NamedTuple):
     bottom: float
 
     def meets(self, other: "_Box") -> bool:
-        """Whether two boxes share any area."""
+        """Whether two boxes overlap."""
         across = self.left < other.right and other.left < self.right
         return across and self.top < other.bottom and other.top < self.bottom
 
     def distance(self, x: float, y: float) -> float:
-        """From a place to the nearest of the box."""
+        """Distance from a place to the box."""
         return math.dist((x, y), self.nearest(x, y))
 
     def nearest(self, x: float, y: float) -> tuple[float, float]:
-        """What of the box is nearest to a place."""
+        """The place in the box that is nearest to the given one."""
         return min(max(x, self.left), self.right), min(max(y, self.top), self.bottom)
 
 
 def short(policy: str) -> str:
-    """A spec as its label in a chart: `k=4` for uniform k, `+none` for `+renormalize:none`, a long one's beginning."""
+    """The label of a spec in a chart: `k=4` for uniform k, `+none` for `+renormalize:none`; long ones are cut."""
     kind, _, k = policy.partition(":")
     if kind == "topk" and k.isdigit():
         return f"k={k}"
@@ -219,7 +219,7 @@ def short(policy: str) -> str:
 
 
 def _along(corners: Sequence[tuple[float, float]]) -> list[_Box]:
-    """Small boxes along a line, for labels to keep off."""
+    """Small boxes along a line, which labels should not cover."""
     found = []
     for (x, y), (u, v) in pairwise(corners):
         steps = max(1, round(math.hypot(u - x, v - y) / 5))
@@ -236,10 +236,10 @@ def _labels(
     bounds: Bounds,
     numbers: dict[str, int],
 ) -> list[str]:
-    """Labels beside their marks, or a little away at the end of a line; one that fits nowhere is left to its tooltip.
+    """Labels beside their marks, or a little away with a leader line; a label that fits nowhere is left out.
 
-    None lies on a mark or on another label, nor on what is `avoided` where there is room elsewhere; and one without a
-    line of its own lies nearest to its own mark.
+    Labels do not cover marks or other labels, and cover `avoided` boxes only where there is no other room. A label
+    without a leader is nearer to its own mark than to any other.
     """
     taken, found = [_Box(x - 7, y - 6, x + 7, y + 6) for x, y in marks], []
     for point in named:
@@ -264,7 +264,7 @@ def _labels(
 def _place(
     x: float, y: float, width: float, taken: Sequence[_Box], others: Sequence[tuple[float, float]]
 ) -> tuple[_Box, bool] | None:
-    """The nearest free box for a text of that width beside a mark, and whether it needs a line to it."""
+    """The nearest free box for a text of the given width around a mark, and whether it needs a leader line."""
     for distance in (_NEAR, 18, 30, 44):
         for across, down in ((1, 0), (-1, 0), (0, 1), (0, -1), (1, 1), (-1, 1), (1, -1), (-1, -1)):
             length = distance if 0 in (across, down) else distance * 0.8

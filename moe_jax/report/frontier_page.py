@@ -1,6 +1,6 @@
-"""A frontier as one HTML page that stands alone: which policy to choose at each load, and all that speaks for it.
+"""A frontier as one self-contained HTML page: which policy to choose at each load, and all measurements.
 
-The page asks nothing of a network and runs no script. What is picked above its charts is marked by CSS alone.
+The page needs no network and runs no script: CSS alone highlights the policy picked above the charts.
 """
 
 import importlib.resources
@@ -21,7 +21,7 @@ body:has(#pick{0}:checked) :is(tr.p{0},tr.p{0}>th){{background:var(--picked)}}""
 
 
 def page(frontier: Frontier) -> str:
-    """The whole page, as text. At least one policy of every load has to be within each limit, as `model` is."""
+    """The page, as HTML. At every load at least one policy must be within each limit, as `model` always is."""
     numbers = {policy: number for number, policy in enumerate(dict.fromkeys(p.policy for p in frontier.points))}
     chosen = choices(frontier)
     style = importlib.resources.files("moe_jax.report").joinpath("frontier_page.css").read_text()
@@ -62,12 +62,12 @@ def _loads(points: Iterable[Point]) -> list[int]:
 
 
 def _two_lines(value: str, small: str, unit: str = "") -> str:
-    """A value above its interval; the unit shows where the screen is too narrow for a head of the column."""
+    """A value above its interval; the unit is shown where the screen is too narrow for a column head."""
     return f"<b>{value}</b><span class=unit>{unit}</span> <small>{small}</small>"
 
 
 def _estimate(estimate: Estimate, decimals: int = 1, unit: str = "") -> str:
-    """A change in percent above the ends of its interval; no interval where it has no width."""
+    """A change in percent above its interval, which is left out if it has no width."""
     low, high = (signed(end, decimals) for end in estimate.ci95)
     interval = "" if low == high else f"{low.removesuffix('%')} to {high}"
     return _two_lines(signed(estimate.value, decimals), interval, unit)
@@ -77,10 +77,10 @@ def _recommended(chosen: Sequence[Choice], numbers: dict[str, int]) -> str:
     most = max([0.01, *(choice.best.speed.gain.value for choice in chosen)])
     blocks = []
     for limit in LIMITS:
-        of_limit = [choice for choice in chosen if choice.limit == limit]
-        best = _span([choice.best for choice in of_limit])
-        uniform = _span([choice.uniform for choice in of_limit])
-        rows = "\n".join(_recommended_row(choice, most, numbers) for choice in of_limit)
+        within = [choice for choice in chosen if choice.limit == limit]
+        best = _span([choice.best for choice in within])
+        uniform = _span([choice.uniform for choice in within])
+        rows = "\n".join(_recommended_row(choice, most, numbers) for choice in within)
         blocks.append(f"""<div>
 <h3>At most {limit * 100:g}% worse</h3>
 <p class="lead"><b>{best}</b> throughput, <span>best uniform k: {uniform}</span></p>
@@ -94,15 +94,15 @@ def _recommended(chosen: Sequence[Choice], numbers: dict[str, int]) -> str:
 </div>""")
     return f"""<section id="recommended">
 <h2>Recommended at each load</h2>
-<p>The fastest policy whose bits per byte rise by no more than the limit, at the upper end of the 95% interval; changes
-are against the full model at the same load. Bars: throughput gained, above by the recommendation, below by the best
-uniform k.</p>
+<p>The fastest policy whose bits per byte rise by no more than the limit, at the upper end of the 95% interval. Changes
+are relative to the full model at the same load. Bars: gain in throughput, of the recommendation above, of the best
+uniform k below.</p>
 {"".join(blocks)}
 </section>"""
 
 
 def _span(points: Sequence[Point]) -> str:
-    """From the least gain to the greatest."""
+    """The smallest and the largest gain."""
     low, high = (signed(end(point.speed.gain.value for point in points), 0) for end in (min, max))
     return low if low == high else f"{low} to {high}"
 
@@ -149,15 +149,15 @@ def _charts(points: Sequence[Point], chosen: Sequence[Choice], numbers: dict[str
         ("model", "one k"),
         ("layers", "by layer"),
         ("ratio", "by token"),
-        ("budget", "by the rows of a step together"),
+        ("budget", "by all rows of a step"),
     )
     key = "".join(f"<li>{_glyph(kind)} {words}</li>" for kind, words in shapes)
     return f"""<section id="frontier" class="board">
 <h2>Quality against throughput</h2>
-<p>Lower right is better. The dark stairs are the frontier: what nothing else beats in both. The dashed line joins
-uniform k; rings mark what is recommended; red lines the limits. Whiskers: 95% intervals upwards, quartiles sideways.
-Heights are linear to about 0.5% and logarithmic above. The scale of throughput is each chart&#8217;s own. Pick a
-policy to find it in every chart and table.</p>
+<p>Lower right is better. The dark staircase is the frontier: the policies that no other beats in both quality and
+speed. The dashed line joins uniform k, rings mark recommended policies, and red lines the limits. Whiskers: 95%
+intervals vertically, quartiles horizontally. The vertical scale is linear up to about 0.5% and logarithmic above; the
+horizontal one differs between charts. Pick a policy to highlight it in every chart and table.</p>
 <ul class="key">{key}</ul>
 <div class="picks"><input type="radio" name="pick" id="pick" checked><label for="pick">all</label>{picks}</div>
 <div class="charts">
@@ -198,8 +198,8 @@ def _heat_map(points: Sequence[Point], numbers: dict[str, int]) -> str:
     head = "".join(f"<th>{layer}</th>" for layer in layers)
     return f"""<section id="layers">
 <h2>Experts kept in each MoE layer</h2>
-<p>Mean over tokens, from the quality run; the stronger the colour the more, up to {most:.3g}. Where what is kept
-depends on the load, the row is of the concurrency named in it.</p>
+<p>Mean over tokens, from the quality run; a stronger colour means more, up to {most:.3g}. Where the number depends on
+the load, the row names its concurrency.</p>
 <div class="scroll" tabindex="0"><table class="heat" style="--columns:{len(layers)}">
 <thead><tr><th>MoE layer</th>{head}<th>mean</th></tr></thead>
 <tbody>
@@ -225,7 +225,7 @@ def _everything(points: Sequence[Point], numbers: dict[str, int]) -> str:
 <div class="scroll" tabindex="0"><table class="all">
 <thead><tr><th>Policy</th><th>Throughput<small>tokens/s</small></th><th>Gain<small>quartiles</small></th>
 <th>Bits per byte<small>95% interval</small></th><th>Increase<small>95% interval</small></th>
-<th>Step<small>ms, quartiles</small></th><th>Read per step<small>at the least</small></th>
+<th>Step<small>ms, quartiles</small></th><th>Bytes per step<small>at least</small></th>
 <th>Kept<small>experts per token</small></th><th>Distinct, timed<small>experts per layer</small></th>
 <th>Distinct, quality<small>experts per layer</small></th></tr></thead>
 <tbody>
@@ -234,8 +234,8 @@ def _everything(points: Sequence[Point], numbers: dict[str, int]) -> str:
 </table></div></details>""")
     return f"""<section id="everything">
 <h2>Everything measured</h2>
-<p>Distinct experts are those that one MoE layer runs in one decode step of that many rows, a mean; the timed model and
-the one of known quality each have their own.</p>
+<p>Distinct experts: the mean number that one MoE layer runs in one decode step at this concurrency, for the timed model
+and for the model on which quality was measured.</p>
 {"".join(blocks)}
 </section>"""
 
@@ -260,7 +260,7 @@ def _row(point: Point, numbers: dict[str, int]) -> str:
 
 
 def _three_digits(value: float) -> str:
-    """At least three digits, and all before the point."""
+    """A number with three significant digits, or all digits before the point if there are more."""
     return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
@@ -274,18 +274,18 @@ def _reading(frontier: Frontier) -> str:
 <h2>How to read the numbers</h2>
 <dl>
 <dt>Concurrency</dt><dd>The rows of one decode step: requests that are decoded together.</dd>
-<dt>Policy</dt><dd>The setting that keeps fewer of the experts a router chose, as <code>policy.spec</code> takes it.
+<dt>Policy</dt><dd>Which of the experts that the router chose are kept; the value of <code>policy.spec</code>.
 <code>model</code> is the full model; <code>topk:k</code> keeps the same k everywhere, which is uniform
-k. <code>renormalize:none</code>, in charts <code>+none</code>, leaves the weights of what is kept as they are in the
-full model; left out, the model&#8217;s own rule holds.</dd>
+k. <code>renormalize:none</code>, in charts <code>+none</code>, gives the kept experts the weights that they have in the
+full model; without it, the model&#8217;s own rule applies.</dd>
 <dt>Quality</dt><dd>Bits per byte of held-out text, of {escape(frontier.quality_subject)}. An increase is a fraction of
 the full model&#8217;s bits per byte, paired by document; its interval holds 95% of resamplings of whole documents.</dd>
 <dt>Throughput</dt><dd>Tokens per second of all rows together at the median step, of
-{escape(frontier.speed_subject)}. A gain is over the full model in the same rounds; its interval, as that of
-milliseconds, is the quartiles over rounds, not a 95% interval.</dd>
-<dt>Two models</dt><dd>Where the two models named above differ, a recommendation assumes that the policy costs the timed
-model as much quality as it cost the other: measure it there before relying on it.</dd>
-<dt>Read per step</dt><dd>Bytes that a step has to read and write at the least, not a measurement.</dd>
+{escape(frontier.speed_subject)}. A gain is over the full model in the same rounds. Intervals of gains and milliseconds
+are quartiles over rounds, not 95% intervals.</dd>
+<dt>Two models</dt><dd>If quality and speed come from different models, a recommendation assumes that the policy costs
+the timed model as much quality as the other one: measure that before relying on it.</dd>
+<dt>Bytes per step</dt><dd>The least that a step has to read and write; computed, not measured.</dd>
 <dt>Machine</dt><dd>{escape(frontier.machine)}.</dd>
 </dl>
 </section>"""

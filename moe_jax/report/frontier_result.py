@@ -4,7 +4,7 @@ from moe_jax.study.frontier import Frontier, choices
 
 
 def figures(frontier: Frontier) -> dict[str, dict]:
-    """What the recommended policies gain, and the best uniform k."""
+    """The gains of the recommended policies and of the best uniform k."""
     found = {}
     for choice in choices(frontier):
         where = f"at_{choice.concurrency}_for_{1e3 * choice.limit:.0f}_per_mille"
@@ -19,7 +19,7 @@ def figures(frontier: Frontier) -> dict[str, dict]:
 
 
 def rows(frontier: Frontier) -> list[dict]:
-    """Every point: a policy at a load."""
+    """One row per point, a policy at a load."""
     found = []
     for point in frontier.points:
         quality, speed = point.quality, point.speed

@@ -1,4 +1,4 @@
-"""A frontier as text: every point as CSV, and what to choose as a short Markdown table."""
+"""A frontier as text: all points as CSV, and recommendations and gains as Markdown tables."""
 
 import csv
 import io
@@ -9,32 +9,32 @@ from moe_jax.study.frontier import Choice, Frontier, Point, choices
 
 
 def signed(fraction: float, decimals: int = 1) -> str:
-    """A change in percent, with its sign and a true minus; what rounds to nothing has no sign."""
+    """A change in percent, with its sign and a typographic minus; no sign if it rounds to zero."""
     text = f"{fraction:+.{decimals}%}"
     return text[1:] if float(text[:-1]) == 0 else text.replace("-", "−")
 
 
 def with_interval(estimate: Estimate, decimals: int = 1) -> str:
-    """A change in percent and the ends of its interval, where that has a width."""
+    """A change in percent with its interval, which is left out if it has no width."""
     low, high = (signed(end, decimals) for end in estimate.ci95)
     return signed(estimate.value, decimals) + (f" ({low} to {high})" if low != high else "")
 
 
 def gain_text(point: Point) -> str:
-    """The gain of throughput over the full model, with its quartiles."""
+    """The gain in throughput over the full model, with its quartiles."""
     return with_interval(point.speed.gain)
 
 
 def increase_text(point: Point) -> str:
-    """How many more bits per byte than the full model, with the 95% interval."""
+    """The increase of bits per byte over the full model, with its 95% interval."""
     return with_interval(point.quality.increase, 2)
 
 
 def to_csv(frontier: Frontier) -> str:
-    """One line per point, under a head; numbers in full, so that reading them back gives the same.
+    """A header and one line per point, with numbers in full precision.
 
-    Fractions over the full model are plain numbers (0.01 is one percent). Columns of layers are as many as the deepest
-    point has.
+    Fractions over the full model are plain numbers (0.01 is one percent). There is one `kept_layer_` column for each
+    MoE layer of the deepest point.
     """
     layers = max(len(point.quality.kept_L) for point in frontier.points)
     head = [*_columns(frontier.points[0]), *(f"kept_layer_{layer}" for layer in range(layers))]
@@ -71,12 +71,12 @@ def _estimate(name: str, estimate: Estimate | None) -> dict[str, float | str]:
 
 
 def table(frontier: Frontier) -> str:
-    """What to choose at each load beside the best uniform k, then what each policy gains at each load, in Markdown."""
+    """In Markdown: the recommendation and the best uniform k at each load, then each policy's gain at each load."""
     return f"{_choices_table(choices(frontier))}\n\n{_gains_table(frontier.points)}"
 
 
 def _choices_table(chosen: Sequence[Choice]) -> str:
-    lines = ["| concurrency | at most worse | policy | gain | more bits per byte | uniform | gain | over it |"]
+    lines = ["| concurrency | limit | policy | gain | more bits per byte | uniform | gain | over uniform |"]
     lines.append("|--:" * 8 + "|")
     for choice in chosen:
         lines.append(
@@ -88,7 +88,7 @@ def _choices_table(chosen: Sequence[Choice]) -> str:
 
 
 def _gains_table(points: Sequence[Point]) -> str:
-    """Policies by loads: the gain of throughput."""
+    """The gain in throughput, one row per policy and one column per load."""
     loads = sorted({point.concurrency for point in points})
     gains = {(point.policy, point.concurrency): signed(point.speed.gain.value) for point in points}
     lines = ["| gain at concurrency | " + " | ".join(map(str, loads)) + " |", "|---|" + "--:|" * len(loads)]

@@ -1,4 +1,4 @@
-"""What lm-evaluation-harness found under each policy, as figures and as a table."""
+"""The results of lm-evaluation-harness under each policy, as figures and as a table."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,19 +9,19 @@ from moe_jax.evaluation.intervals import Estimate, paired_difference, ratio
 
 _UNITS = {"bits_per_byte": "bit/byte"}
 _Z95 = 1.96  # standard errors on each side of a 95% interval
-_AGREE = 1e-6  # relative, between the harness's figure and the ratio that is resampled
+_AGREE = 1e-6  # relative tolerance between the harness's figure and the ratio that is resampled
 
 
 def rows(specs: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of result.json: each policy's figures and, from the second on, how they differ from the first's.
+    """The rows of result.json: each policy's figures and, from the second on, their differences from the first's.
 
-    A figure is called TASK/METRIC, and TASK/METRIC/FILTER where a task filters answers; its value is the harness's own.
-    Where that is a mean, or a ratio of sums, over documents, its interval and the difference come from resampling
-    documents, in pairs; else the interval is the harness's standard error, and there is no difference.
+    A figure is named TASK/METRIC, or TASK/METRIC/FILTER if the task filters answers; its value is the harness's own.
+    If that is a mean, or a ratio of sums, over documents, the interval and the difference come from resampling
+    documents, in pairs. Otherwise the interval is from the harness's standard error, and there is no difference.
 
     Args:
         specs: of the policies.
-        results: of each, what `lm_eval.simple_evaluate` returns, samples included.
+        results: for each policy, what `lm_eval.simple_evaluate` returns, samples included.
     """
     found = []
     for spec, result in zip(specs, results):
@@ -39,7 +39,7 @@ def rows(specs: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[dic
 
 
 def _metrics(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Task or group, metric and filter of each figure; what lies beside them, as standard errors do, is left out."""
+    """Task or group, metric and filter of each figure; standard errors and other entries are left out."""
     keys = [(task, *key.partition(",")[::2]) for task, found in result["results"].items() for key in found]
     return [
         (task, metric, chosen)
@@ -65,7 +65,7 @@ def _resampled(result: Mapping[str, Any], task: str, metric: str, chosen: str) -
 
 
 def _parts(result: Mapping[str, Any], task: str, metric: str, chosen: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Of each document, what is summed above and below the line; None where the figure is no such ratio."""
+    """Each document's part of the numerator and of the denominator; None if the figure is not a ratio of such sums."""
     samples = [one for one in result.get("samples", {}).get(task, ()) if one.get("filter") == chosen]
     samples = sorted((one for one in samples if metric in one), key=lambda one: one["doc_id"])
     values = [one[metric] for one in samples]

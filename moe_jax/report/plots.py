@@ -9,9 +9,9 @@ from matplotlib.figure import Figure
 
 
 def draw_training_curve(metrics: pathlib.Path) -> bytes:
-    """Loss of training in bits per token beside held-out bits per byte, over steps, from `metrics.jsonl`.
+    """Draws training loss (bits per token) and held-out bits per byte over steps, from `metrics.jsonl`.
 
-    The loss is that of the next token and, where the full model teaches, the divergence from it.
+    The training loss is that of the next token and, with a teacher, the divergence from it.
     """
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     held_out = [(line["step"], line["bits_per_byte"]) for line in lines if "bits_per_byte" in line]

@@ -1,4 +1,4 @@
-"""What is done with a model once it is trained: exported, measured as exported, and described in its card."""
+"""Exports a trained model, measures the export, and writes its model card."""
 
 import dataclasses
 import json
@@ -25,12 +25,12 @@ from moe_jax.training.pretraining import Text
 
 
 class Row(NamedTuple):
-    """One policy on the held-out text."""
+    """The results of one policy on the held-out text."""
 
     policy: str
     bits_per_byte: Estimate
-    worse: Estimate | None  # than the first policy, as a fraction; paired
-    load_max_over_mean: float  # of the worst MoE layer
+    worse: Estimate | None  # increase of bits per byte over the first policy, a fraction, paired by document
+    load_max_over_mean: float  # of the most uneven MoE layer
     unused_experts: int  # in all MoE layers
 
 
@@ -39,19 +39,19 @@ class Finished(NamedTuple):
 
     rows: Sequence[Row]
     xz: float  # bits per byte of the same text by `xz -9e`
-    xz_primed: float  # the same, the compressor having read the training text
+    xz_primed: float  # the same, after the compressor has read the training text
     tokens_per_s: float  # median over the run
     parameters: int
-    active_parameters: int  # that one token reads, with the model's own k
+    active_parameters: int  # read for one token, with the model's own k
 
 
 def require_policies(config: Config, execution: Execution) -> None:
-    """Raises ValueError where a policy of `evaluation.policies` does not fit the model, before hours are spent."""
+    """Raises ValueError if a policy of `evaluation.policies` does not fit the model, before hours of training."""
     policies.settings([parse(spec) for spec in config.evaluation.policies], execution.architecture, execution.k_max)
 
 
 def finish(config: Config, folder: pathlib.Path, text: Text, execution: Execution, params: Params) -> Finished:
-    """Exports the trained model to `folder/model`, with its tokenizer, curve and card, and measures it as exported."""
+    """Exports the trained model to `folder/model` with tokenizer, curve and card, and measures the export."""
     metrics = folder / "metrics.jsonl"
     begun = checkpoint.begun(config.architecture, text.tokenizer)
     files_beside = {**begun.files, "training_curve.png": draw_training_curve(metrics)}
@@ -100,24 +100,25 @@ def _measure(config: Config, text: Text, execution: Execution, params: Params) -
 
 
 def figures(finished: Finished) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The figures of result.json: of the first policy and of the run, and one row per policy."""
+    """The figures of result.json, of the first policy and of the run; and its rows, one per policy."""
 
-    def of(row: Row) -> dict[str, Any]:
-        of_row = {
+    def row_figures(row: Row) -> dict[str, Any]:
+        found = {
             "bits_per_byte": _figure(row.bits_per_byte, "bit/byte"),
             "expert_load_max_over_mean": {"value": row.load_max_over_mean, "unit": "1"},
             "unused_experts": {"value": row.unused_experts, "unit": "experts"},
         }
-        return of_row | ({"worse_than_first": _figure(row.worse, "1")} if row.worse else {})
+        return found | ({"worse_than_first": _figure(row.worse, "1")} if row.worse else {})
 
-    of_run = {
+    run_figures = {
         "xz_bits_per_byte": {"value": finished.xz, "unit": "bit/byte"},
         "xz_primed_bits_per_byte": {"value": finished.xz_primed, "unit": "bit/byte"},
         "training_tokens_per_s": {"value": finished.tokens_per_s, "unit": "token/s"},
         "parameters": {"value": finished.parameters, "unit": "1"},
         "active_parameters": {"value": finished.active_parameters, "unit": "1"},
     }
-    return of(finished.rows[0]) | of_run, [{"policy": row.policy, "figures": of(row)} for row in finished.rows]
+    rows = [{"policy": row.policy, "figures": row_figures(row)} for row in finished.rows]
+    return rows[0]["figures"] | run_figures, rows
 
 
 def _figure(estimate: Estimate, unit: str) -> dict[str, Any]:
@@ -141,7 +142,7 @@ def table(finished: Finished) -> str:
 
 
 def model_card(config: Config, text: Text, finished: Finished) -> str:
-    """MODEL_CARD.md: what the model is, what it was trained on, and how well it does."""
+    """MODEL_CARD.md: what the model is, what it was trained on, and how good it is."""
     moe, decoder, attention, training = config.moe, config.decoder, config.attention, config.training
     seen_M = training.steps * training.batch_size * training.sequence_length / 1e6
     held_out_MB = sum(len(document.text.encode()) for document in text.held_out) / 1e6
@@ -151,8 +152,8 @@ def model_card(config: Config, text: Text, finished: Finished) -> str:
     return f"""# Model card
 
 A fine-grained Mixture-of-Experts decoder, trained from scratch by `launch/train.py` and exported in the
-`{families.OWN.model_type}` layout: {finished.parameters:,} parameters, of which one token reads
-{finished.active_parameters:,}. It completes Python source text; it knows nothing else and follows no instructions.
+`{families.OWN.model_type}` layout: {finished.parameters:,} parameters, {finished.active_parameters:,} of them active
+per token. It completes Python source text; it knows nothing else and follows no instructions.
 
 ## Shape
 
@@ -165,17 +166,17 @@ A fine-grained Mixture-of-Experts decoder, trained from scratch by `launch/train
 ## Training
 
 - {training.steps:,} steps of {training.batch_size} x {training.sequence_length} tokens: {seen_M:.1f} M tokens seen, of
-  {text.packed.num_tokens / 1e6:.1f} M there are; k = {moe.k} throughout; dropless; float32; seed {config.run.seed}
-- AdamW, peak {training.learning_rate:g}, {training.warmup_steps} steps of warm-up, then a cosine
-- loads balanced by the selection bias (step {training.balance_bias_rate:g}) and the load loss of Switch Transformer
-  ({training.balance_loss:g})
+  {text.packed.num_tokens / 1e6:.1f} M in the text; k = {moe.k} throughout; dropless; float32; seed {config.run.seed}
+- AdamW, peak learning rate {training.learning_rate:g}, {training.warmup_steps} steps of warm-up, then a cosine
+- expert load balanced by the selection bias (step {training.balance_bias_rate:g}) and the load loss of Switch
+  Transformer (weight {training.balance_loss:g})
 - {finished.tokens_per_s:,.0f} tokens/s (median)
 
 ![Training curve](training_curve.png)
 
 ## Quality
 
-Measured on the weights as exported, computing in float32, on the whole held-out text ({len(text.held_out)} files,
+Measured on the exported weights, in float32, on the whole held-out text ({len(text.held_out)} files,
 {held_out_MB:.2f} MB; `assets/text`), in windows of {decoder.max_context} tokens that overlap by a quarter. Intervals
 resample files; "worse" is relative to the first policy, paired by file.
 
@@ -186,9 +187,9 @@ training text.
 
 ## Data
 
-Python sources of these packages as installed, without generated and data-like files, without the held-out files and
-without near-duplicates of them. Each is permissively licensed by its own statement; `assets/text/LICENSES` holds the
-licences. The weights are released under Apache-2.0.
+Python sources of these packages as installed, without generated and data-like files, held-out files, and
+near-duplicates of held-out files. Each package states a permissive licence; `assets/text/LICENSES` has the licences.
+The weights are released under Apache-2.0.
 
 | source | files | MB |
 |---|---|---|

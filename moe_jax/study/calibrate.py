@@ -1,4 +1,4 @@
-"""Measures a `Calibration` of a model on text: how a token's weights fall off, and which experts are alike."""
+"""Measures a model's `Calibration` on text: the ratios of a token's expert weights, and which experts are alike."""
 
 import dataclasses
 import functools
@@ -18,21 +18,21 @@ from moe_jax.routing.policies.parse import MODEL_OWN
 from moe_jax.routing.router import route
 from moe_jax.routing.selection import top_slots
 
-ROWS = 8  # sequences at a time
-SAMPLED = 64  # tokens of those whose way through every expert is compared
+ROWS = 8  # sequences per batch
+SAMPLED = 64  # tokens per batch that run through every expert, to compare experts
 
 
 def rows_of(documents: Sequence[np.ndarray], length: int, count: int) -> np.ndarray:
-    """tokens_JT: the beginnings of the first so many documents that are long enough, in whole batches.
+    """tokens_JT: the first `length` tokens of up to `count` documents that are long enough, in whole batches.
 
     Raises:
-        ValueError: there are too few.
+        ValueError: fewer than `ROWS` documents are long enough.
     """
     long_enough = [tokens[:length] for tokens in documents if len(tokens) >= length][: count - count % ROWS]
     if len(long_enough) < ROWS:
         raise ValueError(
-            f"text.sources: {len(long_enough)} documents of {length} tokens or more; expected at least {ROWS}, to "
-            "calibrate on"
+            f"text.sources: expected at least {ROWS} documents of {length} tokens or more to calibrate on, got "
+            f"{len(long_enough)}"
         )
     return np.asarray(long_enough[: len(long_enough) - len(long_enough) % ROWS], np.int32)
 
@@ -40,16 +40,16 @@ def rows_of(documents: Sequence[np.ndarray], length: int, count: int) -> np.ndar
 def measure(params: decoder.Params, tokens_JT: np.ndarray, execution: decoder.Execution) -> Calibration:
     """Runs the full model on rows of tokens.
 
-    Of each token, w_i / w_1 is taken over the slots i = 2 to k in the order of their weights. Two experts are alike by
-    the cosine between what they make of the same tokens, all of them laid end to end, whether routed there or not.
+    The weight ratios of a token are w_i / w_1 for its slots i = 2 to k, heaviest first. The similarity of two experts
+    is the cosine between their outputs for the same tokens, concatenated over tokens, whether routed there or not.
 
     Args:
-        params: as `decoder.split` gives them.
+        params: from `decoder.split`.
         tokens_JT: a multiple of `ROWS` rows.
-        execution: the static half.
+        execution: of the full model.
 
     Raises:
-        NotFiniteError: what is measured is NaN or infinite.
+        NotFiniteError: a measured number is NaN or infinite.
     """
     architecture = execution.architecture
     live = policies.settings([MODEL_OWN] * ROWS, architecture, execution.k_max)
@@ -64,12 +64,12 @@ def measure(params: decoder.Params, tokens_JT: np.ndarray, execution: decoder.Ex
             router = {name: value[index] for name, value in params[stack]["router"].items()}
             with_own_k = dataclasses.replace(moe, k=architecture.k_L[column], k_of_layers=())
             ratios[column].append(np.asarray(_ratios(x_LND[column], router, moe=with_own_k)))
-            own = slice(moe.num_experts)  # the others have no likeness to any
+            own = slice(moe.num_experts)  # a layer with fewer experts leaves the other entries zero
             gram_EE = _gram(x_LND[column, sample], experts["gate_up_LEIFD"][index], experts["down_LEDF"][index])
             gram_LEE[column, own, own] += gram_EE
     norm_LE = np.sqrt(np.maximum(np.einsum("lee->le", gram_LEE), np.finfo(np.float32).tiny))
-    require_finite(gram_LEE, "what experts make of tokens", params)
-    medians = [np.median(of_layer) if of_layer.size else 1.0 for of_layer in map(np.concatenate, ratios)]
+    require_finite(gram_LEE, "the outputs of experts", params)
+    medians = [np.median(values) if values.size else 1.0 for values in map(np.concatenate, ratios)]
     require_finite(np.array(medians), "the weights of experts", params)
     return Calibration(
         np.array(medians, np.float32),
@@ -87,7 +87,7 @@ def _ratios(x_ND, router, *, moe):
 
 @jax.jit
 def _gram(x_ND, gate_up_EIFD, down_EDF):
-    """Inner products of the outputs of every two experts, over all tokens."""
+    """Inner products of the outputs of every two experts, summed over tokens."""
     gate_up_NEIF = jnp.einsum("nd,eifd->neif", x_ND, gate_up_EIFD, preferred_element_type=jnp.float32)
     hidden_NEF = swiglu(gate_up_NEIF.reshape(*gate_up_NEIF.shape[:2], -1))
     out_END = jnp.einsum("nef,edf->end", hidden_NEF, down_EDF, preferred_element_type=jnp.float32)

@@ -1,4 +1,4 @@
-"""The frontier: what each policy costs in quality and buys in speed at each load, and which one to choose there."""
+"""The frontier: what each policy costs in quality and gains in speed at each load, and which one to choose."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,66 +11,66 @@ LIMITS = (0.005, 0.02)  # how much worse than the full model a recommended polic
 
 
 class Quality(NamedTuple):
-    """What a policy is worth on the trained model."""
+    """Quality of a policy on the trained model."""
 
     bits_per_byte: Estimate
-    increase: Estimate  # of bits per byte over the full model's, a fraction, paired by document
+    increase: Estimate  # bits per byte relative to the full model, 0.01 is 1% more; paired by document
     experts_per_token: float  # slots kept, mean over tokens and MoE layers
-    kept_L: tuple[float, ...]  # the same of each MoE layer
-    distinct_experts: float  # that one MoE layer runs in one decode step of that many rows, mean
+    kept_L: tuple[float, ...]  # the same for each MoE layer
+    distinct_experts: float  # run by one MoE layer in one decode step at this load, mean
 
 
 class Speed(NamedTuple):
-    """How fast a decode step of the timed model is."""
+    """Speed of a decode step of the timed model."""
 
     quartiles_ms: tuple[float, float, float]
     rounds_ms: tuple[float, ...]  # mean of each round's steps
-    tokens_per_s: float  # of all rows together, at the median
-    gain: Estimate  # of throughput over the full model's in the same rounds: 0.1 is 10% more; the interval: quartiles
-    bytes: float  # that a step has to read and write at the least
-    distinct_experts: float  # of the steps that were timed; as in `Quality`
+    tokens_per_s: float  # of all rows together, at the median step
+    gain: Estimate  # throughput relative to the full model in the same rounds, 0.1 is 10% more; interval: quartiles
+    bytes: float  # the least that a step has to read and write
+    distinct_experts: float  # as in `Quality`, but of the timed steps
 
 
 class Rival(NamedTuple):
-    """The uniform k that runs as many distinct experts as a policy does, or the next more that there are."""
+    """The uniform k with the fewest distinct experts among those that run at least as many as a policy."""
 
     policy: str
     distinct_experts: float
-    difference: Estimate  # bits per byte of the policy over the rival's, a fraction, paired: below zero, it is better
+    difference: Estimate  # bits per byte of the policy relative to the rival, paired; below zero the policy is better
 
 
 class Point(NamedTuple):
     """One policy at one load."""
 
     policy: str  # its spec
-    uniform: bool  # it keeps the same number of experts in every layer, for every token and load
+    uniform: bool  # whether it keeps the same number of experts in every layer, for every token and load
     concurrency: int  # rows of a decode step
     quality: Quality
     speed: Speed
-    rival: Rival | None = None  # None: the policy is uniform itself, or no uniform one runs as many
+    rival: Rival | None = None  # None: the policy is uniform itself, or no uniform policy runs as many experts
 
 
 class Choice(NamedTuple):
-    """The fastest policy at a load that is at most so much worse, beside the fastest uniform one that is."""
+    """The fastest policy within a quality limit at one load, and the fastest uniform one."""
 
     concurrency: int
     limit: float  # on the upper end of the interval of `Quality.increase`
     best: Point
     uniform: Point
-    over_uniform: Estimate  # throughput of the best over that of the uniform, as `Speed.gain`
+    over_uniform: Estimate  # throughput of `best` relative to `uniform`, as in `Speed.gain`
 
 
 class Frontier(NamedTuple):
     """All points of a sweep."""
 
     points: Sequence[Point]
-    quality_subject: str  # which model and text the quality is of, in words
-    speed_subject: str  # which model and routing the speed is of
+    quality_subject: str  # model and text on which quality was measured, in words
+    speed_subject: str  # model and routing that were timed, in words
     machine: str
 
 
 def choices(frontier: Frontier) -> list[Choice]:
-    """The recommended policy of every load and limit."""
+    """The recommended policy for every load and limit."""
     found = []
     for concurrency in sorted({point.concurrency for point in frontier.points}):
         at_load = [point for point in frontier.points if point.concurrency == concurrency]
@@ -83,7 +83,7 @@ def choices(frontier: Frontier) -> list[Choice]:
 
 
 def gain(rounds_ms: Sequence[float], reference_ms: Sequence[float]) -> Estimate:
-    """How much more throughput than a reference's in the same rounds, a fraction: median, and quartiles of rounds."""
+    """Gain in throughput over a reference in the same rounds, 0.1 is 10% more: median and quartiles over rounds."""
     first, median, third = np.percentile(np.divide(reference_ms, rounds_ms) - 1, (25, 50, 75)).tolist()
     return Estimate(median, (first, third))
 

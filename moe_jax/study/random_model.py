@@ -1,4 +1,4 @@
-"""A model of any shape with random weights, for measurements of speed: it needs no checkpoint, and says nothing."""
+"""A model of any shape with random weights, to measure speed without a checkpoint."""
 
 import functools
 
@@ -13,9 +13,9 @@ from moe_jax.model import decoder, parameters
 
 
 def random_params(architecture: Architecture, dtype: jnp.dtype, seed: int) -> decoder.Params:
-    """Even noise of a standard deviation that keeps activations near one; norms are one and biases zero.
+    """Uniform noise, scaled to keep activations near one; norms are one and biases zero.
 
-    The noise is a hash of each weight's place, which takes no memory beside the weights. JAX's own generators take
+    The noise is a hash of each weight's index, which takes no memory beside the weights. JAX's own generators take
     half a minute for a billion numbers on 2 cores.
 
     Args:
@@ -31,8 +31,8 @@ def random_params(architecture: Architecture, dtype: jnp.dtype, seed: int) -> de
     free_bytes = caches.available_bytes()
     if needed_bytes > free_bytes:
         raise ValueError(
-            f"the model needs {needed_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB available: expected fewer "
-            "decoder.num_layers or a smaller model.dtype"
+            f"the model needs {needed_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB available: expected a smaller "
+            "decoder.num_layers or model.dtype"
         )
     deviation = architecture.decoder.d_model**-0.5
     params = []
@@ -48,7 +48,7 @@ def random_params(architecture: Architecture, dtype: jnp.dtype, seed: int) -> de
 
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
 def _noise(salt: jax.Array, deviation: jax.Array, *, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    """Evenly distributed around zero."""
+    """Uniform, with mean zero and the given standard deviation."""
     place = jnp.zeros(shape, jnp.uint32)
     stride = 1
     for axis in reversed(range(len(shape))):
@@ -59,7 +59,7 @@ def _noise(salt: jax.Array, deviation: jax.Array, *, shape: tuple[int, ...], dty
 
 
 def _mixed(bits: jax.Array) -> jax.Array:
-    """A hash of 32 bits to 32 bits: multiplications and shifts, one to one."""
+    """A one-to-one hash from 32 bits to 32 bits."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
         bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
     return bits ^ (bits >> np.uint32(16))

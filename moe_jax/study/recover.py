@@ -1,4 +1,4 @@
-"""Wins back what fewer experts cost: a model is measured, fine-tuned, exported, and measured as exported."""
+"""Recovers the quality that fewer experts cost: measures a model, fine-tunes it, exports it, measures the export."""
 
 import json
 import pathlib
@@ -26,38 +26,38 @@ from moe_jax.training.finetuning import Text
 
 
 class Plan(NamedTuple):
-    """What a run does, checked against the model before anything large is read."""
+    """The policies of a run, checked against the model before its weights are read."""
 
-    trained: Policy  # that the model is trained under; the model's own where k is drawn
-    compared: Sequence[Policy]  # that it is measured under: the full model first
+    trained: Policy  # to train under; the model's own where k is drawn
+    compared: Sequence[Policy]  # to measure under: the full model first
 
 
 class Finished(NamedTuple):
-    """What one run did to a model, on the reported half of the held-out text."""
+    """The results of a run, on the reported half of the held-out text."""
 
     trained: Policy
     compared: Sequence[Policy]
     before: Sequence[Likelihood]
     after: Sequence[Likelihood]
     text: Text
-    step: int  # after which the model was best on the watched half
-    steps: int  # that the run took
+    step: int  # the step after which the model was best on the watched half
+    steps: int  # steps of the run
     masked_experts: int  # in all layers
     tokens_per_s: float  # median over the run
 
 
 def plan(config: Config, architecture: Architecture, calibration: Calibration | None = None) -> Plan:
-    """The policies of a run: the full model, the one that is trained under, and `evaluation.policies`.
+    """The policies of a run: the full model, the trained one, and `evaluation.policies`.
 
     Raises:
-        ValueError: one does not fit the model, or looks at other rows of a decode step; there is nothing to recover,
-            see `finetuning.trained_policy`; k cannot be drawn as asked for, see `elastic.Draws`; rows are too short to
-            be written by the model; or `evaluation.half` is set.
+        ValueError: a policy does not fit the model, or looks at other rows of a decode step; there is nothing to
+            recover, see `finetuning.trained_policy`; k cannot be drawn as configured, see `elastic.Draws`; rows are too
+            short for rollouts; or `evaluation.half` is set.
     """
     if config.finetune.rollouts and config.training.sequence_length <= rollouts.PROMPT:
         raise ValueError(
-            f"training.sequence_length = {config.training.sequence_length}: expected more than the {rollouts.PROMPT} "
-            "tokens that the model continues, since finetune.rollouts asks for texts"
+            f"training.sequence_length = {config.training.sequence_length}: with finetune.rollouts, expected more than "
+            f"the {rollouts.PROMPT} tokens that each rollout continues"
         )
     trained = finetuning.trained_policy(config, architecture, calibration)
     if config.finetune.elastic:
@@ -66,11 +66,11 @@ def plan(config: Config, architecture: Architecture, calibration: Calibration | 
     for policy in given:
         if policy.batch_aware:
             raise ValueError(
-                f"evaluation.policies has {policy.spec!r}, which looks at all rows of a decode step, and held-out text "
-                "is read whole: launch/sweep.py measures it"
+                f"evaluation.policies has {policy.spec!r}, which looks at all rows of a decode step: expected policies "
+                "that look at one row; launch/sweep.py measures the others"
             )
     if config.evaluation.half:
-        raise ValueError(f"evaluation.half = {config.evaluation.half!r}: the odd half is reported, expected ''")
+        raise ValueError(f"evaluation.half = {config.evaluation.half!r}: expected '', the odd half is always reported")
     compared = list(dict.fromkeys([MODEL_OWN, trained, *given]))
     policies.settings(compared, architecture, max(config.policy.k_max, architecture.moe.k))
     return Plan(trained, compared)
@@ -87,7 +87,7 @@ def measure(
 ) -> list[Likelihood]:
     """The likelihood of the reported half of the held-out text under each policy.
 
-    `name` stands at the progress bar; finished parts are kept in the journal, if there is one.
+    The progress bar shows `name`. Finished parts are kept in the journal, if there is one.
     """
     documents, context = text.reported.tokens, config.training.sequence_length
     with tqdm(total=num_windows(documents, context), desc=name, unit="window", disable=None) as bar:
@@ -106,22 +106,21 @@ def recover(
     execution: Execution,
     before: Sequence[Likelihood],
 ) -> Finished:
-    """Fine-tunes in a folder, from where a killed run stood, exports to `folder/model`, and measures what was exported.
+    """Fine-tunes, exports to `folder/model`, and measures the export; resumes a killed run.
 
-    The export has the layout, dtype and family of the model that was tuned, and the files beside its weights but for
-    pages about it. Where the policy keeps one number of
-    experts of every token, that is the exported model's own: in config.json as the family has it where it is the same
-    in all layers, and as a field of ours where it is not.
+    The export has the layout, dtype and family of the original model, and its other files except its calibration and
+    the pages about it. If the policy keeps a fixed number of experts per layer, that becomes the exported model's own
+    k: in the family's field of config.json if it is the same in all layers, else in `num_experts_per_tok_of_layers`.
 
     Args:
-        config: `training`, `objective` and `finetune` are read.
+        config: reads `training`, `objective` and `finetune`.
         folder: of the run.
-        model: that is tuned.
+        model: the model to fine-tune.
         params: its weights.
-        text: as `finetuning.prepare_text` gives it.
-        planned: as `plan` gives it.
-        execution: how the full model runs.
-        before: what `measure` gave of the policies of the plan.
+        text: from `finetuning.prepare_text`.
+        planned: from `plan`.
+        execution: of the full model.
+        before: from `measure`, of the plan's policies.
     """
     if config.finetune.rollouts:
         text = text._replace(packed=_rollouts(config, folder / "rollouts", model, params, text, execution))

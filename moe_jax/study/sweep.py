@@ -1,4 +1,4 @@
-"""Measures a frontier: every policy at every load, quality on one model and speed on the same or another."""
+"""Measures a frontier: every policy at every load, quality on one model, speed on the same or another one."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from moe_jax.study import frontier, loads
 
 
 class Candidate(NamedTuple):
-    """A policy, and the model whose quality under it is measured."""
+    """A policy, and the model to measure it on."""
 
     policy: policies.Policy
     params: Params
@@ -45,10 +45,10 @@ def parsed(config: SweepConfig, calibration: Calibration | None, execution: Exec
 
 
 def require_alike(other: Architecture, model: Architecture, setting: str) -> None:
-    """Refuses a model that takes the routing of another, or is compared with it, and has other layers or experts.
+    """Checks that another model has the same numbers of MoE layers and experts as the swept one.
 
     Raises:
-        ValueError: saying what the model that the setting names should have.
+        ValueError: it differs; the message names `setting`, which gave the other model.
     """
     for name, own, expected in (
         ("MoE layers", other.decoder.num_moe_layers, model.decoder.num_moe_layers),
@@ -60,7 +60,7 @@ def require_alike(other: Architecture, model: Architecture, setting: str) -> Non
 
 
 def num_qualities(compared: Sequence[policies.Policy], config: SweepConfig) -> int:
-    """How many times `measure_quality` reads the windows."""
+    """Number of times that `measure_quality` reads the windows."""
     return sum(len(config.concurrencies) if policy.batch_aware else 1 for policy in compared)
 
 
@@ -71,10 +71,10 @@ def measure_quality(
     journal: Journal,
     advance: Callable[[], object],
 ) -> dict[tuple[int, int], dict[str, np.ndarray]]:
-    """Reads the windows with every candidate: at every load where its policy is batch-aware, else once.
+    """Measures every candidate on the windows: at every load if its policy is batch-aware, else once.
 
     Returns:
-        By number of the candidate and load: `bits_J`, `kept_L`, `distinct`, and `chosen_SLBK`, the steps to be timed.
+        (candidate's index, load) -> `bits_J`, `kept_L`, `distinct`, and `chosen_SLBK`, the routing of the timed steps.
     """
     found = {}
     for number, candidate in enumerate(candidates):
@@ -96,8 +96,8 @@ def measure_quality(
 
             part = journal.once(f"quality-{number:02d}-{at[0]:04d}", compute)
             for load in at:
-                of_load = {"distinct": part[f"distinct_{load}"], "chosen_SLBK": part[f"chosen_{load}"]}
-                found[number, load] = {"bits_J": part["bits_J"], "kept_L": part["kept_L"]} | of_load
+                routed = {"distinct": part[f"distinct_{load}"], "chosen_SLBK": part[f"chosen_{load}"]}
+                found[number, load] = {"bits_J": part["bits_J"], "kept_L": part["kept_L"]} | routed
             advance()
     return found
 
@@ -110,9 +110,9 @@ def measure_speed(
     journal: Journal,
     advance: Callable[[], object],
 ) -> dict[tuple[int, int], frontier.Speed]:
-    """Times every policy at every load, in turn, round by round, the full model before and after the others.
+    """Times every policy at every load, in rounds; the full model runs first and last in each round.
 
-    The others come in another order in every round, so that none always follows the same one.
+    The order of the others is random in each round, so that none always follows the same one.
     """
     itemsize = dtype_of(subject.engine.params).itemsize
     seconds = {load: [] for load in config.concurrencies}
@@ -168,9 +168,9 @@ def points(
     speeds: dict[tuple[int, int], frontier.Speed],
     architecture: Architecture,
 ) -> list[frontier.Point]:
-    """Joins quality and speed; intervals resample documents."""
+    """Joins quality and speed into points; intervals of quality resample documents."""
     _, document_J = np.unique(windows.document_J, return_inverse=True)
-    bytes_of = np.bincount(document_J, windows.bytes_J)
+    sizes = np.bincount(document_J, windows.bytes_J)
     bits = {place: np.bincount(document_J, quality["bits_J"]) for place, quality in qualities.items()}
     uniform = [n for n, policy in enumerate(compared) if policies.uniform_k(policy, architecture) is not None]
 
@@ -189,7 +189,7 @@ def points(
             number in uniform,
             load,
             frontier.Quality(
-                ratio(bits[number, load], bytes_of),
+                ratio(bits[number, load], sizes),
                 paired_ratio(bits[number, load], bits[0, load]),
                 float(quality["kept_L"].mean()),
                 tuple(quality["kept_L"].tolist()),

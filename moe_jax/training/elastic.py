@@ -1,4 +1,4 @@
-"""Which k in training: that of a policy, or one drawn anew in every step, so that one model serves every k."""
+"""Draws the number of experts anew in every training step, so that one model serves every k."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,13 +11,13 @@ from moe_jax.routing.policies.parse import MODEL_OWN
 
 
 class Draws:
-    """Numbers of experts for each step, row and layer, from k_min to the model's own k.
+    """Random numbers of experts for each step, row and layer, from `k_min` to the model's own k.
 
-    Each layer has its own in Matryoshka MoE (arXiv 2509.26520), where that did better than one for all layers. Step
-    number s depends on the seed and s alone.
+    Matryoshka MoE (arXiv 2509.26520) draws one per layer, which did better there than one for all layers. The draw of
+    a step depends on the seed and the step number only.
 
     Raises:
-        ValueError: `k_min` is above the model's own k, or there is not one weight for each k.
+        ValueError: `k_min` is above the model's own k, or the number of weights is not the number of values of k.
     """
 
     def __init__(self, config: FinetuneConfig, architecture: Architecture, rows: int, seed: int):
@@ -38,7 +38,7 @@ class Draws:
         self._own = policies.settings([MODEL_OWN] * rows, architecture, most)
 
     def live(self, step: int) -> Settings:
-        """The settings of step number `step`."""
+        """The policy settings of a step."""
         random = np.random.default_rng((self._seed, step))
         k_BL = np.broadcast_to(random.choice(self._numbers, self._drawn, p=self._shares), self._shape)
         return self._own._replace(of_BL=self._own.of_BL | {"k": jnp.asarray(k_BL, jnp.int32)})

@@ -1,4 +1,4 @@
-"""Fine-tuning a loaded model so that it does with fewer experts what it did with all: text, memory, the run."""
+"""Fine-tunes a loaded model so that it does with fewer experts what it did with all: text, memory, the run."""
 
 import hashlib
 import math
@@ -31,7 +31,7 @@ from moe_jax.training.objective import Teacher
 from moe_jax.training.optimizer import with_selection_bias, without_selection_bias
 from moe_jax.training.step import Fixed, State, make_step, state_of
 
-FEW_DOCUMENTS = 10  # resampling fewer covers less than 95%: of 10 documents 89%, of 3 documents 76%
+FEW_DOCUMENTS = 10  # 95% intervals from resampling cover less with few documents: 89% with 10, 76% with 3
 
 
 class Held(NamedTuple):
@@ -47,24 +47,25 @@ class Text(NamedTuple):
     packed: Packed
     digest: str
     num_documents: int
-    watched: Held  # the best state and the last step are chosen by it: the even files
-    reported: Held  # what results are measured on: the odd files
+    watched: Held  # the even files: they decide which state is best and when to stop
+    reported: Held  # the odd files: results are measured on them
 
 
 class Tuned(NamedTuple):
     """A finished run."""
 
-    params: Params  # the best ones, LoRA and mask merged
-    step: int  # after which they were
-    steps: int  # that the run took
+    params: Params  # of the best state, LoRA and mask merged
+    step: int  # of the best state
+    steps: int  # steps of the run
     masked_experts: int  # in all layers
 
 
 def trained_policy(config: Config, architecture: Architecture, calibration=None) -> Policy:
-    """The policy that is trained under; the model's own where k is drawn.
+    """The policy to train under; the model's own where k is drawn.
 
     Raises:
-        ValueError: it does not fit the model, or looks at other rows of a decode step, or there is nothing to recover.
+        ValueError: the policy does not fit the model or looks at other rows of a decode step, or there is nothing to
+            recover.
     """
     policy = MODEL_OWN if config.finetune.elastic else parse(config.policy.spec, calibration)
     if policy.batch_aware:
@@ -76,12 +77,12 @@ def trained_policy(config: Config, architecture: Architecture, calibration=None)
     if keeps_all and not config.finetune.elastic:
         if not config.objective.language_model and not config.objective.sparsity:
             raise ValueError(
-                f"policy.spec = {policy.spec!r} keeps all {architecture.moe.k} experts, and a model is no different "
-                "from itself: expected fewer, as topk:4, or finetune.elastic=True, or objective.language_model above 0"
+                f"policy.spec = {policy.spec!r} keeps all {architecture.moe.k} experts, so there is nothing to "
+                "recover: expected fewer, as topk:4, or finetune.elastic=True, or objective.language_model above 0"
             )
         logging.warning("policy.spec = %r keeps all experts: there is nothing to recover", policy.spec)
     if config.finetune.mask and not config.objective.sparsity:
-        logging.warning("finetune.mask: nothing speaks against an expert while objective.sparsity is 0")
+        logging.warning("finetune.mask has no effect while objective.sparsity is 0")
     return policy
 
 
@@ -89,11 +90,11 @@ def prepare_text(config: Config, model: Checkpoint) -> Text:
     """Collects the text, holds some of it out, and packs the rest.
 
     Args:
-        config: `text` and `training` are read, and `evaluation.documents`, of the half that is reported.
-        model: its files say what stands around a text and around a conversation.
+        config: reads `text`, `training` and `evaluation.documents`, the number of reported documents.
+        model: its files define the tokens around a text, and the chat template.
 
     Raises:
-        ValueError: a source is refused, as `corpus.collect` says, or there is too little text.
+        ValueError: `corpus.collect` refuses a source, or there is too little text.
     """
     training, tokenizer, context = config.training, model.require_tokenizer(), model.architecture.decoder.max_context
     if training.sequence_length > context:
@@ -137,12 +138,12 @@ def _documents(text: TextConfig, fraction: float, chat) -> tuple[Sequence[Docume
     if len(held_out) < 2 or not training:
         raise ValueError(
             f"text.sources has {len(corpus.documents)} documents, and {len(held_out)} are held out (text.held_out = "
-            f"{text.held_out!r}): expected at least 2 of these, one to choose by and one to report, and some others to "
+            f"{text.held_out!r}): expected at least 2 held out, one to choose by and one to report, and others to "
             "train on"
         )
     if len(held_out) < 2 * FEW_DOCUMENTS:
         logging.warning(
-            "%d documents are held out, half of them to report on: intervals of fewer than %d are too narrow",
+            "%d documents are held out, and half are reported: with fewer than %d reported, intervals are too narrow",
             len(held_out),
             FEW_DOCUMENTS,
         )
@@ -150,17 +151,20 @@ def _documents(text: TextConfig, fraction: float, chat) -> tuple[Sequence[Docume
 
 
 def require_memory(config: Config, params: Params) -> None:
-    """Raises ValueError where fine-tuning cannot fit in memory, before any of it is taken.
+    """Checks that fine-tuning fits in memory, before taking any.
 
-    Counted beside the model itself are a copy of the weights that train, their gradients and two moments in float32,
-    the input of every layer for every token, and with LoRA the merged model; there is more, so what passes may still be
-    too large.
+    The estimate, beside the model itself, is a lower bound: a copy of the trained weights, their gradients and two
+    moments in float32, the input of every layer for every token, and with LoRA the merged model. A run that passes may
+    still need more than there is.
+
+    Raises:
+        ValueError: it does not fit.
     """
     shapes = jax.eval_shape(lambda: _divided(config, params)[0])
     weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     copies_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     if config.finetune.train == "lora":
-        copies_bytes += trainable.num_bytes(params)  # merged, for the export
+        copies_bytes += trainable.num_bytes(params)  # the merged model, for the export
     training = config.training
     numbers = sum(params[stack]["ffn_norm_LD"].size for stack in layers.moe_stacks(params))
     batch_bytes = training.batch_size * training.sequence_length * numbers * params["norm_D"].dtype.itemsize
@@ -189,15 +193,15 @@ def _divided(config: Config, params: Params) -> tuple[Params, Params, dict[str, 
 def finetune(
     config: Config, folder: pathlib.Path, params: Params, text: Text, policy: Policy, execution: Execution
 ) -> Tuned:
-    """Trains in a folder, see `loop.run`, and returns the state that did best on the watched half.
+    """Runs fine-tuning (see `loop.run`) and returns the state that was best on the watched half.
 
     Args:
-        config: `training`, `objective` and `finetune` are read.
+        config: reads `training`, `objective` and `finetune`.
         folder: of the run.
-        params: of the model as loaded; they stay as they are, and are the teacher where there is one.
-        text: as `prepare_text` gives it.
-        policy: as `trained_policy` gives it.
-        execution: how the full model runs.
+        params: of the model as loaded; left unchanged, and used as the teacher where the objective has one.
+        text: from `prepare_text`.
+        policy: from `trained_policy`.
+        execution: of the full model.
     """
     training, architecture, rows = config.training, execution.architecture, config.training.batch_size
     if config.finetune.elastic:
@@ -251,7 +255,7 @@ def finetune(
 
 
 def _digest(text: Text) -> str:
-    """Of the held-out text."""
+    """SHA-256 of the held-out text."""
     found = hashlib.sha256()
     for tokens in (*text.watched.tokens, *text.reported.tokens):
         found.update(np.asarray(tokens, np.int64).tobytes() + b"/")
@@ -259,7 +263,7 @@ def _digest(text: Text) -> str:
 
 
 def _judged_by(config: Config, policy: Policy, architecture: Architecture) -> list[Policy]:
-    """The policy that is trained under; where k is drawn, the least, the middle and the most of them."""
+    """The trained policy; where k is drawn, the smallest k, the middle one and the largest."""
     if not config.finetune.elastic:
         return [policy]
     least, most = config.finetune.k_min, architecture.moe.k
@@ -267,7 +271,7 @@ def _judged_by(config: Config, policy: Policy, architecture: Architecture) -> li
 
 
 def _first_bytes(held: Held, num_bytes: int) -> Held:
-    """The first documents, of so many bytes or a little more."""
+    """The first documents that together reach `num_bytes`."""
     sizes = np.cumsum([len(document.text.encode()) for document in held.documents])
     count = int(np.searchsorted(sizes, num_bytes)) + 1
     return Held(held.documents[:count], held.tokens[:count])

@@ -1,4 +1,4 @@
-"""Training from the first step to the last, through any number of kills."""
+"""The training loop: steps, evaluations, metrics and checkpoints; a killed run resumes bit-identically."""
 
 import contextlib
 import dataclasses
@@ -24,31 +24,31 @@ from moe_jax.text.batches import Packed, batches
 from moe_jax.training.optimizer import learning_rate
 from moe_jax.training.step import Fixed, State, Step
 
-# May differ between the starts of one run: they change what is written, never what is learned.
+# May differ when a run is resumed: they change what is written, not what is learned.
 _FREE_SETTINGS = ("checkpoint_every", "checkpoints_kept", "log_every")
-_NO_PART_OF_A_RUN = ("sampling", "evaluation", "benchmark", "sweep")  # sections that training does not read
+_UNUSED_SECTIONS = ("sampling", "evaluation", "benchmark", "sweep")  # sections that training does not read
 
 
 class Task(NamedTuple):
-    """What a run does with its batches."""
+    """What a run trains, on what, and how it is evaluated."""
 
     state: State  # before the first step
     fixed: Fixed
     step: Step
-    live: Callable[[int], Settings]  # of step number n, from 0 on
+    live: Callable[[int], Settings]  # step number, from 0 on -> policy settings
     judge: Callable[[State], float]  # held-out bits per byte
     packed: Packed
-    digests: dict[str, str]  # setting -> digest of what it names: the same whenever a run goes on
-    keep_best: bool = False  # whether the best state at an evaluation is kept beside the last
-    patience: int = 0  # evaluations without a better one after which a run ends; 0: it goes on
+    digests: dict[str, str]  # setting -> digest of what it names; must not change when a run is resumed
+    keep_best: bool = False  # whether to keep the best evaluated state as well as the last
+    patience: int = 0  # evaluations without improvement after which a run ends; 0: never
 
 
 class Outcome(NamedTuple):
     """How a run ended."""
 
-    state: State  # the best where it was kept, else the last; of the best there is no optimizer
+    state: State  # the best, without its optimizer, if it was kept; else the last
     step: int  # of that state
-    steps: int  # that the run took
+    steps: int  # steps of the run
 
 
 class _Best(NamedTuple):
@@ -56,14 +56,14 @@ class _Best(NamedTuple):
 
     step: int = 0
     bits_per_byte: float = math.inf
-    since: int = 0  # evaluations after it
+    since: int = 0  # evaluations since
 
 
 def require_same_run(config: Config, folder: pathlib.Path) -> None:
-    """Refuses to go on with another configuration than the run in the folder, if there is one, was started with.
+    """Checks that a run in the folder, if there is one, was started with the same configuration.
 
     Raises:
-        ValueError: naming the setting that differs.
+        ValueError: a setting differs; the message names it.
     """
     path = folder / "run.gin"
     if not path.exists():
@@ -75,7 +75,7 @@ def require_same_run(config: Config, folder: pathlib.Path) -> None:
         return {
             f"{section}.{name}": value
             for section, settings in dataclasses.asdict(dataclasses.replace(config, training=training)).items()
-            if section not in _NO_PART_OF_A_RUN
+            if section not in _UNUSED_SECTIONS
             for name, value in settings.items()
         }
 
@@ -90,7 +90,7 @@ def require_same_run(config: Config, folder: pathlib.Path) -> None:
 
 
 class _Log:
-    """Metrics as JSON lines. What a killed run wrote after its last checkpoint is dropped when it goes on."""
+    """Metrics as JSON lines. Resuming drops the lines written after the last checkpoint."""
 
     def __init__(self, path: pathlib.Path, step: int):
         kept = []
@@ -99,7 +99,7 @@ class _Log:
                 lines = path.read_text().splitlines(keepends=True)
                 kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
             except (ValueError, TypeError, KeyError) as error:
-                raise ValueError(f"{path} is damaged ({error}): mend or remove it, and its steps are lost") from error
+                raise ValueError(f"{path} is damaged ({error}): repair it, or remove it and lose its steps") from error
         files.write_atomically(path, "".join(kept))
         self._file = open(path, "a")  # noqa: SIM115  closed by `close`
 
@@ -113,9 +113,9 @@ class _Log:
 
 @contextlib.contextmanager
 def _interruption_deferred() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM while the block runs, and delivers the first one after it.
+    """Collects SIGINT and SIGTERM while the block runs, and raises the first one after it.
 
-    A step donates its state: an exception in the middle of one would leave nothing to save.
+    A step donates its state, so an exception in the middle of a step would leave nothing to save.
     """
     received: list[int] = []
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -131,7 +131,7 @@ def _interruption_deferred() -> Iterator[list[int]]:
 
 
 def _begin(task: Task, checkpoints: Checkpoints, folder: pathlib.Path, stream) -> tuple[State, int, _Best]:
-    """The state, the steps that led to it and the best evaluation, as the last checkpoint has them."""
+    """The state, the number of steps done and the best evaluation, from the last checkpoint if there is one."""
     done = checkpoints.latest_step or 0
     if not done:
         return task.state, 0, _Best()
@@ -139,7 +139,7 @@ def _begin(task: Task, checkpoints: Checkpoints, folder: pathlib.Path, stream) -
     for setting, digest in task.digests.items():
         if place["digests"].get(setting) != digest:
             raise ValueError(
-                f"{setting}: what it names differs from what the run in {folder} was started with; "
+                f"{setting}: its contents changed since the run in {folder} was started; "
                 "restore those files, or give another --out"
             )
     stream.set_state(place["stream"])
@@ -147,15 +147,15 @@ def _begin(task: Task, checkpoints: Checkpoints, folder: pathlib.Path, stream) -
 
 
 def run(config: Config, folder: pathlib.Path, task: Task) -> Outcome:
-    """Trains to the last step, from the last checkpoint where there is one.
+    """Trains to the last step, from the last checkpoint if there is one.
 
-    Writes `run.gin`, `checkpoints/`, `best/` and `metrics.jsonl` into the folder. Killed at any moment and started
-    again with the same configuration, it goes through bit-identical states.
+    Writes `run.gin`, `checkpoints/`, `best/` and `metrics.jsonl` into the folder. A run that is killed at any moment
+    and started again with the same configuration goes through bit-identical states.
 
     Raises:
-        ValueError: the folder holds another run, its text or model has changed, or the loss or gradient is not finite,
-            or no evaluation is: then the last good checkpoint stays.
-        KeyboardInterrupt: on SIGINT or SIGTERM, after saving where it stands.
+        ValueError: the folder holds another run; its text or model has changed; the loss or the gradient is not finite;
+            or no evaluation is. The last good checkpoint stays.
+        KeyboardInterrupt: SIGINT or SIGTERM, after saving a checkpoint.
     """
     training = config.training
     require_same_run(config, folder)
@@ -166,7 +166,7 @@ def run(config: Config, folder: pathlib.Path, task: Task) -> Outcome:
     best_kept = Checkpoints(folder / "best", 2) if task.keep_best else None
     state, done, best = _begin(task, checkpoints, folder, stream)
     if best_kept is not None:
-        best_kept.forget_after(best.step)  # of a run that was killed before a checkpoint named it, or begun again
+        best_kept.forget_after(best.step)  # a killed run may have saved a best state that no checkpoint names
     metrics = _Log(folder / "metrics.jsonl", done)
     bar = tqdm(total=training.steps, initial=done, unit="step", file=sys.stderr, disable=None)
 
@@ -188,7 +188,7 @@ def run(config: Config, folder: pathlib.Path, task: Task) -> Outcome:
             return best._replace(since=best.since + 1)
         if best_kept is not None:
             best_kept.save(done, state._replace(optimizer=None), {})
-            best_kept.wait()  # a checkpoint must not name a best one that is not there
+            best_kept.wait()  # a checkpoint must not name a best state that is not on disk
         return _Best(done, bits_per_byte)
 
     try:

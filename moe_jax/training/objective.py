@@ -1,6 +1,7 @@
-"""What training minimises: next-token cross-entropy, distance from a teacher, uneven loads, experts used.
+"""What training minimises: next-token cross-entropy, distance from a teacher, uneven expert load, experts used.
 
-What is made of logits is made in chunks, with its gradient, so that the logits of a batch never exist at once.
+The terms that need logits are computed in chunks of tokens, together with their gradients, so that the logits of a
+whole batch are never in memory.
 """
 
 import functools
@@ -14,25 +15,25 @@ from moe_jax.config.finetuning import ObjectiveConfig
 from moe_jax.model import decoder
 from moe_jax.routing.policies import Settings
 
-CHUNK_TOKENS = 1024  # rows of logits held at once, or a little more where they do not divide the batch
+CHUNK_TOKENS = 1024  # rows of logits in memory, or more where this does not divide the batch
 
 
 class Teacher(NamedTuple):
-    """What a student is compared with: a frozen model under a policy of its own."""
+    """The frozen model that the student is compared with, and its policy settings."""
 
     params: decoder.Params
     live: Settings
 
 
 class Measured(NamedTuple):
-    """What one batch measured."""
+    """What was measured on one batch."""
 
-    terms: dict[str, jax.Array]  # float32 scalars before they are weighted; "loss" is the cross-entropy in nats
+    terms: dict[str, jax.Array]  # float32 scalars before weighting; "loss" is the cross-entropy in nats
     load_LE: jax.Array  # slots that each expert received
 
 
 def _softmax(logits_NV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log-probabilities and probabilities, from one exponential."""
+    """Log-probabilities and probabilities, with one exponential per logit."""
     logits_NV = logits_NV - logits_NV.max(axis=1, keepdims=True)
     exp_NV = jnp.exp(logits_NV)
     sum_N1 = exp_NV.sum(axis=1, keepdims=True)
@@ -40,15 +41,15 @@ def _softmax(logits_NV: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _cross_entropy(log_NV: jax.Array, share_NV: jax.Array, labels_N: jax.Array):
-    """Of each token, and its gradient for the logits."""
+    """Cross-entropy of each token, and its gradient with respect to the logits."""
     is_label_NV = jnp.arange(log_NV.shape[1])[None, :] == labels_N[:, None]
     return -jnp.take_along_axis(log_NV, labels_N[:, None], axis=1)[:, 0], share_NV - is_label_NV
 
 
 def _divergence(log_NV: jax.Array, share_NV: jax.Array, teacher_NV: jax.Array, direction: str):
-    """KL divergence of each token, and its gradient for the logits, both at the temperature of what is given.
+    """KL divergence of each token, and its gradient with respect to the student's logits over the temperature.
 
-    "forward" is that of the teacher from the student, sum p log(p / q); "reverse" is sum q log(q / p).
+    With teacher p and student q, "forward" is sum p log(p / q) and "reverse" is sum q log(q / p).
     """
     teacher_log_NV, teacher_share_NV = _softmax(teacher_NV)
     if direction == "forward":
@@ -68,21 +69,21 @@ def token_losses(
     teacher_head_VD: jax.Array | None,
     config: ObjectiveConfig,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The terms that are made of logits, summed over tokens, each times its weight.
+    """The weighted sum, over tokens, of the terms that need logits.
 
-    Computes the gradients along with the losses, chunk by chunk: logits are made once and never kept.
+    Computes the gradients along with the losses, chunk by chunk: logits are computed once and not stored.
 
     Args:
-        x_ND: what the output head reads.
+        x_ND: input of the output head.
         head_VD: the output projection.
         labels_N: int32 ids.
         weight_N: float32; 0 where a token is not scored.
-        teacher_ND: the same of the teacher; None where there is none. No gradient reaches it.
+        teacher_ND: input of the teacher's output head, or None without a teacher. No gradient flows to it.
         teacher_head_VD: the teacher's output projection.
         config: the weight of each term, static.
 
     Returns:
-        float32 scalar, the sum that is differentiated; and the terms before they are weighted, which are not.
+        float32 scalar, the weighted sum, which is differentiated; and the terms before weighting, which are not.
     """
     return _forward(x_ND, head_VD, labels_N, weight_N, teacher_ND, teacher_head_VD, config)[0]
 
@@ -93,7 +94,7 @@ def _forward(x_ND, head_VD, labels_N, weight_N, teacher_ND, teacher_head_VD, con
     chunks = next(count for count in range(most, 0, -1) if num_tokens % count == 0)
     split = functools.partial(jax.tree.map, lambda a: a.reshape(chunks, -1, *a.shape[1:]))
 
-    def of_chunk(x_ND, labels_N, weight_N, teacher_ND):
+    def chunk_terms(x_ND, labels_N, weight_N, teacher_ND):
         logits_NV = jnp.dot(x_ND, head_VD.T, preferred_element_type=jnp.float32)
         log_NV, share_NV = _softmax(logits_NV)
         loss_N, gradient_NV = _cross_entropy(log_NV, share_NV, labels_N)
@@ -111,7 +112,7 @@ def _forward(x_ND, head_VD, labels_N, weight_N, teacher_ND, teacher_head_VD, con
 
     def step(carried, chunk):
         terms, head_grad_VD = carried
-        new, logits_grad = of_chunk(*chunk)
+        new, logits_grad = chunk_terms(*chunk)
         x = chunk[0]
         head_grad_VD = head_grad_VD + jnp.dot(logits_grad.T, x, preferred_element_type=jnp.float32)
         return (jax.tree.map(jnp.add, terms, new), head_grad_VD), jnp.dot(logits_grad, head_VD).astype(x.dtype)
@@ -124,7 +125,7 @@ def _forward(x_ND, head_VD, labels_N, weight_N, teacher_ND, teacher_head_VD, con
 
 
 def _backward(config, gradients, scales):
-    scale, _ = scales  # the terms themselves are only looked at
+    scale, _ = scales  # the terms themselves are only reported
     x_grad_ND, head_grad_VD = (gradient * scale.astype(gradient.dtype) for gradient in gradients)
     return x_grad_ND, head_grad_VD, None, None, None, None
 
@@ -142,20 +143,20 @@ def objective(
     teacher: Teacher | None = None,
     remat: bool = False,
 ) -> tuple[jax.Array, Measured]:
-    """The terms of a packed batch, each times its weight, averaged over its scored tokens.
+    """The weighted sum of all terms on a packed batch, averaged over its scored tokens.
 
     Args:
-        params: as `decoder.split` gives them.
+        params: from `decoder.split`.
         batch: `tokens_BT`, `labels_BT`, `segments_BT` (0: padding, not scored) and `positions_BT`, int32.
         live: settings of the policy.
         execution: the static half of the step.
         config: the weight of each term.
         balance_loss: the weight of the load loss.
-        teacher: the full model, or None. It has as many slots as its settings keep.
-        remat: as `decoder.hidden` takes it.
+        teacher: the full model, or None. It runs with its own k.
+        remat: passed to `decoder.hidden`.
 
     Returns:
-        What to minimise, and what was measured.
+        The scalar to minimise, and what was measured.
     """
     rows = batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"]
     x_BTD, traffic = decoder.hidden(params, *rows, live, execution, remat=remat)
@@ -171,12 +172,12 @@ def objective(
         teacher_head_VD = lax.stop_gradient(decoder.head(teacher.params))
     labels_N = batch["labels_BT"].reshape(-1)
     total, terms = token_losses(x_ND, decoder.head(params), labels_N, weight_N, teacher_ND, teacher_head_VD, config)
-    of_layers = {
+    layer_terms = {
         "hidden_distance": (config.hidden, None if teacher is None else _distance(x_ND, teacher_ND, weight_N)),
         "load_loss": (balance_loss, traffic.load_loss.mean()),
         "effective_experts": (config.sparsity, traffic.effective_experts.mean()),
     }
-    for name, (weight, value) in of_layers.items():
+    for name, (weight, value) in layer_terms.items():
         if value is not None:
             terms[name] = value
             total = total + weight * value if weight else total
@@ -184,7 +185,7 @@ def objective(
 
 
 def _distance(x_ND: jax.Array, teacher_ND: jax.Array, weight_N: jax.Array) -> jax.Array:
-    """Squared distance of what the two output heads read, over the squared length of the teacher's."""
+    """Squared distance between the inputs of the two output heads, over the squared length of the teacher's."""
     x_ND, teacher_ND = x_ND.astype(jnp.float32), teacher_ND.astype(jnp.float32)
     apart_N = ((x_ND - teacher_ND) ** 2).sum(axis=1) / jnp.maximum((teacher_ND**2).sum(axis=1), 1e-20)
     return (apart_N * weight_N).sum()

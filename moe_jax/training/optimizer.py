@@ -1,4 +1,4 @@
-"""AdamW with warm-up, cosine decay and clipping, and how its updates are added."""
+"""AdamW with warm-up, cosine decay and clipping; its updates are added with stochastic rounding in bfloat16."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from moe_jax.model.decoder import Params
 
 
 def learning_rate(training: TrainingConfig) -> optax.Schedule:
-    """Linear warm-up to the peak, then a cosine that ends at its stated fraction with the last step."""
+    """Linear warm-up to the peak, then a cosine down to `final_learning_rate_fraction` of it at the last step."""
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=training.learning_rate,
@@ -47,15 +47,15 @@ def steps_done(state: optax.OptState) -> jax.Array:
 
 
 def apply_updates(params: Params, updates: Params, step: jax.Array) -> Params:
-    """Adds float32 updates; what is stored in bfloat16 is rounded up or down at random, by how near it is to either.
+    """Adds float32 updates; bfloat16 parameters are rounded stochastically, so that the expectation is exact.
 
-    Rounding to the nearest would lose every update of less than half of a weight's last bit, which in bfloat16 is one
-    part in 256: most of them. At random, the expectation is exact.
+    Rounding to nearest would lose every update of less than half of a weight's last bit, which in bfloat16 is one part
+    in 256: most of them.
 
     Args:
         params: float32 or bfloat16.
         updates: float32.
-        step: int32 scalar; the same step rounds the same way.
+        step: int32 scalar, the seed of the rounding.
     """
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), len(leaves))
@@ -74,10 +74,10 @@ def _moved(param: jax.Array, update: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def without_selection_bias(params: Params) -> tuple[Params, dict[str, jax.Array]]:
-    """Takes the selection bias out of the parameters: balancing moves it, the optimizer must not.
+    """Takes the selection bias out of the parameters: load balancing updates it, the optimizer must not.
 
     Returns:
-        The parameters without it, and bias_LE of each stack that has one, by the name of the stack.
+        The parameters without it, and stack name -> bias_LE for each stack that has one.
     """
     without, biases = dict(params), {}
     for stack in layers.moe_stacks(params):

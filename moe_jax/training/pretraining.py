@@ -1,4 +1,4 @@
-"""Training from scratch: its memory, its text, and what the loop is given."""
+"""Training from scratch: memory check, text, and the run."""
 
 import pathlib
 from collections.abc import Sequence
@@ -24,10 +24,13 @@ from moe_jax.training.step import NOTHING_FIXED, State, make_step, start
 
 
 def require_possible(config: Config) -> None:
-    """Raises ValueError where training from scratch cannot be done or fit in memory, before anything is read or made.
+    """Checks that the configuration can be trained from scratch and fits in memory, before reading anything.
 
-    Counted are weights, gradients and two moments in float32, and the input of every layer for every token of a batch;
-    there is more, so what passes may still be too large.
+    The estimate is a lower bound: weights, gradients and two moments in float32, and the input of every layer for every
+    token of a batch. A run that passes may still need more than there is.
+
+    Raises:
+        ValueError: it cannot be trained, or does not fit.
     """
     if config.objective.has_teacher:
         raise ValueError("objective.distillation and objective.hidden need a full model: launch/finetune.py has one")
@@ -61,7 +64,7 @@ class Text(NamedTuple):
 
 
 def prepare_text(config: Config, folder: pathlib.Path) -> Text:
-    """Collects the text, and trains the tokenizer unless the folder or the configuration already has one."""
+    """Collects the text, and trains a tokenizer unless the configuration names one or the folder has one."""
     held_out = corpora.load_held_out(config.text.held_out)
     corpus = corpora.collect(config.text.sources, held_out)
     logging.info("%d documents, %.1f MB of training text", len(corpus.documents), corpus.num_bytes / 1e6)
@@ -85,14 +88,14 @@ def prepare_text(config: Config, folder: pathlib.Path) -> Text:
 
 
 def train(config: Config, folder: pathlib.Path, text: Text, execution: decoder.Execution) -> decoder.Params:
-    """Trains from scratch in a folder, see `loop.run`; returns the parameters after the last step."""
+    """Trains from scratch (see `loop.run`) and returns the parameters after the last step."""
     training = config.training
     live = policies.settings([MODEL_OWN] * training.batch_size, execution.architecture, execution.k_max)
     sizes = np.array([len(document.text.encode()) for document in text.held_out])
     count = int(np.searchsorted(np.cumsum(sizes), training.evaluate_bytes)) + 1
 
     def bits_per_byte(state: State) -> float:
-        """Of the first held-out documents, `training.evaluate_bytes` in all, with the model's own k."""
+        """Of the first held-out documents, about `training.evaluate_bytes` in all, with the model's own k."""
         [scored] = likelihood.score_documents(
             state.whole(),
             text.held_out_tokens[:count],

@@ -1,6 +1,7 @@
-"""Text that the full model writes itself, to be trained on: what it is asked for at inference is what it has written.
+"""Rollouts: text sampled from the full model, to train on.
 
-Found to matter for skipping experts (arXiv 2605.18643), and measured in benchmarks/results/recovery.
+At inference a model continues its own text, so training on such text matches use. arXiv 2605.18643 found that this
+matters for skipping experts; benchmarks/results/recovery has our measurement.
 """
 
 import hashlib
@@ -19,8 +20,8 @@ from moe_jax.model.decoder import Execution, Params
 from moe_jax.text.batches import Packed, pack
 from moe_jax.training.trainable import digest
 
-PROMPT = 16  # tokens of a text that the model continues
-_AT_ONCE = 64  # texts
+PROMPT = 16  # tokens of training text that each rollout continues
+_AT_ONCE = 64  # rollouts per batch, and per part kept in the folder
 
 
 def write(
@@ -34,19 +35,19 @@ def write(
     seed: int,
     folder: pathlib.Path,
 ) -> Packed:
-    """Has texts continued to a row's length, each from the beginning of a row of the training text.
+    """Samples `count` texts of one row's length, each a continuation of the beginning of a training row.
 
-    Sampled at a temperature of 1, from the distribution that the full model is distilled from. Finished parts are kept
-    in the folder, so that a killed run goes on.
+    The temperature is 1: the teacher's own distribution. Finished parts are kept in the folder, so that a killed run
+    resumes.
 
     Args:
         params: of the full model.
         tokenizer: of the model.
         end_ids: ids that end a text.
-        execution: how the full model runs.
-        packed: the training text; its rows are as long as what is written.
-        count: texts.
-        seed: of the choice of rows and of the draws.
+        execution: of the full model.
+        packed: the training text; the rollouts are as long as its rows.
+        count: number of texts.
+        seed: of the choice of rows and of the sampling.
         folder: of the parts.
 
     Returns:
@@ -78,7 +79,7 @@ def write(
 
 
 def _beginning(packed: Packed, row: int, begin_id: int) -> list[int]:
-    """What begins a text, and after it the first tokens of a row's first piece."""
+    """The first tokens of a row's first text, with the token that begins a text in front."""
     made = packed.row(int(row))
     piece = made.tokens_BT[: int((made.segments_BT[:PROMPT] == 1).sum())].tolist()
     return piece if piece[:1] == [begin_id] else [begin_id, *piece][:PROMPT]

@@ -1,4 +1,4 @@
-"""One training step: gradient, update, balance; compiled once."""
+"""One training step: gradient, optimizer update, load balancing; compiled once."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -22,21 +22,21 @@ from moe_jax.training.objective import Measured, Teacher, objective
 
 
 class State(NamedTuple):
-    """All that training carries from step to step."""
+    """What a training step updates."""
 
-    params: decoder.Params  # those that train, without the selection bias
-    biases: dict[str, jax.Array]  # the selection bias, bias_LE of each stack that has one
+    params: decoder.Params  # the trained parameters, without the selection bias
+    biases: dict[str, jax.Array]  # stack name -> selection bias bias_LE, for each stack that has one
     optimizer: Any
 
     def whole(self) -> decoder.Params:
-        """The parameters with the selection bias back in its place."""
+        """The parameters, selection bias included."""
         return optimizer.with_selection_bias(self.params, self.biases)
 
 
 class Fixed(NamedTuple):
-    """What a step reads and never changes."""
+    """What a step reads and does not change."""
 
-    frozen: decoder.Params  # those that do not train
+    frozen: decoder.Params  # parameters that do not train
     teacher: Teacher | None
 
 
@@ -45,24 +45,24 @@ Step = Callable[[State, Fixed, dict[str, jax.Array], Settings], tuple[State, dic
 
 
 def start(execution: decoder.Execution, training: TrainingConfig, seed: int) -> State:
-    """Parameters as drawn from the seed, and an optimizer that has seen nothing."""
+    """The initial state: parameters drawn from the seed, and a fresh optimizer."""
     whole = decoder.split(decoder.Decoder(execution.architecture, nnx.Rngs(seed)))
     return state_of(*optimizer.without_selection_bias(whole), training)
 
 
 def state_of(params: decoder.Params, biases: dict[str, jax.Array], training: TrainingConfig) -> State:
-    """The state before the first step."""
+    """The state before the first step, from given parameters."""
     return State(params, biases, optimizer.make_optimizer(training).init(_float32(params)))
 
 
 def make_step(
     execution: decoder.Execution, training: TrainingConfig, config: ObjectiveConfig, lora_scale: float = 1.0
 ) -> Step:
-    """Compiles nothing yet; returns (state, fixed, batch, live settings) -> (state, metrics). The state is donated.
+    """Returns the jitted step (state, fixed, batch, live settings) -> (state, metrics). The state is donated.
 
-    A batch of B rows is `training.accumulation` parts of as many, whose gradients are averaged; the settings are those
-    of one part. Metrics are float32 scalars: the terms of the objective before they are weighted ("loss": nats per
-    token), "gradient_norm" before clipping, and "load_max_over_mean" of the worst MoE layer.
+    The rows of a batch are split into `training.accumulation` equal parts, whose gradients are averaged; `live` has the
+    rows of one part. Metrics are float32 scalars: the terms of the objective before weighting ("loss": nats per
+    token), "gradient_norm" before clipping, and "load_max_over_mean" of the most uneven MoE layer.
     """
     update_rule, architecture = optimizer.make_optimizer(training), execution.architecture
     num_experts_L = np.array(architecture.num_experts_L, np.float32)
@@ -94,8 +94,8 @@ def make_step(
         return Measured(mean[0], measured.load_LE), mean[1]
 
     def step(state: State, fixed: Fixed, batch: dict[str, jax.Array], live: Settings):
-        of = gradient_of if training.accumulation == 1 else accumulated
-        measured, gradient = of(state, fixed, batch, live)
+        compute = gradient_of if training.accumulation == 1 else accumulated
+        measured, gradient = compute(state, fixed, batch, live)
         updates, optimizer_state = update_rule.update(gradient, state.optimizer, _float32(state.params))
         load_LE = measured.load_LE.astype(jnp.float32)
         biases = state.biases
@@ -115,7 +115,7 @@ def make_step(
 
 
 def _of_stack(load_LE: jax.Array, stack: str, architecture: Architecture) -> jax.Array:
-    """The rows of all MoE layers that are of one stack, without experts that its layers lack."""
+    """The rows of one stack's layers, with the columns of the experts that they have."""
     columns = [layer.column for layer in layers.layers(architecture) if layer.stack == stack]
     experts = layers.moe_of(architecture, stack).num_experts
     return load_LE if len(columns) == len(load_LE) else load_LE[np.array(columns), :experts]

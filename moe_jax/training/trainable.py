@@ -1,4 +1,4 @@
-"""What trains: which parameters the optimizer moves, and which it leaves as they are."""
+"""Splits parameters into those that train and those that are frozen, and joins them again."""
 
 import hashlib
 import math
@@ -19,23 +19,23 @@ _ADAPTED = ("attention", "experts", "shared")  # modules whose matrices LoRA ada
 
 
 def divide(params: Params, config: FinetuneConfig, dtype: str, seed: int) -> tuple[Params, Params]:
-    """Divides parameters, the selection bias left out, into those that train and those that do not.
+    """Splits parameters into those that train and those that are frozen.
 
     Args:
-        params: nested dicts of arrays, as loaded.
-        config: `train` says which.
-        dtype: of those that train; norms, routers and LoRA's factors are float32.
+        params: nested dicts of arrays, as loaded, without the selection bias.
+        config: `train` says which parameters train; `mask` adds a trained mask of experts.
+        dtype: of trained matrices; norms, routers and LoRA's factors are float32.
         seed: of LoRA's first factor.
 
     Returns:
-        The trained, which share no memory with what was given, and the frozen, which are what was given. With LoRA a
-        trained matrix is {"down", "up"}, and its base is among the frozen. A mask of experts is one more that trains.
+        The trained parameters, which are copies, and the frozen ones, which are the given arrays. With LoRA a trained
+        matrix is {"down", "up"}, and its base is frozen.
     """
     keys = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(params))))
 
-    def of(value, path: tuple[str, ...]):
+    def split(value, path: tuple[str, ...]):
         if isinstance(value, dict):
-            parts = {key: of(part, (*path, key)) for key, part in value.items()}
+            parts = {key: split(part, (*path, key)) for key, part in value.items()}
             return tuple({key: part[side] for key, part in parts.items() if part[side] is not None} for side in (0, 1))
         key, parameter = next(keys), parameters.find(path)
         if config.train == "lora":
@@ -48,7 +48,7 @@ def divide(params: Params, config: FinetuneConfig, dtype: str, seed: int) -> tup
             return None, value
         return jnp.array(value, jnp.float32 if in_float32 else dtype, copy=True), None
 
-    trained, frozen = (_without_empty(part) for part in of(params, ()))
+    trained, frozen = (_without_empty(part) for part in split(params, ()))
     if config.mask:
         for stack in layers.moe_stacks(params):
             router = trained.setdefault(stack, {}).setdefault("router", {})
@@ -57,7 +57,7 @@ def divide(params: Params, config: FinetuneConfig, dtype: str, seed: int) -> tup
 
 
 def _factors(parameter: parameters.Parameter, weight: jax.Array, rank: int, key: jax.Array) -> dict[str, jax.Array]:
-    """The first factor random, the second zero: the product begins as nothing."""
+    """LoRA's factors: the first random, the second zero, so that their product starts at zero."""
     num_stacked, num_inputs = parameter.num_stacked, len(parameter.inputs)
     stacked, inputs = weight.shape[:num_stacked], weight.shape[weight.ndim - num_inputs :]
     outputs = weight.shape[num_stacked : weight.ndim - num_inputs]
@@ -71,7 +71,7 @@ def _without_empty(params: Params) -> Params:
 
 
 def join(trained: Params, frozen: Params, lora_scale: float) -> Params:
-    """The inverse of `divide`; matrices that LoRA adapts are `LowRank`, at `lora_scale` = alpha / rank."""
+    """The inverse of `divide`; matrices that LoRA adapts become `LowRank` with scale `lora_scale` = alpha / rank."""
     joined = dict(frozen)
     for name, part in trained.items():
         base = joined.get(name)
@@ -85,7 +85,7 @@ def join(trained: Params, frozen: Params, lora_scale: float) -> Params:
 
 
 def whole(trained: Params, frozen: Params, lora_scale: float) -> Params:
-    """All parameters as plain arrays, LoRA merged one layer after another."""
+    """All parameters as plain arrays; LoRA is merged one layer at a time."""
     return jax.tree.map(
         lambda weight: _merge_layers(weight) if isinstance(weight, LowRank) else weight,
         join(trained, frozen, lora_scale),
@@ -99,7 +99,7 @@ def _merge_layers(weight: LowRank) -> jax.Array:
 
 
 def digest(params: Params) -> str:
-    """Of all parameters: their places, dtypes and numbers."""
+    """SHA-256 of all parameters: their paths, dtypes, shapes and values."""
     found = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
@@ -108,5 +108,5 @@ def digest(params: Params) -> str:
 
 
 def num_bytes(params: Params) -> int:
-    """What arrays take."""
+    """Bytes of all arrays."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params))

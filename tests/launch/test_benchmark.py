@@ -137,7 +137,7 @@ def test_a_checkpoint_reads_held_out_text(main, tmp_path):
         ({"policy.k_max": 16}, "16 slots per token: expected at most the 8 of the recorded trace"),
         ({"moe.num_experts": 48}, "moe.num_experts = 48: expected a multiple of the 64 experts"),
         ({"benchmark.trace": "nowhere.npz"}, "benchmark.trace = 'nowhere.npz': no trace"),
-        ({"benchmark.rounds": 30}, "take 100 tokens of a row: expected at most the model's context, 64"),
+        ({"benchmark.rounds": 30}, "take 100 tokens per row: expected at most the model's context, 64"),
         (
             {"benchmark.decode_batches": "()", "benchmark.prefill_lengths": "(64,)"},
             "benchmark.prefill_lengths: expected some below the model's context, 64",

@@ -105,7 +105,7 @@ def test_several_prompts_run_as_a_batch(main, capsys, tmp_path):
     assert all(len(line["ids"]) == 6 for line in lines)
     expected = [f"--- {n} of 3\n{line['prompt']}{line['text']}\n" for n, line in enumerate(lines, start=1)]
     assert capsys.readouterr().out == "".join(expected) + "\n"
-    assert "18 tokens made (length, length, length)" in text
+    assert "18 tokens generated (length, length, length)" in text
 
 
 def test_a_chat_model_reads_messages_within_its_template(main, folder, tmp_path, capsys):
@@ -176,7 +176,7 @@ def test_an_interruption_saves_what_is_done(main, capsys, tmp_path, monkeypatch)
         ([], {"policy.spec": "topk:9"}, "expected 1 to 8 experts in every layer; more need a larger policy.k_max"),
         ([], {"policy.spec": "tpok:2"}, 'did you mean "topk:4"'),
         ([], {"policy.k_max": 17}, "policy.k_max = 17: expected 0"),
-        ([], {"moe.k": 3}, "moe.k = 3: the model's own is 8, and stays; for fewer active experts: policy.spec"),
+        ([], {"moe.k": 3}, "moe.k = 3: expected the model's own, 8; for fewer active experts: policy.spec"),
         ([], {"kernels.grouped_matmul": "fast"}, "kernels.grouped_matmul = 'fast'"),
     ],
     ids=lambda value: str(value)[:40],

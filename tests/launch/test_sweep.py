@@ -118,7 +118,7 @@ def test_speed_of_another_shape(model, tmp_path):
         model, tmp_path / "out", f"--set=sweep.timed_config={shape}", '--set=sweep.policies=("model","topk:2")'
     )
     assert done.returncode == 0, done.stderr
-    assert "random weights of the shape of" in (tmp_path / "out" / "frontier.html").read_text()
+    assert "random weights in the shape of" in (tmp_path / "out" / "frontier.html").read_text()
     shape.write_text("\n".join(line.replace("16", "8") for line in lines))
     done = sweep(model, tmp_path / "out2", f"--set=sweep.timed_config={shape}")
     assert done.returncode == 2 and "moe.num_experts = 8; expected 16" in done.stderr.splitlines()[-1]

@@ -65,7 +65,7 @@ def test_a_likelihood_is_refused_and_the_policy_named(overflowing):
 
 
 def test_a_calibration_is_not_made_of_them(overflowing):
-    with pytest.raises(NotFiniteError, match="what experts make of tokens: not finite"):
+    with pytest.raises(NotFiniteError, match="the outputs of experts: not finite"):
         calibrate.measure(overflowing.params, TOKENS_BT, execution_of(overflowing.architecture))
 
 

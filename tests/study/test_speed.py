@@ -153,7 +153,7 @@ def test_random_weights_beyond_the_memory_are_refused(monkeypatch):
     random_model.random_params(ARCHITECTURE, jnp.float32, 0)
     monkeypatch.setattr(caches, "available_bytes", lambda: expected - 1)
     with pytest.raises(
-        ValueError, match=r"the model needs 0.0 GB, 0.0 GB available: expected fewer decoder.num_layers"
+        ValueError, match=r"the model needs 0.0 GB, 0.0 GB available: expected a smaller decoder.num_layers"
     ):
         random_model.random_params(ARCHITECTURE, jnp.float32, 0)
 

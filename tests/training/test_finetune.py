@@ -124,7 +124,7 @@ def test_it_measures_trains_exports_and_measures_again(done):
     assert set(result["seconds"]) == {"text", "load", "before", "run"}
     card = (done.out / "model" / "MODEL_CARD.md").read_text()
     assert all(line in card for line in done.printed.strip().splitlines())
-    assert "under policy `topk:3`; trained: all" in card and "12 steps of 256 tokens" in card
+    assert "trained under: policy `topk:3`; trained parameters: all" in card and "12 steps of 256 tokens" in card
     assert "objective: language_model 0.5, distillation 0.5 (forward, temperature 1)" in card
     assert (done.out / "model" / "training_curve.png").read_bytes().startswith(b"\x89PNG")
     terms = json.loads((done.out / "metrics.jsonl").read_text().splitlines()[0])
@@ -204,7 +204,7 @@ def test_one_model_for_every_k_keeps_its_own(model, sources, tmp_path):
     assert all(figures["change"]["value"] < -0.01 for figures in figures_of(out).values())
     figures = json.loads((out / "result.json").read_text())["figures"]
     assert figures["bits_per_byte"] == figures_of(out)["model"]["bits_per_byte"]
-    assert "under k drawn per layer from 1 on" in (out / "model" / "MODEL_CARD.md").read_text()
+    assert "trained under: k drawn per layer from 1 on" in (out / "model" / "MODEL_CARD.md").read_text()
     used = [json.loads(line).get("effective_experts") for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert len(set(used)) > 6 and max(filter(None, used)) - min(filter(None, used)) > 1  # k is another in each step
 
@@ -279,7 +279,7 @@ WITHOUT_LANGUAGE = {"objective.language_model": 0.0, "objective.distillation": 1
         ({"policy.spec": "layers:3,2,1"}, r"policy.spec = 'layers:3,2,1': .*the model's 2"),
         ({"evaluation.policies": ("topk:1", "oportunistic:3")}, r'did you mean "opportunistic:3"'),
         ({"evaluation.policies": ("topk:1", "opportunistic:3")}, r"'opportunistic:3', which looks at all rows"),
-        ({"evaluation.half": "even"}, r"evaluation.half = 'even': the odd half is reported"),
+        ({"evaluation.half": "even"}, r"evaluation.half = 'even': expected '', the odd half is"),
         (
             {"finetune.rollouts": 4, "training.sequence_length": 16},
             r"training.sequence_length = 16: expected more than",
@@ -289,7 +289,7 @@ WITHOUT_LANGUAGE = {"objective.language_model": 0.0, "objective.distillation": 1
         ({"training.sequence_length": 64}, r"training.sequence_length = 64: .* the model's context of 32"),
         ({"text.held_out": "nowhere"}, r"text.held_out = '.*nowhere'"),
         ({"model.path": "nowhere"}, r"model.path = 'nowhere' does not exist"),
-        ({"moe.k": 4}, r"moe.k = 4: the model's own is 8.*policy.spec=topk:4"),
+        ({"moe.k": 4}, r"moe.k = 4: expected the model's own, 8.*policy.spec=topk:4"),
     ],
 )
 def test_refused_before_the_weights_are_read(model, sources, tmp_path, settings, says):
@@ -334,7 +334,7 @@ def test_text_shorter_than_a_batch_is_refused(model, sources, tmp_path):
 def test_text_that_leaves_nothing_to_train_on_is_refused(model, sources, tmp_path, count):
     path = tmp_path / "few.jsonl"
     write_lines(path, texts(count))
-    with pytest.raises(ValueError, match=rf"text.sources has {count} documents, .* expected at least 2 of these"):
+    with pytest.raises(ValueError, match=rf"text.sources has {count} documents, .* expected at least 2 held out"):
         finetune(model, sources, tmp_path / "out", **{"text.sources": (str(path),), "text.held_out": ""})
 
 
@@ -436,7 +436,7 @@ def replaced(path, data):
 
 
 def test_another_model_or_text_of_the_same_name_is_refused(refused, model, sources, other):
-    differs = r": what it names differs from what the run in .* was started with; restore those files, or give another"
+    differs = r": its contents changed since the run in .* was started; restore those files, or give another"
     with replaced(model / "model.safetensors", (other / "model.safetensors").read_bytes()):
         refused("model.path" + differs)
     changed = sources / "train" / "cmd.py"

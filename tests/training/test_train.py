@@ -77,7 +77,7 @@ def test_another_configuration_or_text_is_refused(prepared, sources, tmp_path):
     with pytest.raises(ValueError, match=r"training.learning_rate = 0.0001: .* was started with 0.003"):
         pretraining.train(other, tmp_path, text, execution)
     changed = text._replace(corpus=text.corpus.__class__(text.corpus.documents, text.corpus.statistics, "0" * 64))
-    with pytest.raises(ValueError, match=r"text\.sources: what it names differs"):
+    with pytest.raises(ValueError, match=r"text\.sources: its contents changed"):
         pretraining.train(config, tmp_path, changed, execution)
 
 
