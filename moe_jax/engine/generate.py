@@ -240,11 +240,11 @@ class Engine:
     def step(
         self, slots: Slots, wanted_B: np.ndarray, count: int, live: Live, execution: decoder.Execution
     ) -> tuple[Steps, Slots]:
-        """Draws up to `count` tokens of every slot that is expected and not finished; `Steps` are on the host.
+        """Draws up to `count` tokens of every slot that is wanted and not finished; `Steps` are on the host.
 
         Args:
             slots: not to be used afterwards.
-            wanted_B: bool; a slot that is not expected any more is finished.
+            wanted_B: bool; a slot that is no longer wanted is finished.
             count: at most `most_steps`.
             live: settings of the slots.
             execution: the static half of the step.

@@ -152,7 +152,7 @@ def decode(params, slots: Slots, wanted_B, count, end_I, live: Live, *, executio
     Args:
         params: as `decoder.split` gives them.
         slots: written in place.
-        wanted_B: bool; a row that is not expected any more is finished.
+        wanted_B: bool; a row that is no longer wanted is finished.
         count: int32 scalar, at most `most`.
         end_I: int32, tokens that end a text.
         live: settings of the rows; recorded routing is that of all steps, one after the other.

@@ -248,9 +248,9 @@ def find_key(path: Sequence[Any]) -> Parameter:
     return find(entry.key for entry in path)
 
 
-def count(architecture: Architecture, expected: Callable[[Parameter], bool] = lambda parameter: True) -> int:
-    """The number of elements of a model's parameters, or of those for which `expected` holds."""
-    return sum(parameter.size(architecture) for parameter in of(architecture) if expected(parameter))
+def count(architecture: Architecture, included: Callable[[Parameter], bool] = lambda parameter: True) -> int:
+    """The number of elements of a model's parameters, or of those for which `included` holds."""
+    return sum(parameter.size(architecture) for parameter in of(architecture) if included(parameter))
 
 
 def shapes(architecture: Architecture, dtype: jnp.dtype = jnp.float32) -> dict[str, Any]:

@@ -222,9 +222,9 @@ def take_turns(cases: Sequence[Prefill | Decode], decode_steps: int, samples: di
         samples: by name of the case, added to.
     """
     for case in cases:
-        expected = len(samples[case.name]) + (decode_steps if isinstance(case, Decode) else 1)
-        while len(samples[case.name]) < expected:
-            samples[case.name] += case.take(expected - len(samples[case.name]))
+        enough = len(samples[case.name]) + (decode_steps if isinstance(case, Decode) else 1)
+        while len(samples[case.name]) < enough:
+            samples[case.name] += case.take(enough - len(samples[case.name]))
 
 
 def timing_of(

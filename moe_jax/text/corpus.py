@@ -319,11 +319,11 @@ def _read_lines(path: pathlib.Path, source: str, name: str, chat: jsonl.Chat | N
         yield (document, "") if line.text.strip() else (None, "empty")
 
 
-def _walk(root: pathlib.Path, expected: Callable[[str], bool]) -> list[str]:
+def _walk(root: pathlib.Path, is_text: Callable[[str], bool]) -> list[str]:
     names = []
     for folder, subfolders, files in os.walk(root):
         subfolders[:] = [name for name in subfolders if name not in _NOT_LIBRARY_CODE and not name.startswith(".")]
-        paths = [pathlib.Path(folder) / name for name in files if expected(name)]
+        paths = [pathlib.Path(folder) / name for name in files if is_text(name)]
         names += [path.relative_to(root).as_posix() for path in paths if path.is_file()]  # no pipes or sockets
     return sorted(names)
 
