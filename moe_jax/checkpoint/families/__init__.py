@@ -24,10 +24,11 @@ def family_of(fields: dict[str, Any]) -> Family:
     inner = fields.get("text_config")
     if model_type not in list(FAMILIES) and isinstance(inner, dict) and inner.get("model_type") in list(FAMILIES):
         raise ValueError(
-            f"model_type = {json.dumps(model_type)} has a language model of type {json.dumps(inner['model_type'])} in "
-            "text_config, beside what is not read: expected a folder of that model alone, with those fields as its "
-            f"config.json; supported: {', '.join(sorted(FAMILIES))}"
+            f"model_type = {json.dumps(model_type)[:100]} has a language model of type "
+            f"{json.dumps(inner['model_type'])} in text_config, beside what is not read: expected a folder of that "
+            "model alone, with those fields as its config.json; supported: "
+            f"{', '.join(sorted(FAMILIES))}"
         )
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ValueError(f"model_type = {json.dumps(model_type)}: supported: {', '.join(sorted(FAMILIES))}")
+        raise ValueError(f"model_type = {json.dumps(model_type)[:100]}: supported: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[model_type]

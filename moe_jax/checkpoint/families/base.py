@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -59,13 +60,13 @@ def refuse_others(fields: dict[str, Any], neutral: dict[str, tuple]) -> None:
             continue
         if value not in accepted or type(value) not in map(type, accepted):
             expected = " or ".join(map(json.dumps, accepted))
-            raise ValueError(f"{name} = {json.dumps(value)}: expected {expected}; nothing else is implemented")
+            raise ValueError(f"{name} = {json.dumps(value)[:100]}: expected {expected}; nothing else is implemented")
 
 
 def _prefix_then_moe(fields: dict[str, Any]) -> list[int]:
     """A dense prefix and MoE layers behind it, layer by layer: 0 and 1."""
-    count, dense = fields.get("num_hidden_layers"), fields.get("first_k_dense_replace") or 0
-    return [int(layer >= dense) for layer in range(count)] if isinstance(count, int) else []
+    dense = field(fields, "first_k_dense_replace", int, 0)
+    return [int(layer >= dense) for layer in range(num_layers(fields))]
 
 
 def require_settings(model_type: str, architecture: Architecture, only: dict[str, Any]) -> None:
@@ -77,14 +78,25 @@ def require_settings(model_type: str, architecture: Architecture, only: dict[str
             raise ValueError(f"{setting} = {given!r}: the Hugging Face family {model_type} only has {expected!r}")
 
 
-_MOST_LISTED_LAYERS = 10_000  # more than any model has: a list of them is no longer
+_MOST_LAYERS = 10_000  # more than any model has: what is listed layer by layer is no longer
+
+
+def num_layers(fields: dict[str, Any]) -> int:
+    """`num_hidden_layers`; ValueError where no model has as many."""
+    count = field(fields, "num_hidden_layers", int)
+    if count > _MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers = {count}: expected at most {_MOST_LAYERS}")
+    return count
+
+
+def dense_hidden(fields: dict[str, Any], num_dense_layers: int) -> int:
+    """`intermediate_size`, the width of dense layers, which is required where there are any."""
+    return field(fields, "intermediate_size", int, _REQUIRED if num_dense_layers else 0)
 
 
 def dense_layers(fields: dict[str, Any], is_dense: Callable[[int], bool]) -> dict[str, Any]:
     """`num_dense_layers` and `dense_layers` of a model whose dense layers a rule tells, from 0 on."""
-    count = field(fields, "num_hidden_layers", int)
-    if count > _MOST_LISTED_LAYERS:
-        raise ValueError(f"num_hidden_layers = {count}: expected at most {_MOST_LISTED_LAYERS}")
+    count = num_layers(fields)
     places = tuple(filter(is_dense, range(count)))
     return {"num_dense_layers": len(places), "dense_layers": () if places == tuple(range(len(places))) else places}
 
@@ -128,17 +140,37 @@ NO_SHARED_EXPERTS = {"moe.num_shared_experts": 0}
 _REQUIRED = object()
 
 
-def field(fields: dict[str, Any], name: str, kind: type, default: Any = _REQUIRED) -> Any:
-    """Reads one field; null counts as absent, and an integer as a float."""
+_LARGEST = 2**31 - 1  # of an integer: no size of a model is larger
+
+
+def field(fields: dict[str, Any], name: str, kind: type, default: Any = _REQUIRED, *, older: str | None = None) -> Any:
+    """Reads one field; null counts as absent, and an integer as a float.
+
+    Args:
+        fields: of `config.json`, or of an object in it.
+        name: of the field.
+        kind: bool, int, float, list or dict.
+        default: where it is absent; without one it is required.
+        older: a name that it once had, which is read where it is absent.
+
+    Raises:
+        ValueError: it is required and absent, is of another kind, or is a number that no model has.
+    """
+    if older is not None and fields.get(name) is None and fields.get(older) is not None:
+        name = older
     value = fields.get(name)
     if value is None:
         if default is _REQUIRED:
             raise ValueError(f"{name} is missing: expected {kind.__name__}")
         return default
-    if kind is float and type(value) is int:
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise ValueError(f"{name} = {json.dumps(value)[:100]}: expected {kind.__name__}")
+    if kind is int and abs(value) > _LARGEST:
+        raise ValueError(f"{name} = {str(value)[:100]}: expected at most {_LARGEST}")
+    if kind is float:
+        if not abs(value) <= sys.float_info.max:
+            raise ValueError(f"{name} = {str(value)[:100]}: expected a finite number")
         return float(value)
-    if type(value) is not kind:
-        raise ValueError(f"{name} = {json.dumps(value)}: expected {kind.__name__}")
     return value
 
 
@@ -154,7 +186,7 @@ def trunk(fields: dict[str, Any], *, norm_eps: float, max_context: int, **dense:
     return DecoderConfig(
         vocab_size=field(fields, "vocab_size", int),
         d_model=field(fields, "hidden_size", int),
-        num_layers=field(fields, "num_hidden_layers", int),
+        num_layers=num_layers(fields),
         norm_eps=field(fields, "rms_norm_eps", float, norm_eps),
         tie_embeddings=field(fields, "tie_word_embeddings", bool, False),
         max_context=field(fields, "max_position_embeddings", int, max_context),
@@ -222,50 +254,68 @@ def rope_settings(
         theta: where no field says it.
         fraction: where no field says it; None: the family rotates all.
     """
-    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
-    inner = {key: value for key, value in field(fields, name, dict, {}).items() if value is not None}
+    name = "rope_scaling" if field(fields, "rope_scaling", dict, {}) else "rope_parameters"
+    inner = _given(field(fields, name, dict, {}))
     if inner.keys() == {"full_attention"}:  # where another kind of layer might rotate otherwise
-        inner = {key: value for key, value in field(inner, "full_attention", dict).items() if value is not None}
-    kind = inner.pop("rope_type", None) or inner.get("type", "default")
-    inner.pop("type", None)
+        name, inner = f"{name}.full_attention", _given(_field_of(name, inner, "full_attention", dict))
+    kind = _field_of(name, inner, "rope_type", str, None, older="type") or "default"
+    inner = {key: value for key, value in inner.items() if key not in ("rope_type", "type")}
     if kind in ("linear", "dynamic") and inner.get("factor") == 1:  # stretches by nothing
         kind = "default"
-    if kind == "default":
-        inner = {key: value for key, value in inner.items() if not _changes_nothing(key, value)}
     if kind not in ("default", "yarn"):
         raise ValueError(
-            f'{name}.rope_type = {json.dumps(kind)}: expected "default" or "yarn"; nothing else is implemented'
+            f'{name}.rope_type = {json.dumps(kind)[:100]}: expected "default" or "yarn"; nothing else is implemented'
         )
-    taken = {"rope_theta", "partial_rotary_factor"} | ({key for key, *_ in _YARN} if kind == "yarn" else set())
-    if inner.get("truncate") is True and kind == "yarn":
-        del inner["truncate"]
-    turn_scale = field(inner, "attention_factor", float, None) if kind == "yarn" else None
-    if turn_scale is not None:
-        del inner["attention_factor"]
+    taken = {"rope_theta", "partial_rotary_factor"}
+    if kind == "default":
+        taken |= {key for key in inner if _changes_nothing(name, inner, key)}
+    else:
+        taken |= {key for key, *_ in _YARN} | {"attention_factor"}
+        taken |= {"truncate"} if inner.get("truncate") is True else set()
     if others := sorted(set(inner) - taken):
-        raise ValueError(f"{name}.{others[0]} = {json.dumps(inner[others[0]])}: not implemented")
-    both = {**fields, **inner}
-    settings = {"rope_theta": field(both, "rope_theta", float, theta)}
+        raise ValueError(f"{name}.{others[0]} = {json.dumps(inner[others[0]])[:100]}: not implemented")
+    top = {
+        key: field(fields, key, float, default)
+        for key, default in (("rope_theta", theta), ("partial_rotary_factor", 1.0 if fraction is None else fraction))
+    }
+    theta, given = (_field_of(name, inner, key, float, default) for key, default in top.items())
+    settings = {"rope_theta": theta}
     if fraction is not None:
-        settings["rope_fraction"] = field(both, "partial_rotary_factor", float, fraction)
-    elif (given := field(both, "partial_rotary_factor", float, 1.0)) != 1:
+        settings["rope_fraction"] = given
+    elif given != 1:
         raise ValueError(f"partial_rotary_factor = {given}: expected 1.0; nothing else is implemented for this family")
-    if kind == "yarn":
-        for key, setting, of_kind, default in _YARN:
-            try:
-                settings[setting] = field(inner, key, of_kind, default)
-            except ValueError as error:
-                raise ValueError(f"{name}.{error}") from error
-        if turn_scale is not None:
-            own = rope.turn_scale(AttentionConfig(kind="latent", qk_norm=False, **settings))
-            if not math.isclose(turn_scale, own, rel_tol=1e-6):
-                raise ValueError(f"{name}.attention_factor = {turn_scale}: expected {own:.6g}, or none")
-    return settings
+    return settings | (_yarn_settings(name, inner, settings) if kind == "yarn" else {})
 
 
-def _changes_nothing(key: str, value: Any) -> bool:
+def _yarn_settings(name: str, inner: dict[str, Any], settings: dict[str, float]) -> dict[str, float | int]:
+    """What `name`, an object of `config.json`, says of YaRN, beside the settings that every rotation has."""
+    yarn = {setting: _field_of(name, inner, key, kind, default) for key, setting, kind, default in _YARN}
+    turn_scale = _field_of(name, inner, "attention_factor", float, None)
+    if turn_scale is not None:
+        own = rope.turn_scale(AttentionConfig(kind="latent", qk_norm=False, **settings, **yarn))
+        if not math.isclose(turn_scale, own, rel_tol=1e-6):
+            raise ValueError(f"{name}.attention_factor = {turn_scale}: expected {own:.6g}, or none")
+    return yarn
+
+
+def _field_of(name: str, inner: dict[str, Any], key: str, kind: type, *default: Any, **options: Any) -> Any:
+    """As `field`, of the object `name` of `config.json`, which an error names too."""
+    try:
+        return field(inner, key, kind, *default, **options)
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from error
+
+
+def _given(inner: dict[str, Any]) -> dict[str, Any]:
+    """What is not null."""
+    return {key: value for key, value in inner.items() if value is not None}
+
+
+def _changes_nothing(name: str, inner: dict[str, Any], key: str) -> bool:
     """Whether a field of a rotation that is not stretched, which newer libraries add, leaves it as it is."""
-    return key == "original_max_position_embeddings" or (key in ("factor", "attention_factor") and value == 1)
+    if key == "original_max_position_embeddings":
+        return _field_of(name, inner, key, int) is not None
+    return key in ("factor", "attention_factor") and _field_of(name, inner, key, float) == 1
 
 
 def rope_json(attention: AttentionConfig, with_fraction: bool = False) -> dict[str, Any]:
@@ -292,7 +342,7 @@ def prediction_layers(fields: dict[str, Any], default: int) -> tuple[tuple[str, 
     count = field(fields, "num_nextn_predict_layers", int, default)
     if not 0 <= count <= _MOST_PREDICTION_LAYERS:
         raise ValueError(f"num_nextn_predict_layers = {count}: expected 0 to {_MOST_PREDICTION_LAYERS}")
-    first = field(fields, "num_hidden_layers", int)
+    first = num_layers(fields)
     return tuple((f"model.layers.{layer}.", "a multi-token prediction layer") for layer in range(first, first + count))
 
 

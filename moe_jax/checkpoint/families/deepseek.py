@@ -45,16 +45,17 @@ def _dense(fields: dict[str, Any], default: int) -> dict[str, Any]:
     As in the models' own code; transformers does not read `moe_layer_freq`.
     """
     first, freq = field(fields, "first_k_dense_replace", int, default), fields.get("moe_layer_freq")
-    sizes = {"dense_hidden": field(fields, "intermediate_size", int, 0)}
+    is_list = isinstance(freq, list) and len(freq) == base.num_layers(fields)
     if freq is None or (type(freq) is int and freq == 1):
-        return {"num_dense_layers": first, **sizes}
-    is_list = isinstance(freq, list) and len(freq) == fields.get("num_hidden_layers")
-    if is_list and all(type(one) is int and one in (0, 1) for one in freq):
-        return base.dense_layers(fields, lambda layer: layer < first or not freq[layer]) | sizes
-    if type(freq) is int and freq > 1:
-        return base.dense_layers(fields, lambda layer: layer < first or layer % freq != 0) | sizes
-    expected = "a whole number from 1 on, or 0 or 1 for each layer"
-    raise ValueError(f"moe_layer_freq = {json.dumps(freq)[:100]}: expected {expected}")
+        dense = {"num_dense_layers": first}
+    elif is_list and all(type(one) is int and one in (0, 1) for one in freq):
+        dense = base.dense_layers(fields, lambda layer: layer < first or not freq[layer])
+    elif type(freq) is int and freq > 1:
+        dense = base.dense_layers(fields, lambda layer: layer < first or layer % freq != 0)
+    else:
+        expected = "a whole number from 1 on, or 0 or 1 for each layer"
+        raise ValueError(f"moe_layer_freq = {json.dumps(freq)[:100]}: expected {expected}")
+    return dense | {"dense_hidden": base.dense_hidden(fields, dense["num_dense_layers"])}
 
 
 def _dense_json(decoder: DecoderConfig) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def _rules(architecture: Architecture) -> tuple[Rule, ...]:
 
 def _computed(fields: dict[str, Any]) -> tuple[tuple[str, str], ...]:
     """Buffers that some checkpoints hold (Moonlight): as `Family.skipped`."""
-    layers = range(field(fields, "num_hidden_layers", int))
+    layers = range(base.num_layers(fields))
     return tuple((f"model.layers.{layer}.self_attn.rotary_emb.", "frequencies, which are computed") for layer in layers)
 
 
