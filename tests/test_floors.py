@@ -114,3 +114,15 @@ def test_the_first_docstring_line_states_the_subject(path):
     assert docstring, "expected a docstring"
     first, *rest = docstring.split("\n")
     assert first.endswith((".", ":")) and (not rest or rest[0] == ""), "expected a sentence on a line of its own"
+
+
+MOST_LINES = 400  # of a file of code
+
+
+def test_no_file_is_too_long_to_read():
+    folders = [ROOT / name for name in ("moe_jax", "launch", "tests", "benchmarks")]
+    paths = [path for folder in folders for kind in ("py", "cc", "h") for path in folder.rglob(f"*.{kind}")]
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in paths}
+    too_long = {name: count for name, count in lines.items() if count > MOST_LINES}
+    assert too_long.keys() <= {"benchmarks/kernels.py"}
+    assert len(lines) > 200

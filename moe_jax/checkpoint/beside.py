@@ -24,12 +24,12 @@ def token_ids_of(config: Mapping[str, Any], generation_config: Mapping[str, Any]
     """`bos_token_id`, `eos_token_id` and `pad_token_id`, where given; `generation_config.json` takes precedence.
 
     Raises:
-        ValueError: one is neither an integer nor a list of them.
+        ValueError: one is neither an id, which is -1 in some published files for none, nor a list of them.
     """
     fields = {**config, **{name: x for name, x in generation_config.items() if x is not None}}
     token_ids = {name: fields[name] for name in TOKEN_IDS if fields.get(name) is not None}
     for name, ids in token_ids.items():
-        if not all(type(one) is int for one in (ids if isinstance(ids, list) else [ids])):
+        if not all(type(one) is int and -1 <= one < 2**31 for one in (ids if isinstance(ids, list) else [ids])):
             raise ValueError(f"{name} = {json.dumps(ids)[:100]}: expected an integer, or a list of them")
     return token_ids
 

@@ -195,7 +195,7 @@ class MoEConfig:
         unlike = len({*self.num_experts_of_layers}) > 1
         require(self.num_groups == 1 or not unlike, "moe.num_groups", self.num_groups, "1 if layers differ in experts")
         reachable = self.num_experts // self.num_groups * self.num_groups_kept
-        require(self.k <= reachable, "moe.k", self.k, f"at most the {reachable} experts of the groups kept")
+        require(self.k <= reachable, "moe.k", self.k, f"at most the {reachable} of moe.num_groups_kept groups")
 
     @property
     def shared_width(self) -> int:

@@ -150,6 +150,7 @@ def test_what_asks_for_something_else_is_refused_by_name(model_type, fields, wor
         ("deepseek_v3", {"moe_layer_freq": 0}, ["moe_layer_freq", "0"]),
         ("deepseek_v3", {"moe_layer_freq": [0, 1]}, ["moe_layer_freq", "[0, 1]"]),
         ("glm4_moe", {"moe_layer_freq": 2}, ["moe_layer_freq", "2"]),
+        ("glm4_moe", {"moe_layer_freq": [0, 1, 1], "first_k_dense_replace": "1"}, ["first_k_dense_replace", '"1"']),
         ("qwen3_moe", {"clip_qkv": 8.0}, ["clip_qkv", "8.0"]),
         ("kimi_k2", {"num_nextn_predict_layers": -1}, ["num_nextn_predict_layers", "-1"]),
     ],

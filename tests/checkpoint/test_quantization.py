@@ -9,9 +9,10 @@ import safetensors.numpy
 
 from moe_jax import checkpoint
 from moe_jax.checkpoint import filling, huggingface, reading
+from moe_jax.checkpoint.families import FAMILIES
 from moe_jax.checkpoint.quantization import blocks_of
 from moe_jax.checkpoint.safetensors_file import read_table
-from tests.checkpoint import test_huggingface as whole
+from tests.checkpoint.tiny_folder import TINY, edit_config, edit_tensors, flattened, random_params, refusal, shard
 
 ROWS, COLUMNS = 7, 5  # of a block: no size of the model is a multiple of either
 PUBLISHED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
@@ -41,7 +42,7 @@ def quantize(folder, rows=ROWS, columns=COLUMNS, scale_dtype=np.float32):
             tensors[f"{name}_scale_inv"] = scale
             expected[name] = plain_loop(tensors[name], scale.astype(np.float32), rows, columns)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
-    whole.edit_config(folder, quantization_config={**PUBLISHED, "weight_block_size": [rows, columns]})
+    edit_config(folder, quantization_config={**PUBLISHED, "weight_block_size": [rows, columns]})
     return expected
 
 
@@ -56,18 +57,18 @@ def load_file(path):
 
 @pytest.fixture
 def folder(tmp_path):
-    params = whole.nested(whole.random_params(whole.TINY, ml_dtypes.bfloat16))
-    huggingface.write_checkpoint(tmp_path / "model", whole.TINY, params)
+    params = huggingface.nested(random_params(TINY, ml_dtypes.bfloat16))
+    huggingface.write_checkpoint(tmp_path / "model", TINY, params)
     return tmp_path / "model"
 
 
 def as_stored(params):
     """Tensors by name, as `write_checkpoint` would spell them."""
-    flat = whole.flattened(params)
+    flat = flattened(params)
     return {
-        name: flat[rule.parameter][index].reshape(rule.stored_shape(whole.TINY))
-        for rule in whole.FAMILIES["glm4_moe"].rules(whole.TINY)
-        for name, index in rule.placements(whole.TINY)
+        name: flat[rule.parameter][index].reshape(rule.stored_shape(TINY))
+        for rule in FAMILIES["glm4_moe"].rules(TINY)
+        for name, index in rule.placements(TINY)
     }
 
 
@@ -87,7 +88,7 @@ def test_values_are_those_of_a_plain_loop(folder, monkeypatch, dtype, rows, colu
 def test_a_part_is_that_of_the_whole(folder):
     quantize(folder)
     opened = checkpoint.open(folder)
-    expected = whole.flattened(opened.read("float32"))
+    expected = flattened(opened.read("float32"))
     stacks = opened._stacks("float32")
     parts = [[tuple(slice(size // 3, size // 3 + 1 + size // 2) for size in stack.shape)] for stack in stacks]
     arrays = reading.read(folder, stacks, parts, blocks_of(opened.config))
@@ -98,7 +99,7 @@ def test_a_part_is_that_of_the_whole(folder):
 def test_scales_may_be_narrow_and_lie_in_another_shard(folder, monkeypatch):
     expected = quantize(folder, scale_dtype=ml_dtypes.bfloat16)
     monkeypatch.setattr(safetensors.numpy, "load_file", load_file)
-    whole.shard(folder)
+    shard(folder)
     read = as_stored(checkpoint.open(folder).read())
     for name, values in expected.items():
         np.testing.assert_array_equal(read[name], values.astype(ml_dtypes.bfloat16), err_msg=name)
@@ -107,14 +108,14 @@ def test_scales_may_be_narrow_and_lie_in_another_shard(folder, monkeypatch):
 def test_fields_that_newer_libraries_add_change_nothing(folder):
     expected = quantize(folder)
     added = {"dequantize": False, "modules_to_convert": None, "expert_dtype": "fp8", "scale_fmt": "float"}
-    whole.edit_config(folder, quantization_config={**PUBLISHED, "weight_block_size": [ROWS, COLUMNS], **added})
+    edit_config(folder, quantization_config={**PUBLISHED, "weight_block_size": [ROWS, COLUMNS], **added})
     read = as_stored(checkpoint.open(folder).read("float32"))
     for name, values in expected.items():
         np.testing.assert_array_equal(read[name], values, err_msg=name)
     for field, value in (("dequantize", True), ("expert_dtype", "fp4")):
         given = {**PUBLISHED, "weight_block_size": [ROWS, COLUMNS], field: value}
-        whole.edit_config(folder, quantization_config=given)
-        assert f"quantization_config.{field} = {json.dumps(value)}: not implemented" in whole.refusal(folder)
+        edit_config(folder, quantization_config=given)
+        assert f"quantization_config.{field} = {json.dumps(value)}: not implemented" in refusal(folder)
 
 
 def without_scale(tensors):
@@ -150,8 +151,8 @@ def with_infinite_scale(tensors):
 def test_scales_and_tensors_that_do_not_fit_are_refused(folder, monkeypatch, change, words):
     quantize(folder)
     monkeypatch.setattr(safetensors.numpy, "load_file", load_file)
-    whole.edit_tensors(folder, change)
-    assert words in whole.refusal(folder)
+    edit_tensors(folder, change)
+    assert words in refusal(folder)
 
 
 @pytest.mark.parametrize(
@@ -166,8 +167,8 @@ def test_scales_and_tensors_that_do_not_fit_are_refused(folder, monkeypatch, cha
     ],
 )
 def test_other_quantisations_are_refused_by_name(folder, changed, words):
-    whole.edit_config(folder, quantization_config=PUBLISHED | changed)
-    message = whole.refusal(folder)
+    edit_config(folder, quantization_config=PUBLISHED | changed)
+    message = refusal(folder)
     assert words in message and "config.json" in message and "e4m3" in message
 
 
@@ -176,11 +177,11 @@ def test_eight_bits_need_a_quantization_config(folder):
     fields = json.loads((folder / "config.json").read_text())
     del fields["quantization_config"]
     (folder / "config.json").write_text(json.dumps(fields))
-    assert "config.json has no quantization_config for it" in whole.refusal(folder)
+    assert "config.json has no quantization_config for it" in refusal(folder)
 
 
 def test_a_published_config_of_a_model_that_is_not_quantised_reads(folder):
     before = checkpoint.open(folder).architecture
-    whole.edit_config(folder, quantization_config=PUBLISHED)
+    edit_config(folder, quantization_config=PUBLISHED)
     assert checkpoint.open(folder).architecture == before
     checkpoint.open(folder).read()

@@ -4,9 +4,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
-import random
 import shutil
-import sys
 import sysconfig
 
 import hypothesis
@@ -15,6 +13,7 @@ import pytest
 from hypothesis import strategies as st
 
 from moe_jax.text import corpus, shingles
+from tests.text.source_files import unrelated, write
 
 HELD_OUT = pathlib.Path(__file__).parents[2] / "assets" / "text"
 STDLIB = pathlib.Path(sysconfig.get_path("stdlib"))
@@ -28,19 +27,6 @@ def held_out():
 @pytest.fixture(scope="module")
 def long_document(held_out):
     return max(held_out, key=lambda document: len(document.text))
-
-
-def write(folder, **files):
-    folder.mkdir(exist_ok=True)
-    for name, text in files.items():
-        (folder / f"{name}.py").write_text(text, encoding="utf-8")
-    return str(folder)
-
-
-def unrelated(seed):
-    words = ["red", "green", "blue", "value", "count", "index", "merge", "split", "left", "right", "token"]
-    draw = random.Random(seed)
-    return "\n".join(f"{draw.choice(words)}_{draw.choice(words)} = {draw.choice(words)}" for _ in range(60))
 
 
 # the held-out archive
@@ -324,89 +310,6 @@ def test_a_file_named_itself_is_taken_as_it_is(tmp_path):
     path.write_bytes(b"\xff\xfe1\0")
     with pytest.raises(ValueError, match=r"is binary; expected a readable text file in UTF-8"):
         corpus.collect([str(path)], ())
-
-
-def test_standard_library_is_python_source(monkeypatch, tmp_path, held_out):
-    # a part of it, since the whole takes seconds
-    for name in ("json", "html", "encodings", "site-packages"):
-        (tmp_path / name).mkdir()
-    for name in ("json", "html", "encodings"):
-        for path in (STDLIB / name).glob("*.py"):
-            shutil.copy(path, tmp_path / name)
-    shutil.copy(STDLIB / "json" / "encoder.py", tmp_path / "site-packages")
-    (tmp_path / "LICENSE.txt").write_text(unrelated(1))
-    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
-    found = corpus.collect(["stdlib"], ())
-    names = {document.name for document in found.documents}
-    assert {"json/decoder.py", "html/parser.py", "encodings/utf_8.py"} <= names
-    assert not any("cp1252" in name or "site-packages" in name or name.endswith(".txt") for name in names)
-    assert found.statistics["stdlib"].left_out["generated"] > 50
-
-
-# sources that cannot be read
-
-
-def test_unknown_source_names_the_nearest(tmp_path):
-    with pytest.raises(ValueError, match="'numpi' is neither installed nor a file or folder; did you mean \"numpy\""):
-        corpus.collect(["numpi"], ())
-    with pytest.raises(ValueError, match='did you mean "stdlib"'):
-        corpus.collect(["stdlb"], ())
-    with pytest.raises(ValueError, match="a source is empty"):
-        corpus.collect([""], ())
-    (tmp_path / "small.txt").write_text("1\n")
-    with pytest.raises(
-        ValueError, match=r"no training text left in .* \(left out: 1 tiny\): name more sources in text"
-    ):
-        corpus.collect([str(tmp_path)], ())
-
-
-def install(tmp_path, monkeypatch, *lines):
-    folder = tmp_path / "madeup-1.0.dist-info"
-    folder.mkdir()
-    (folder / "METADATA").write_text(
-        "\n".join(["Metadata-Version: 2.1", "Name: madeup", "Version: 1.0", *lines]) + "\n"
-    )
-    (folder / "RECORD").write_text("madeup.py,,\n../../bin/madeup.py,,\nmadeup.txt,,\n")
-    (tmp_path / "madeup.py").write_text(unrelated(1))
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
-
-
-@pytest.mark.parametrize(
-    "lines",
-    [
-        ["License-Expression: MIT"],
-        ["License-Expression: Apache-2.0 OR GPL-3.0-only"],
-        ["License-Expression: (BSD-3-Clause AND Zlib)", "Classifier: License :: Other/Proprietary License"],
-        ["License-Expression: Apache-2.0 WITH LLVM-exception"],
-        ["Classifier: License :: OSI Approved :: BSD License"],
-        ["Classifier: License :: OSI Approved", "License: BSD-3-Clause"],
-        ["License: Apache License"],
-    ],
-)
-def test_permissive_distributions_are_read(lines, tmp_path, monkeypatch):
-    install(tmp_path, monkeypatch, *lines)
-    assert [document.name for document in corpus.collect(["madeup"], ()).documents] == ["madeup.py"]
-
-
-@pytest.mark.parametrize(
-    "lines",
-    [
-        ["License-Expression: MPL-2.0 AND MIT"],
-        ["License-Expression: GPL-3.0-only"],
-        ["Classifier: License :: OSI Approved :: GNU General Public License v3 (GPLv3)"],
-        [
-            "Classifier: License :: OSI Approved :: MIT License",
-            "Classifier: License :: OSI Approved :: Mozilla Public License 2.0 (MPL 2.0)",
-        ],
-        ["License: MIT or GPL"],
-        [],
-    ],
-)
-def test_other_distributions_are_refused(lines, tmp_path, monkeypatch):
-    install(tmp_path, monkeypatch, *lines)
-    with pytest.raises(ValueError, match=r"the licence of 'madeup' is .*; expected a permissive one") as error:
-        corpus.collect(["madeup"], ())
-    assert "\n" not in str(error.value)
 
 
 def test_halves_are_every_second_document():

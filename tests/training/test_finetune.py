@@ -1,22 +1,18 @@
-"""launch/finetune.py on a tiny model: what it measures, exports and refuses. `faults/` kills it, `peers/` load it."""
+"""launch/finetune.py on a tiny model: what it measures and exports. `faults/` kills it, `peers/` load it."""
 
 import contextlib
 import csv
-import io
 import json
-import os
 import pathlib
-import random
 import shutil
 from typing import NamedTuple
 
 import numpy as np
-import psutil
 import pytest
 from safetensors.numpy import load_file
 
 import moe_jax
-from moe_jax import checkpoint, command
+from moe_jax import checkpoint
 from moe_jax.checkpoint.orbax import Checkpoints
 from moe_jax.config.gin import read_config
 from moe_jax.engine.request import execution_of
@@ -26,32 +22,11 @@ from moe_jax.study import recover
 from moe_jax.text import corpus
 from moe_jax.text.tokenizer import encode_documents, load_tokenizer
 from moe_jax.training import finetuning
-from tests import launcher_module, tiny_model, tiny_training
+from tests import tiny_model, tiny_training
 from tests.faults import launched
+from tests.training.finetuned import IDLE, finetune, texts, write_lines
 
-IDLE = 5  # an expert that no token chooses: LoRA leaves it as it is
 NOTHING_MOVES = {"training.learning_rate": 1e-30}  # no float32 weight of the model is so small that it would
-
-
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    return tiny_training.write_sources(tmp_path_factory.mktemp("sources"))
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """In float32, as it is tuned, so that what was not trained comes back bit for bit."""
-    params = tiny_model.random_params()
-    params["moe"]["router"]["bias_LE"][:, IDLE] = -100
-    return tiny_model.write_model(tmp_path_factory.mktemp("models") / "tiny", params=params)
-
-
-def finetune(model, sources, out, **settings):
-    """Calls the launcher's main; returns the output folder."""
-    config = read_config(None, tiny_training.finetuning_overrides(sources, model, **settings))
-    out.mkdir(exist_ok=True)
-    launcher_module.load("finetune").main(command.Command("finetune", config, out, False, io.StringIO()))
-    return out
 
 
 def figures_of(out):
@@ -221,16 +196,6 @@ def test_it_stops_when_patience_is_over_and_keeps_the_best(model, sources, tmp_p
     assert json.loads((again / "result.json").read_text())["figures"]["steps"]["value"] == 6
 
 
-def write_lines(path, lines):
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
-
-
-def texts(count, words=150):
-    """Texts that have no sequence of words in common."""
-    known = [a + b for a in "bcdfglmnprst" for b in ("ake", "ing", "ound", "ly", "est", "ool")]
-    return [" ".join(random.Random(number).choices(known, k=words)) for number in range(count)]
-
-
 def test_documents_are_drawn_where_none_are_held_out(model, sources, tmp_path):
     """From lines of JSON. What nearly repeats a text that is held out is not trained on."""
     lines, path = texts(40), tmp_path / "lines.jsonl"
@@ -262,118 +227,6 @@ def test_documents_are_drawn_where_none_are_held_out(model, sources, tmp_path):
     assert [(row["source"], row["name"]) for row in rows] == [
         (str(path), document.name) for document in text.reported.documents
     ]
-
-
-WITHOUT_LANGUAGE = {"objective.language_model": 0.0, "objective.distillation": 1.0}
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        (
-            {"policy.spec": "topk:8"} | WITHOUT_LANGUAGE,
-            r"policy.spec = 'topk:8' keeps all 8 experts, .* expected fewer",
-        ),
-        ({"policy.spec": "model"} | WITHOUT_LANGUAGE, r"policy.spec = 'model' keeps all 8 experts, .* expected fewer"),
-        ({"policy.spec": "opportunistic:3"}, r"policy.spec = 'opportunistic:3' looks at all rows of a decode step"),
-        ({"policy.spec": "layers:3,2,1"}, r"policy.spec = 'layers:3,2,1': .*the model's 2"),
-        ({"evaluation.policies": ("topk:1", "oportunistic:3")}, r'did you mean "opportunistic:3"'),
-        ({"evaluation.policies": ("topk:1", "opportunistic:3")}, r"'opportunistic:3', which looks at all rows"),
-        ({"evaluation.half": "even"}, r"evaluation.half = 'even': expected '', the odd half is"),
-        (
-            {"finetune.rollouts": 4, "training.sequence_length": 16},
-            r"training.sequence_length = 16: expected more than",
-        ),
-        ({"finetune.elastic": True, "finetune.k_min": 9}, r"finetune.k_min = 9: expected at most the model's own 8"),
-        ({"finetune.elastic": True, "finetune.k_weights": (1.0, 2.0)}, r"finetune.k_weights has 2 numbers: expected 8"),
-        ({"training.sequence_length": 64}, r"training.sequence_length = 64: .* the model's context of 32"),
-        ({"text.held_out": "nowhere"}, r"text.held_out = '.*nowhere'"),
-        ({"model.path": "nowhere"}, r"model.path = 'nowhere' does not exist"),
-        ({"moe.k": 4}, r"moe.k = 4: expected the model's own, 8.*policy.spec=topk:4"),
-    ],
-)
-def test_refused_before_the_weights_are_read(model, sources, tmp_path, settings, says):
-    """The model's weights are gone: whoever reads them says another thing. Nothing is left behind."""
-    shape = tmp_path / "shape"
-    shutil.copytree(model, shape)
-    os.remove(shape / "model.safetensors")
-    with pytest.raises(ValueError, match=says) as refusal:
-        finetune(shape, sources, tmp_path / "out", **settings)
-    assert len(str(refusal.value).splitlines()) == 1
-    assert launched.entries(tmp_path / "out") == set()
-
-
-@pytest.mark.parametrize(
-    ("settings", "says"),
-    [
-        ({"training.learning_rate": 0.0}, r"training.learning_rate = 0.0: expected a positive number"),
-        ({"finetune.train": "rooter"}, r"finetune.train = 'rooter': expected one of all, router, "),
-        ({"policy.spec": "opportunistic:3"}, r"policy.spec = 'opportunistic:3' looks at all rows"),
-    ],
-)
-def test_a_process_ends_with_one_line_and_status_2(model, sources, tmp_path, settings, says):
-    """As above, and before JAX is imported where the configuration alone says it (`faults/test_configs.py`)."""
-    flags = [f"--set={override}" for override in tiny_training.finetuning_overrides(sources, model, **settings)]
-    ended = launched.run("finetune", *flags, "--out=out", folder=tmp_path)
-    assert launched.not_refused(ended, says) == ""
-    assert launched.entries(tmp_path) == set()
-
-
-def test_text_shorter_than_a_batch_is_refused(model, sources, tmp_path):
-    path = tmp_path / "short.jsonl"
-    write_lines(path, texts(1, 50))
-    with pytest.raises(
-        ValueError, match=r"text.sources has \d+ tokens, \d rows .* expected at least the 32 rows"
-    ) as said:
-        more = {"training.batch_size": 8, "training.accumulation": 4}
-        finetune(model, sources, tmp_path / "out", **{"text.sources": (str(path),)}, **more)
-    assert len(str(said.value).splitlines()) == 1
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_text_that_leaves_nothing_to_train_on_is_refused(model, sources, tmp_path, count):
-    path = tmp_path / "few.jsonl"
-    write_lines(path, texts(count))
-    with pytest.raises(ValueError, match=rf"text.sources has {count} documents, .* expected at least 2 held out"):
-        finetune(model, sources, tmp_path / "out", **{"text.sources": (str(path),), "text.held_out": ""})
-
-
-def test_a_damaged_line_is_named(model, sources, tmp_path):
-    path = tmp_path / "damaged.jsonl"
-    path.write_text('{"text": "as it should be"}\n{"text": "cut\n')
-    with pytest.raises(ValueError, match=r"damaged.jsonl, line 2 is not JSON"):
-        finetune(model, sources, tmp_path / "out", **{"text.sources": (str(path),)})
-
-
-class Memory(NamedTuple):
-    """As psutil tells it."""
-
-    available: int
-
-
-def test_what_does_not_fit_in_memory_is_refused(model, sources, tmp_path, monkeypatch):
-    """Counted by hand: a copy, gradients and two moments of what trains, and every layer's input."""
-    weights = sum(tensor.size for name, tensor in load_file(model / "model.safetensors").items() if "bias" not in name)
-    routers = 2 * 16 * 64
-    batch_bytes = 4 * 4 * 32 * 2 * 64
-    needed = {"all": 16 * weights + batch_bytes, "router": 16 * routers + batch_bytes}
-    settings = {name: {"finetune.train": name} for name in needed}
-    config = {
-        name: read_config(None, tiny_training.finetuning_overrides(sources, model, **one))
-        for name, one in settings.items()
-    }
-    params = moe_jax.load(model).params
-    for name, size_bytes in needed.items():
-        monkeypatch.setattr(psutil, "virtual_memory", lambda size_bytes=size_bytes: Memory(size_bytes))
-        finetuning.require_memory(config[name], params)
-        monkeypatch.setattr(psutil, "virtual_memory", lambda size_bytes=size_bytes: Memory(size_bytes - 1))
-        with pytest.raises(ValueError, match=rf"finetune.train = '{name}' needs .* GB available: expected fewer"):
-            finetuning.require_memory(config[name], params)
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"needs [\d,.]+ GB beside the model's [\d,.]+, [\d,.]+ GB available") as said:
-        rows = {"training.batch_size": 10**8}
-        finetuning.require_memory(read_config(None, tiny_training.finetuning_overrides(sources, model, **rows)), params)
-    assert len(str(said.value).splitlines()) == 1
 
 
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(model, sources, tmp_path):
@@ -431,8 +284,10 @@ def replaced(path, data):
     """A file with other contents, for a while."""
     before = path.read_bytes()
     path.write_bytes(data)
-    yield
-    path.write_bytes(before)
+    try:
+        yield
+    finally:
+        path.write_bytes(before)
 
 
 def test_another_model_or_text_of_the_same_name_is_refused(refused, model, sources, other):

@@ -22,11 +22,6 @@ from tests import tiny_training
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module")
-def sources(tmp_path_factory):
-    return tiny_training.write_sources(tmp_path_factory.mktemp("sources"))
-
-
 def command(sources, out, **more):
     flags = [f"--set={override}" for override in tiny_training.overrides(sources, **more)]
     return [sys.executable, str(ROOT / "launch" / "train.py"), f"--out={out}", *flags]

@@ -1,8 +1,9 @@
-"""What all model families share: reading fields of `config.json`, refusing unsupported ones, and common settings."""
+"""What every model family shares: reading fields of `config.json`, refusing others, and the parts that are alike."""
 
 import dataclasses
 import json
 import math
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -16,11 +17,11 @@ class Family:
     """One published model family.
 
     Attributes:
-        model_type: its name in `config.json`.
-        architecture: reads the fields of `config.json`; ValueError names a field that asks for something unsupported.
+        model_type: what `config.json` calls it.
+        architecture: the shape that a `config.json` describes; ValueError names a field that asks for what we lack.
         config_json: the inverse, without token ids and dtype; ValueError names a setting that the family lacks.
         rules: the parameters of an architecture and their tensors.
-        skipped: (prefix of tensor names, what they are) of tensors that a checkpoint may hold and that are not used.
+        skipped: (prefix of tensor names, what they are) that such a checkpoint may hold and that we do not run.
     """
 
     model_type: str
@@ -30,8 +31,8 @@ class Family:
     skipped: Callable[[dict[str, Any]], tuple[tuple[str, str], ...]]
 
 
-# Fields that change the computation, with the values that the decoder implements. The first is the value of a field
-# that is absent.
+# Fields that change the computation, with the values that leave it as the decoder runs it. The first is that of a field
+# which is absent.
 NEUTRAL: dict[str, tuple] = {
     "hidden_act": ("silu", "swish"),  # two names of one function
     "sliding_window": (None,),
@@ -50,7 +51,7 @@ NEUTRAL: dict[str, tuple] = {
 
 
 def refuse_others(fields: dict[str, Any], neutral: dict[str, tuple]) -> None:
-    """Raises ValueError if a field has a value that is not listed for it."""
+    """Raises ValueError where a field has a value that its row does not list."""
     for name, accepted in neutral.items():
         value = fields.get(name, accepted[0])
         if name == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value):
@@ -59,17 +60,17 @@ def refuse_others(fields: dict[str, Any], neutral: dict[str, tuple]) -> None:
             continue
         if value not in accepted or type(value) not in map(type, accepted):
             expected = " or ".join(map(json.dumps, accepted))
-            raise ValueError(f"{name} = {json.dumps(value)}: expected {expected}; nothing else is implemented")
+            raise ValueError(f"{name} = {json.dumps(value)[:100]}: expected {expected}; nothing else is implemented")
 
 
 def _prefix_then_moe(fields: dict[str, Any]) -> list[int]:
-    """The list for a dense prefix followed by MoE layers: 0 for each dense layer, 1 for each MoE layer."""
-    count, dense = fields.get("num_hidden_layers"), fields.get("first_k_dense_replace") or 0
-    return [int(layer >= dense) for layer in range(count)] if isinstance(count, int) else []
+    """A dense prefix and MoE layers behind it, layer by layer: 0 and 1."""
+    dense = field(fields, "first_k_dense_replace", int, 0)
+    return [int(layer >= dense) for layer in range(num_layers(fields))]
 
 
 def require_settings(model_type: str, architecture: Architecture, only: dict[str, Any]) -> None:
-    """Raises ValueError if a setting (`section.field`) differs from the only value that a family supports."""
+    """Raises ValueError where a setting (`section.field`) differs from the one value that a family has."""
     for setting, expected in only.items():
         section, name = setting.split(".")
         given = getattr(getattr(architecture, section), name)
@@ -77,26 +78,37 @@ def require_settings(model_type: str, architecture: Architecture, only: dict[str
             raise ValueError(f"{setting} = {given!r}: the Hugging Face family {model_type} only has {expected!r}")
 
 
-_MOST_LISTED_LAYERS = 10_000  # more than any model has; limits the lists made from config.json
+_MOST_LAYERS = 10_000  # more than any model has: what is listed layer by layer is no longer
+
+
+def num_layers(fields: dict[str, Any]) -> int:
+    """`num_hidden_layers`; ValueError where no model has as many."""
+    count = field(fields, "num_hidden_layers", int)
+    if count > _MOST_LAYERS:
+        raise ValueError(f"num_hidden_layers = {count}: expected at most {_MOST_LAYERS}")
+    return count
+
+
+def dense_hidden(fields: dict[str, Any], num_dense_layers: int) -> int:
+    """`intermediate_size`, the width of dense layers, which is required where there are any."""
+    return field(fields, "intermediate_size", int, _REQUIRED if num_dense_layers else 0)
 
 
 def dense_layers(fields: dict[str, Any], is_dense: Callable[[int], bool]) -> dict[str, Any]:
-    """`num_dense_layers` and `dense_layers` of a model; `is_dense` takes the number of a layer, from 0."""
-    count = field(fields, "num_hidden_layers", int)
-    if count > _MOST_LISTED_LAYERS:
-        raise ValueError(f"num_hidden_layers = {count}: expected at most {_MOST_LISTED_LAYERS}")
+    """`num_dense_layers` and `dense_layers` of a model whose dense layers a rule tells, from 0 on."""
+    count = num_layers(fields)
     places = tuple(filter(is_dense, range(count)))
     return {"num_dense_layers": len(places), "dense_layers": () if places == tuple(range(len(places))) else places}
 
 
-# Fields for MoE layers that differ: one number for each MoE layer, in order. They are our own: published families have
-# one number for all layers, which then gives the largest.
+# Of each MoE layer in order, where they differ. These fields are our own: published families have one number for all
+# layers, which then says the most of them.
 _OF_LAYERS = {"num_experts_of_layers": "num_experts_of_layers", "num_experts_per_tok_of_layers": "k_of_layers"}
 OF_LAYERS = tuple(_OF_LAYERS)
 
 
 def with_numbers_of_layers(architecture: Architecture, fields: dict[str, Any]) -> Architecture:
-    """The architecture with the numbers that `config.json` gives for single layers; ValueError if they do not fit."""
+    """The architecture with what `config.json` says of single layers; ValueError where that does not fit."""
     given = {setting: fields[name] for name, setting in _OF_LAYERS.items() if fields.get(name) is not None}
     for name, setting in _OF_LAYERS.items():
         numbers = given.get(setting, [])
@@ -112,7 +124,7 @@ def numbers_of_layers_json(architecture: Architecture) -> dict[str, list[int]]:
     return {name: numbers for name, numbers in found.items() if numbers}
 
 
-# The settings of families without latents, selection bias, expert groups and scaling.
+# What families have that know neither latents nor a selection bias, groups, scaling or shared experts.
 PLAIN_SETTINGS = {
     "attention.kind": "grouped",
     "attention.rope_interleaved": False,
@@ -128,33 +140,53 @@ NO_SHARED_EXPERTS = {"moe.num_shared_experts": 0}
 _REQUIRED = object()
 
 
-def field(fields: dict[str, Any], name: str, kind: type, default: Any = _REQUIRED) -> Any:
-    """Reads one field; null counts as absent, and an integer as a float."""
+_LARGEST = 2**31 - 1  # of an integer: no size of a model is larger
+
+
+def field(fields: dict[str, Any], name: str, kind: type, default: Any = _REQUIRED, *, older: str | None = None) -> Any:
+    """Reads one field; null counts as absent, and an integer as a float.
+
+    Args:
+        fields: of `config.json`, or of an object in it.
+        name: of the field.
+        kind: bool, int, float, list or dict.
+        default: where it is absent; without one it is required.
+        older: a name that it once had, which is read where it is absent.
+
+    Raises:
+        ValueError: it is required and absent, is of another kind, or is a number that no model has.
+    """
+    if older is not None and fields.get(name) is None and fields.get(older) is not None:
+        name = older
     value = fields.get(name)
     if value is None:
         if default is _REQUIRED:
             raise ValueError(f"{name} is missing: expected {kind.__name__}")
         return default
-    if kind is float and type(value) is int:
+    if type(value) is not kind and not (kind is float and type(value) is int):
+        raise ValueError(f"{name} = {json.dumps(value)[:100]}: expected {kind.__name__}")
+    if kind is int and abs(value) > _LARGEST:
+        raise ValueError(f"{name} = {str(value)[:100]}: expected at most {_LARGEST}")
+    if kind is float:
+        if not abs(value) <= sys.float_info.max:
+            raise ValueError(f"{name} = {str(value)[:100]}: expected a finite number")
         return float(value)
-    if type(value) is not kind:
-        raise ValueError(f"{name} = {json.dumps(value)}: expected {kind.__name__}")
     return value
 
 
 def trunk(fields: dict[str, Any], *, norm_eps: float, max_context: int, **dense: Any) -> DecoderConfig:
-    """The decoder settings that all families share.
+    """The trunk.
 
     Args:
         fields: of `config.json`.
-        norm_eps: default of the family.
-        max_context: default of the family.
+        norm_eps: where no field says it.
+        max_context: where no field says it.
         **dense: `num_dense_layers`, `dense_layers` and `dense_hidden`.
     """
     return DecoderConfig(
         vocab_size=field(fields, "vocab_size", int),
         d_model=field(fields, "hidden_size", int),
-        num_layers=field(fields, "num_hidden_layers", int),
+        num_layers=num_layers(fields),
         norm_eps=field(fields, "rms_norm_eps", float, norm_eps),
         tie_embeddings=field(fields, "tie_word_embeddings", bool, False),
         max_context=field(fields, "max_position_embeddings", int, max_context),
@@ -163,7 +195,7 @@ def trunk(fields: dict[str, Any], *, norm_eps: float, max_context: int, **dense:
 
 
 def trunk_json(decoder: DecoderConfig) -> dict[str, Any]:
-    """The inverse of `trunk`, without dense layers."""
+    """The inverse of `trunk`, dense layers left out."""
     return {
         "vocab_size": decoder.vocab_size,
         "hidden_size": decoder.d_model,
@@ -180,7 +212,7 @@ def grouped_heads(fields: dict[str, Any], kv_heads: int | None = None) -> dict[s
 
     Args:
         fields: of `config.json`.
-        kv_heads: default of the family; None: as many as heads.
+        kv_heads: where no field says it; None: as many as heads.
     """
     num_heads = field(fields, "num_attention_heads", int)
     return {
@@ -199,7 +231,7 @@ def grouped_heads_json(attention: AttentionConfig) -> dict[str, int]:
     }
 
 
-# Fields of YaRN, our settings, their types, and defaults of those that may be absent.
+# Fields of YaRN, our settings, and the values of those that may be absent.
 _YARN = (
     ("factor", "yarn_factor", float, _REQUIRED),
     ("original_max_position_embeddings", "yarn_original_context", int, _REQUIRED),
@@ -213,63 +245,81 @@ _YARN = (
 def rope_settings(
     fields: dict[str, Any], theta: float = 10000.0, fraction: float | None = None
 ) -> dict[str, float | int]:
-    """`rope_theta` and the YaRN settings; also `rope_fraction` if `fraction` is given.
+    """`rope_theta` and what YaRN adds; `rope_fraction` too where the family has a default fraction.
 
-    `rope_parameters`, or the older `rope_scaling`, takes precedence over top-level fields.
+    `rope_parameters`, once `rope_scaling`, wins over top-level fields.
 
     Args:
         fields: of `config.json`.
-        theta: default of the family.
-        fraction: default of the family; None: it rotates all channels.
+        theta: where no field says it.
+        fraction: where no field says it; None: the family rotates all.
     """
-    name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
-    inner = {key: value for key, value in field(fields, name, dict, {}).items() if value is not None}
-    if inner.keys() == {"full_attention"}:  # rotary settings by kind of layer
-        inner = {key: value for key, value in field(inner, "full_attention", dict).items() if value is not None}
-    kind = inner.pop("rope_type", None) or inner.get("type", "default")
-    inner.pop("type", None)
-    if kind in ("linear", "dynamic") and inner.get("factor") == 1:  # no scaling
+    name = "rope_scaling" if field(fields, "rope_scaling", dict, {}) else "rope_parameters"
+    inner = _given(field(fields, name, dict, {}))
+    if inner.keys() == {"full_attention"}:  # where another kind of layer might rotate otherwise
+        name, inner = f"{name}.full_attention", _given(_field_of(name, inner, "full_attention", dict))
+    kind = _field_of(name, inner, "rope_type", str, None, older="type") or "default"
+    inner = {key: value for key, value in inner.items() if key not in ("rope_type", "type")}
+    if kind in ("linear", "dynamic") and inner.get("factor") == 1:  # stretches by nothing
         kind = "default"
-    if kind == "default":
-        inner = {key: value for key, value in inner.items() if not _changes_nothing(key, value)}
     if kind not in ("default", "yarn"):
         raise ValueError(
-            f'{name}.rope_type = {json.dumps(kind)}: expected "default" or "yarn"; nothing else is implemented'
+            f'{name}.rope_type = {json.dumps(kind)[:100]}: expected "default" or "yarn"; nothing else is implemented'
         )
-    taken = {"rope_theta", "partial_rotary_factor"} | ({key for key, *_ in _YARN} if kind == "yarn" else set())
-    if inner.get("truncate") is True and kind == "yarn":
-        del inner["truncate"]
-    turn_scale = field(inner, "attention_factor", float, None) if kind == "yarn" else None
-    if turn_scale is not None:
-        del inner["attention_factor"]
+    taken = {"rope_theta", "partial_rotary_factor"}
+    if kind == "default":
+        taken |= {key for key in inner if _changes_nothing(name, inner, key)}
+    else:
+        taken |= {key for key, *_ in _YARN} | {"attention_factor"}
+        taken |= {"truncate"} if inner.get("truncate") is True else set()
     if others := sorted(set(inner) - taken):
-        raise ValueError(f"{name}.{others[0]} = {json.dumps(inner[others[0]])}: not implemented")
-    both = {**fields, **inner}
-    settings = {"rope_theta": field(both, "rope_theta", float, theta)}
+        raise ValueError(f"{name}.{others[0]} = {json.dumps(inner[others[0]])[:100]}: not implemented")
+    top = {
+        key: field(fields, key, float, default)
+        for key, default in (("rope_theta", theta), ("partial_rotary_factor", 1.0 if fraction is None else fraction))
+    }
+    theta, given = (_field_of(name, inner, key, float, default) for key, default in top.items())
+    settings = {"rope_theta": theta}
     if fraction is not None:
-        settings["rope_fraction"] = field(both, "partial_rotary_factor", float, fraction)
-    elif (given := field(both, "partial_rotary_factor", float, 1.0)) != 1:
+        settings["rope_fraction"] = given
+    elif given != 1:
         raise ValueError(f"partial_rotary_factor = {given}: expected 1.0; nothing else is implemented for this family")
-    if kind == "yarn":
-        for key, setting, value_type, default in _YARN:
-            try:
-                settings[setting] = field(inner, key, value_type, default)
-            except ValueError as error:
-                raise ValueError(f"{name}.{error}") from error
-        if turn_scale is not None:
-            own = rope.turn_scale(AttentionConfig(kind="latent", qk_norm=False, **settings))
-            if not math.isclose(turn_scale, own, rel_tol=1e-6):
-                raise ValueError(f"{name}.attention_factor = {turn_scale}: expected {own:.6g}, or none")
-    return settings
+    return settings | (_yarn_settings(name, inner, settings) if kind == "yarn" else {})
 
 
-def _changes_nothing(key: str, value: Any) -> bool:
-    """Whether a field that newer libraries add to unscaled rotary settings has no effect."""
-    return key == "original_max_position_embeddings" or (key in ("factor", "attention_factor") and value == 1)
+def _yarn_settings(name: str, inner: dict[str, Any], settings: dict[str, float]) -> dict[str, float | int]:
+    """What `name`, an object of `config.json`, says of YaRN, beside the settings that every rotation has."""
+    yarn = {setting: _field_of(name, inner, key, kind, default) for key, setting, kind, default in _YARN}
+    turn_scale = _field_of(name, inner, "attention_factor", float, None)
+    if turn_scale is not None:
+        own = rope.turn_scale(AttentionConfig(kind="latent", qk_norm=False, **settings, **yarn))
+        if not math.isclose(turn_scale, own, rel_tol=1e-6):
+            raise ValueError(f"{name}.attention_factor = {turn_scale}: expected {own:.6g}, or none")
+    return yarn
+
+
+def _field_of(name: str, inner: dict[str, Any], key: str, kind: type, *default: Any, **options: Any) -> Any:
+    """As `field`, of the object `name` of `config.json`, which an error names too."""
+    try:
+        return field(inner, key, kind, *default, **options)
+    except ValueError as error:
+        raise ValueError(f"{name}.{error}") from error
+
+
+def _given(inner: dict[str, Any]) -> dict[str, Any]:
+    """What is not null."""
+    return {key: value for key, value in inner.items() if value is not None}
+
+
+def _changes_nothing(name: str, inner: dict[str, Any], key: str) -> bool:
+    """Whether a field of a rotation that is not stretched, which newer libraries add, leaves it as it is."""
+    if key == "original_max_position_embeddings":
+        return _field_of(name, inner, key, int) is not None
+    return key in ("factor", "attention_factor") and _field_of(name, inner, key, float) == 1
 
 
 def rope_json(attention: AttentionConfig, with_fraction: bool = False) -> dict[str, Any]:
-    """The inverse of `rope_settings`, in two forms: transformers 5 reads `rope_parameters`, older readers the rest."""
+    """The inverse of `rope_settings`: twice, since transformers 5 reads `rope_parameters`, older readers the others."""
     theta = {"rope_theta": attention.rope_theta}
     if with_fraction:
         theta["partial_rotary_factor"] = attention.rope_fraction
@@ -288,14 +338,14 @@ _MOST_PREDICTION_LAYERS = 100  # published models have one
 
 
 def prediction_layers(fields: dict[str, Any], default: int) -> tuple[tuple[str, str], ...]:
-    """Multi-token prediction layers, which published checkpoints number after the decoder's: for `Family.skipped`."""
+    """Multi-token prediction layers, which published checkpoints hold behind the decoder's own: as `Family.skipped`."""
     count = field(fields, "num_nextn_predict_layers", int, default)
     if not 0 <= count <= _MOST_PREDICTION_LAYERS:
         raise ValueError(f"num_nextn_predict_layers = {count}: expected 0 to {_MOST_PREDICTION_LAYERS}")
-    first = field(fields, "num_hidden_layers", int)
+    first = num_layers(fields)
     return tuple((f"model.layers.{layer}.", "a multi-token prediction layer") for layer in range(first, first + count))
 
 
 def nothing_skipped(fields: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """`Family.skipped` of families whose tensors are all used."""
+    """Of families whose checkpoints hold nothing that we do not run."""
     return ()

@@ -1,4 +1,4 @@
-"""DeepSeek-V2 (arXiv 2405.04434), DeepSeek-V3 (arXiv 2412.19437), and models of the same shape: Moonlight, Kimi K2."""
+"""DeepSeek-V2 (arXiv 2405.04434), and DeepSeek-V3 (arXiv 2412.19437) with those of its shape: Moonlight, Kimi K2."""
 
 import json
 from typing import Any
@@ -40,26 +40,26 @@ _V3_ONLY = {**_ONLY, "moe.score": "sigmoid", "moe.selection_bias": True, "moe.gr
 
 
 def _dense(fields: dict[str, Any], default: int) -> dict[str, Any]:
-    """Reads which layers are dense.
+    """MoE layers are those from the first on whose number is a multiple of `moe_layer_freq`, or that have a 1 there.
 
-    From `first_k_dense_replace` on, a layer is MoE if its number is a multiple of `moe_layer_freq` or, where that is a
-    list, if its entry is 1. As in the models' own code; transformers does not read `moe_layer_freq`.
+    As in the models' own code; transformers does not read `moe_layer_freq`.
     """
     first, freq = field(fields, "first_k_dense_replace", int, default), fields.get("moe_layer_freq")
-    sizes = {"dense_hidden": field(fields, "intermediate_size", int, 0)}
+    is_list = isinstance(freq, list) and len(freq) == base.num_layers(fields)
     if freq is None or (type(freq) is int and freq == 1):
-        return {"num_dense_layers": first, **sizes}
-    is_list = isinstance(freq, list) and len(freq) == fields.get("num_hidden_layers")
-    if is_list and all(type(one) is int and one in (0, 1) for one in freq):
-        return base.dense_layers(fields, lambda layer: layer < first or not freq[layer]) | sizes
-    if type(freq) is int and freq > 1:
-        return base.dense_layers(fields, lambda layer: layer < first or layer % freq != 0) | sizes
-    expected = "a whole number from 1 on, or 0 or 1 for each layer"
-    raise ValueError(f"moe_layer_freq = {json.dumps(freq)[:100]}: expected {expected}")
+        dense = {"num_dense_layers": first}
+    elif is_list and all(type(one) is int and one in (0, 1) for one in freq):
+        dense = base.dense_layers(fields, lambda layer: layer < first or not freq[layer])
+    elif type(freq) is int and freq > 1:
+        dense = base.dense_layers(fields, lambda layer: layer < first or layer % freq != 0)
+    else:
+        expected = "a whole number from 1 on, or 0 or 1 for each layer"
+        raise ValueError(f"moe_layer_freq = {json.dumps(freq)[:100]}: expected {expected}")
+    return dense | {"dense_hidden": base.dense_hidden(fields, dense["num_dense_layers"])}
 
 
 def _dense_json(decoder: DecoderConfig) -> dict[str, Any]:
-    """The inverse of `_dense`: a number as `moe_layer_freq` if possible, else a list."""
+    """The inverse: a list where no number says it."""
     if not decoder.dense_layers:
         return {"first_k_dense_replace": decoder.num_dense_layers, "moe_layer_freq": 1}
     layers = range(decoder.num_layers)
@@ -72,7 +72,7 @@ def _dense_json(decoder: DecoderConfig) -> dict[str, Any]:
 
 
 def _attention(fields: dict[str, Any], interleaved: bool) -> AttentionConfig:
-    """Latent attention; no field gives the epsilon of the norms of latents."""
+    """The norms of latents have an epsilon that no field says."""
     num_heads = field(fields, "num_attention_heads", int)
     if (kv_heads := field(fields, "num_key_value_heads", int, num_heads)) != num_heads:
         raise ValueError(f"num_key_value_heads = {kv_heads}: expected num_attention_heads = {num_heads}")
@@ -130,8 +130,8 @@ def _rules(architecture: Architecture) -> tuple[Rule, ...]:
 
 
 def _computed(fields: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Buffers that some checkpoints hold (Moonlight), for `Family.skipped`."""
-    layers = range(field(fields, "num_hidden_layers", int))
+    """Buffers that some checkpoints hold (Moonlight): as `Family.skipped`."""
+    layers = range(base.num_layers(fields))
     return tuple((f"model.layers.{layer}.self_attn.rotary_emb.", "frequencies, which are computed") for layer in layers)
 
 
@@ -170,7 +170,7 @@ def _v2_config_json(architecture: Architecture) -> dict[str, Any]:
 
 
 def _groups(fields: dict[str, Any], name: str, default: int) -> int:
-    """A number of groups; null means no groups, unlike an absent field."""
+    """A number of groups; null, unlike an absent field, asks for none."""
     return 1 if name in fields and fields[name] is None else field(fields, name, int, default)
 
 

@@ -36,13 +36,13 @@ def _trunk(fields: dict[str, Any]) -> DecoderConfig:
     if step < 1:
         raise ValueError(f"decoder_sparse_step = {step}: expected 1 or more")
     dense = base.dense_layers(fields, lambda layer: layer in listed or (layer + 1) % step != 0)
-    dense_hidden = field(fields, "intermediate_size", int, 0)
+    dense_hidden = base.dense_hidden(fields, dense["num_dense_layers"])
     return base.trunk(fields, norm_eps=1e-6, max_context=32768, **dense, dense_hidden=dense_hidden)
 
 
 def _routed(fields: dict[str, Any], **shared: Any) -> MoEConfig:
     return MoEConfig(
-        num_experts=field(fields, "num_experts", int, field(fields, "num_local_experts", int, None)),
+        num_experts=field(fields, "num_experts", int, older="num_local_experts"),
         k=field(fields, "num_experts_per_tok", int),
         expert_hidden=field(fields, "moe_intermediate_size", int),
         score="softmax",
