@@ -234,12 +234,14 @@ def of(architecture: Architecture) -> list[Parameter]:
 
 
 def find(path: Iterable[str]) -> Parameter:
-    """The entry for a path, or for what a part of it is at, such as a factor of LoRA; KeyError where there is none."""
+    """The parameter at a path, or whose part is there, such as a factor of LoRA; KeyError where there is none."""
     stack, slash, within = "/".join(path).partition("/")
-    path = layers.kind_of(stack) + slash + within
+    kind = layers.kind_of(stack)
+    path = kind + slash + within
     for parameter in TABLE:
         if path.startswith(parameter.path) and path[len(parameter.path) :][:1] in ("", "/"):
-            return parameter
+            same = stack == kind
+            return parameter if same else dataclasses.replace(parameter, path=stack + parameter.path.removeprefix(kind))
     raise KeyError(path)
 
 
