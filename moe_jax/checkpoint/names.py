@@ -54,12 +54,11 @@ class Rule:
         return self._declared.kind is parameters.SelectionBias
 
     def _sizes(self, architecture: Architecture) -> dict[str, int]:
-        return parameters.sizes_of(architecture, self.parameter.split("/")[:-1]) | {"1": 1}
+        return parameters.sizes_of(architecture, self._declared.modules) | {"1": 1}
 
     def shape(self, architecture: Architecture) -> tuple[int, ...]:
         """Shape of the stacked parameter."""
-        sizes = self._sizes(architecture)
-        return tuple(sizes[letter] for letter in self.letters)
+        return self._declared.shape(architecture)
 
     def stored_shape(self, architecture: Architecture) -> tuple[int, ...]:
         """Shape of each of its tensors in the checkpoint."""

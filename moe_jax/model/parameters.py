@@ -236,10 +236,12 @@ def of(architecture: Architecture) -> list[Parameter]:
 def find(path: Iterable[str]) -> Parameter:
     """The entry for the path of a parameter or of something within it, such as a LoRA factor; KeyError if none."""
     stack, slash, within = "/".join(path).partition("/")
-    path = layers.kind_of(stack) + slash + within
+    kind = layers.kind_of(stack)
+    path = kind + slash + within
     for parameter in TABLE:
         if path.startswith(parameter.path) and path[len(parameter.path) :][:1] in ("", "/"):
-            return parameter
+            same = stack == kind
+            return parameter if same else dataclasses.replace(parameter, path=stack + parameter.path.removeprefix(kind))
     raise KeyError(path)
 
 

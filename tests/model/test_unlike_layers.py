@@ -15,6 +15,7 @@ from moe_jax.checkpoint import huggingface
 from moe_jax.checkpoint.families import FAMILIES
 from moe_jax.config import layers
 from moe_jax.config.architecture import Architecture, MoEConfig
+from moe_jax.conversion import convert
 from moe_jax.cost import roofline
 from moe_jax.engine import cache as caches
 from moe_jax.engine.request import execution_of
@@ -210,6 +211,14 @@ def test_there_and_back(model, tensors, tmp_path):
     assert checkpoint.open(tmp_path / "again").architecture == ARCHITECTURE
     exported = policies.with_own(parse("topk:4"), ARCHITECTURE)
     assert exported.moe.k_of_layers == (4, 4, 3, 4, 3)
+
+
+@pytest.mark.parametrize("layout", ["stacked", "orbax"])
+def test_other_layouts_hold_every_stack(folder, model, tmp_path, layout):
+    convert(folder, tmp_path / layout, layout=layout)
+    convert(tmp_path / layout, tmp_path / "back")
+    back = huggingface.nested(dict(huggingface.flattened(checkpoint.open(tmp_path / "back").read())))
+    jax.tree.map(np.testing.assert_array_equal, back, jax.tree.map(np.asarray, model.params))
 
 
 @pytest.mark.parametrize(
