@@ -25,6 +25,7 @@ _WARPGROUP_ROWS = 64  # of the output, per warpgroup: what one wgmma takes
 _SWIZZLE_BYTES = 128
 _STORE_COLUMNS = 64
 _ALIGNMENT = 8  # rows: copies into swizzled shared memory start at a multiple
+_WALKED = 64  # group sizes loaded side by side
 
 
 class _Shape(NamedTuple):
@@ -187,15 +188,22 @@ class _RowTiles(NamedTuple):
     size_T: jax.Array  # int32: rows of the group; 0 for nobody
 
 
+def most_tiles(num_experts: int, num_rows: int, size: int) -> int:
+    """How many tiles of rows there may be."""
+    busy = min(num_experts, num_rows)
+    if num_rows + _ALIGNMENT - 1 <= size:  # a group is one tile, and so is nobody
+        return busy + 1
+    return (num_rows + busy * (_ALIGNMENT - 1)) // size + busy + 2
+
+
 def row_tiles(group_sizes_E, num_rows: int, size: int) -> _RowTiles:
     """Cuts sorted rows into tiles, in two sums over small comparisons: each kernel launched costs microseconds."""
     num_experts = group_sizes_E.shape[0]
-    busy = min(num_experts, num_rows)
     expert_E = jnp.arange(num_experts)
     # A group may start anywhere within the 8 rows to which its first tile is aligned.
     tiles_E = jnp.where(group_sizes_E > 0, (group_sizes_E + (_ALIGNMENT - 1 + size - 1)) // size, 0)
     last_tile_E = jnp.where(expert_E[:, None] >= expert_E[None], tiles_E[None], 0).sum(1, dtype=jnp.int32)
-    tile_T = jnp.arange((num_rows + busy * (_ALIGNMENT - 1)) // size + busy + 2, dtype=jnp.int32)
+    tile_T = jnp.arange(most_tiles(num_experts, num_rows, size), dtype=jnp.int32)
     over_TE = last_tile_E[None] <= tile_T[:, None]
     here_TE = ~over_TE & (last_tile_E[None] - tiles_E[None] <= tile_T[:, None])
     ones_E = jnp.ones_like(tiles_E)
@@ -210,11 +218,41 @@ def row_tiles(group_sizes_E, num_rows: int, size: int) -> _RowTiles:
     return _RowTiles(group_T, first_tile_T, first_T, size_T)
 
 
-def tile_at(cut: _RowTiles, tile, num_experts: int, num_rows: int, size: int):
-    """(group, first row, begin, end): the tile's own rows are `begin` up to `end`, counted from its first row."""
-    group, first = cut.group_T[tile], cut.first_T[tile]
-    last = lax.select(group < num_experts, first + cut.size_T[tile], jnp.int32(num_rows))
-    block = lax.div(first, jnp.int32(_ALIGNMENT)) + (tile - cut.first_tile_T[tile]) * (size // _ALIGNMENT)
+def walk_to(group_sizes_E, tile, size: int):
+    """The entry of `row_tiles` for one tile, by a walk over the sizes: a few instructions per expert, no table."""
+    num_experts = group_sizes_E.shape[0]
+
+    def of_chunk(number, state):
+        group, first_tile, first, last_tile, last = state
+        for rows in [group_sizes_E[number * chunk + i] for i in range(chunk)]:  # loaded side by side
+            last_tile = last_tile + lax.select(rows > 0, lax.shift_right_logical(rows + slack, shift), jnp.int32(0))
+            last = last + rows
+            over = last_tile <= tile
+            group = group + over.astype(jnp.int32)
+            first_tile, first = lax.select(over, last_tile, first_tile), lax.select(over, last, first)
+        return group, first_tile, first, last_tile, last
+
+    slack, shift = jnp.int32(_ALIGNMENT - 1 + size - 1), jnp.int32(size.bit_length() - 1)
+    chunk = max(divisor for divisor in range(1, min(num_experts, _WALKED) + 1) if num_experts % divisor == 0)
+    state = (jnp.int32(0),) * 5
+    state = of_chunk(0, state) if chunk == num_experts else lax.fori_loop(0, num_experts // chunk, of_chunk, state)
+    group, first_tile, first = state[:3]
+    return group, first_tile, first, group_sizes_E[lax.min(group, jnp.int32(num_experts - 1))]
+
+
+def tile_at(entry, tile, num_experts: int, num_rows: int, size: int):
+    """(group, first row, begin, end): the tile's own rows are `begin` up to `end`, counted from its first row.
+
+    Args:
+        entry: the tile's row of the table.
+        tile: its number.
+        num_experts: number of groups.
+        num_rows: of all groups and of nobody.
+        size: rows of a tile.
+    """
+    group, first_tile, first, rows = entry
+    last = lax.select(group < num_experts, first + rows, jnp.int32(num_rows))
+    block = lax.div(first, jnp.int32(_ALIGNMENT)) + (tile - first_tile) * (size // _ALIGNMENT)
     start = block * _ALIGNMENT
     begin = lax.max(first - start, jnp.int32(0))
     return group, start, begin, lax.clamp(begin, last - start, jnp.int32(size))
@@ -225,10 +263,24 @@ def _load_sizes(size: int) -> list[int]:
     return [size] if size > _WARPGROUP_ROWS else [8, 16, 32, 64]
 
 
-def multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, tiles, num_cores, transposed=False, gated=False):
+def multiply(
+    rows_SX,
+    weights_LEFD,
+    group_sizes_E,
+    layer,
+    *,
+    tiles,
+    num_cores,
+    transposed=False,
+    gated=False,
+    walked=False,
+    overlapped=False,
+):
     """Rows by matrices [F, D] along D, or by their transposes along F: out is [S, F] or [S, D].
 
-    Where it is gated, there are two matrices for each expert, weights_LEIFD, and out is silu(first) * second.
+    Where it is gated, there are two matrices for each expert, weights_LEIFD, and out is silu(first) * second. Where it
+    is `walked`, each program finds its tiles by the sizes, and no table is made before. Where it is `overlapped`, the
+    kernel may start while the one before it ends, and waits for it.
     """
     weights_MFD = weights_LEFD.reshape(-1, *weights_LEFD.shape[-2:])
     asked, depth = rows_SX.shape
@@ -242,16 +294,24 @@ def multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, tiles, num_cores, t
     columns_block = (tiles.depth, tiles.columns) if transposed else (tiles.columns, tiles.depth)
 
     num_experts = group_sizes_E.shape[0]
-    cut = row_tiles(group_sizes_E, num_rows, tiles.rows)
+    num_tiles = most_tiles(num_experts, num_rows, tiles.rows)
+    cut = (group_sizes_E,) if walked else row_tiles(group_sizes_E, num_rows, tiles.rows)
+    num_tables = len(cut)
 
-    def kernel(layer, group_T, first_tile_T, first_T, size_T, rows_gmem, weights_gmem, out_gmem, *scratch):
-        cut = _RowTiles(group_T, first_tile_T, first_T, size_T)
+    def kernel(layer, *operands):
+        cut, (rows_gmem, weights_gmem, out_gmem, *scratch) = operands[:num_tables], operands[num_tables:]
         rows_smem, columns_smem, out_smem, full, empty = scratch
+        if overlapped:
+            plgpu.griddepcontrol_wait()
+            plgpu.griddepcontrol_launch_dependents()
+
+        def entry_of(tile):
+            return walk_to(cut[0], tile, tiles.rows) if walked else tuple(of_T[tile] for of_T in cut)
 
         def piece(number):
             tile = lax.div(number, jnp.int32(shape.column_tiles))
             column = lax.rem(number, jnp.int32(shape.column_tiles)) * out_columns
-            group, start, begin, end = tile_at(cut, tile, num_experts, num_rows, tiles.rows)
+            group, start, begin, end = tile_at(entry_of(tile), tile, num_experts, num_rows, tiles.rows)
             blocks = lax.select(
                 (group < num_experts) & (end > begin), jnp.int32(pl.cdiv(depth, tiles.depth)), jnp.int32(0)
             )
@@ -291,11 +351,12 @@ def multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, tiles, num_cores, t
                 sums = gate / (1 + jnp.exp(-gate)) * up
             row = warpgroup * _WARPGROUP_ROWS
             begin, end = (lax.clamp(jnp.int32(0), x - row, jnp.int32(_WARPGROUP_ROWS)) for x in (begin, end))
-            _store(shape, out_smem, out_gmem, start + row, begin, end, column, warpgroup, sums)
 
-        _ring(shape, piece, load, rows_of, columns_of, store)(
-            jnp.int32(len(cut.group_T) * shape.column_tiles), full, empty
-        )
+            @pl.when(end > begin)
+            def _store_rows():
+                _store(shape, out_smem, out_gmem, start + row, begin, end, column, warpgroup, sums)
+
+        _ring(shape, piece, load, rows_of, columns_of, store)(jnp.int32(num_tiles * shape.column_tiles), full, empty)
 
     scratch = _scratch(shape, (tiles.rows, tiles.depth), columns_block, 3 if gated else 2)
     out = jax.ShapeDtypeStruct((num_rows, width), rows_SX.dtype)
