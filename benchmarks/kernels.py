@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from kernel_cases import TOLERANCE, Case, Journal, poison, relative, seconds_of, time_all
 
+from moe_jax.cost import hardware
 from moe_jax.kernels.grouped_matmul import padded, pallas_gpu, ragged_dot, reference
 from moe_jax.model.layers import swiglu
 
@@ -173,7 +174,7 @@ def ceilings(journal: Journal, small: bool):
         figures = seconds_of(jax.jit(lambda x, y: x @ y.T), (x, y), 1)
         return figures | {"tflops": 2 * m**3 / figures["us"] / 1e6}
 
-    journal.add("device", kind=jax.devices()[0].device_kind, platform=jax.default_backend(), jax=jax.__version__)
+    journal.add("device", platform=jax.default_backend(), device=hardware.in_words())
     journal.attempt("copy", copy)
     journal.attempt("read", read)
     journal.attempt("product", product)
@@ -266,8 +267,8 @@ def peers(journal: Journal, small: bool):
     """The same work by others: at prefill, then at decode."""
     cases = []
     for tokens in (4,) if small else (8192, 64, 8, 1):
-        case = Case("olmoe", tokens, 8, 1, 1 if small else 2, small)
         many = tokens > 1000
+        case = Case("olmoe", tokens, 8, 1, 1 if small else 2 if many else 32 if tokens == 1 else 8, small)
         blocks = ((128, 128, 64, 6, 8), (128, 192, 64, 4, 1)) if many else ((64, 64, 64, 6, 1),)
         cases += [(case, f"jax mosaic{block}", _mosaic(block)) for block in blocks if not small]
         cases.append((case, "padded", padded.forward))

@@ -2,6 +2,7 @@
 # Times whole decode steps and prefills of OLMoE-1B-7B's shape, random bfloat16 weights and recorded routing, on the GPU at
 # hand: `bash benchmarks/whole_steps.sh FOLDER`. With 8 experts a token, and at batch 1 with 4. Each run is a process that
 # gets what is left of LIMIT seconds; FOLDER/whole_steps.jsonl has a line for each, its name and its result.json.
+# OURS=native PEERS=blocked LAYERS=1 rehearses on a CPU.
 set -u
 out=${1:-${OUT:-out}/whole_steps}
 python=${PYTHON:-python3}
@@ -27,6 +28,9 @@ run() { # implementation, policy, further settings
 }
 all=(--set 'benchmark.decode_batches=(1, 8, 64)' --set 'benchmark.prefill_lengths=(2048,)')
 one=(--set 'benchmark.decode_batches=(1,)' --set 'benchmark.prefill_lengths=()')
-implementations=${IMPLEMENTATIONS:-pallas_gpu ragged_dot padded}
-for implementation in $implementations; do run "$implementation" model "${all[@]}"; done
-for implementation in $implementations; do run "$implementation" topk:4 "${one[@]}"; done
+read -ra peers <<<"${PEERS-ragged_dot padded}"
+ours=${OURS:-pallas_gpu}
+run "$ours" model "${all[@]}"
+run "$ours" topk:4 "${one[@]}"
+for peer in "${peers[@]}"; do run "$peer" model "${all[@]}"; done
+for peer in "${peers[@]}"; do run "$peer" topk:4 "${one[@]}"; done
