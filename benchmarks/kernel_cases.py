@@ -16,10 +16,10 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from kernel_table import RESULTS
 
 from moe_jax.model.layers import swiglu
 
-RESULTS = "kernels.jsonl"
 TOLERANCE = 1e-2  # of bfloat16, relative in norm; NaN never passes
 # (experts, outputs, depth): gate and up together, and down
 SHAPES = {

@@ -7,7 +7,7 @@ import json
 import pathlib
 import sys
 
-from kernel_cases import RESULTS
+RESULTS = "kernels.jsonl"
 
 
 def table(folder: pathlib.Path):
