@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.kernels.grouped_matmul import pallas_gpu, reference
+from moe_jax.kernels.grouped_matmul import pallas_gpu, pallas_gpu_rows, reference
 from moe_jax.kernels.grouped_matmul.pallas_gpu import Tiles
 
 TOLERANCE = 8e-3  # bfloat16: largest difference over the largest value of the reference
@@ -91,16 +91,14 @@ def test_gradients(case, interpreted):
 @new_enough
 @pytest.mark.parametrize("walked", [False, True])
 def test_tiles_hold_every_row_once(walked):
-    from moe_jax.kernels.grouped_matmul import pallas_gpu_kernel as kernel
-
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def every_tile(sizes_E, num_rows, size):
         def at(tile):
-            entry = kernel.walk_to(sizes_E, tile, size) if walked else [of_T[tile] for of_T in cut]
-            return kernel.tile_at(entry, tile, 4, num_rows, size)
+            entry = pallas_gpu_rows.walk_to(sizes_E, tile, size) if walked else [of_T[tile] for of_T in cut]
+            return pallas_gpu_rows.tile_at(entry, tile, 4, num_rows, size)
 
-        cut = kernel.row_tiles(sizes_E, num_rows, size)
-        return jax.vmap(at)(jnp.arange(kernel.most_tiles(4, num_rows, size)))
+        cut = pallas_gpu_rows.row_tiles(sizes_E, num_rows, size)
+        return jax.vmap(at)(jnp.arange(pallas_gpu_rows.most_tiles(4, num_rows, size)))
 
     rng = np.random.default_rng(0)
     for num_rows, size in ((608, 64), (608, 128), (56, 64)):

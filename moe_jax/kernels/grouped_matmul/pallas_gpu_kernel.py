@@ -20,12 +20,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax.kernels.grouped_matmul.pallas_gpu import Tiles
+from moe_jax.kernels.grouped_matmul.pallas_gpu_rows import ALIGNMENT, most_tiles, row_tiles, tile_at, walk_to
 
 _WARPGROUP_ROWS = 64  # of the output, per warpgroup: what one wgmma takes
 _SWIZZLE_BYTES = 128
 _STORE_COLUMNS = 64
-_ALIGNMENT = 8  # rows: copies into swizzled shared memory start at a multiple
-_WALKED = 64  # group sizes loaded side by side
 
 
 class _Shape(NamedTuple):
@@ -179,85 +178,6 @@ def _launch(kernel, shape: _Shape, out_type, scratch):
     )
 
 
-class _RowTiles(NamedTuple):
-    """Tiles of rows: of the groups in order, then of the rows that belong to nobody; some hold no row."""
-
-    group_T: jax.Array  # int32: whose rows; the number of experts for nobody's
-    first_tile_T: jax.Array  # int32: first tile of the group
-    first_T: jax.Array  # int32: first row of the group
-    size_T: jax.Array  # int32: rows of the group; 0 for nobody
-
-
-def most_tiles(num_experts: int, num_rows: int, size: int) -> int:
-    """How many tiles of rows there may be."""
-    busy = min(num_experts, num_rows)
-    if num_rows + _ALIGNMENT - 1 <= size:  # a group is one tile, and so is nobody
-        return busy + 1
-    return (num_rows + busy * (_ALIGNMENT - 1)) // size + busy + 2
-
-
-def row_tiles(group_sizes_E, num_rows: int, size: int) -> _RowTiles:
-    """Cuts sorted rows into tiles, in two sums over small comparisons: each kernel launched costs microseconds."""
-    num_experts = group_sizes_E.shape[0]
-    expert_E = jnp.arange(num_experts)
-    # A group may start anywhere within the 8 rows to which its first tile is aligned.
-    tiles_E = jnp.where(group_sizes_E > 0, (group_sizes_E + (_ALIGNMENT - 1 + size - 1)) // size, 0)
-    last_tile_E = jnp.where(expert_E[:, None] >= expert_E[None], tiles_E[None], 0).sum(1, dtype=jnp.int32)
-    tile_T = jnp.arange(most_tiles(num_experts, num_rows, size), dtype=jnp.int32)
-    over_TE = last_tile_E[None] <= tile_T[:, None]
-    here_TE = ~over_TE & (last_tile_E[None] - tiles_E[None] <= tile_T[:, None])
-    ones_E = jnp.ones_like(tiles_E)
-    sums = [(over_TE, ones_E), (over_TE, tiles_E), (over_TE, group_sizes_E), (here_TE, group_sizes_E)]
-    terms = tuple(jnp.where(where_TE, of_E[None], 0).astype(jnp.int32) for where_TE, of_E in sums)
-    zero = jnp.int32(0)
-
-    def add(left, right):
-        return tuple(a + b for a, b in zip(left, right))
-
-    group_T, first_tile_T, first_T, size_T = lax.reduce(terms, (zero,) * 4, add, (1,))
-    return _RowTiles(group_T, first_tile_T, first_T, size_T)
-
-
-def walk_to(group_sizes_E, tile, size: int):
-    """The entry of `row_tiles` for one tile, by a walk over the sizes: a few instructions per expert, no table."""
-    num_experts = group_sizes_E.shape[0]
-
-    def of_chunk(number, state):
-        group, first_tile, first, last_tile, last = state
-        for rows in [group_sizes_E[number * chunk + i] for i in range(chunk)]:  # loaded side by side
-            last_tile = last_tile + lax.select(rows > 0, lax.shift_right_logical(rows + slack, shift), jnp.int32(0))
-            last = last + rows
-            over = last_tile <= tile
-            group = group + over.astype(jnp.int32)
-            first_tile, first = lax.select(over, last_tile, first_tile), lax.select(over, last, first)
-        return group, first_tile, first, last_tile, last
-
-    slack, shift = jnp.int32(_ALIGNMENT - 1 + size - 1), jnp.int32(size.bit_length() - 1)
-    chunk = max(divisor for divisor in range(1, min(num_experts, _WALKED) + 1) if num_experts % divisor == 0)
-    state = (jnp.int32(0),) * 5
-    state = of_chunk(0, state) if chunk == num_experts else lax.fori_loop(0, num_experts // chunk, of_chunk, state)
-    group, first_tile, first = state[:3]
-    return group, first_tile, first, group_sizes_E[lax.min(group, jnp.int32(num_experts - 1))]
-
-
-def tile_at(entry, tile, num_experts: int, num_rows: int, size: int):
-    """(group, first row, begin, end): the tile's own rows are `begin` up to `end`, counted from its first row.
-
-    Args:
-        entry: the tile's row of the table.
-        tile: its number.
-        num_experts: number of groups.
-        num_rows: of all groups and of nobody.
-        size: rows of a tile.
-    """
-    group, first_tile, first, rows = entry
-    last = lax.select(group < num_experts, first + rows, jnp.int32(num_rows))
-    block = lax.div(first, jnp.int32(_ALIGNMENT)) + (tile - first_tile) * (size // _ALIGNMENT)
-    start = block * _ALIGNMENT
-    begin = lax.max(first - start, jnp.int32(0))
-    return group, start, begin, lax.clamp(begin, last - start, jnp.int32(size))
-
-
 def _load_sizes(size: int) -> list[int]:
     """How many rows of a tile one copy may load: the least that holds all its rows is taken."""
     return [size] if size > _WARPGROUP_ROWS else [8, 16, 32, 64]
@@ -285,8 +205,8 @@ def multiply(
     weights_MFD = weights_LEFD.reshape(-1, *weights_LEFD.shape[-2:])
     asked, depth = rows_SX.shape
     width = weights_MFD.shape[2 if transposed else 1]
-    if asked % _ALIGNMENT:
-        rows_SX = jnp.pad(rows_SX, ((0, -asked % _ALIGNMENT), (0, 0)))
+    if asked % ALIGNMENT:
+        rows_SX = jnp.pad(rows_SX, ((0, -asked % ALIGNMENT), (0, 0)))
     num_rows = rows_SX.shape[0]
     out_columns = tiles.columns // 2 if gated else tiles.columns
     shape = _Shape(tiles, num_cores, pl.cdiv(width, out_columns), rows_SX.dtype)
@@ -372,7 +292,7 @@ def _edges(rows_SX, first_E, last_E, depth: int):
     Returns:
         [E * 2 * depth, X].
     """
-    base_E = first_E // _ALIGNMENT * _ALIGNMENT
+    base_E = first_E // ALIGNMENT * ALIGNMENT
     final_E = base_E + (last_E - 1 - base_E) // depth * depth
     row_EBR = jnp.stack([base_E, final_E], axis=1)[..., None] + jnp.arange(depth, dtype=jnp.int32)[None, None]
     own_EBR = (row_EBR >= first_E[:, None, None]) & (row_EBR < last_E[:, None, None])
@@ -386,12 +306,12 @@ def weights_gradient(rows_SD, group_sizes_E, out_grad_SF, *, tiles, num_cores):
     Blocks at the edges of a group hold rows of others as well. They come from a copy in which those are zero.
     """
     num_experts = group_sizes_E.shape[0]
-    if rows_SD.shape[0] % _ALIGNMENT:
-        fill = ((0, -rows_SD.shape[0] % _ALIGNMENT), (0, 0))
+    if rows_SD.shape[0] % ALIGNMENT:
+        fill = ((0, -rows_SD.shape[0] % ALIGNMENT), (0, 0))
         rows_SD, out_grad_SF = jnp.pad(rows_SD, fill), jnp.pad(out_grad_SF, fill)
     d_model, d_out = rows_SD.shape[1], out_grad_SF.shape[1]
     shape = _Shape(tiles, num_cores, pl.cdiv(d_model, tiles.columns), rows_SD.dtype)
-    row_tiles = pl.cdiv(d_out, tiles.rows)
+    down_tiles = pl.cdiv(d_out, tiles.rows)
     last_E = jnp.cumsum(group_sizes_E, dtype=jnp.int32)
     first_E = last_E - group_sizes_E
     edges = [_edges(x, first_E, last_E, tiles.depth) for x in (out_grad_SF, rows_SD)]
@@ -402,9 +322,9 @@ def weights_gradient(rows_SD, group_sizes_E, out_grad_SF, *, tiles, num_cores):
         def piece(number):
             column = lax.rem(number, jnp.int32(shape.column_tiles)) * tiles.columns
             number = lax.div(number, jnp.int32(shape.column_tiles))
-            expert, row = lax.div(number, jnp.int32(row_tiles)), lax.rem(number, jnp.int32(row_tiles)) * tiles.rows
+            expert, row = lax.div(number, jnp.int32(down_tiles)), lax.rem(number, jnp.int32(down_tiles)) * tiles.rows
             first, last = first_E[expert], last_E[expert]
-            base = lax.div(first, jnp.int32(_ALIGNMENT)) * _ALIGNMENT
+            base = lax.div(first, jnp.int32(ALIGNMENT)) * ALIGNMENT
             blocks = lax.div(last - base + (tiles.depth - 1), jnp.int32(tiles.depth))
             blocks = lax.select(last > first, blocks, jnp.int32(0))
             return blocks, (expert, row, column, base, blocks)
@@ -436,7 +356,7 @@ def weights_gradient(rows_SD, group_sizes_E, out_grad_SF, *, tiles, num_cores):
             row = row + warpgroup * _WARPGROUP_ROWS
             _store(shape, out_smem, out_gmem.at[expert], row, 0, _WARPGROUP_ROWS, column, warpgroup, sums)
 
-        num_pieces = jnp.int32(num_experts * row_tiles * shape.column_tiles)
+        num_pieces = jnp.int32(num_experts * down_tiles * shape.column_tiles)
         _ring(shape, piece, load, rows_of, columns_of, store)(num_pieces, full, empty)
 
     scratch = _scratch(shape, (tiles.depth, tiles.rows), (tiles.depth, tiles.columns), 2)
