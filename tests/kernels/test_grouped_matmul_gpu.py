@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.kernels.grouped_matmul import pallas_gpu, reference
+from moe_jax.kernels.grouped_matmul import pallas_gpu, pallas_gpu_rows, reference
 from moe_jax.kernels.grouped_matmul.pallas_gpu import Tiles
 
 TOLERANCE = 8e-3  # bfloat16: largest difference over the largest value of the reference
@@ -89,19 +89,21 @@ def test_gradients(case, interpreted):
 
 
 @new_enough
-def test_tiles_hold_every_row_once():
-    from moe_jax.kernels.grouped_matmul import pallas_gpu_kernel
-
+@pytest.mark.parametrize("walked", [False, True])
+def test_tiles_hold_every_row_once(walked):
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def every_tile(sizes_E, num_rows, size):
-        cut = pallas_gpu_kernel.row_tiles(sizes_E, num_rows, size)
-        at = functools.partial(pallas_gpu_kernel.tile_at, cut, num_experts=4, num_rows=num_rows, size=size)
-        return jax.vmap(at)(jnp.arange(len(cut.group_T)))
+        def at(tile):
+            entry = pallas_gpu_rows.walk_to(sizes_E, tile, size) if walked else [of_T[tile] for of_T in cut]
+            return pallas_gpu_rows.tile_at(entry, tile, 4, num_rows, size)
 
-    rng, num_rows = np.random.default_rng(0), 608
-    for size in (64, 128):
+        cut = pallas_gpu_rows.row_tiles(sizes_E, num_rows, size)
+        return jax.vmap(at)(jnp.arange(pallas_gpu_rows.most_tiles(4, num_rows, size)))
+
+    rng = np.random.default_rng(0)
+    for num_rows, size in ((608, 64), (608, 128), (56, 64)):
         for _ in range(40):
-            sizes = rng.integers(0, 150, size=4) * rng.integers(0, 2, size=4)
+            sizes = rng.integers(0, num_rows // 4, size=4) * rng.integers(0, 2, size=4)
             owner = np.repeat(np.arange(5), [*sizes, num_rows - sizes.sum()])
             served = np.zeros(num_rows, int)
             for group, start, begin, end in np.stack(every_tile(jnp.asarray(sizes, jnp.int32), num_rows, size), axis=1):
@@ -109,6 +111,18 @@ def test_tiles_hold_every_row_once():
                 served[start + begin : start + end] += 1
                 assert (owner[start + begin : start + end] == group).all()
             assert (served == 1).all()
+
+
+@new_enough
+def test_walked(interpreted):
+    """Without a table: each program finds its rows by the sizes."""
+    from moe_jax.kernels.grouped_matmul import pallas_gpu_kernel
+
+    num_rows, sizes, tiles = CASES["empty_groups"]
+    rows, weights, _ = draw(num_rows, len(sizes))
+    call = functools.partial(pallas_gpu_kernel.multiply, tiles=tiles, num_cores=2, walked=True)
+    got = jax.jit(call)(rows, weights, jnp.asarray(sizes, jnp.int32), jnp.int32(1))
+    assert_close(got, reference.forward(*exact(rows, weights), sizes, 1))
 
 
 def test_what_the_kernels_lack_is_refused_in_one_line(monkeypatch):

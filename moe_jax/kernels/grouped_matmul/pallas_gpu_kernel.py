@@ -1,12 +1,13 @@
-"""The kernels of `pallas_gpu`: a ring buffer of blocks in shared memory, and the three products that use it.
+"""The kernels of `pallas_gpu`: one ring of blocks in shared memory, and the three products that go through it.
 
 Each streaming multiprocessor takes every `num_cores`-th piece of the output. One warpgroup loads blocks of both
 operands into the ring and runs ahead into the next piece, while the others, 64 rows of the output each, multiply and
 store.
 
 A tile of rows holds rows of one expert. Copies into swizzled shared memory start at a multiple of 8 rows, so the first
-tile of a group starts up to 7 rows before the group; only the group's own rows are stored. For a tile with few rows,
-few are loaded. Tiles of rows of no expert have no matrix: they load nothing and store zeros.
+tile of a group starts up to 7 rows before it; only the group's own rows are stored. Of tiles with few rows not many
+more are loaded than there are. Rows that belong to nobody are tiles without a matrix: nothing is loaded, zeros are
+stored.
 """
 
 import functools
@@ -19,15 +20,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax.kernels.grouped_matmul.pallas_gpu import Tiles
+from moe_jax.kernels.grouped_matmul.pallas_gpu_rows import ALIGNMENT, most_tiles, row_tiles, tile_at, walk_to
 
-_WARPGROUP_ROWS = 64  # of the output, per warpgroup and wgmma
+_WARPGROUP_ROWS = 64  # of the output, per warpgroup: what one wgmma takes
 _SWIZZLE_BYTES = 128
 _STORE_COLUMNS = 64
-_ALIGNMENT = 8  # rows: copies into swizzled shared memory start at a multiple
 
 
 class _Shape(NamedTuple):
-    """The static values of one launch."""
+    """What is static in one launch."""
 
     tiles: Tiles
     num_cores: int
@@ -41,14 +42,14 @@ def _transforms(dtype):
 
 
 def _ring(shape: _Shape, piece, load, rows_of, columns_of, store):
-    """Builds the kernel that every streaming multiprocessor runs.
+    """The kernel: what every streaming multiprocessor does.
 
     Args:
-        shape: static values.
-        piece: maps the number of a piece of the output to (its blocks in depth, `at` for `load` and `store`).
+        shape: what is static.
+        piece: from the number of a piece of the output to (its number of blocks in depth, what the others take).
         load: loads block `block` of a piece into a slot and arrives at its barrier.
-        rows_of: maps a slot to the left operand of one warpgroup.
-        columns_of: maps a slot to the right operand.
+        rows_of: from a slot to the left operand of one warpgroup.
+        columns_of: from a slot to the right operand.
         store: stores a warpgroup's sums.
     """
 
@@ -122,8 +123,8 @@ def _ring(shape: _Shape, piece, load, rows_of, columns_of, store):
 
 
 def _store(shape: _Shape, out_smem, out_gmem, row, begin, end, column, warpgroup, sums):
-    """Stores rows `begin` up to `end` of 64 rows of sums, 64 columns at a time; each copy is a power of two of rows."""
-    count = end - begin  # static if all rows are stored
+    """Stores rows `begin` up to `end` of 64 rows of sums, 64 columns at a time: a power of two of rows per copy."""
+    count = end - begin  # static where all rows are stored
     for number in range(sums.shape[1] // _STORE_COLUMNS):
         slot = number % 2
         columns = slice(number * _STORE_COLUMNS, (number + 1) * _STORE_COLUMNS)
@@ -177,63 +178,35 @@ def _launch(kernel, shape: _Shape, out_type, scratch):
     )
 
 
-class _RowTiles(NamedTuple):
-    """Tiles of rows: of the groups in order, then of rows of no expert; some hold no row."""
-
-    group_T: jax.Array  # int32: the tile's group; the number of experts for rows of no expert
-    first_tile_T: jax.Array  # int32: first tile of the group
-    first_T: jax.Array  # int32: first row of the group
-    size_T: jax.Array  # int32: rows of the group; 0 for rows of no expert
-
-
-def row_tiles(group_sizes_E, num_rows: int, size: int) -> _RowTiles:
-    """Cuts sorted rows into tiles, with two sums over small comparisons: each kernel launch costs microseconds."""
-    num_experts = group_sizes_E.shape[0]
-    busy = min(num_experts, num_rows)
-    expert_E = jnp.arange(num_experts)
-    # A group may start at any of the first 8 rows of its first tile.
-    tiles_E = jnp.where(group_sizes_E > 0, (group_sizes_E + (_ALIGNMENT - 1 + size - 1)) // size, 0)
-    last_tile_E = jnp.where(expert_E[:, None] >= expert_E[None], tiles_E[None], 0).sum(1, dtype=jnp.int32)
-    tile_T = jnp.arange((num_rows + busy * (_ALIGNMENT - 1)) // size + busy + 2, dtype=jnp.int32)
-    over_TE = last_tile_E[None] <= tile_T[:, None]
-    here_TE = ~over_TE & (last_tile_E[None] - tiles_E[None] <= tile_T[:, None])
-    ones_E = jnp.ones_like(tiles_E)
-    sums = [(over_TE, ones_E), (over_TE, tiles_E), (over_TE, group_sizes_E), (here_TE, group_sizes_E)]
-    terms = tuple(jnp.where(where_TE, of_E[None], 0).astype(jnp.int32) for where_TE, of_E in sums)
-    zero = jnp.int32(0)
-
-    def add(left, right):
-        return tuple(a + b for a, b in zip(left, right))
-
-    group_T, first_tile_T, first_T, size_T = lax.reduce(terms, (zero,) * 4, add, (1,))
-    return _RowTiles(group_T, first_tile_T, first_T, size_T)
-
-
-def tile_at(cut: _RowTiles, tile, num_experts: int, num_rows: int, size: int):
-    """(group, first row, begin, end): the tile's own rows are `begin` up to `end`, counted from its first row."""
-    group, first = cut.group_T[tile], cut.first_T[tile]
-    last = lax.select(group < num_experts, first + cut.size_T[tile], jnp.int32(num_rows))
-    block = lax.div(first, jnp.int32(_ALIGNMENT)) + (tile - cut.first_tile_T[tile]) * (size // _ALIGNMENT)
-    start = block * _ALIGNMENT
-    begin = lax.max(first - start, jnp.int32(0))
-    return group, start, begin, lax.clamp(begin, last - start, jnp.int32(size))
-
-
 def _load_sizes(size: int) -> list[int]:
-    """The numbers of rows that one copy may load; a tile takes the smallest that holds all its rows."""
+    """How many rows of a tile one copy may load: the least that holds all its rows is taken."""
     return [size] if size > _WARPGROUP_ROWS else [8, 16, 32, 64]
 
 
-def multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, tiles, num_cores, transposed=False, gated=False):
-    """Products of rows with matrices [F, D] along D, or transposed, along F: out is [S, F] or [S, D].
+def multiply(
+    rows_SX,
+    weights_LEFD,
+    group_sizes_E,
+    layer,
+    *,
+    tiles,
+    num_cores,
+    transposed=False,
+    gated=False,
+    walked=False,
+    overlapped=False,
+):
+    """Rows by matrices [F, D] along D, or by their transposes along F: out is [S, F] or [S, D].
 
-    If gated, each expert has two matrices, weights_LEIFD, and out is silu(first) * second.
+    Where it is gated, there are two matrices for each expert, weights_LEIFD, and out is silu(first) * second. Where it
+    is `walked`, each program finds its tiles by the sizes, and no table is made before. Where it is `overlapped`, the
+    kernel may start while the one before it ends, and waits for it.
     """
     weights_MFD = weights_LEFD.reshape(-1, *weights_LEFD.shape[-2:])
     asked, depth = rows_SX.shape
     width = weights_MFD.shape[2 if transposed else 1]
-    if asked % _ALIGNMENT:
-        rows_SX = jnp.pad(rows_SX, ((0, -asked % _ALIGNMENT), (0, 0)))
+    if asked % ALIGNMENT:
+        rows_SX = jnp.pad(rows_SX, ((0, -asked % ALIGNMENT), (0, 0)))
     num_rows = rows_SX.shape[0]
     out_columns = tiles.columns // 2 if gated else tiles.columns
     shape = _Shape(tiles, num_cores, pl.cdiv(width, out_columns), rows_SX.dtype)
@@ -241,16 +214,24 @@ def multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, tiles, num_cores, t
     columns_block = (tiles.depth, tiles.columns) if transposed else (tiles.columns, tiles.depth)
 
     num_experts = group_sizes_E.shape[0]
-    cut = row_tiles(group_sizes_E, num_rows, tiles.rows)
+    num_tiles = most_tiles(num_experts, num_rows, tiles.rows)
+    cut = (group_sizes_E,) if walked else row_tiles(group_sizes_E, num_rows, tiles.rows)
+    num_tables = len(cut)
 
-    def kernel(layer, group_T, first_tile_T, first_T, size_T, rows_gmem, weights_gmem, out_gmem, *scratch):
-        cut = _RowTiles(group_T, first_tile_T, first_T, size_T)
+    def kernel(layer, *operands):
+        cut, (rows_gmem, weights_gmem, out_gmem, *scratch) = operands[:num_tables], operands[num_tables:]
         rows_smem, columns_smem, out_smem, full, empty = scratch
+        if overlapped:
+            plgpu.griddepcontrol_wait()
+            plgpu.griddepcontrol_launch_dependents()
+
+        def entry_of(tile):
+            return walk_to(cut[0], tile, tiles.rows) if walked else tuple(of_T[tile] for of_T in cut)
 
         def piece(number):
             tile = lax.div(number, jnp.int32(shape.column_tiles))
             column = lax.rem(number, jnp.int32(shape.column_tiles)) * out_columns
-            group, start, begin, end = tile_at(cut, tile, num_experts, num_rows, tiles.rows)
+            group, start, begin, end = tile_at(entry_of(tile), tile, num_experts, num_rows, tiles.rows)
             blocks = lax.select(
                 (group < num_experts) & (end > begin), jnp.int32(pl.cdiv(depth, tiles.depth)), jnp.int32(0)
             )
@@ -290,11 +271,12 @@ def multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, tiles, num_cores, t
                 sums = gate / (1 + jnp.exp(-gate)) * up
             row = warpgroup * _WARPGROUP_ROWS
             begin, end = (lax.clamp(jnp.int32(0), x - row, jnp.int32(_WARPGROUP_ROWS)) for x in (begin, end))
-            _store(shape, out_smem, out_gmem, start + row, begin, end, column, warpgroup, sums)
 
-        _ring(shape, piece, load, rows_of, columns_of, store)(
-            jnp.int32(len(cut.group_T) * shape.column_tiles), full, empty
-        )
+            @pl.when(end > begin)
+            def _store_rows():
+                _store(shape, out_smem, out_gmem, start + row, begin, end, column, warpgroup, sums)
+
+        _ring(shape, piece, load, rows_of, columns_of, store)(jnp.int32(num_tiles * shape.column_tiles), full, empty)
 
     scratch = _scratch(shape, (tiles.rows, tiles.depth), columns_block, 3 if gated else 2)
     out = jax.ShapeDtypeStruct((num_rows, width), rows_SX.dtype)
@@ -303,14 +285,14 @@ def multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, tiles, num_cores, t
 
 
 def _edges(rows_SX, first_E, last_E, depth: int):
-    """The first and last blocks of groups, cut into blocks of `depth` rows that start at a multiple of 8.
+    """The first and last blocks of groups, which are cut into blocks of `depth` rows from a multiple of 8 on.
 
-    Rows of other groups are zero.
+    Rows of others are zero.
 
     Returns:
         [E * 2 * depth, X].
     """
-    base_E = first_E // _ALIGNMENT * _ALIGNMENT
+    base_E = first_E // ALIGNMENT * ALIGNMENT
     final_E = base_E + (last_E - 1 - base_E) // depth * depth
     row_EBR = jnp.stack([base_E, final_E], axis=1)[..., None] + jnp.arange(depth, dtype=jnp.int32)[None, None]
     own_EBR = (row_EBR >= first_E[:, None, None]) & (row_EBR < last_E[:, None, None])
@@ -319,17 +301,17 @@ def _edges(rows_SX, first_E, last_E, depth: int):
 
 
 def weights_gradient(rows_SD, group_sizes_E, out_grad_SF, *, tiles, num_cores):
-    """[E, F, D]: for each expert, the transposed gradient of its outputs times its rows; the depth is blocks of rows.
+    """[E, F, D]: of each expert, the gradient of its outputs transposed times its rows; blocks of rows are the depth.
 
-    Blocks at the edges of a group also hold rows of other groups: they are read from a copy in which those are zero.
+    Blocks at the edges of a group hold rows of others as well. They come from a copy in which those are zero.
     """
     num_experts = group_sizes_E.shape[0]
-    if rows_SD.shape[0] % _ALIGNMENT:
-        fill = ((0, -rows_SD.shape[0] % _ALIGNMENT), (0, 0))
+    if rows_SD.shape[0] % ALIGNMENT:
+        fill = ((0, -rows_SD.shape[0] % ALIGNMENT), (0, 0))
         rows_SD, out_grad_SF = jnp.pad(rows_SD, fill), jnp.pad(out_grad_SF, fill)
     d_model, d_out = rows_SD.shape[1], out_grad_SF.shape[1]
     shape = _Shape(tiles, num_cores, pl.cdiv(d_model, tiles.columns), rows_SD.dtype)
-    row_tiles = pl.cdiv(d_out, tiles.rows)
+    down_tiles = pl.cdiv(d_out, tiles.rows)
     last_E = jnp.cumsum(group_sizes_E, dtype=jnp.int32)
     first_E = last_E - group_sizes_E
     edges = [_edges(x, first_E, last_E, tiles.depth) for x in (out_grad_SF, rows_SD)]
@@ -340,9 +322,9 @@ def weights_gradient(rows_SD, group_sizes_E, out_grad_SF, *, tiles, num_cores):
         def piece(number):
             column = lax.rem(number, jnp.int32(shape.column_tiles)) * tiles.columns
             number = lax.div(number, jnp.int32(shape.column_tiles))
-            expert, row = lax.div(number, jnp.int32(row_tiles)), lax.rem(number, jnp.int32(row_tiles)) * tiles.rows
+            expert, row = lax.div(number, jnp.int32(down_tiles)), lax.rem(number, jnp.int32(down_tiles)) * tiles.rows
             first, last = first_E[expert], last_E[expert]
-            base = lax.div(first, jnp.int32(_ALIGNMENT)) * _ALIGNMENT
+            base = lax.div(first, jnp.int32(ALIGNMENT)) * ALIGNMENT
             blocks = lax.div(last - base + (tiles.depth - 1), jnp.int32(tiles.depth))
             blocks = lax.select(last > first, blocks, jnp.int32(0))
             return blocks, (expert, row, column, base, blocks)
@@ -374,7 +356,7 @@ def weights_gradient(rows_SD, group_sizes_E, out_grad_SF, *, tiles, num_cores):
             row = row + warpgroup * _WARPGROUP_ROWS
             _store(shape, out_smem, out_gmem.at[expert], row, 0, _WARPGROUP_ROWS, column, warpgroup, sums)
 
-        num_pieces = jnp.int32(num_experts * row_tiles * shape.column_tiles)
+        num_pieces = jnp.int32(num_experts * down_tiles * shape.column_tiles)
         _ring(shape, piece, load, rows_of, columns_of, store)(num_pieces, full, empty)
 
     scratch = _scratch(shape, (tiles.depth, tiles.rows), (tiles.depth, tiles.columns), 2)

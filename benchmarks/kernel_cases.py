@@ -1,0 +1,254 @@
+"""Cases of `kernels.py`: operands, programs of several calls, what is right and how long it takes.
+
+Each timed program makes several calls, each with a layer, rows and group sizes of its own, so that nothing is found in
+a cache. A time is the median over runs of one program, divided by its calls. Results are checked against float32
+products of some rows.
+"""
+
+import concurrent.futures
+import functools
+import json
+import pathlib
+import statistics
+import time
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from kernel_table import RESULTS
+
+from moe_jax.model.layers import swiglu
+
+TOLERANCE = 1e-2  # of bfloat16, relative in norm; NaN never passes
+# (experts, outputs, depth): gate and up together, and down
+SHAPES = {
+    "olmoe": (64, 2048, 2048),
+    "olmoe_down": (64, 2048, 1024),
+    "v2_lite": (64, 2816, 2048),
+    "v2_lite_down": (64, 2048, 1408),
+    "qwen3": (128, 1536, 2048),
+    "qwen3_down": (128, 2048, 768),
+    "v3_local": (32, 4096, 7168),
+    "v3_local_down": (32, 7168, 2048),
+}
+
+
+class Journal:
+    """Results, appended to a file as they come."""
+
+    def __init__(self, folder: pathlib.Path, stage: str):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / RESULTS
+        self._stage, self._start = stage, time.perf_counter()
+
+    def add(self, name: str, **figures):
+        """Keeps one result and shows it."""
+        at_s = round(time.perf_counter() - self._start, 1)
+        line = json.dumps({"stage": self._stage, "name": name, "at_s": at_s, **figures})
+        print(line, flush=True)
+        with open(self._path, "a") as file:
+            print(line, file=file)
+
+    def attempt(self, name: str, case, *arguments):
+        """Runs a case; an error is a result too."""
+        try:
+            self.add(name, **case(*arguments))
+        except Exception as error:  # one case must not end the others
+            self.add(name, error=f"{type(error).__name__}: {str(error)[:300]}")
+
+
+def draw_sizes(rng, num_experts: int, tokens: int, k: int, skew: float = 0.0) -> np.ndarray:
+    """Rows of each expert where every token chooses k different ones; `skew` is the spread of their log weights."""
+    log_weights = skew * rng.normal(size=num_experts)
+    scores = log_weights + rng.gumbel(size=(tokens, num_experts))
+    chosen = np.argpartition(-scores, k - 1, axis=1)[:, :k]
+    return np.bincount(chosen.ravel(), minlength=num_experts).astype(np.int32)
+
+
+def poison(shape):
+    """Leaves NaN in the memory that the next arrays are likely to get."""
+    for _ in range(2):
+        jnp.full(shape, jnp.nan, jnp.bfloat16).block_until_ready().delete()
+
+
+def relative(out, expected) -> float:
+    """Distance over length; infinite where it is not a number."""
+    error = np.linalg.norm(np.float64(out) - expected) / max(np.linalg.norm(expected), 1e-30)
+    return float(error) if np.isfinite(error) else float("inf")
+
+
+def seconds_of(call, arguments, calls: int, samples: int = 5) -> dict:
+    """Median time of one of the `calls` that a program makes; programs are queued so that the device does not wait."""
+    jax.block_until_ready(call(*arguments))
+    start = time.perf_counter()
+    jax.block_until_ready(call(*arguments))
+    once_s = time.perf_counter() - start
+    if once_s > 1:  # a slow peer, or a rehearsal
+        return {"us": 1e6 * once_s / calls, "us_low": 0.0, "us_high": 0.0}
+    repeats = max(1, min(50, int(0.02 / max(once_s, 1e-6))))
+    times_us = []
+    for _ in range(samples):
+        start = time.perf_counter()
+        for _ in range(repeats):
+            out = call(*arguments)
+        jax.block_until_ready(out)
+        times_us.append(1e6 * (time.perf_counter() - start) / (repeats * calls))
+    return {"us": statistics.median(times_us), "us_low": min(times_us), "us_high": max(times_us)}
+
+
+@functools.cache
+def stack(shape_name: str, layers: int, small: bool):
+    """Weights [L, E, F, D], a layer at a time, so that no float32 copy of the whole is made."""
+    num_experts, outputs, depth = sizes_of(shape_name, small)
+    draw = jax.jit(lambda key: depth**-0.5 * jax.random.normal(key, (num_experts, outputs, depth), jnp.bfloat16))
+    return jnp.stack([draw(key) for key in jax.random.split(jax.random.key(len(shape_name)), layers)])
+
+
+def sizes_of(shape_name: str, small: bool):
+    """(experts, outputs, depth) of a named shape; for rehearsals all shapes are tiny."""
+    if small:
+        return (8, 128, 64) if shape_name.endswith("_down") else (8, 128, 128)
+    return SHAPES[shape_name]
+
+
+class Case:
+    """Operands for several calls of one product, or of a layer's two; arrays are drawn when first asked for.
+
+    Args:
+        shape_name: of the product, or of the gate and up-projection of a layer.
+        tokens: of one call.
+        k: experts of each token; 0: no row belongs to anybody.
+        layers: of the stack.
+        calls: of one program.
+        small: tiny shapes.
+        skew: spread of the experts' log weights.
+        layer: both products with the activation between them.
+    """
+
+    def __init__(self, shape_name, tokens, k, layers, calls, small, skew=0.0, layer=False):
+        self.name = f"{shape_name} {tokens}x{k}" + " layer" * layer + (f" skew {skew}" if skew else "")
+        self.names = (shape_name, f"{shape_name}_down") if layer else (shape_name,)
+        self.layers, self.small = layers, small
+        self.num_experts, self.outputs, self.depth = sizes_of(shape_name, small)
+        self.calls, self.slots = calls, tokens * (k or 8)
+        rng = np.random.default_rng(zlib.crc32(self.name.encode()))
+        nothing = np.zeros(self.num_experts, np.int32)
+        self.sizes_np = [draw_sizes(rng, self.num_experts, tokens, k, skew) if k else nothing for _ in range(calls)]
+
+    @property
+    def weights(self):
+        """One stack [L, E, F, D] or two, shared with the other cases of that shape."""
+        return tuple(stack(name, self.layers, self.small) for name in self.names)
+
+    def rows(self, width: int, number: int):
+        """bfloat16 [S, width]."""
+        return jax.random.normal(jax.random.key(1000 * self.slots + number), (self.slots, width), jnp.bfloat16)
+
+    @functools.cached_property
+    def arguments(self):
+        """Of the program of all calls."""
+        rows = [self.rows(self.depth, number) for number in range(self.calls)]
+        layers = [jnp.int32(i % self.layers) for i in range(self.calls)]
+        return self.weights, rows, [jnp.asarray(sizes) for sizes in self.sizes_np], layers
+
+    def compile(self, forward):
+        """All calls of forward(rows, *weights, sizes, layer) in one program; it is traced and lowered once."""
+        inner = jax.jit(forward)
+
+        def run(weights, rows, sizes, layers):
+            return [inner(r, *weights, s, layer) for r, s, layer in zip(rows, sizes, layers)]
+
+        shape = jax.ShapeDtypeStruct
+        weights = tuple(shape((self.layers, *sizes_of(name, self.small)), jnp.bfloat16) for name in self.names)
+        rows = [shape((self.slots, self.depth), jnp.bfloat16)] * self.calls
+        sizes = [shape((self.num_experts,), jnp.int32)] * self.calls
+        return jax.jit(run).lower(weights, rows, sizes, [shape((), jnp.int32)] * self.calls).compile()
+
+    @property
+    def bytes_moved(self) -> float:
+        """Least bytes per call: each chosen expert's weights once, the rows of each product in and out once."""
+        kept = np.mean([(sizes > 0).sum() for sizes in self.sizes_np])
+        total = 0.0
+        for _, outputs, depth in (sizes_of(name, self.small) for name in self.names):
+            total += kept * outputs * depth + self.slots * depth
+        hidden = self.slots * (self.outputs // 2 if len(self.names) == 2 else self.outputs)
+        return 2 * (total + hidden + (self.slots * self.depth if len(self.names) == 2 else 0))
+
+    @property
+    def flops(self) -> float:
+        """Of one call."""
+        shapes = [sizes_of(name, self.small) for name in self.names]
+        return 2.0 * self.slots * sum(outputs * depth for _, outputs, depth in shapes)
+
+    def error(self, outs) -> float:
+        """The largest relative error among the calls, over some rows of each."""
+        errors = []
+        for out, rows, sizes, layer in zip(outs, *self.arguments[1:]):
+            if not bool(jnp.isfinite(out.astype(jnp.float32)).all()):
+                return float("inf")
+            sizes = np.asarray(sizes)
+            held = int(sizes.sum())
+            if not held:
+                errors.append(float(jnp.abs(out).max()))
+                continue
+            chosen = np.resize(np.unique(np.linspace(0, held - 1, 16, dtype=int)), 16)
+            experts = jnp.asarray(np.searchsorted(np.cumsum(sizes), chosen, side="right"))
+            expected = _products(rows[jnp.asarray(chosen)], self.weights[0], layer, experts)
+            if len(self.weights) == 2 or out.shape[1] < self.outputs:
+                expected = swiglu(expected)
+            if len(self.weights) == 2:
+                expected = _products(expected.astype(jnp.bfloat16), self.weights[1], layer, experts)
+            errors.append(relative(np.asarray(out[jnp.asarray(chosen)], np.float32), np.asarray(expected)))
+        return max(errors)
+
+
+@jax.jit
+def _products(rows, weights, layer, experts):
+    def product(_, at):
+        row, expert = at
+        matrix = weights[layer, expert].astype(jnp.float32)
+        return None, jnp.dot(matrix, row.astype(jnp.float32), precision="highest")
+
+    return jax.lax.scan(product, None, (rows, experts))[1]
+
+
+def time_all(journal: Journal, cases: list):
+    """Compiles (case, name, forward) side by side, then checks and times one after the other."""
+
+    def compiled(case, forward):
+        start = time.perf_counter()
+        return case.compile(forward), round(time.perf_counter() - start, 1)
+
+    small = cases[0][0].small  # what is interpreted keeps to its thread
+    pool = concurrent.futures.ThreadPoolExecutor(12)
+    programs = [functools.partial(compiled, case, forward) for case, _, forward in cases]
+    if not small:
+        futures = [pool.submit(program) for program in programs]
+        concurrent.futures.wait(futures)
+        programs = [future.result for future in futures]
+    last = None
+    for (case, name, _), program in zip(cases, programs):
+        if last and last is not case:
+            vars(last).pop("arguments", None)
+            if last.names[0] != case.names[0]:
+                stack.cache_clear()
+        last = case
+        journal.attempt(f"{case.name} {name}", timed, case, program)
+    pool.shutdown()
+
+
+def timed(case: Case, program) -> dict:
+    """Checks and times one program."""
+    call, compile_s = program()
+    poison((case.slots, case.outputs))
+    error = case.error(call(*case.arguments))
+    figures = seconds_of(call, case.arguments, case.calls)
+    return {
+        "error": error,
+        "ok": error < TOLERANCE,
+        **figures,
+        "tb_per_s": case.bytes_moved / figures["us"] / 1e6,
+        "tflops": case.flops / figures["us"] / 1e6,
+        "compile_s": compile_s,
+    }

@@ -1,0 +1,38 @@
+"""Prints the results of `kernels.py`: a line for each case, and what it reaches of the measured ceilings.
+
+python benchmarks/kernel_table.py out/kernels
+"""
+
+import json
+import pathlib
+import sys
+
+RESULTS = "kernels.jsonl"
+
+
+def table(folder: pathlib.Path):
+    """A line for each case, and what each reaches of the measured ceilings."""
+    results = [json.loads(line) for line in (folder / RESULTS).read_text().splitlines()]
+    by_name = {result["name"]: result for result in results}
+    bandwidth = max((by_name.get(name, {}).get("tb_per_s", 0) for name in ("copy", "read")), default=0) or float("nan")
+    rate = by_name.get("product", {}).get("tflops", float("nan"))
+    print("device", by_name.get("device"))
+    print(f"ceilings: copy {by_name.get('copy', {}).get('tb_per_s', 0):.2f} TB/s, read", end=" ")
+    print(f"{by_name.get('read', {}).get('tb_per_s', 0):.2f} TB/s, product {rate:.0f} TFLOP/s")
+    for result in results:
+        if "error" in result and isinstance(result["error"], str):
+            print(f"{result['stage']:8} {result['name']:52} FAILED {result['error'][:150]}")
+        elif "us" in result and "stage" in result and result["stage"] != "ceilings":
+            share = f"{result['tb_per_s'] / bandwidth:5.2f} of bandwidth" if "tb_per_s" in result else ""
+            verdict = "" if "ok" not in result else ("ok" if result["ok"] else f"WRONG {result['error']:.1e}")
+            print(
+                f"{result['stage']:8} {result['name']:52} {result['us']:9.1f} us {share}"
+                f" {result['tflops']:6.1f} TFLOP/s {verdict}"
+            )
+        elif "ok" in result:
+            verdict = "ok" if result["ok"] else f"WRONG {result['errors']}"
+            print(f"{result['stage']:8} {result['name']:52} {verdict}")
+
+
+if __name__ == "__main__":
+    table(pathlib.Path(sys.argv[1]))

@@ -1,0 +1,89 @@
+"""Which rows a tile of `pallas_gpu` holds: by a table made before the kernel, or by a walk within it."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+ALIGNMENT = 8  # rows: copies into swizzled shared memory start at a multiple
+_WALKED = 64  # group sizes loaded side by side
+
+
+class _RowTiles(NamedTuple):
+    """Tiles of rows: of the groups in order, then of the rows that belong to nobody; some hold no row."""
+
+    group_T: jax.Array  # int32: whose rows; the number of experts for nobody's
+    first_tile_T: jax.Array  # int32: first tile of the group
+    first_T: jax.Array  # int32: first row of the group
+    size_T: jax.Array  # int32: rows of the group; 0 for nobody
+
+
+def most_tiles(num_experts: int, num_rows: int, size: int) -> int:
+    """How many tiles of rows there may be."""
+    busy = min(num_experts, num_rows)
+    if num_rows + ALIGNMENT - 1 <= size:  # a group is one tile, and so is nobody
+        return busy + 1
+    return (num_rows + busy * (ALIGNMENT - 1)) // size + busy + 2
+
+
+def row_tiles(group_sizes_E, num_rows: int, size: int) -> _RowTiles:
+    """Cuts sorted rows into tiles, in two sums over small comparisons: each kernel launched costs microseconds."""
+    num_experts = group_sizes_E.shape[0]
+    expert_E = jnp.arange(num_experts)
+    # A group may start anywhere within the 8 rows to which its first tile is aligned.
+    tiles_E = jnp.where(group_sizes_E > 0, (group_sizes_E + (ALIGNMENT - 1 + size - 1)) // size, 0)
+    last_tile_E = jnp.where(expert_E[:, None] >= expert_E[None], tiles_E[None], 0).sum(1, dtype=jnp.int32)
+    tile_T = jnp.arange(most_tiles(num_experts, num_rows, size), dtype=jnp.int32)
+    over_TE = last_tile_E[None] <= tile_T[:, None]
+    here_TE = ~over_TE & (last_tile_E[None] - tiles_E[None] <= tile_T[:, None])
+    ones_E = jnp.ones_like(tiles_E)
+    sums = [(over_TE, ones_E), (over_TE, tiles_E), (over_TE, group_sizes_E), (here_TE, group_sizes_E)]
+    terms = tuple(jnp.where(where_TE, of_E[None], 0).astype(jnp.int32) for where_TE, of_E in sums)
+    zero = jnp.int32(0)
+
+    def add(left, right):
+        return tuple(a + b for a, b in zip(left, right))
+
+    group_T, first_tile_T, first_T, size_T = lax.reduce(terms, (zero,) * 4, add, (1,))
+    return _RowTiles(group_T, first_tile_T, first_T, size_T)
+
+
+def walk_to(group_sizes_E, tile, size: int):
+    """The entry of `row_tiles` for one tile, by a walk over the sizes: a few instructions per expert, no table."""
+    num_experts = group_sizes_E.shape[0]
+
+    def of_chunk(number, state):
+        group, first_tile, first, last_tile, last = state
+        for rows in [group_sizes_E[number * chunk + i] for i in range(chunk)]:  # loaded side by side
+            last_tile = last_tile + lax.select(rows > 0, lax.shift_right_logical(rows + slack, shift), jnp.int32(0))
+            last = last + rows
+            over = last_tile <= tile
+            group = group + over.astype(jnp.int32)
+            first_tile, first = lax.select(over, last_tile, first_tile), lax.select(over, last, first)
+        return group, first_tile, first, last_tile, last
+
+    slack, shift = jnp.int32(ALIGNMENT - 1 + size - 1), jnp.int32(size.bit_length() - 1)
+    chunk = max(divisor for divisor in range(1, min(num_experts, _WALKED) + 1) if num_experts % divisor == 0)
+    state = (jnp.int32(0),) * 5
+    state = of_chunk(0, state) if chunk == num_experts else lax.fori_loop(0, num_experts // chunk, of_chunk, state)
+    group, first_tile, first = state[:3]
+    return group, first_tile, first, group_sizes_E[lax.min(group, jnp.int32(num_experts - 1))]
+
+
+def tile_at(entry, tile, num_experts: int, num_rows: int, size: int):
+    """(group, first row, begin, end): the tile's own rows are `begin` up to `end`, counted from its first row.
+
+    Args:
+        entry: the tile's row of the table.
+        tile: its number.
+        num_experts: number of groups.
+        num_rows: of all groups and of nobody.
+        size: rows of a tile.
+    """
+    group, first_tile, first, rows = entry
+    last = lax.select(group < num_experts, first + rows, jnp.int32(num_rows))
+    block = lax.div(first, jnp.int32(ALIGNMENT)) + (tile - first_tile) * (size // ALIGNMENT)
+    start = block * ALIGNMENT
+    begin = lax.max(first - start, jnp.int32(0))
+    return group, start, begin, lax.clamp(begin, last - start, jnp.int32(size))
