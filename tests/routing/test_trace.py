@@ -58,7 +58,7 @@ def test_more_experts_take_a_layer_for_each_range():
 @pytest.mark.parametrize(
     ("experts", "k", "message"),
     [
-        (24, 4, "moe.num_experts = 24: expected a multiple of the 16 experts of the recorded trace, at most 48; or"),
+        (24, 4, "moe.num_experts = 24: expected a multiple of the 16 experts of a recorded trace, at most 48; or"),
         (8, 4, "moe.num_experts = 8: expected a multiple"),
         (64, 4, "at most 48"),
         (16, 5, "5 slots per token: expected at most the 4 of the recorded trace"),

@@ -14,7 +14,7 @@ def test_rendered(template):
 
 
 def test_where_templates_are_found(tmp_path):
-    with pytest.raises(ValueError, match=r"has no chat template: expected chat_template\.jinja, or chat_template in"):
+    with pytest.raises(ValueError, match=r"has no chat template: expected chat_template\.jinja or chat_template in"):
         chat.load_template(tmp_path)
     tokens = {"bos_token": {"content": "<s>", "lstrip": False}, "eos_token": "</s>", "pad_token": None}
     config = tmp_path / "tokenizer_config.json"

@@ -163,7 +163,7 @@ def test_a_folder_that_agrees_with_its_tokenizer_changes_nothing(tmp_path, caplo
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"tokenizer_config": {"add_bos_token": True}}, "add_bos_token = true, and bos_token = null: expected a token"),
+        ({"tokenizer_config": {"add_bos_token": True}}, "add_bos_token = true and bos_token = null: expected a token"),
         ({"tokenizer_config": {"add_eos_token": True, "eos_token": "no"}}, 'eos_token = "no": expected a token'),
         ({"tokenizer_config": {**TOKENS, "add_bos_token": "yes"}}, 'add_bos_token = "yes": expected true or false'),
         ({"added_tokens": {"<s>": 7}}, "'<s>' is declared as the token 7: tokenizer.json has it, or the next .* 258"),
