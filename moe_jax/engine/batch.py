@@ -14,6 +14,7 @@ from moe_jax.model.decoder import Execution
 from moe_jax.routing import policies
 
 MOST_PADDING = 4  # a group takes in prompts down to this fraction of its longest
+MOST_TOKENS = 16384  # that a group reads at once: what a model makes of them takes memory
 
 
 class Batch(NamedTuple):
@@ -41,7 +42,7 @@ def plan_of(requests: Sequence[Request], execution: Execution) -> Plan:
     """Groups requests, so that a long prompt beside many short ones pads none of them.
 
     A prompt joins a group where that adds little: its bucket is a quarter of the group's or more, or the whole group
-    stays within one chunk of tokens.
+    stays within one chunk of tokens. No group reads more than `MOST_TOKENS` at once.
     """
     lengths = [len(request.ids) for request in requests]
     context = execution.architecture.decoder.max_context
@@ -50,7 +51,8 @@ def plan_of(requests: Sequence[Request], execution: Execution) -> Plan:
     for index in sorted(range(len(requests)), key=lambda index: -lengths[index]):
         if groups:
             longest, rows = buckets[groups[-1][0]], caches.round_up(len(groups[-1]) + 1)
-            if MOST_PADDING * buckets[index] >= longest or rows * longest <= caches.CHUNK:
+            is_like = MOST_PADDING * buckets[index] >= longest or rows * longest <= caches.CHUNK
+            if is_like and rows * min(longest, caches.CHUNK) <= MOST_TOKENS:
                 groups[-1].append(index)
                 continue
         groups.append([index])

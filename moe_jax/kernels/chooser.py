@@ -55,6 +55,9 @@ def _resolve(operation: str, name: str, platform: str) -> str:
         if name == NATIVE and compiled.compiler() is None:
             logging.log_first_n(logging.WARNING, "no C++ compiler (c++) on PATH: kernels are plain JAX, and slower", 1)
             name = api.WITHOUT_COMPILER
+        if name == "padded":
+            faster = "on a Hopper GPU, with weights in 16 bits, 'pallas_gpu' moves a third of the bytes"
+            logging.log_first_n(logging.WARNING, f"kernels.{operation} is 'padded': {faster}", 1)
         return name
     if name not in api.IMPLEMENTATIONS:
         raise ValueError(f"{given}: expected auto or one of {', '.join(api.IMPLEMENTATIONS)}")

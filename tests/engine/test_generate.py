@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config.schema import SamplingConfig
-from moe_jax.engine import cache, generate, steps
+from moe_jax.engine import batch, cache, generate, steps
 from moe_jax.engine.batch import batch_of, plan_of
 from moe_jax.engine.generate import Engine
 from moe_jax.engine.request import execution_of, make_requests, policy_of_each
@@ -145,6 +145,18 @@ def test_a_long_prompt_beside_short_ones_pads_none_of_them(params, engine, monke
     assert (apart.kept_slots, apart.distinct_experts) == (together.kept_slots, together.distinct_experts)
 
 
+def test_no_group_reads_more_tokens_at_once_than_memory_is_for(engine, monkeypatch):
+    monkeypatch.setattr(batch, "MOST_TOKENS", 32)
+    monkeypatch.setattr(cache, "SHORTEST", 4)
+    asked = requests([[number] * 5 for number in range(1, 8)], max_new_tokens=2)
+    plan = plan_of(asked, EXECUTION)
+    assert plan == (8, 8, (((0, 1, 2, 3), (4, 8, 8)), ((4, 5, 6), (4, 8, 8))))
+    got = engine.run(asked, EXECUTION).completions
+    for request, completion in zip(asked, got, strict=True):
+        [alone] = engine.run([request], EXECUTION).completions
+        assert completion.ids == alone.ids
+
+
 def test_several_steps_in_a_call_draw_what_single_ones_do(engine, params, monkeypatch):
     """Rows that end at a token and at their limit within a call; batch-aware, so a row too many would show."""
     whole = run(engine, temperature=1.0, policy="opportunistic:1").completions
@@ -176,14 +188,14 @@ def test_a_stop_string_ends_a_row_before_the_next_step(engine, monkeypatch):
 
 
 def test_routing_is_handed_over_to_who_asks(engine):
-    batch = batch_of(requests(policy="topk:3"), EXECUTION)
-    program = engine.prefill_program(batch, EXECUTION, routing=True)
-    drawn, _ = program(engine.params, batch.tokens_BT, batch.length_B, batch.budget_B, engine.end_I, batch.live)
-    chosen_LBTK = np.asarray(drawn.chosen_LNK).reshape(2, *batch.tokens_BT.shape, -1)
+    read = batch_of(requests(policy="topk:3"), EXECUTION)
+    program = engine.prefill_program(read, EXECUTION, routing=True)
+    drawn, _ = program(engine.params, read.tokens_BT, read.length_B, read.budget_B, engine.end_I, read.live)
+    chosen_LBTK = np.asarray(drawn.chosen_LNK).reshape(2, *read.tokens_BT.shape, -1)
     kept_B = [np.count_nonzero(chosen_LBTK[:, row] >= 0) for row in range(4)]
-    assert kept_B == drawn.kept_B.tolist() == [2 * 3 * length for length in batch.length_B]
+    assert kept_B == drawn.kept_B.tolist() == [2 * 3 * length for length in read.length_B]
     assert int(drawn.distinct) == sum(len(np.unique(of_layer[of_layer >= 0])) for of_layer in chosen_LBTK)
-    assert engine.prefill(batch, EXECUTION)[0].chosen_LNK is None
+    assert engine.prefill(read, EXECUTION)[0].chosen_LNK is None
 
 
 def test_a_longer_prompt_is_no_longer_program(params):
@@ -192,9 +204,9 @@ def test_a_longer_prompt_is_no_longer_program(params):
     execution = execution_of(architecture)
 
     def lines(length):
-        batch = batch_of(requests([[1] * length], execution=execution, max_new_tokens=1), execution)
-        given = (params, batch.tokens_BT, batch.length_B, batch.budget_B, np.zeros(0, np.int32), batch.live)
-        static = {"execution": execution, "memory": batch.shape.memory, "chunk": cache.CHUNK, "routing": False}
+        read = batch_of(requests([[1] * length], execution=execution, max_new_tokens=1), execution)
+        given = (params, read.tokens_BT, read.length_B, read.budget_B, np.zeros(0, np.int32), read.live)
+        static = {"execution": execution, "memory": read.shape.memory, "chunk": cache.CHUNK, "routing": False}
         return len(steps.prefill.lower(*given, **static).as_text().splitlines())
 
     assert lines(context - 1) <= 1.05 * lines(2 * cache.CHUNK)
