@@ -25,16 +25,11 @@ from moe_jax.model.layers import swiglu
 
 Tiles = pallas_gpu.Tiles
 FEW_TILES = [
+    pallas_gpu.FEW,
     Tiles(64, 64, 256, 3),
     Tiles(64, 64, 64, 12),
     Tiles(64, 128, 128, 4),
 ]
-# How a program finds its rows, and whether it may start while the one before it ends.
-VARIANTS = {
-    "table": {},
-    "walked": {"walked": True},
-    "walked, overlapped": {"walked": True, "overlapped": True},
-}
 MANY_TILES = [
     pallas_gpu.MANY,
     Tiles(128, 128, 64, 6),
@@ -62,41 +57,17 @@ def gated(small=False):
     return "ours, gated", forward
 
 
-def variants(small: bool, tiles: Tiles = pallas_gpu.FEW) -> list:
-    """(name, forward) of our product in every variant."""
-    cores = 2 if small else jax.devices()[0].core_count
-    few = Tiles(64, 64, 64, 2) if small else tiles
+def whole_layer(small: bool):
+    """(name, forward) of a layer's two products, gate and up-projection and the activation in one pass."""
+    cores = 2 if small else None
+    of_gated, of_down = (Tiles(64, 128, 64, 2), Tiles(64, 64, 64, 2)) if small else (None, None)
 
-    def forward(rows, weights, sizes, layer, settings):
-        from moe_jax.kernels.grouped_matmul import pallas_gpu_kernel
-
-        return pallas_gpu_kernel.multiply(rows, weights, sizes, layer, tiles=few, num_cores=cores, **settings)
-
-    label = "" if tiles == pallas_gpu.FEW else f" {tuple(tiles)}"
-    return [
-        (f"ours, {name}{label}", functools.partial(forward, settings=settings)) for name, settings in of_machine(small)
-    ]
-
-
-def of_machine(small: bool) -> list:
-    """The variants that run here: what is interpreted knows of no kernel before."""
-    return [(name, settings) for name, settings in VARIANTS.items() if not (small and "overlapped" in settings)]
-
-
-def layers(small: bool) -> list:
-    """(name, forward) of a layer's two products in every variant, gate and up-projection in one pass, and in two."""
-    cores = 2 if small else jax.devices()[0].core_count
-    of_both = (Tiles(64, 128, 64, 2), Tiles(64, 64, 64, 2)) if small else (pallas_gpu.FEW_GATED, pallas_gpu.FEW)
-
-    def forward(rows, gate_up, down, sizes, layer, settings):
-        from moe_jax.kernels.grouped_matmul import pallas_gpu_kernel
-
+    def forward(rows, gate_up, down, sizes, layer):
         halves = gate_up.reshape(*gate_up.shape[:2], 2, -1, gate_up.shape[-1])
-        multiply = functools.partial(pallas_gpu_kernel.multiply, num_cores=cores, **settings)
-        hidden = multiply(rows, halves, sizes, layer, tiles=of_both[0], gated=True)
-        return multiply(hidden, down, sizes, layer, tiles=of_both[1])
+        hidden = pallas_gpu.gated(rows, halves, sizes, layer, tiles=of_gated, num_cores=cores)
+        return pallas_gpu.forward(hidden, down, sizes, layer, tiles=of_down, num_cores=cores)
 
-    return [(f"ours, {name}", functools.partial(forward, settings=settings)) for name, settings in of_machine(small)]
+    return "ours", forward
 
 
 def in_two(product, **settings):
@@ -188,9 +159,8 @@ def decode(journal: Journal, small: bool):
     grid += [("qwen3_down", 64, 8), ("v2_lite", 64, 8), ("v3_local", 8, 8), ("v3_local", 64, 8)]
     for shape_name, tokens, k in sorted(grid)[1:2] if small else sorted(grid):
         case = _few(shape_name, tokens, k, small)
-        cases += [(case, *variant) for variant in variants(small)]
-        if (shape_name, tokens, k) == ("olmoe", 1, 8):
-            cases += [(case, *variants(small, tiles)[-1]) for tiles in FEW_TILES]
+        tried = FEW_TILES if (shape_name, tokens, k) == ("olmoe", 1, 8) else FEW_TILES[:1]
+        cases += [(case, *ours(tiles, small)) for tiles in tried]
     time_all(journal, cases)
 
 
@@ -200,13 +170,13 @@ def layer(journal: Journal, small: bool):
     for shape_name, peer in (("olmoe", True), ("qwen3", False), ("v2_lite", False), ("v3_local", False)):
         for tokens, k in ((1, 8), (1, 4), (8, 8), (64, 8)):
             case = _few(shape_name, tokens, k, small, layer=True)
-            cases += [(case, *variant) for variant in layers(small)]
+            cases.append((case, *whole_layer(small)))
             if peer or small:
                 two = {"tiles": Tiles(64, 64, 64, 2), "num_cores": 2} if small else {}
                 cases.append((case, "ours, gate and up first", in_two(pallas_gpu.forward, **two)))
                 cases.append((case, "padded", in_two(padded.forward)))
                 cases.append((case, "ragged_dot", in_two(ragged_dot.forward)))
-    time_all(journal, cases[:5] if small else cases)
+    time_all(journal, cases[:4] if small else cases)
 
 
 def _few(shape_name, tokens, k, small, **settings):

@@ -89,13 +89,11 @@ def test_gradients(case, interpreted):
 
 
 @new_enough
-@pytest.mark.parametrize("walked", [False, True])
-def test_tiles_hold_every_row_once(walked):
+def test_tiles_hold_every_row_once():
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def every_tile(sizes_E, num_rows, size):
         def at(tile):
-            entry = pallas_gpu_rows.walk_to(sizes_E, tile, size) if walked else [of_T[tile] for of_T in cut]
-            return pallas_gpu_rows.tile_at(entry, tile, 4, num_rows, size)
+            return pallas_gpu_rows.tile_at([of_T[tile] for of_T in cut], tile, 4, num_rows, size)
 
         cut = pallas_gpu_rows.row_tiles(sizes_E, num_rows, size)
         return jax.vmap(at)(jnp.arange(pallas_gpu_rows.most_tiles(4, num_rows, size)))
@@ -111,18 +109,6 @@ def test_tiles_hold_every_row_once(walked):
                 served[start + begin : start + end] += 1
                 assert (owner[start + begin : start + end] == group).all()
             assert (served == 1).all()
-
-
-@new_enough
-def test_walked(interpreted):
-    """Without a table: each program finds its rows by the sizes."""
-    from moe_jax.kernels.grouped_matmul import pallas_gpu_kernel
-
-    num_rows, sizes, tiles = CASES["empty_groups"]
-    rows, weights, _ = draw(num_rows, len(sizes))
-    call = functools.partial(pallas_gpu_kernel.multiply, tiles=tiles, num_cores=2, walked=True)
-    got = jax.jit(call)(rows, weights, jnp.asarray(sizes, jnp.int32), jnp.int32(1))
-    assert_close(got, reference.forward(*exact(rows, weights), sizes, 1))
 
 
 def test_what_the_kernels_lack_is_refused_in_one_line(monkeypatch):

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax.kernels.grouped_matmul.pallas_gpu import Tiles
-from moe_jax.kernels.grouped_matmul.pallas_gpu_rows import ALIGNMENT, most_tiles, row_tiles, tile_at, walk_to
+from moe_jax.kernels.grouped_matmul.pallas_gpu_rows import ALIGNMENT, most_tiles, row_tiles, tile_at
 
 _WARPGROUP_ROWS = 64  # of the output, per warpgroup: what one wgmma takes
 _SWIZZLE_BYTES = 128
@@ -183,24 +183,10 @@ def _load_sizes(size: int) -> list[int]:
     return [size] if size > _WARPGROUP_ROWS else [8, 16, 32, 64]
 
 
-def multiply(
-    rows_SX,
-    weights_LEFD,
-    group_sizes_E,
-    layer,
-    *,
-    tiles,
-    num_cores,
-    transposed=False,
-    gated=False,
-    walked=False,
-    overlapped=False,
-):
+def multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, tiles, num_cores, transposed=False, gated=False):
     """Rows by matrices [F, D] along D, or by their transposes along F: out is [S, F] or [S, D].
 
-    Where it is gated, there are two matrices for each expert, weights_LEIFD, and out is silu(first) * second. Where it
-    is `walked`, each program finds its tiles by the sizes, and no table is made before. Where it is `overlapped`, the
-    kernel may start while the one before it ends, and waits for it.
+    Where it is gated, there are two matrices for each expert, weights_LEIFD, and out is silu(first) * second.
     """
     weights_MFD = weights_LEFD.reshape(-1, *weights_LEFD.shape[-2:])
     asked, depth = rows_SX.shape
@@ -215,23 +201,16 @@ def multiply(
 
     num_experts = group_sizes_E.shape[0]
     num_tiles = most_tiles(num_experts, num_rows, tiles.rows)
-    cut = (group_sizes_E,) if walked else row_tiles(group_sizes_E, num_rows, tiles.rows)
-    num_tables = len(cut)
+    cut = row_tiles(group_sizes_E, num_rows, tiles.rows)
 
-    def kernel(layer, *operands):
-        cut, (rows_gmem, weights_gmem, out_gmem, *scratch) = operands[:num_tables], operands[num_tables:]
+    def kernel(layer, group_T, first_tile_T, first_T, size_T, rows_gmem, weights_gmem, out_gmem, *scratch):
         rows_smem, columns_smem, out_smem, full, empty = scratch
-        if overlapped:
-            plgpu.griddepcontrol_wait()
-            plgpu.griddepcontrol_launch_dependents()
-
-        def entry_of(tile):
-            return walk_to(cut[0], tile, tiles.rows) if walked else tuple(of_T[tile] for of_T in cut)
 
         def piece(number):
             tile = lax.div(number, jnp.int32(shape.column_tiles))
             column = lax.rem(number, jnp.int32(shape.column_tiles)) * out_columns
-            group, start, begin, end = tile_at(entry_of(tile), tile, num_experts, num_rows, tiles.rows)
+            entry = group_T[tile], first_tile_T[tile], first_T[tile], size_T[tile]
+            group, start, begin, end = tile_at(entry, tile, num_experts, num_rows, tiles.rows)
             blocks = lax.select(
                 (group < num_experts) & (end > begin), jnp.int32(pl.cdiv(depth, tiles.depth)), jnp.int32(0)
             )

@@ -1,4 +1,4 @@
-"""Which rows a tile of `pallas_gpu` holds: by a table made before the kernel, or by a walk within it."""
+"""Which rows a tile of `pallas_gpu` holds: a table, made before the kernel."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,6 @@ import jax.numpy as jnp
 from jax import lax
 
 ALIGNMENT = 8  # rows: copies into swizzled shared memory start at a multiple
-_WALKED = 64  # group sizes loaded side by side
 
 
 class _RowTiles(NamedTuple):
@@ -47,28 +46,6 @@ def row_tiles(group_sizes_E, num_rows: int, size: int) -> _RowTiles:
 
     group_T, first_tile_T, first_T, size_T = lax.reduce(terms, (zero,) * 4, add, (1,))
     return _RowTiles(group_T, first_tile_T, first_T, size_T)
-
-
-def walk_to(group_sizes_E, tile, size: int):
-    """The entry of `row_tiles` for one tile, by a walk over the sizes: a few instructions per expert, no table."""
-    num_experts = group_sizes_E.shape[0]
-
-    def of_chunk(number, state):
-        group, first_tile, first, last_tile, last = state
-        for rows in [group_sizes_E[number * chunk + i] for i in range(chunk)]:  # loaded side by side
-            last_tile = last_tile + lax.select(rows > 0, lax.shift_right_logical(rows + slack, shift), jnp.int32(0))
-            last = last + rows
-            over = last_tile <= tile
-            group = group + over.astype(jnp.int32)
-            first_tile, first = lax.select(over, last_tile, first_tile), lax.select(over, last, first)
-        return group, first_tile, first, last_tile, last
-
-    slack, shift = jnp.int32(ALIGNMENT - 1 + size - 1), jnp.int32(size.bit_length() - 1)
-    chunk = max(divisor for divisor in range(1, min(num_experts, _WALKED) + 1) if num_experts % divisor == 0)
-    state = (jnp.int32(0),) * 5
-    state = of_chunk(0, state) if chunk == num_experts else lax.fori_loop(0, num_experts // chunk, of_chunk, state)
-    group, first_tile, first = state[:3]
-    return group, first_tile, first, group_sizes_E[lax.min(group, jnp.int32(num_experts - 1))]
 
 
 def tile_at(entry, tile, num_experts: int, num_rows: int, size: int):
