@@ -244,7 +244,7 @@ class Engine:
     def step(
         self, slots: Slots, wanted_B: np.ndarray, count: int, live: Live, execution: decoder.Execution
     ) -> tuple[Steps, Slots]:
-        """Draws up to `count` tokens for every unfinished slot in `wanted_B`; returns `Steps` on the host, and the slots.
+        """Draws up to `count` tokens for every unfinished slot in `wanted_B`; returns `Steps`, on the host, and slots.
 
         Args:
             slots: do not use them afterwards.

@@ -1,4 +1,4 @@
-"""The programs that the engine compiles: `prefill` reads prompts into a prefix, `insert` copies it into slots, `decode`.
+"""The programs that the engine compiles: prefill (prompts to a prefix), insert (prefix to slots) and decode.
 
 A prefix has the type of slots, so if all prompts are read together it is used as the slots and nothing is copied.
 """

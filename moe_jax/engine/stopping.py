@@ -8,7 +8,7 @@ from moe_jax.text.tokenizer import TextStream, special_tokens
 
 
 class StoppingText:
-    """A `TextStream` that ends before the first stop string to be complete; if several end together, the longest counts.
+    """A `TextStream` that ends before the first complete stop string, or the longest if several end together.
 
     Text that may be the beginning of a stop string is held back until that is decided. Special tokens have no text; a
     stop string that names one, such as "<|im_end|>" or "</s>\\n", is searched for in the text with their names added.
