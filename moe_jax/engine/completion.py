@@ -57,7 +57,7 @@ class Row:
         self._kept_of_prompt = kept
 
     def step(self, kept: float, distinct: float) -> None:
-        """Records a decode step: experts that this row kept, and distinct experts of all rows, means over MoE layers."""
+        """Records a decode step: experts that this row kept and distinct experts of all rows, means over layers."""
         self._kept.append(kept)
         self._distinct.append(distinct)
 

@@ -245,14 +245,14 @@ _YARN = (
 def rope_settings(
     fields: dict[str, Any], theta: float = 10000.0, fraction: float | None = None
 ) -> dict[str, float | int]:
-    """`rope_theta` and what YaRN adds; `rope_fraction` too where the family has a default fraction.
+    """Reads `rope_theta`, the settings of YaRN, and `rope_fraction` if the family has a default fraction.
 
-    `rope_parameters`, once `rope_scaling`, wins over top-level fields.
+    `rope_parameters` (formerly `rope_scaling`) takes precedence over top-level fields.
 
     Args:
         fields: of `config.json`.
-        theta: where no field says it.
-        fraction: where no field says it; None: the family rotates all.
+        theta: the default.
+        fraction: the default; None: the family rotates whole heads.
     """
     name = "rope_scaling" if field(fields, "rope_scaling", dict, {}) else "rope_parameters"
     inner = _given(field(fields, name, dict, {}))
@@ -312,7 +312,7 @@ def _given(inner: dict[str, Any]) -> dict[str, Any]:
 
 
 def _changes_nothing(name: str, inner: dict[str, Any], key: str) -> bool:
-    """Whether a field that newer libraries add to unscaled rotary angles leaves them as they are."""
+    """Whether a field that newer libraries add to unscaled rotary angles has no effect."""
     if key == "original_max_position_embeddings":
         return _field_of(name, inner, key, int) is not None
     return key in ("factor", "attention_factor") and _field_of(name, inner, key, float) == 1

@@ -42,8 +42,8 @@ _V3_ONLY = {**_ONLY, "moe.score": "sigmoid", "moe.selection_bias": True, "moe.gr
 def _dense(fields: dict[str, Any], default: int) -> dict[str, Any]:
     """Reads which layers are dense: those before `first_k_dense_replace`, and those that `moe_layer_freq` excludes.
 
-    `moe_layer_freq` is a number, of which the index of a MoE layer is a multiple, or a list with 1 for each MoE layer. As
-    in the models' own code; transformers does not read it.
+    `moe_layer_freq` is a number, of which the index of a MoE layer is a multiple, or a list with 1 for each MoE layer.
+    This follows the models' own code; transformers does not read it.
     """
     first, freq = field(fields, "first_k_dense_replace", int, default), fields.get("moe_layer_freq")
     is_list = isinstance(freq, list) and len(freq) == base.num_layers(fields)
