@@ -1,7 +1,8 @@
 """Cases of `kernels.py`: operands, programs of several calls, checks of the results, and times.
 
-Each timed program makes several calls, each with its own layer, rows and group sizes, so that caches do not help. A time is the median over runs of one program, divided by its calls. Results are checked against float32
-products of some rows.
+Each timed program makes several calls, each with its own layer, rows and group sizes, so that caches do not help. A
+time is the median over runs of one program, divided by its calls. Results are checked against float32 products of some
+rows.
 """
 
 import concurrent.futures

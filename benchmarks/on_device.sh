@@ -1,6 +1,7 @@
 #!/bin/bash
-# Checks and times the GPU kernels on this machine: `bash benchmarks/on_device.sh FOLDER`. Under five minutes on one H100.
-# Each stage is a process with its own time limit, so that a stage that hangs or crashes does not stop the others.
+# Checks and times the GPU kernels on this machine: `bash benchmarks/on_device.sh FOLDER`.
+# Takes under five minutes on one H100. Each stage is a process with its own time limit:
+# a stage that hangs or crashes does not stop the others.
 # STAGES="ceilings decode" runs only those stages; SMALL=--small tries the script on a CPU.
 set -u
 out=${1:-${OUT:-out}/kernels}
@@ -13,10 +14,10 @@ limit=${LIMIT:-290} # seconds for all stages together
 scale=${SCALE:-1} # multiplies the time limits of single stages: use 5 on a slow machine
 declare -A most=([check]=60 [ceilings]=30 [decode]=75 [layer]=90 [prefill]=60 [peers]=45 [ragged]=25)
 for stage in ${STAGES:-check ceilings decode layer prefill peers ragged}; do
-  left=$((limit - SECONDS)) wanted=$((${most[$stage]} * scale)) flags=${XLA_FLAGS:-}
+  left=$((limit - SECONDS)) own_limit=$((${most[$stage]} * scale)) flags=${XLA_FLAGS:-}
   [ "$left" -lt 8 ] && { echo "$stage: no time left"; continue; }
   [ "$stage" = ragged ] && flags="$flags --xla_gpu_experimental_use_ragged_dot_fusion=true"
-  XLA_FLAGS=$flags timeout -k 5 "$((wanted < left ? wanted : left))" \
+  XLA_FLAGS=$flags timeout -k 5 "$((own_limit < left ? own_limit : left))" \
     "$python" benchmarks/kernels.py --stage "$stage" --out "$out" ${SMALL:-} >>"$out/kernels.log" 2>&1
   echo "$stage: exit status $?, after $SECONDS s"
 done

@@ -4,8 +4,8 @@
 
 NAME is what `model.path` takes: `organisation/name`, `organisation/name@revision`, or a folder. Weights are downloaded
 unless they are in the cache. moe_jax, transformers and launch/sweep.py run in separate processes, one after the other,
-so that only one copy of the model is in memory. transformers computes in model.dtype, or in the dtype of most weights if
-that is "auto"; install it from requirements-peers.txt. OUT/page.md has the result, OUT/sweep the whole frontier.
+so that only one copy of the model is in memory. transformers computes in model.dtype, or in the dtype of most weights
+if that is "auto"; install it from requirements-peers.txt. OUT/page.md has the result, OUT/sweep the whole frontier.
 """
 
 import importlib.metadata

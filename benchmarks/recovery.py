@@ -117,9 +117,7 @@ GROUPS = {
     "longer": {"k4_4M": _at(4, 4.0), "control_4M": _plain(BEST_CONTROL_RATE, 4.0)},
 }
 CONTROLS = (f"control_{BEST_CONTROL_RATE:g}", *(f"control_seed{seed}" for seed in SEEDS[1:]))
-RUNS = flags.DEFINE_multi_string(
-    "runs", [], f"A group or name of runs: {', '.join(GROUPS)}; may be repeated; default: all."
-)
+RUNS = flags.DEFINE_multi_string("runs", [], f"Group or name of runs: {', '.join(GROUPS)}; repeatable; default: all.")
 
 JUDGE = flags.DEFINE_bool("judge", False, "Also measure choices and completions of the long runs.")
 

@@ -319,7 +319,7 @@ def _changes_nothing(name: str, inner: dict[str, Any], key: str) -> bool:
 
 
 def rope_json(attention: AttentionConfig, with_fraction: bool = False) -> dict[str, Any]:
-    """The inverse of `rope_settings`, written twice: transformers 5 reads `rope_parameters`, older versions the rest."""
+    """The inverse of `rope_settings`, written twice: transformers 5 reads `rope_parameters`, older ones the rest."""
     theta = {"rope_theta": attention.rope_theta}
     if with_fraction:
         theta["partial_rotary_factor"] = attention.rope_fraction
