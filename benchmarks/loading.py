@@ -3,9 +3,9 @@
     python benchmarks/loading.py --config configs/benchmark_loading.gin --out out/loading
 
 The checkpoint has the configured shape and random weights. It is written once, to OUT/checkpoint, and kept. Its files
-are in the page cache. There are two copies, both from mapped files: to memory that is in use already, and to fresh memory,
-which the system zeroes first, as it does when loading. Every round times all cases in turn; figures are medians. Memory
-is that of a process that only loads: pages that belong to no file.
+are in the page cache. There are two copies, both from mapped files: to memory that is in use already, and to fresh
+memory, which the system zeroes first, as it does when loading. Every round times all cases in turn; figures are
+medians. Memory is that of a process that only loads: pages that belong to no file.
 """
 
 import json

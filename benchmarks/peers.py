@@ -4,9 +4,9 @@
     python benchmarks/peers.py --config configs/benchmark_peers.gin --out out/peers
 
 The model has the configured shape, in bfloat16 (4 GB in OUT, kept for the next run). Each system runs in its own
-process with one thread per core; all read the same tokens. transformers runs with each of its implementations of experts, and
-once in float32. A step is timed from tokens on the host to logits, or a token, on the host. Use --notransformers
-if torch is not installed.
+process with one thread per core; all read the same tokens. transformers runs with each of its implementations of
+experts, and once in float32. A step is timed from tokens on the host to logits, or a token, on the host. Use
+--notransformers if torch is not installed.
 """
 
 import math
