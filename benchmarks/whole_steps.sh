@@ -1,7 +1,7 @@
 #!/bin/bash
 # Times whole decode steps and prefills of OLMoE-1B-7B's shape, random bfloat16 weights and recorded routing, on the
 # GPU of this machine: `bash benchmarks/whole_steps.sh FOLDER`. With 8 experts per token, and at batch 1 also with 4.
-# Each run is a process; all share LIMIT seconds. FOLDER/whole_steps.jsonl gets a line per run: its name and its result.json.
+# Each run is a process; all share LIMIT seconds. FOLDER/whole_steps.jsonl has one line per run: name and result.json.
 # OURS=native PEERS=blocked LAYERS=1 SMALL="--set decoder.d_model=128 --set moe.expert_hidden=64" runs on a CPU.
 set -u
 out=${1:-${OUT:-out}/whole_steps}
