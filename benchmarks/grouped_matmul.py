@@ -1,9 +1,9 @@
-"""Times grouped matmul by itself: over its floor, over a dense product of the same rows, and fewer experts over all.
+"""Times grouped matmul alone: against its floor, a dense product of the same rows, and itself with fewer experts.
 
     python benchmarks/grouped_matmul.py --config configs/benchmark_grouped_matmul.gin --out out/grouped_matmul
 
-Tokens choose their experts at random and evenly. All cases are timed in turn, round after round, so that a slow moment
-of the machine falls on all of them; figures are medians.
+Tokens choose their experts uniformly at random. Every round times all cases in turn, so that a slow moment of the
+machine affects all of them; figures are medians.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from moe_jax import command
 
 ROOT = pathlib.Path(__file__).parents[1]
 ROUNDS = 9
-SLOW_ROUNDS = 2  # of ragged_dot, which takes seconds on a CPU
+SLOW_ROUNDS = 2  # for ragged_dot, which takes seconds on a CPU
 TOKENS = (1, 8, 64, 512)
 
 
@@ -40,7 +40,7 @@ def main(run: command.Command) -> None:
     matrix_bytes = d_model * moe.expert_hidden * weights_LEFD.dtype.itemsize
 
     def sizes(tokens, k):
-        """Rows of each expert, another draw each time: small cases must not find their weights in a cache."""
+        """Rows per expert, drawn anew each time: small cases must not find their weights in a cache."""
         experts = np.concatenate([rng.choice(moe.num_experts, k, replace=False) for _ in range(tokens)])
         return jnp.asarray(np.bincount(experts, minlength=moe.num_experts), jnp.int32)
 

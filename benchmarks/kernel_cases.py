@@ -1,8 +1,8 @@
-"""Cases of `kernels.py`: operands, programs of several calls, what is right and how long it takes.
+"""Cases of `kernels.py`: operands, programs of several calls, checks of the results, and times.
 
-Each timed program makes several calls, each with a layer, rows and group sizes of its own, so that nothing is found in
-a cache. A time is the median over runs of one program, divided by its calls. Results are checked against float32
-products of some rows.
+Each timed program makes several calls, each with its own layer, rows and group sizes, so that caches do not help. A
+time is the median over runs of one program, divided by its calls. Results are checked against float32 products of some
+rows.
 """
 
 import concurrent.futures
@@ -20,7 +20,7 @@ from kernel_table import RESULTS
 
 from moe_jax.model.layers import swiglu
 
-TOLERANCE = 1e-2  # of bfloat16, relative in norm; NaN never passes
+TOLERANCE = 1e-2  # relative error in norm, for bfloat16; NaN never passes
 # (experts, outputs, depth): gate and up together, and down
 SHAPES = {
     "olmoe": (64, 2048, 2048),
@@ -35,7 +35,7 @@ SHAPES = {
 
 
 class Journal:
-    """Results, appended to a file as they come."""
+    """Appends each result to a file at once."""
 
     def __init__(self, folder: pathlib.Path, stage: str):
         folder.mkdir(parents=True, exist_ok=True)
@@ -43,7 +43,7 @@ class Journal:
         self._stage, self._start = stage, time.perf_counter()
 
     def add(self, name: str, **figures):
-        """Keeps one result and shows it."""
+        """Writes and prints one result."""
         at_s = round(time.perf_counter() - self._start, 1)
         line = json.dumps({"stage": self._stage, "name": name, "at_s": at_s, **figures})
         print(line, flush=True)
@@ -51,15 +51,15 @@ class Journal:
             print(line, file=file)
 
     def attempt(self, name: str, case, *arguments):
-        """Runs a case; an error is a result too."""
+        """Runs a case; an error is recorded as its result."""
         try:
             self.add(name, **case(*arguments))
-        except Exception as error:  # one case must not end the others
+        except Exception as error:  # a failing case must not stop the others
             self.add(name, error=f"{type(error).__name__}: {str(error)[:300]}")
 
 
 def draw_sizes(rng, num_experts: int, tokens: int, k: int, skew: float = 0.0) -> np.ndarray:
-    """Rows of each expert where every token chooses k different ones; `skew` is the spread of their log weights."""
+    """Rows per expert if every token chooses k different experts; `skew` is the spread of their log weights."""
     log_weights = skew * rng.normal(size=num_experts)
     scores = log_weights + rng.gumbel(size=(tokens, num_experts))
     chosen = np.argpartition(-scores, k - 1, axis=1)[:, :k]
@@ -67,24 +67,24 @@ def draw_sizes(rng, num_experts: int, tokens: int, k: int, skew: float = 0.0) ->
 
 
 def poison(shape):
-    """Leaves NaN in the memory that the next arrays are likely to get."""
+    """Fills memory that the next arrays are likely to get with NaN."""
     for _ in range(2):
         jnp.full(shape, jnp.nan, jnp.bfloat16).block_until_ready().delete()
 
 
 def relative(out, expected) -> float:
-    """Distance over length; infinite where it is not a number."""
+    """Relative error in norm; infinite instead of NaN."""
     error = np.linalg.norm(np.float64(out) - expected) / max(np.linalg.norm(expected), 1e-30)
     return float(error) if np.isfinite(error) else float("inf")
 
 
 def seconds_of(call, arguments, calls: int, samples: int = 5) -> dict:
-    """Median time of one of the `calls` that a program makes; programs are queued so that the device does not wait."""
+    """Median time of one of the `calls` of a program. Programs are queued so that the device never waits."""
     jax.block_until_ready(call(*arguments))
     start = time.perf_counter()
     jax.block_until_ready(call(*arguments))
     once_s = time.perf_counter() - start
-    if once_s > 1:  # a slow peer, or a rehearsal
+    if once_s > 1:  # a slow peer, or interpret mode
         return {"us": 1e6 * once_s / calls, "us_low": 0.0, "us_high": 0.0}
     repeats = max(1, min(50, int(0.02 / max(once_s, 1e-6))))
     times_us = []
@@ -99,31 +99,31 @@ def seconds_of(call, arguments, calls: int, samples: int = 5) -> dict:
 
 @functools.cache
 def stack(shape_name: str, layers: int, small: bool):
-    """Weights [L, E, F, D], a layer at a time, so that no float32 copy of the whole is made."""
+    """Weights [L, E, F, D], drawn layer by layer to avoid a float32 copy of the whole stack."""
     num_experts, outputs, depth = sizes_of(shape_name, small)
     draw = jax.jit(lambda key: depth**-0.5 * jax.random.normal(key, (num_experts, outputs, depth), jnp.bfloat16))
     return jnp.stack([draw(key) for key in jax.random.split(jax.random.key(len(shape_name)), layers)])
 
 
 def sizes_of(shape_name: str, small: bool):
-    """(experts, outputs, depth) of a named shape; for rehearsals all shapes are tiny."""
+    """(experts, outputs, depth) of a named shape; tiny if `small`."""
     if small:
         return (8, 128, 64) if shape_name.endswith("_down") else (8, 128, 128)
     return SHAPES[shape_name]
 
 
 class Case:
-    """Operands for several calls of one product, or of a layer's two; arrays are drawn when first asked for.
+    """Operands for several calls of one product, or of both products of a layer. Arrays are drawn when first used.
 
     Args:
         shape_name: of the product, or of the gate and up-projection of a layer.
         tokens: of one call.
-        k: experts of each token; 0: no row belongs to anybody.
-        layers: of the stack.
-        calls: of one program.
-        small: tiny shapes.
+        k: experts per token; 0: no row belongs to any expert.
+        layers: of the stack of weights.
+        calls: per program.
+        small: use tiny shapes.
         skew: spread of the experts' log weights.
-        layer: both products with the activation between them.
+        layer: run both products of a layer, with the activation between them.
     """
 
     def __init__(self, shape_name, tokens, k, layers, calls, small, skew=0.0, layer=False):
@@ -138,22 +138,22 @@ class Case:
 
     @property
     def weights(self):
-        """One stack [L, E, F, D] or two, shared with the other cases of that shape."""
+        """One stack [L, E, F, D] or two, shared by all cases of that shape."""
         return tuple(stack(name, self.layers, self.small) for name in self.names)
 
     def rows(self, width: int, number: int):
-        """bfloat16 [S, width]."""
+        """Random rows, bfloat16 [S, width]."""
         return jax.random.normal(jax.random.key(1000 * self.slots + number), (self.slots, width), jnp.bfloat16)
 
     @functools.cached_property
     def arguments(self):
-        """Of the program of all calls."""
+        """The arguments of the compiled program."""
         rows = [self.rows(self.depth, number) for number in range(self.calls)]
         layers = [jnp.int32(i % self.layers) for i in range(self.calls)]
         return self.weights, rows, [jnp.asarray(sizes) for sizes in self.sizes_np], layers
 
     def compile(self, forward):
-        """All calls of forward(rows, *weights, sizes, layer) in one program; it is traced and lowered once."""
+        """Compiles all calls of forward(rows, *weights, sizes, layer) into one program; forward is traced once."""
         inner = jax.jit(forward)
 
         def run(weights, rows, sizes, layers):
@@ -167,7 +167,7 @@ class Case:
 
     @property
     def bytes_moved(self) -> float:
-        """Least bytes per call: each chosen expert's weights once, the rows of each product in and out once."""
+        """Least bytes per call: weights of each chosen expert once, rows in and out of each product once."""
         kept = np.mean([(sizes > 0).sum() for sizes in self.sizes_np])
         total = 0.0
         for _, outputs, depth in (sizes_of(name, self.small) for name in self.names):
@@ -177,12 +177,12 @@ class Case:
 
     @property
     def flops(self) -> float:
-        """Of one call."""
+        """Floating-point operations of one call."""
         shapes = [sizes_of(name, self.small) for name in self.names]
         return 2.0 * self.slots * sum(outputs * depth for _, outputs, depth in shapes)
 
     def error(self, outs) -> float:
-        """The largest relative error among the calls, over some rows of each."""
+        """The largest relative error of any call, over a sample of its rows."""
         errors = []
         for out, rows, sizes, layer in zip(outs, *self.arguments[1:]):
             if not bool(jnp.isfinite(out.astype(jnp.float32)).all()):
@@ -214,13 +214,13 @@ def _products(rows, weights, layer, experts):
 
 
 def time_all(journal: Journal, cases: list):
-    """Compiles (case, name, forward) side by side, then checks and times one after the other."""
+    """Compiles all (case, name, forward) in parallel, then checks and times them one by one."""
 
     def compiled(case, forward):
         start = time.perf_counter()
         return case.compile(forward), round(time.perf_counter() - start, 1)
 
-    small = cases[0][0].small  # what is interpreted keeps to its thread
+    small = cases[0][0].small  # interpret mode must stay on one thread
     pool = concurrent.futures.ThreadPoolExecutor(12)
     programs = [functools.partial(compiled, case, forward) for case, _, forward in cases]
     if not small:

@@ -1,4 +1,4 @@
-"""Prints the results of `kernels.py`: a line for each case, and what it reaches of the measured ceilings.
+"""Prints the results of `kernels.py`: a line per case, with its share of the measured bandwidth.
 
 python benchmarks/kernel_table.py out/kernels
 """
@@ -11,7 +11,7 @@ RESULTS = "kernels.jsonl"
 
 
 def table(folder: pathlib.Path):
-    """A line for each case, and what each reaches of the measured ceilings."""
+    """Prints a line per case, with its share of the measured bandwidth."""
     results = [json.loads(line) for line in (folder / RESULTS).read_text().splitlines()]
     by_name = {result["name"]: result for result in results}
     bandwidth = max((by_name.get(name, {}).get("tb_per_s", 0) for name in ("copy", "read")), default=0) or float("nan")

@@ -3,9 +3,8 @@
     python benchmarks/kernels.py --stage decode --out out/kernels
     python benchmarks/kernel_table.py out/kernels
 
-Every case is kept as a line of JSON as soon as it is known. Weights are drawn at random. What is right is checked
-against float64 at small shapes, and against float32 products of some rows at the timed ones; memory is filled with NaN
-first.
+Every result is written as a line of JSON at once. Weights are random. Results are checked against float64 at small
+shapes, and against float32 products of some rows at the timed shapes; memory is filled with NaN before.
 """
 
 import argparse
@@ -58,7 +57,7 @@ def gated(small=False):
 
 
 def whole_layer(small: bool):
-    """(name, forward) of a layer's two products, gate and up-projection and the activation in one pass."""
+    """(name, forward) of both products of a layer; gate, up-projection and activation are one kernel."""
     cores = 2 if small else None
     of_gated, of_down = (Tiles(64, 128, 64, 2), Tiles(64, 64, 64, 2)) if small else (None, None)
 
@@ -71,7 +70,7 @@ def whole_layer(small: bool):
 
 
 def in_two(product, **settings):
-    """Forward of a layer as `moe_jax.model.moe` has it, by any implementation of the product."""
+    """The forward of a layer as in `moe_jax.model.moe`, with any implementation of the product."""
 
     def forward(rows, gate_up, down, sizes, layer):
         hidden = swiglu(product(rows, gate_up, sizes, layer, **settings))
@@ -127,7 +126,7 @@ def _jitted(function, tiles, small):
 
 
 def ceilings(journal: Journal, small: bool):
-    """What the device reaches: a copy, a sum, and a product."""
+    """Measures the limits of the device: a copy, a sum, and a product."""
     n = 1 << (20 if small else 30)
     big = jnp.ones((2, n), jnp.bfloat16)
 
@@ -152,7 +151,7 @@ def ceilings(journal: Journal, small: bool):
 
 
 def decode(journal: Journal, small: bool):
-    """One product with few rows per expert: bandwidth. With nothing kept, what a call costs in any case."""
+    """One product with few rows per expert, bound by bandwidth; and with no rows, the fixed cost of a call."""
     cases = []
     grid = [(name, 1, 8) for name in ("olmoe", "olmoe_down", "v2_lite", "qwen3", "qwen3_down", "v3_local")]
     grid += [("olmoe", 1, 0), ("olmoe", 1, 4), ("olmoe", 8, 8), ("olmoe", 64, 8), ("qwen3", 64, 8)]
@@ -165,7 +164,7 @@ def decode(journal: Journal, small: bool):
 
 
 def layer(journal: Journal, small: bool):
-    """A layer's experts with few rows each, both products: bandwidth, and what half of the experts save."""
+    """Both products of a layer with few rows per expert, bound by bandwidth; and with half of the experts."""
     cases = []
     for shape_name, peer in (("olmoe", True), ("qwen3", False), ("v2_lite", False), ("v3_local", False)):
         for tokens, k in ((1, 8), (1, 4), (8, 8), (64, 8)):
@@ -180,13 +179,13 @@ def layer(journal: Journal, small: bool):
 
 
 def _few(shape_name, tokens, k, small, **settings):
-    """A case of few rows. Programs of one token make many calls, since starting one takes the host a while."""
+    """A case of few rows. With one token a program makes many calls, to hide the time to launch it."""
     stacked = 2 if shape_name.startswith("v3_local") or small else 4
     return Case(shape_name, tokens, k, stacked, 1 if small else 32 if tokens == 1 else 8, small, **settings)
 
 
 def prefill(journal: Journal, small: bool):
-    """Many rows per expert: arithmetic; then both gradients."""
+    """Many rows per expert, bound by arithmetic; then both gradients."""
     cases = []
     for shape_name, skew in [("olmoe", 0.0), ("olmoe", 0.7), ("olmoe_down", 0.0), ("qwen3", 0.0), ("v3_local", 0.0)]:
         case = Case(shape_name, 4 if small else 8192, 8, 1 if small else 2, 1 if small else 2, small, skew)
@@ -234,7 +233,7 @@ def _gradients(journal, case, small):
 
 
 def peers(journal: Journal, small: bool):
-    """The same work by others: at prefill, then at decode."""
+    """Other implementations on the same work: at prefill, then at decode."""
     cases = []
     for tokens in (4,) if small else (8192, 64, 8, 1):
         many = tokens > 1000
@@ -249,7 +248,7 @@ def peers(journal: Journal, small: bool):
 
 
 def timed_dense(case: Case) -> dict:
-    """One matrix for all rows: what arithmetic alone would take."""
+    """Times one matrix for all rows: the cost of the arithmetic alone."""
     call = jax.jit(lambda rows, weights: rows @ weights[0, 0].T)
     figures = seconds_of(call, (case.arguments[1][0], *case.weights), 1)
     return figures | {"tflops": case.flops / figures["us"] / 1e6}
@@ -269,7 +268,7 @@ def _mosaic(block):
 
 
 def ragged(journal: Journal, small: bool):
-    """`ragged_dot` with many rows, in a process of its own: set XLA_FLAGS to try its fusions."""
+    """`ragged_dot` with many rows. Its own stage, so that XLA_FLAGS can enable its fusions."""
     case = Case("olmoe", 4 if small else 8192, 8, 1, 1, small)
     time_all(journal, [(case, "ragged_dot", ragged_dot.forward)])
 
@@ -282,7 +281,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--stage", choices=STAGES, required=True)
     parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--small", action="store_true", help="tiny shapes in interpret mode: a rehearsal without a GPU")
+    parser.add_argument("--small", action="store_true", help="tiny shapes in interpret mode, without a GPU")
     flags = parser.parse_args()
     journal = Journal(flags.out, flags.stage)
     if flags.small:

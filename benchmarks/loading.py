@@ -1,11 +1,11 @@
-"""Times loading a checkpoint: over copying each of its tensors once, and the memory it takes over that of the weights.
+"""Times loading a checkpoint, relative to copying its tensors once; and its peak memory, relative to the weights.
 
     python benchmarks/loading.py --config configs/benchmark_loading.gin --out out/loading
 
-The checkpoint has the configured shape and random weights. It is written once, to OUT/checkpoint, and stays there. The
-files lie in the page cache. Copies go from files that are mapped already, to memory that was written to before and to
-memory that was not: the system zeroes it first, as it does for whoever loads. All are timed in turn, round after round,
-and figures are medians. Memory is that of a process that loads and does nothing else: pages that belong to no file.
+The checkpoint has the configured shape and random weights. It is written once, to OUT/checkpoint, and kept. Its files
+are in the page cache. There are two copies, both from mapped files: to memory that is in use already, and to fresh
+memory, which the system zeroes first, as it does when loading. Every round times all cases in turn; figures are
+medians. Memory is that of a process that only loads: pages that belong to no file.
 """
 
 import json
@@ -45,7 +45,7 @@ print(json.dumps({"before": before, "peak": max(seen)}))
 
 
 def main(run: command.Command) -> None:
-    """Writes the checkpoint unless it is there, then measures."""
+    """Writes the checkpoint unless it exists, then measures."""
     import numpy as np
 
     import moe_jax

@@ -3,11 +3,10 @@
     pip install -r requirements-peers.txt
     python benchmarks/long_prompts.py --config configs/benchmark_long_prompts.gin --out out/long_prompts
 
-The model is a small Qwen3-MoE of random weights in float32 (in OUT, kept for the next run). moe_jax runs as it is, and
-once as where there is no C++ compiler. Each system reads each length in a process of its own, with as many threads as
-there are cores. The first call compiles what XLA runs; the kernels in C++ are there. Times are from tokens on the host
-to the logits behind every position on the host. Memory is the most that the process held, libraries and weights
-included.
+The model is a small Qwen3-MoE with random weights in float32 (in OUT, kept for the next run). moe_jax runs twice, once
+as on a machine without a C++ compiler. Each system reads each length in its own process, with one thread per core. The
+first call includes compiling by XLA; the kernels in C++ are compiled before. Times are from tokens on the host to the
+logits of every position on the host. Memory is the peak of the process, including libraries and weights.
 """
 
 import os
@@ -27,7 +26,7 @@ PEER = "transformers"
 
 
 def main(run: command.Command) -> None:
-    """Writes the checkpoint, then gives every system its turn at every length in every round."""
+    """Writes the checkpoint, then times every system in turn at every length, round after round."""
     import numpy as np
     import tqdm
 
@@ -61,7 +60,7 @@ def main(run: command.Command) -> None:
 
 
 def write_checkpoint(run: command.Command) -> pathlib.Path:
-    """The folder, written unless it is there."""
+    """Writes the checkpoint unless it exists; returns its folder."""
     from moe_jax import checkpoint
     from moe_jax.checkpoint import huggingface
     from moe_jax.study.random_model import random_params

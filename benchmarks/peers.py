@@ -3,10 +3,10 @@
     pip install -r requirements-benchmark.txt
     python benchmarks/peers.py --config configs/benchmark_peers.gin --out out/peers
 
-The model is of the configured shape, in bfloat16 (4 GB in OUT, kept for the next run). Each system has a process of its
-own and as many threads as there are cores; all read the same tokens. transformers runs with each of its
-implementations of experts, and once in float32. Steps go from tokens on the host to logits, or a token, on the host.
---notransformers leaves them out, where a Python has no torch.
+The model has the configured shape, in bfloat16 (4 GB in OUT, kept for the next run). Each system runs in its own
+process with one thread per core; all read the same tokens. transformers runs with each of its implementations of
+experts, and once in float32. A step is timed from tokens on the host to logits, or a token, on the host. Use
+--notransformers if torch is not installed.
 """
 
 import math
@@ -21,16 +21,16 @@ from absl import flags
 from moe_jax import command
 
 ROOT = pathlib.Path(__file__).parents[1]
-PROMPT = 128  # tokens that lie in the cache when decoding is first timed
+PROMPT = 128  # tokens in the cache when timing of decoding starts
 CASES = {"decode_1": 1, "decode_8": 8}  # rows
 PREFILL = 512  # tokens
-SLOW_STEPS = 2  # of systems that take seconds for some
-WITH_TRANSFORMERS = flags.DEFINE_bool("transformers", True, "Run transformers too.")
+SLOW_STEPS = 2  # for systems in which a step may take seconds
+WITH_TRANSFORMERS = flags.DEFINE_bool("transformers", True, "Also run transformers.")
 TRANSFORMERS = (("bfloat16", "eager"), ("bfloat16", "grouped_mm"), ("bfloat16", "batched_mm"), ("float32", "eager"))
 
 
 class Process:
-    """A system in a process of its own; its methods are called by name."""
+    """A system in its own process; its methods are called by name."""
 
     def __init__(self, module: str, *arguments, **options):
         context = multiprocessing.get_context("spawn")
@@ -50,7 +50,7 @@ class Process:
         return answer
 
     def call(self, method: str, *arguments):
-        """Calls a method there and waits for what it returns."""
+        """Calls a method in the process and returns its result."""
         self._calls.send((method, arguments))
         return self._answer()
 
@@ -86,7 +86,7 @@ def _serve(calls, module: str, arguments, options) -> None:
 
 
 def main(run: command.Command) -> None:
-    """Writes the checkpoint, starts every system, and gives each case its turn in every round."""
+    """Writes the checkpoint, starts every system, and times each case in every round."""
     import numpy as np
     import tqdm
 
@@ -128,7 +128,7 @@ def main(run: command.Command) -> None:
         seconds.clear()
         for of in floors.values():
             of.clear()
-        # transformers' processes come one by one: their weights would not all fit
+        # transformers' processes run one at a time: their weights would not all fit in memory
         shares = np.array_split(np.arange(rounds), max(1, len(starts)))
         with tqdm.tqdm(total=rounds, unit="round", disable=None) as bar:
             for (name, start), share in zip(starts.items() or [("", None)], shares):
@@ -150,7 +150,7 @@ def main(run: command.Command) -> None:
 
 
 def write_checkpoint(run: command.Command) -> tuple[pathlib.Path, pathlib.Path]:
-    """The folder and the GGUF file, written unless they are there."""
+    """Writes the checkpoint and the GGUF file unless they exist; returns their paths."""
     from systems import gguf_file
 
     from moe_jax import checkpoint, files
@@ -173,7 +173,7 @@ def write_checkpoint(run: command.Command) -> tuple[pathlib.Path, pathlib.Path]:
 
 
 def _result(seconds, floors, logits) -> tuple[dict, str]:
-    """The figures, and the table."""
+    """The figures and the table."""
     import numpy as np
 
     ms = {name: {case: 1e3 * statistics.median(of) for case, of in cases.items()} for name, cases in seconds.items()}

@@ -1,11 +1,11 @@
-"""Checks a model of a hub, or of a folder, beside transformers on a short text, sweeps it briefly, and writes one page.
+"""Compares a model with transformers on a short text, runs a short sweep, and writes the results to one page.
 
     python benchmarks/real_weights.py allenai/OLMoE-1B-7B-0924 --out out/real_weights
 
-NAME is what `model.path` takes: `organisation/name`, `organisation/name@revision`, or a folder. Weights are fetched
-where they are not in the cache. Logits of both programs, and launch/sweep.py, come from processes of their own, one
-after the other, so that the model is in memory once. transformers computes in model.dtype, or in that of most weights
-where it is "auto"; it is in requirements-peers.txt. OUT/page.md has the result; OUT/sweep the whole frontier.
+NAME is what `model.path` takes: `organisation/name`, `organisation/name@revision`, or a folder. Weights are downloaded
+unless they are in the cache. moe_jax, transformers and launch/sweep.py run in separate processes, one after the other,
+so that only one copy of the model is in memory. transformers computes in model.dtype, or in the dtype of most weights
+if that is "auto"; install it from requirements-peers.txt. OUT/page.md has the result, OUT/sweep the whole frontier.
 """
 
 import importlib.metadata
@@ -49,7 +49,7 @@ def main(run: command.Command) -> None:
     encoded = (opened.require_tokenizer().encode(one.text).ids for one in corpus.load_held_out(held_out))
     ids = next(ids for ids in encoded if len(ids) >= length)[:length]
     with run.timed("fetch"):
-        stored = opened.stored_dtype  # which brings the weights, if they are still to be fetched
+        stored = opened.stored_dtype  # downloads the weights if they are not there yet
     dtypes = [stored if run.config.model.dtype == "auto" else run.config.model.dtype, run.config.model.dtype]
     with run.timed("transformers"):
         theirs_TV = logits_of(THEIRS, opened.folder, dtypes[0], ids, run.out / "transformers")
@@ -64,7 +64,7 @@ def main(run: command.Command) -> None:
 
 
 def logits_of(program: str, folder: pathlib.Path, dtype: str, ids: list[int], place: pathlib.Path):
-    """logits_TV float32, by a process that ends with its memory."""
+    """Computes logits_TV, float32, in a process that frees its memory when it ends."""
     import numpy as np
 
     tokens, logits = (place.with_name(f"{place.name}_{what}.npy") for what in ("tokens", "logits"))
@@ -73,7 +73,7 @@ def logits_of(program: str, folder: pathlib.Path, dtype: str, ids: list[int], pl
     command_line = [sys.executable, "-c", program, str(folder), dtype, str(tokens), str(logits)]
     try:
         if subprocess.run(command_line, env=environment, stdout=sys.stderr).returncode:
-            raise ValueError(f"{place.name} gave no logits: its own message stands above")
+            raise ValueError(f"{place.name} gave no logits: see its own message above")
         return np.load(logits)
     finally:
         tokens.unlink(missing_ok=True)
@@ -81,7 +81,7 @@ def logits_of(program: str, folder: pathlib.Path, dtype: str, ids: list[int], pl
 
 
 def compare(ours_TV, theirs_TV, ids: list[int]) -> dict:
-    """How far apart two arrays of logits of the same tokens are."""
+    """Compares two arrays of logits of the same tokens."""
     import numpy as np
 
     ours_TV, theirs_TV = (x - np.logaddexp.reduce(x, axis=1, keepdims=True) for x in np.float64((ours_TV, theirs_TV)))
@@ -99,7 +99,7 @@ def compare(ours_TV, theirs_TV, ids: list[int]) -> dict:
 
 
 def sweep(run: command.Command, folder: pathlib.Path) -> str:
-    """The table of a short sweep."""
+    """Runs a short sweep; returns its table."""
     from moe_jax.config import gin
 
     files.write_atomically(run.out / "sweep.gin", gin.to_gin(run.config))
@@ -107,12 +107,12 @@ def sweep(run: command.Command, folder: pathlib.Path) -> str:
     command_line = [sys.executable, str(ROOT / "launch" / "sweep.py"), *flags]
     done = subprocess.run(command_line, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        raise ValueError(f"launch/sweep.py ended with status {done.returncode}: its own message stands above")
+        raise ValueError(f"launch/sweep.py ended with status {done.returncode}: see its own message above")
     return done.stdout
 
 
 def page_of(run: command.Command, opened, dtype: str, figures: dict, frontier: str) -> str:
-    """The result in Markdown."""
+    """The results in Markdown."""
     import datetime
 
     from moe_jax.model import parameters

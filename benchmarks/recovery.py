@@ -1,12 +1,11 @@
-"""Fine-tunes the demo again and again: what wins back the cost of fewer experts, at which k, with how many tokens.
+"""Fine-tunes the demo in many ways: how much of the cost of fewer experts each recovers, by k and number of tokens.
 
     python benchmarks/recovery.py --config configs/finetune_demo.gin --out out/recovery
     python benchmarks/recovery.py --out out/recovery --runs table --runs long
 
-Each run is what launch/finetune.py does with the settings named here, in a folder of its own below --out; text is
-prepared, and the model measured before, once for all: both are kept in OUT, and several processes may share the runs.
-Killed and started again, it goes on; runs that are finished are not run again. OUT/table.md holds what all finished
-runs of the folder say together.
+Each run does what launch/finetune.py does with the settings named here, in its own folder in --out. The text and the
+measurements of the original model are made once and kept in OUT. Several processes may share the runs. Started again
+after a kill, it continues; finished runs are not repeated. OUT/table.md summarises all finished runs of the folder.
 """
 
 import dataclasses
@@ -22,15 +21,15 @@ from absl import flags
 from moe_jax import command
 
 ROOT = pathlib.Path(__file__).parents[1]
-TOKENS = 2048  # of a step, as configured
-FEW, MANY = ("model", "topk:4", "topk:2"), ("model", "topk:6", "topk:4", "topk:3", "topk:2")  # what is measured
+TOKENS = 2048  # per step, as configured
+FEW, MANY = ("model", "topk:4", "topk:2"), ("model", "topk:6", "topk:4", "topk:3", "topk:2")  # policies to evaluate
 RATE, SPEC, POLICIES = "training.learning_rate", "policy.spec", "evaluation.policies"
-BEST_CONTROL_RATE = 2e-4  # of those in "control_rates"
+BEST_CONTROL_RATE = 2e-4  # the best learning rate in "control_rates"
 SEEDS = (0, 1, 2)
 
 
 def _mix(language_model: float, hidden: float = 0.0) -> dict[str, float]:
-    """The next token so much, and for the rest what the full model says."""
+    """`language_model` is the weight of the next-token loss; distillation from the full model gets the rest."""
     return {
         "objective.language_model": language_model,
         "objective.distillation": 1 - language_model,
@@ -47,7 +46,7 @@ def _steps(millions: float, tokens: int = TOKENS) -> dict[str, int]:
 
 
 def _batch(rows: int, millions: float) -> dict[str, int]:
-    """Smaller steps, and more of them."""
+    """Smaller batches, and more steps."""
     return {"training.batch_size": rows, "training.accumulation": 1} | _steps(millions, rows * 512)
 
 
@@ -66,7 +65,7 @@ SHORT = {SPEC: "topk:4", POLICIES: FEW, RATE: 6e-4} | DISTILLED | WIDE | _steps(
 LONG = _at(4, 2.0)
 ELASTIC = _at(8, 2.0) | {"finetune.elastic": True, "finetune.k_min": 2}
 GROUPS = {
-    # what is minimised, what trains, how fast: k = 4, half a million tokens each
+    # objective, trained parameters, learning rate and batch size: k = 4, half a million tokens each
     "table": {
         "distilled_6e-4": SHORT,
         "plain_6e-4": SHORT | PLAIN,
@@ -83,7 +82,7 @@ GROUPS = {
         "rollouts_6e-4": SHORT | {"finetune.rollouts": 976},
         "hidden_6e-4": SHORT | {"objective.hidden": 0.5},
     },
-    # the same at two million tokens; k4_seed0 is another
+    # the same at two million tokens; k4_seed0 belongs to this table too
     "long_table": {
         "k4_distilled_2e-4": LONG | DISTILLED | {RATE: 2e-4},
         "k4_distilled_4e-4": LONG | DISTILLED,
@@ -93,7 +92,7 @@ GROUPS = {
     },
     # the control's learning rate is tuned like the others'
     "control_rates": {f"control_{rate:g}": _plain(rate, 2.0) for rate in (1e-4, 2e-4, 4e-4)},
-    # beside quarter_batch_mixed_4e-4
+    # the control of quarter_batch_mixed_4e-4
     "short_control": {"control_0.5M": _plain(BEST_CONTROL_RATE, 0.5)},
     # two million tokens each
     "long": {"k4_seed0": LONG, "k2": _at(2, 2.0)},
@@ -113,18 +112,18 @@ GROUPS = {
             f"control_seed{seed}": _plain(BEST_CONTROL_RATE, 2.0, seed),
         }.items()
     },
-    # beside the elastic checkpoint
+    # compared with the elastic checkpoint
     "specialists": {"k3": _at(3, 2.0), "k6": _at(6, 2.0)},
     "longer": {"k4_4M": _at(4, 4.0), "control_4M": _plain(BEST_CONTROL_RATE, 4.0)},
 }
 CONTROLS = (f"control_{BEST_CONTROL_RATE:g}", *(f"control_seed{seed}" for seed in SEEDS[1:]))
-RUNS = flags.DEFINE_multi_string("runs", [], f"Groups or names of runs: {', '.join(GROUPS)}; repeat it; none: all.")
+RUNS = flags.DEFINE_multi_string("runs", [], f"Group or name of runs: {', '.join(GROUPS)}; repeatable; default: all.")
 
-JUDGE = flags.DEFINE_bool("judge", False, "Measure choices and completions of the long runs too.")
+JUDGE = flags.DEFINE_bool("judge", False, "Also measure choices and completions of the long runs.")
 
 
 def main(run: command.Command) -> None:
-    """Runs what is not finished, one after the other, then sums up all that is."""
+    """Runs what is not finished, one after the other, then summarises all finished runs."""
     from moe_jax import checkpoint, files
     from moe_jax.config import gin
     from moe_jax.engine.request import execution_of
@@ -137,7 +136,7 @@ def main(run: command.Command) -> None:
     named = {name: settings for group in GROUPS.values() for name, settings in group.items()}
     chosen = [name for asked in RUNS.value or GROUPS for name in GROUPS.get(asked, [asked])]
     if unknown := [name for name in chosen if name not in named]:
-        raise ValueError(f"--runs = {unknown[0]!r}: expected some of {', '.join([*GROUPS, *named])}")
+        raise ValueError(f"--runs = {unknown[0]!r}: expected any of {', '.join([*GROUPS, *named])}")
     opened = checkpoint.open(command.in_repository(base.model.path), calibration=None)
     architecture = opened.architecture
     execution = execution_of(architecture)
@@ -163,7 +162,7 @@ def main(run: command.Command) -> None:
         folder = run.out / name
         if (folder / "result.json").exists():
             if (folder / "config.gin").read_text() != gin.to_gin(config):
-                raise ValueError(f"{folder} holds a run of other settings: expected another --out")
+                raise ValueError(f"{folder} holds a run with other settings: expected another --out")
             continue
         folder.mkdir(exist_ok=True)
         planned = recover.plan(config, architecture)
@@ -189,7 +188,7 @@ def _key(*parts) -> str:
 
 
 def _prepared(config, out: pathlib.Path, model, held_out: str):
-    """The text, from the file that an earlier start left where there is one."""
+    """Prepares the text, or reads it from the file of an earlier start."""
     settings = config.text, config.training.sequence_length, config.evaluation.documents
     kept = out / f"text-{_key(settings, model.files['tokenizer.json'])}.pickle"
     if kept.exists():
@@ -204,7 +203,7 @@ def _prepared(config, out: pathlib.Path, model, held_out: str):
 
 
 def _before(kept: pathlib.Path, compared, measure) -> dict:
-    """What the model gives under each policy; those that an earlier start has measured are read."""
+    """Measurements of the original model by policy, reusing those of earlier starts."""
     from moe_jax import files
 
     before = pickle.loads(kept.read_bytes()) if kept.exists() else {}
@@ -215,7 +214,7 @@ def _before(kept: pathlib.Path, compared, measure) -> dict:
 
 
 def _judged(config, out: pathlib.Path, original: pathlib.Path, documents) -> str:
-    """Choices and completions on the reported half, of the original and of whichever runs are finished."""
+    """Choices and completions on the reported half, of the original and the finished runs."""
     import recovery_judged
 
     half = dataclasses.replace(config.evaluation, half="odd", completion_headers=104)

@@ -31,7 +31,7 @@ class Judged(NamedTuple):
 
 
 def judge(config: Config, out: pathlib.Path, folder: pathlib.Path, spec: str, documents: Sequence[Document]) -> Judged:
-    """Asks a model all questions of the documents; parts are kept in `out`, so that a killed run goes on."""
+    """Asks a model all questions of the documents. Parts are kept in `out`, so that a killed run can continue."""
     model = moe_jax.load(folder, dtype="float32", calibration=None)
     tokenizer, execution = load_tokenizer(folder), execution_of(model.architecture, 8)
     task = evaluated.prepare(config.evaluation, config.run.seed, documents, tokenizer, execution)
@@ -55,7 +55,7 @@ def judge(config: Config, out: pathlib.Path, folder: pathlib.Path, spec: str, do
 
 
 def table(judged: Mapping[str, Judged], first: str) -> str:
-    """One line for each, and how it differs from the first, paired by document; intervals are 95%."""
+    """One line per model, with its difference from `first`, paired by document; intervals are 95%."""
     kinds = {"next-line choice": ("right_J", "asked_J"), "parses, greedy": ("greedy_J", "headed_J")}
     kinds["parses, T=0.8"] = ("sampled_J", "headed_J")
     head = [f"{kind} | difference" for kind in kinds]

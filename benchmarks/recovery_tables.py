@@ -1,4 +1,4 @@
-"""What the finished runs of recovery.py say together, as Markdown and as figures."""
+"""Summarises the finished runs of recovery.py, as Markdown and as figures."""
 
 import csv
 import json
@@ -17,14 +17,14 @@ class Run(NamedTuple):
     """A finished run: its figures, and the bits of each reported document before and after, by policy."""
 
     result: dict[str, Any]
-    watched: float  # the least bits per byte of its evaluations, on the half that is chosen by
+    watched: float  # its lowest bits per byte, on the half of the documents used for selection
     sizes_J: np.ndarray
     before: Mapping[str, np.ndarray]
     after: Mapping[str, np.ndarray]
 
 
 def read_runs(folder: pathlib.Path, names: Sequence[str]) -> dict[str, Run]:
-    """The runs of these names that are finished."""
+    """Reads the finished runs among `names`."""
     runs = {}
     for name in names:
         if not (folder / name / "result.json").exists():
@@ -59,9 +59,9 @@ def _minutes(run: Run) -> str:
 
 
 def short_runs(runs: Mapping[str, Run], names: Sequence[str], policy: str = "topk:4") -> str:
-    """One line for each run of the table: what it does at its own k and with all experts.
+    """One line per run: its result at `policy` and with all experts.
 
-    The best on the watched half comes first; the other columns are of the reported half.
+    Sorted by the watched half, best first; the other columns are of the reported half.
     """
     rows = []
     for name in (name for name in names if name in runs):
@@ -81,7 +81,7 @@ def short_runs(runs: Mapping[str, Run], names: Sequence[str], policy: str = "top
 
 
 def control_rates(runs: Mapping[str, Run], names: Sequence[str]) -> str:
-    """One line for each run of plain training with all experts, the best on the watched half first."""
+    """One line per run of plain training with all experts; the best on the watched half first."""
     lines = ["| control | watched | bits per byte with all experts | change |", "|---|---|---|---|"]
     for watched, name in sorted((runs[name].watched, name) for name in names if name in runs):
         bits = ratio(runs[name].after[FULL], runs[name].sizes_J).value
@@ -96,7 +96,7 @@ def _pooled(runs: Sequence[Run], policy: str) -> np.ndarray:
 
 
 class Pair(NamedTuple):
-    """Runs that differ in their seed alone, and the runs of plain training of as many tokens; measured at one k."""
+    """Runs that differ only in seed, and their controls: plain training on as many tokens; measured at one k."""
 
     policy: str
     tuned: Sequence[Run]
@@ -107,11 +107,11 @@ def against_control(pairs: Mapping[str, Pair], of: str) -> tuple[str, dict[str, 
     """(control - tuned) / (control - full), full being the better of control and original with all experts.
 
     Args:
-        pairs: by what tells them apart; those that are not run yet are left out.
-        of: what that is, for the head of its column.
+        pairs: by label; pairs that have not run yet are left out.
+        of: what the labels are, for the header of their column.
 
     Returns:
-        One line for each pair, of means over seeds; and the estimates.
+        One line per pair, of means over seeds; and the estimates.
     """
     lines = [f"| {of} | original | control | tuned | full | recovered | of each seed |\n|---|---|---|---|---|---|---|"]
     found = {}
@@ -133,10 +133,10 @@ def against_control(pairs: Mapping[str, Pair], of: str) -> tuple[str, dict[str, 
 
 
 def elastic(one: Run, name: str, specialists: Mapping[str, Run]) -> tuple[str, dict[str, float]]:
-    """What one checkpoint wins back at every k, over what the specialist of that k does with as many tokens.
+    """How much one checkpoint recovers at every k, over what the specialist for that k recovers with as many tokens.
 
     Returns:
-        One line for each k, and the ratios of what the two win back of the original's loss.
+        One line per k, and the ratios of the loss that the two recover.
     """
     lines, found = [f"| k | original | `{name}` | specialist | over specialist |\n|---|---|---|---|---|"], {}
     for policy, specialist in {FULL: None, **specialists}.items():

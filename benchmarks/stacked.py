@@ -1,12 +1,12 @@
-"""Loads a model from a stacked folder and from a published one, with nothing of either in memory, and compares logits.
+"""Times loading a model from a stacked folder and from a published one, neither in memory, and compares logits.
 
     python benchmarks/stacked.py --config configs/benchmark_stacked.gin --out out/stacked
 
 The model has the configured shape and random weights. It is written once, to OUT/published, converted to OUT/stacked,
-and both stay there. Each is loaded by a process of its own, after the system was told to drop the pages of its files;
-`cached` is the part of them that it kept all the same. Memory is that of pages that belong to no file, above what the
-process held before; `first` and `second` are the times of logits of 128 tokens, compiled before: the first step after
-mapping brings the weights from the disk.
+and both are kept. Each is loaded by its own process, after the system was told to drop the pages of its files; `cached`
+is the share of pages that it kept nevertheless. Memory counts pages that belong to no file, above what the process held
+before. `compile_and_first` and `second` are the times of logits of 128 tokens; the first includes compiling and, for
+mapped weights, reading them from the disk.
 """
 
 import ctypes
@@ -85,7 +85,7 @@ def main(run: command.Command) -> None:
 
 
 def write(folders: dict[str, pathlib.Path], config) -> None:
-    """Writes random weights in bfloat16 in both layouts, where they are not yet."""
+    """Writes random weights in bfloat16 in both layouts unless they exist."""
     from moe_jax import conversion
     from moe_jax.checkpoint import huggingface
     from moe_jax.study.random_model import random_params

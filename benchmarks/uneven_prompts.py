@@ -1,10 +1,10 @@
-"""Times a batch of many short prompts and a long one beside the two apart: what the long one costs the others.
+"""Times many short prompts and a long one, in one batch and in two: what the long one costs the others.
 
     python benchmarks/uneven_prompts.py --out out/uneven_prompts
 
 The model has random weights in float32 and the shape of --config. 63 prompts of 20 tokens and one of 4,000 are
-continued by 64 tokens each, in one batch; then the short ones in a batch of their own, and the long one in another. All
-have their turn in every round; programs are compiled before.
+continued by 64 tokens each: in one batch, then the short ones and the long one in separate batches. Every round times
+all batches in turn; programs are compiled before.
 """
 
 import os
@@ -15,11 +15,11 @@ import time
 from moe_jax import command
 
 ROOT = pathlib.Path(__file__).parents[1]
-SHORT, LONG, NEW = (63, 20), (1, 4000), 64  # prompts and tokens of each; tokens that each is continued by
+SHORT, LONG, NEW = (63, 20), (1, 4000), 64  # (prompts, tokens of each); new tokens of each
 
 
 def main(run: command.Command) -> None:
-    """Draws a model, then gives every batch its turn in every round."""
+    """Draws a model, then times every batch in every round."""
     import jax
     import numpy as np
     import tqdm

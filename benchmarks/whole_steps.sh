@@ -1,15 +1,15 @@
 #!/bin/bash
-# Times whole decode steps and prefills of OLMoE-1B-7B's shape, random bfloat16 weights and recorded routing, on the GPU at
-# hand: `bash benchmarks/whole_steps.sh FOLDER`. With 8 experts a token, and at batch 1 with 4. Each run is a process that
-# gets what is left of LIMIT seconds; FOLDER/whole_steps.jsonl has a line for each, its name and its result.json.
-# OURS=native PEERS=blocked LAYERS=1 SMALL="--set decoder.d_model=128 --set moe.expert_hidden=64" rehearses on a CPU.
+# Times whole decode steps and prefills of OLMoE-1B-7B's shape, random bfloat16 weights and recorded routing, on the
+# GPU of this machine: `bash benchmarks/whole_steps.sh FOLDER`. With 8 experts per token, and at batch 1 also with 4.
+# Each run is a process; all share LIMIT seconds. FOLDER/whole_steps.jsonl has one line per run: name and result.json.
+# OURS=native PEERS=blocked LAYERS=1 SMALL="--set decoder.d_model=128 --set moe.expert_hidden=64" runs on a CPU.
 set -u
 out=${1:-${OUT:-out}/whole_steps}
 python=${PYTHON:-python3}
 cd "$(dirname "$0")/.." || exit 2
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false
 scratch=$(mktemp -d)
-export JAX_COMPILATION_CACHE_DIR=$scratch/programs # what 4 experts run is what 8 run
+export JAX_COMPILATION_CACHE_DIR=$scratch/programs # runs with 4 and 8 experts use the same programs
 trap 'rm -rf "$scratch"' EXIT
 mkdir -p "$out"
 rm -f "$out"/whole_steps.{jsonl,log}

@@ -19,7 +19,7 @@ class SmallHub:
         folders: name of a repository -> its folder.
         revisions: what may be asked for.
         sent: names of files whose bytes were asked for, in order.
-        cut: file -> after so many of its bytes the connection is closed.
+        cut: file -> number of its bytes after which the connection is closed.
         status: of every answer, where it is not 200.
     """
 

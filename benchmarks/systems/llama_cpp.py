@@ -33,7 +33,7 @@ class System:
         return self._library.llama_init_from_model(self._model, options)
 
     def _call(self, context, token_N, position_N, row_N, wanted_N) -> tuple[float, list[np.ndarray]]:
-        """Reads tokens; returns the seconds, and logits behind those that are expected."""
+        """Reads tokens; returns the seconds, and logits after the tokens that need them."""
         library = self._library
         batch = library.llama_batch_init(len(token_N), 0, 1)
         batch.n_tokens = len(token_N)

@@ -1,4 +1,4 @@
-"""Requests as arrays: which prompts are read together, padded to the shape that they share, and into which slots."""
+"""Requests as arrays: grouping prompts that are read together, and padding each group to one shape."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -13,12 +13,12 @@ from moe_jax.engine.steps import Live
 from moe_jax.model.decoder import Execution
 from moe_jax.routing import policies
 
-MOST_PADDING = 4  # a group takes in prompts down to this fraction of its longest
-MOST_TOKENS = 16384  # that a group reads at once: what a model makes of them takes memory
+MOST_PADDING = 4  # a prompt joins a group if its bucket is at least 1 / MOST_PADDING of the longest
+MOST_TOKENS = 16384  # read at once by one group: bounds the memory of activations
 
 
 class Batch(NamedTuple):
-    """Prompts that are read together. Rows without a request have no token."""
+    """Prompts that are read together. Padding rows, which have no request, have length 0."""
 
     shape: caches.Shape
     tokens_BT: np.ndarray  # int32, padded at the end
@@ -28,21 +28,21 @@ class Batch(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How requests are read: in groups of prompts that are alike in length.
+    """How requests are read: in groups of prompts of similar length.
 
-    Where all are read together, their prefix has room for what they grow by and is the slots.
+    With a single group, its prefix has room for the continuations too and becomes the slots.
     """
 
     slots: int  # a power of two
-    memory: int  # positions of each
-    groups: tuple[tuple[tuple[int, ...], caches.Shape], ...]  # the requests of each, and its shape
+    memory: int  # cache positions of each slot
+    groups: tuple[tuple[tuple[int, ...], caches.Shape], ...]  # indices of the requests of each group, and its shape
 
 
 def plan_of(requests: Sequence[Request], execution: Execution) -> Plan:
-    """Groups requests, so that a long prompt beside many short ones pads none of them.
+    """Groups requests by length, so that one long prompt does not pad many short ones.
 
-    A prompt joins a group where that adds little: its bucket is a quarter of the group's or more, or the whole group
-    stays within one chunk of tokens. No group reads more than `MOST_TOKENS` at once.
+    A prompt joins a group if that adds little padding: its bucket is at least a quarter of the group's, or the whole
+    group stays within one chunk of tokens. No group reads more than `MOST_TOKENS` at once.
     """
     lengths = [len(request.ids) for request in requests]
     context = execution.architecture.decoder.max_context
@@ -67,7 +67,7 @@ def plan_of(requests: Sequence[Request], execution: Execution) -> Plan:
 
 
 def batch_of(requests: Sequence[Request], execution: Execution, shape: caches.Shape | None = None) -> Batch:
-    """Pads requests to a shape, with their live settings on the device; None: that of them all together."""
+    """Pads requests to a shape and puts their live settings on the device. None: the smallest shape that holds them."""
     shape = shape or _shape_of(requests, execution.architecture.decoder.max_context)
     tokens_BT = np.zeros((shape.batch, shape.length), np.int32)
     length_B, budget_B = np.zeros((2, shape.batch), np.int32)
@@ -78,7 +78,7 @@ def batch_of(requests: Sequence[Request], execution: Execution, shape: caches.Sh
 
 
 def live_of(requests: Sequence[Request], rows: int, execution: Execution) -> Live:
-    """The live settings of so many rows on the device, those of the first request where there is none."""
+    """The live settings of `rows` rows, on the device. Padding rows get the settings of the first request."""
     padded = [*requests, *requests[:1] * (rows - len(requests))]
     live = Live(
         policies.settings([request.policy for request in padded], execution.architecture, execution.k_max),

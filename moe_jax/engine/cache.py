@@ -1,4 +1,4 @@
-"""The cache of attention: the shapes that requests round up to, its bytes, and its allocation."""
+"""The attention cache: the shapes that requests are rounded up to, memory checks, and allocation."""
 
 import math
 from collections.abc import Sequence
@@ -14,34 +14,34 @@ from moe_jax.model.attention import Cache
 from moe_jax.model.decoder import ATTENTION
 
 SHORTEST = 16  # positions of the smallest bucket
-CHUNK = 2048  # positions of a longer prompt that are read at once
+CHUNK = 2048  # positions read at once; longer prompts are read in chunks
 
 
 class Shape(NamedTuple):
-    """The static shape of one batch of requests: what its programs are compiled for."""
+    """The static shape of one batch of requests. Programs are compiled for it."""
 
     batch: int  # rows, a power of two
-    length: int  # positions of the longest prompt, rounded up: one chunk, or several whole ones
+    length: int  # positions of the longest prompt, rounded up: within one chunk, or a multiple of it
     memory: int  # positions of the cache: prompt and continuation, rounded up
 
 
 def round_up(count: int) -> int:
-    """The smallest power of two that is not below a positive count: the bucket of a number of rows."""
+    """Rounds a positive number of rows up to a power of two."""
     return 1 << (count - 1).bit_length()
 
 
 def length_bucket(length: int, max_context: int) -> int:
-    """The bucket of a number of positions: a power of two, at least 16, at most the context."""
+    """Rounds a number of positions up to a power of two, at least 16 and at most the context."""
     return min(max(SHORTEST, round_up(length)), max_context)
 
 
 def shape_of(prompts: Sequence[int], continuations: Sequence[int], max_context: int) -> Shape:
-    """The shape that holds a batch.
+    """The smallest shape that holds a batch.
 
     Args:
         prompts: tokens of each prompt.
-        continuations: tokens that each may grow by; together with its prompt at most `max_context`.
-        max_context: positions that the model takes.
+        continuations: tokens that may be added to each; with its prompt at most `max_context`.
+        max_context: positions that the model supports.
     """
     longest = max(prompt + continuation for prompt, continuation in zip(prompts, continuations))
     length, memory = length_bucket(max(prompts), max_context), length_bucket(longest, max_context)
@@ -56,15 +56,15 @@ def allocate(architecture: Architecture, batch: int, memory: int, dtype: jnp.dty
 
 
 def require_memory(architecture: Architecture, rows_and_positions: Sequence[tuple[int, int]], dtype: np.dtype) -> None:
-    """Refuses caches that do not fit beside what the first device already holds.
+    """Checks that caches fit in the memory that the first device has left.
 
     Args:
         architecture: of the model.
-        rows_and_positions: of each cache, the one that the message names first.
-        dtype: of all.
+        rows_and_positions: of each cache; the error message names the first.
+        dtype: of all caches.
 
     Raises:
-        ValueError: saying what they need and what is available.
+        ValueError: they do not fit; the message has the bytes needed and available.
     """
     shapes = [shape for one in rows_and_positions for shape in _array_shapes(architecture, *one) if shape]
     needed_bytes = sum(math.prod(one) for one in shapes) * np.dtype(dtype).itemsize
@@ -78,7 +78,7 @@ def require_memory(architecture: Architecture, rows_and_positions: Sequence[tupl
 
 
 def _array_shapes(architecture: Architecture, batch: int, memory: int) -> list[tuple[int, ...] | None]:
-    """Of keys and of values; None where the keys hold the values."""
+    """Shapes of keys and of values; None for the values if the keys hold them."""
     attention = architecture.attention
     kv_heads, *widths = ATTENTION[attention.kind].cached_widths(attention)
     leading = (architecture.decoder.num_layers, batch, memory, kv_heads)
@@ -86,7 +86,7 @@ def _array_shapes(architecture: Architecture, batch: int, memory: int) -> list[t
 
 
 def available_bytes() -> int:
-    """Memory that the first device has left; on a CPU, this machine."""
+    """Free memory of the first device; on a CPU, of this machine."""
     stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]

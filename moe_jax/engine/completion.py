@@ -1,4 +1,4 @@
-"""A request on its way to a completion: tokens as they are drawn, the text that they make, and when it ends."""
+"""From the tokens drawn for a request to its completion: the text so far, and when it ends."""
 
 import dataclasses
 from collections.abc import Set
@@ -12,19 +12,20 @@ from moe_jax.engine.stopping import StoppingText
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What was made of one prompt.
+    """The continuation of one prompt.
 
     Attributes:
-        text: the continuation, up to a stop string or the end of text, neither included: what decoding it adds to its
-            prompt, the space before its first word included. Special tokens have no text.
-        ids: every token drawn, those of a stop string and the end-of-text token included.
-        log_probabilities: of each of `ids` under the model itself, in nats, before temperature and cuts.
-        experts_per_token: slots that the request kept, mean over MoE layers and this request's decode steps; where it
-            took no such step, over the tokens of its prompt.
+        text: the continuation, without the stop string or the end-of-text token that ended it. It starts with whatever
+            follows the prompt, such as a space. Special tokens have no text.
+        ids: every token drawn, including those of a stop string and the end-of-text token.
+        log_probabilities: of each of `ids` under the model itself, in nats, before temperature, top-k and
+            top-p.
+        experts_per_token: experts that the request kept, mean over MoE layers and this request's decode steps; without
+            a decode step, over the tokens of its prompt.
         distinct_experts_per_layer_step: experts that one MoE layer ran in one decode step, for all requests of the
-            batch together; mean over MoE layers and this request's decode steps. NaN where it took no such step: the
-            first token comes from reading the prompt.
-        finish_reason: "stop" (a stop string, or a special token that one names), "end" (the end-of-text token) or
+            batch together; mean over MoE layers and this request's decode steps. NaN without a decode step: the first
+            token comes from the prefill.
+        finish_reason: "stop" (a stop string, which may name a special token), "end" (the end-of-text token) or
             "length" (`max_new_tokens`, or the model's context).
     """
 
@@ -37,7 +38,7 @@ class Completion:
 
 
 class Row:
-    """One request on its way to a completion."""
+    """A request that is being decoded."""
 
     def __init__(self, request: Request, tokenizer: tokenizers.Tokenizer, end_ids: Set[int]):
         self.finish_reason: str | None = None
@@ -52,16 +53,16 @@ class Row:
         self._distinct: list[float] = []
 
     def read(self, kept: float) -> None:
-        """Counts the slots of the prompt: those that one of its tokens kept, mean over MoE layers and tokens."""
+        """Records how many experts the prompt kept, mean over MoE layers and tokens."""
         self._kept_of_prompt = kept
 
     def step(self, kept: float, distinct: float) -> None:
-        """Counts a decode step: this row's slots, and the distinct experts of all rows, means over MoE layers."""
+        """Records a decode step: experts that this row kept and distinct experts of all rows, means over layers."""
         self._kept.append(kept)
         self._distinct.append(distinct)
 
     def take(self, token: int, log_probability: float) -> str:
-        """Adds a token; returns the text that it makes certain."""
+        """Adds a token; returns the text that can no longer become part of a stop string."""
         self._ids.append(token)
         self._log_probabilities.append(log_probability)
         if token in self._end_ids:
@@ -76,11 +77,11 @@ class Row:
         return piece
 
     def next_token(self, prompt: int) -> str:
-        """Names the token that comes next, of a prompt of that number."""
+        """Describes the next token of the prompt with this number, for an error message."""
         return f"the log-probability of token {len(self._ids) + 1} after prompt {prompt}, {self._request.policy.spec!r}"
 
     def completion(self) -> Completion:
-        """What has been made so far; `finish_reason` is None where that is not finished."""
+        """The completion so far; `finish_reason` is None while it is not finished."""
         kept = float(np.mean(self._kept)) if self._kept else self._kept_of_prompt
         distinct = float(np.mean(self._distinct)) if self._distinct else float("nan")
         made = (self._text, tuple(self._ids), tuple(self._log_probabilities))

@@ -1,4 +1,4 @@
-"""Generation: requests, each with its own policy and sampling, to completions, by a loop over slots."""
+"""Generation: turns requests, each with its own policy and sampling, into completions."""
 
 import dataclasses
 import time
@@ -18,31 +18,31 @@ from moe_jax.engine.steps import Drawn, Live, Slots, Steps
 from moe_jax.model import decoder
 from moe_jax.model.finite import NotFiniteError, require_finite
 
-MOST_STEPS = 32  # of one call
-CALL_S = 0.05  # what a call of several steps should take at most: text appears by then, and Ctrl-C is heard
+MOST_STEPS = 32  # in one call
+CALL_S = 0.05  # target time of a call of several steps: between calls, text is shown and Ctrl-C handled
 
 
 @dataclasses.dataclass
 class Measured:
-    """What a batch took, programs and weights being there. Padding and finished rows count nowhere."""
+    """Time and work of a batch, without compiling and loading. Padding and finished rows are not counted."""
 
     prefill_tokens: int
     prefill_s: float = 0.0  # until the first token of every request is on the host
     decode_s: float = 0.0
     decode_steps: int = 0
-    decode_tokens: int = 0  # drawn by those steps
-    kept_slots: int = 0  # of those steps, mean over MoE layers, like what follows
-    distinct_experts: float = 0.0  # experts that held a slot, summed over those steps
+    decode_tokens: int = 0  # drawn by decode steps
+    kept_slots: int = 0  # summed over decode steps, mean over MoE layers
+    distinct_experts: float = 0.0  # experts with at least one row, summed and averaged likewise
 
     def add_step(self, tokens: int, kept: float, distinct: float) -> None:
-        """Counts one decode step of so many rows, with the slots and distinct experts of one MoE layer, the mean."""
+        """Counts one decode step: tokens drawn, and its kept slots and distinct experts, means over MoE layers."""
         self.decode_steps += 1
         self.decode_tokens += tokens
         self.kept_slots += kept
         self.distinct_experts += distinct
 
     def figures(self) -> dict[str, dict[str, float | str]]:
-        """The figures of result.json; NaN where there was no decode step."""
+        """The figures of result.json; those of decoding are NaN without a decode step."""
         decoded = {
             "decode_tokens_per_s": (self.decode_tokens, self.decode_s, "tokens/s"),
             "experts_per_token": (self.kept_slots, self.decode_tokens, "experts"),
@@ -61,14 +61,14 @@ class Measured:
 
 
 class Generated(NamedTuple):
-    """The completions of a batch, in the order of its requests, and what they took."""
+    """The completions of a batch, in the order of its requests, and their measurements."""
 
     completions: list[Completion]
     measured: Measured
 
 
 def steps_at_once(seconds: float, most: int) -> int:
-    """How many decode steps one call takes, where a single step takes `seconds`; `most` at most."""
+    """Decode steps to take in one call if a single step takes `seconds`: 1 to `most`."""
     return max(1, min(most, int(CALL_S / seconds)))
 
 
@@ -76,19 +76,20 @@ class Engine:
     """Runs one model: its weights, and the programs compiled for them so far.
 
     Prompts are read into a prefix (`prefill`), a prefix is put into slots (`insert`), and all slots are decoded
-    together, several steps in one call (`step`): what is drawn, and when a text ends, is decided on the device.
+    together, several steps in one call (`step`). Sampling and the end-of-text check run on the device.
 
-    A program is compiled for its shapes and an `Execution`. Prompts, lengths and numbers of requests within a shape,
-    policies up to k_max, and sampling settings are data: they compile nothing. Which step-wise kinds of policy occur in
-    a batch is part of the program.
+    A program is compiled for its shapes and an `Execution`. Changing prompts, lengths and numbers of requests within a
+    shape, policies up to k_max, or sampling settings does not recompile. Which step-wise kinds of policy occur in a
+    batch is part of the program.
 
     Args:
-        params: as `decoder.split` gives them, on their devices.
+        params: as `decoder.split` returns them, on their devices.
         tokenizer: of the model.
-        end_ids: tokens that end a text; the attribute `end_I` is int32, as programs take them.
+        end_ids: tokens that end a text.
 
     Attributes:
-        most_steps: decode steps of one call, at most.
+        end_I: int32, the sorted `end_ids`, as programs take them.
+        most_steps: the most decode steps in one call.
     """
 
     def __init__(self, params: decoder.Params, tokenizer: tokenizers.Tokenizer, end_ids: Sequence[int]):
@@ -99,7 +100,7 @@ class Engine:
         self._programs: dict[tuple, jax.stages.Compiled] = {}
 
     def compile(self, requests: Sequence[Request], execution: decoder.Execution) -> None:
-        """Compiles what `run` needs for these requests, unless it is there already.
+        """Compiles the programs that `run` needs for these requests and that are not compiled yet.
 
         Raises:
             ValueError: the caches do not fit in the memory that is available.
@@ -112,19 +113,19 @@ class Engine:
         execution: decoder.Execution,
         on_text: Callable[[int, str], object] = lambda index, piece: None,
     ) -> "Generated":
-        """Continues all prompts together, until the last is finished.
+        """Continues all prompts together until the last is finished.
 
-        Several steps are taken in one call, as many as `CALL_S` permits. Where requests have stop strings, which only
-        the host finds, and others beside them, it is one: a finished row would otherwise wake experts for nobody.
+        One call takes as many steps as fit in `CALL_S`. It takes a single step if there are several requests and any of
+        them has stop strings: only the host finds those, and a finished row would otherwise go on running experts.
 
         Args:
-            requests: as `make_requests` gives them for the same execution.
+            requests: as `make_requests` returns them for the same execution.
             execution: the static half of the steps.
-            on_text: called with the index of a request and the next piece of its text as soon as that is certain; the
-                pieces of a request add up to the text of its completion.
+            on_text: called with the index of a request and the next piece of its text, once no stop string can begin in
+                it; the pieces of a request add up to the text of its completion.
 
         Returns:
-            The completions, and what they took.
+            The completions and their measurements.
 
         Raises:
             ValueError: the caches do not fit in the memory that is available.
@@ -136,7 +137,7 @@ class Engine:
         measured = Measured(prefill_tokens=sum(len(request.ids) for request in requests))
 
         def hand_out(token_B: np.ndarray, log_probability_B: np.ndarray, alive_B: np.ndarray) -> None:
-            """Gives every row that is alive its token."""
+            """Appends its token to every row that is alive."""
             self._require_finite(log_probability_B, alive_B, rows)
             for index in np.flatnonzero(alive_B).tolist():
                 piece = rows[index].take(int(token_B[index]), float(log_probability_B[index]))
@@ -172,7 +173,7 @@ class Engine:
         return Generated([row.completion() for row in rows], measured)
 
     def _prepared(self, requests: Sequence[Request], execution: decoder.Execution) -> "_Prepared":
-        """The batches of a plan, with every program that they need."""
+        """The plan, its batches, and the settings of all slots; compiles every program that they need."""
         plan = plan_of(requests, execution)
         batches = [batch_of([requests[index] for index in group], execution, shape) for group, shape in plan.groups]
         whole = len(batches) == 1
@@ -190,7 +191,7 @@ class Engine:
         return _Prepared(plan, batches, live)
 
     def _read(self, prepared: "_Prepared", execution: decoder.Execution) -> tuple[Drawn, Slots]:
-        """Reads all prompts: the first token of every slot, on the host, and the slots."""
+        """Reads all prompts; returns what was drawn for every slot, on the host, and the slots."""
         plan, batches, _ = prepared
         if len(batches) == 1:
             drawn, slots = self.prefill(batches[0], execution)
@@ -218,7 +219,10 @@ class Engine:
                 raise
 
     def prefill(self, batch: Batch, execution: decoder.Execution) -> tuple[Drawn, Slots]:
-        """Reads the prompts of a batch and draws the first token of each: what was drawn, and the prefix.
+        """Reads the prompts of a batch and draws the first token of each.
+
+        Returns:
+            What was drawn, and the prefix.
 
         Raises:
             ValueError: the cache does not fit in the memory that is available.
@@ -227,12 +231,12 @@ class Engine:
         return program(self.params, batch.tokens_BT, batch.length_B, batch.budget_B, self.end_I, batch.live)
 
     def empty(self, slots: int, memory: int, execution: decoder.Execution) -> Slots:
-        """So many slots of so many positions, without a request."""
+        """Empty slots, each with a cache of `memory` positions."""
         cache = caches.allocate(execution.architecture, slots, memory, decoder.dtype_of(self.params))
         return Slots(cache, *(jax.numpy.zeros(slots, np.int32) for _ in Slots._fields[1:]))
 
     def insert(self, slots: Slots, prefix: Slots, places: Sequence[int]) -> Slots:
-        """Puts the first rows of a prefix into the slots of these numbers. Neither is to be used afterwards."""
+        """Writes the first rows of a prefix into the slots `places`. Do not use `slots` or `prefix` afterwards."""
         place_B = np.zeros(len(prefix.token_B), np.int32)
         place_B[: len(places)] = places
         return self._insert_program(slots, prefix)(slots, prefix, place_B, np.int32(len(places)))
@@ -240,11 +244,11 @@ class Engine:
     def step(
         self, slots: Slots, wanted_B: np.ndarray, count: int, live: Live, execution: decoder.Execution
     ) -> tuple[Steps, Slots]:
-        """Draws up to `count` tokens of every slot that is wanted and not finished; `Steps` are on the host.
+        """Draws up to `count` tokens for every unfinished slot in `wanted_B`; returns `Steps`, on the host, and slots.
 
         Args:
-            slots: not to be used afterwards.
-            wanted_B: bool; a slot that is no longer wanted is finished.
+            slots: do not use them afterwards.
+            wanted_B: bool; False finishes a slot.
             count: at most `most_steps`.
             live: settings of the slots.
             execution: the static half of the step.
@@ -278,7 +282,7 @@ class Engine:
     def decode_program(
         self, slots: Slots, live: Live, execution: decoder.Execution, routing: bool = False
     ) -> jax.stages.Compiled:
-        """`steps.decode`, compiled for slots, or for their shapes; it has room for `most_steps`."""
+        """`steps.decode`, compiled for slots, or for their shapes, with room for `most_steps` steps."""
         rows, memory = slots.cache[0].shape[1:3]
         given = (self.params, slots, np.zeros(rows, bool), np.int32(1), self.end_I, live)
         static = {"execution": execution, "most": self.most_steps, "routing": routing}
@@ -292,16 +296,16 @@ class Engine:
 
 
 def _widens_in_loops(dtype: jax.numpy.dtype) -> bool:
-    """Whether XLA turns the whole embedding into float32 before a loop that reads a row of it in half precision."""
+    """Whether XLA converts a whole half-precision embedding to float32 before a loop that reads a row of it."""
     return dtype.itemsize < 4 and jax.default_backend() == "cpu" and jax.__version_info__ < (0, 11)
 
 
 class _Prepared(NamedTuple):
     plan: Plan
-    batches: list[Batch]  # of each group
+    batches: list[Batch]  # one per group
     live: Live  # of all slots
 
 
 def _unfinished(rows: Sequence[Row], slots: int) -> np.ndarray:
-    """Which slots have a row that goes on."""
+    """Which slots have a row that is not finished."""
     return np.array([row.finish_reason is None for row in rows] + [False] * (slots - len(rows)))

@@ -1,4 +1,4 @@
-"""Requests: what is asked of a model, checked before anything runs."""
+"""Requests: prompts with their settings, checked before anything runs."""
 
 import dataclasses
 import operator
@@ -21,17 +21,17 @@ AnyPolicy = str | policies.Policy | None  # None: the model's own k
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One prompt, and how it is to be continued."""
+    """One prompt and the settings of its continuation."""
 
     ids: tuple[int, ...]
     policy: policies.Policy
     sampling: SamplingConfig
     seed: int
-    max_new_tokens: int  # what the context leaves of what was asked for
+    max_new_tokens: int  # as asked for, at most what the context leaves
 
 
 def execution_of(architecture: Architecture, k_max: int = 0, kernels: KernelsConfig | None = None) -> Execution:
-    """The static half of the steps that run a model here.
+    """The static settings of the programs that run a model here.
 
     Args:
         architecture: of the model.
@@ -39,7 +39,7 @@ def execution_of(architecture: Architecture, k_max: int = 0, kernels: KernelsCon
         kernels: the implementation of each operation; None: by platform.
 
     Raises:
-        ValueError: a router cannot choose that many experts, or an implementation is unknown or does not run here.
+        ValueError: the router cannot choose `k_max` experts, or an implementation is unknown or does not run here.
     """
     moe = architecture.moe
     reachable = moe.num_experts // moe.num_groups * moe.num_groups_kept
@@ -52,7 +52,7 @@ def execution_of(architecture: Architecture, k_max: int = 0, kernels: KernelsCon
 def policy_of_each(
     policy: AnyPolicy | Sequence[AnyPolicy], count: int, calibration: Calibration | None = None
 ) -> list[policies.Policy]:
-    """Gives each of `count` rows its policy: one for all, or a sequence of one each, with the calibration.
+    """Expands `policy`, one for all rows or one for each, to `count` parsed policies with the calibration.
 
     Raises:
         ValueError: a spec does not parse, or the sequence has another length.
@@ -81,20 +81,20 @@ def make_requests(
     seed: int | Sequence[int] = 0,
     calibration: Calibration | None = None,
 ) -> list[Request]:
-    """Turns prompts into requests that `Engine.run` takes; all that can be wrong with them is found here.
+    """Turns prompts into requests for `Engine.run`, and checks everything that can be wrong with them.
 
     Args:
         prompts: texts, or token ids.
         tokenizer: of the model.
-        execution: the static half of the steps.
-        sampling: of all of them.
+        execution: as `execution_of` returns it.
+        sampling: of all requests.
         policy: as `policy_of_each` takes it.
-        seed: of the draws, 0 to 2**32 - 1: one for all, or one for each prompt.
-        calibration: of the model, for policies that are given as specs.
+        seed: of sampling, 0 to 2**32 - 1: one for all, or one for each prompt.
+        calibration: of the model, for policies that lack one.
 
     Raises:
-        ValueError: there is no prompt; one is empty, is not text, or leaves the context no room for a token; a policy
-            or a seed does not fit.
+        ValueError: there is no prompt; a prompt is empty, is not text, or fills the context; a policy or a seed is
+            invalid.
     """
     if isinstance(prompts, str) or not len(prompts):
         raise ValueError(f"prompts = {prompts!r}: expected a sequence of at least one prompt")

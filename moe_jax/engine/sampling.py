@@ -1,4 +1,4 @@
-"""How the next token is drawn: greedily, or from the softmax cut by temperature, top-k and top-p, row by row."""
+"""Sampling the next token: greedy, or with temperature, top-k and top-p, with settings per row."""
 
 from typing import NamedTuple
 
@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-COLDEST = 1e-6  # temperatures below are taken for it: the division stays finite
+COLDEST = 1e-6  # lower temperatures are raised to it, so that the division stays finite
 
 
 class Sampling(NamedTuple):
-    """Live settings, one entry per request: no value of them compiles anything."""
+    """Live settings, one entry per request. Changing their values does not recompile."""
 
     temperature_B: jax.Array  # float32; 0: greedy
     top_k_B: jax.Array  # int32; 0: all tokens
@@ -21,21 +21,20 @@ class Sampling(NamedTuple):
 def draw(logits_BV: jax.Array, sampling: Sampling, position_B: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Draws one token per row.
 
-    The key of a draw is made of the request's seed and the position that the token will take, and of nothing else: a
-    request draws the same tokens alone, beside others, and in any order. Two requests of one prompt and one seed are
-    alike.
+    The random key depends only on the request's seed and the position of the new token. A request therefore draws the
+    same tokens alone or in a batch, in any order. Two requests with the same prompt and seed draw the same tokens.
 
     Temperature comes first, then top-k, then top-p within what top-k left, as in transformers. Tokens that tie with
-    the last one kept are kept too. Greedy rows take the lowest id among equals.
+    the last one kept are kept too. Greedy rows take the lowest id among ties.
 
     Args:
         logits_BV: float32.
         sampling: settings of the rows.
-        position_B: int32, of the token that is drawn.
+        position_B: int32, the position of the new token.
 
     Returns:
         token_B int32, and its log-probability_B float32 under the model itself: the softmax of `logits_BV`, before
-        temperature and cuts.
+        temperature, top-k and top-p.
     """
     greedy_B = jnp.argmax(logits_BV, axis=1).astype(jnp.int32)
 
@@ -56,14 +55,14 @@ def draw(logits_BV: jax.Array, sampling: Sampling, position_B: jax.Array) -> tup
 
 
 def _cut(scaled_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """Puts what top-k and top-p leave out at -inf; the best token always stays."""
+    """Sets tokens that top-k and top-p exclude to -inf; the best token always stays."""
     vocab_size = scaled_BV.shape[1]
     rank_V = jnp.arange(vocab_size)
     best_first_BV = jnp.sort(scaled_BV, axis=1, descending=True)
     top_k_B = jnp.where(sampling.top_k_B > 0, sampling.top_k_B, vocab_size)
     within_BV = rank_V[None, :] < top_k_B[:, None]
     share_BV = jax.nn.softmax(jnp.where(within_BV, best_first_BV, -jnp.inf), axis=1)
-    better_BV = jnp.cumsum(share_BV, axis=1) - share_BV  # rounding may take it to 1 before the last token
+    better_BV = jnp.cumsum(share_BV, axis=1) - share_BV  # rounding may bring it to 1 before the last token
     within_BV &= (better_BV < sampling.top_p_B[:, None]) | (sampling.top_p_B[:, None] >= 1)
     last_B = jnp.take_along_axis(best_first_BV, within_BV.sum(axis=1, keepdims=True) - 1, axis=1)[:, 0]
     return jnp.where(scaled_BV >= last_B[:, None], scaled_BV, -jnp.inf)

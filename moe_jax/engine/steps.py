@@ -1,6 +1,6 @@
-"""The programs that the engine compiles: prompts are read into a prefix, a prefix is put into slots, slots are decoded.
+"""The programs that the engine compiles: prefill (prompts to a prefix), insert (prefix to slots) and decode.
 
-A prefix is slots of its own, so where all prompts are read together nothing has to be put anywhere.
+A prefix has the type of slots, so if all prompts are read together it is used as the slots and nothing is copied.
 """
 
 import functools
@@ -25,26 +25,26 @@ class Live(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """Sequences side by side: what attention keeps of each, and where each stands."""
+    """Sequences that are decoded together: the attention cache and the state of each."""
 
     cache: Cache
-    token_B: jax.Array  # int32: drawn last, and not read yet
-    position_B: jax.Array  # int32: the place of that token
-    left_B: jax.Array  # int32: tokens that may still be drawn; 0: finished, or a slot without a request
+    token_B: jax.Array  # int32: the token drawn last, which the model has not read yet
+    position_B: jax.Array  # int32: the position of that token
+    left_B: jax.Array  # int32: tokens that may still be drawn; 0: finished, or no request
 
 
 class Drawn(NamedTuple):
-    """What reading prompts hands to the host."""
+    """What `prefill` returns to the host."""
 
     token_B: jax.Array  # int32
     log_probability_B: jax.Array  # float32
-    kept_B: jax.Array  # int32: slots of experts that the tokens of each row kept, over all MoE layers
-    distinct: jax.Array  # int32 scalar: experts that some row kept, summed over MoE layers
-    chosen_LNK: jax.Array | None  # int32: the expert of each slot; -1: not kept; None unless routing was asked for
+    kept_B: jax.Array  # int32: expert slots that the tokens of each row kept, summed over MoE layers
+    distinct: jax.Array  # int32 scalar: experts that at least one row kept, summed over MoE layers
+    chosen_LNK: jax.Array | None  # int32: the expert of each slot, -1 if not kept; None unless `routing`
 
 
 class Steps(NamedTuple):
-    """What decode steps hand to the host: as `Drawn`, a row for each of S steps, of which `count` were taken."""
+    """What `decode` returns to the host: as `Drawn`, one row per step; the first `count` of S rows are valid."""
 
     count: jax.Array  # int32 scalar
     alive_SB: jax.Array  # bool: whether the row took the step
@@ -60,16 +60,16 @@ def prefill(params, tokens_BT, length_B, budget_B, end_I, live: Live, *, executi
     """Reads prompts into a prefix, and draws the first token of each.
 
     Args:
-        params: as `decoder.split` gives them.
-        tokens_BT: int32 ids, padded at their end; where T is larger than `chunk`, it is a multiple of it.
-        length_B: int32, tokens of each prompt; 0: none.
-        budget_B: int32, tokens that each may draw, this one included; 0 where there is no prompt.
+        params: as `decoder.split` returns them.
+        tokens_BT: int32 ids, padded at the end; T is at most `chunk`, or a multiple of it.
+        length_B: int32, tokens of each prompt; 0: no prompt.
+        budget_B: int32, tokens that each may draw, including this one; 0 if there is no prompt.
         end_I: int32, tokens that end a text.
         live: settings of the rows.
-        execution: the static half, static.
-        memory: positions of the prefix, static.
+        execution: static.
+        memory: cache positions of the prefix, static.
         chunk: positions that are read at once, static.
-        routing: whether `Drawn` holds it, static.
+        routing: whether to return `Drawn.chosen_LNK`, static.
 
     Returns:
         `Drawn`, and the prefix as `Slots`.
@@ -92,9 +92,10 @@ def prefill(params, tokens_BT, length_B, budget_B, end_I, live: Live, *, executi
 
 
 def _in_chunks(params, cache, tokens_BT, last_B, valid_BT, policy, execution, chunk):
-    """Reads chunk after chunk up to the end of the longest prompt: the last x_BD of each, chosen_LNK, load_LE, cache.
+    """Reads prompts chunk by chunk up to the end of the longest, in a loop: the program does not grow with them.
 
-    A loop of the program, which is therefore no longer for longer prompts.
+    Returns:
+        The last x_BD of each prompt, chosen_LNK, load_LE and the cache.
     """
     batch, length = tokens_BT.shape
     trunk = execution.architecture.decoder
@@ -130,7 +131,7 @@ def _in_chunks(params, cache, tokens_BT, last_B, valid_BT, policy, execution, ch
 
 @functools.partial(jax.jit, donate_argnames="slots")
 def insert(slots: Slots, prefix: Slots, place_B, count) -> Slots:
-    """Puts the first `count` rows of a prefix into slots: row r into slot `place_B[r]`, which is emptied by that."""
+    """Copies the first `count` rows of a prefix into slots: row r overwrites slot `place_B[r]`."""
 
     def put(row, slots):
         def into(all_slots, of_prefix):
@@ -145,20 +146,20 @@ def insert(slots: Slots, prefix: Slots, place_B, count) -> Slots:
 
 @functools.partial(jax.jit, static_argnames=("execution", "most", "routing"), donate_argnames="slots")
 def decode(params, slots: Slots, wanted_B, count, end_I, live: Live, *, execution, most, routing):
-    """Reads the last token of each row that is not finished and draws the next, up to `count` times.
+    """Takes up to `count` decode steps: reads the last token of each unfinished row and draws the next.
 
-    Ends earlier where all rows are finished. Where `most` is 1 there is no loop, and one step is taken.
+    Stops early once all rows are finished. If `most` is 1, the program has no loop and takes one step.
 
     Args:
-        params: as `decoder.split` gives them.
-        slots: written in place.
-        wanted_B: bool; a row that is no longer wanted is finished.
+        params: as `decoder.split` returns them.
+        slots: updated in place.
+        wanted_B: bool; False finishes a row.
         count: int32 scalar, at most `most`.
         end_I: int32, tokens that end a text.
-        live: settings of the rows; recorded routing is that of all steps, one after the other.
-        execution: the static half, static.
+        live: settings of the rows; recorded routing covers all steps, one after the other.
+        execution: static.
         most: steps that `Steps` has room for, static.
-        routing: whether `Steps` holds it, static.
+        routing: whether to return `Steps.chosen_SLBK`, static.
 
     Returns:
         `Steps`, and the slots.

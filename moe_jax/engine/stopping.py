@@ -1,4 +1,4 @@
-"""Text that ends at a stop string, and never shows a part of one."""
+"""Ends text at a stop string, without ever showing a part of it."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,15 @@ from moe_jax.text.tokenizer import TextStream, special_tokens
 
 
 class StoppingText:
-    """A `TextStream` that ends before the first stop string to be whole, the longest of those that end together.
+    """A `TextStream` that ends before the first complete stop string, or the longest if several end together.
 
-    What may be the beginning of a stop string is held back until more text tells. Special tokens have no text; a stop
-    string that names one, such as "<|im_end|>" or "</s>\\n", is looked for in the text with their names in it.
+    Text that may be the beginning of a stop string is held back until that is decided. Special tokens have no text; a
+    stop string that names one, such as "<|im_end|>" or "</s>\\n", is searched for in the text with their names added.
 
     Args:
         tokenizer: of the model.
         stop: strings that end the text; none of them empty.
-        before: ids that the text goes on from.
+        before: ids of the prompt that the text continues.
     """
 
     def __init__(self, tokenizer: tokenizers.Tokenizer, stop: Sequence[str], before: Sequence[int] = ()):
@@ -25,20 +25,20 @@ class StoppingText:
         self._naming = tuple(one for one in stop if any(name in one for name in names.values()))
         self._plain = tuple(one for one in stop if one not in self._naming)
         self._names = names if self._naming else {}
-        self._held = ""  # names of special tokens in it
+        self._held = ""  # text held back, with the names of special tokens
         self._has_text: list[bool] = []  # of each held character: False within the name of a special token
-        self.stopped = False  # a stop string has come
+        self.stopped = False  # whether a stop string was found
 
     def push(self, token_id: int) -> str:
-        """Takes one more id; returns the text that is now certain."""
+        """Adds a token; returns the text that can no longer become part of a stop string."""
         return self._certain(self._stream.push(token_id), self._names.get(int(token_id), ""))
 
     def flush(self, end_id: int | None = None) -> str:
-        """Ends the text; returns what was held back, unless that turns out to hold a stop string.
+        """Ends the text; returns what was held back, up to a stop string if it has one.
 
         Args:
-            end_id: the end-of-text token, if one came. A stop string that ends with its name is left out, and
-                `stopped` stays as it is: the token has ended the text.
+            end_id: the end-of-text token, if it ended the text. A stop string that ends with its name is removed from
+                the text, but `stopped` stays as it was.
         """
         text = self._certain(self._stream.flush())
         if not self.stopped and end_id is not None:
@@ -52,7 +52,7 @@ class StoppingText:
         whole = self._held + piece + name
         has_text = self._has_text + [True] * len(piece) + [False] * len(name)
         text = _text_of(whole, has_text)
-        places = [place for place, has in enumerate(has_text) if has]  # of the characters of `text` within `whole`
+        places = [place for place, has in enumerate(has_text) if has]  # where each character of `text` is in `whole`
         found = [(places[end - 1] + 1, places[first]) for first, end in _spans(text, self._plain)]
         found += [(end, first) for first, end in _spans(whole, self._naming)]
         if found:
@@ -71,11 +71,11 @@ def _text_of(whole: str, has_text: Sequence[bool]) -> str:
 
 
 def _spans(text: str, stop: Sequence[str]) -> list[tuple[int, int]]:
-    """Where each stop string that is in the text first begins and ends."""
+    """Start and end of the first occurrence of each stop string in the text."""
     return [(text.find(one), text.find(one) + len(one)) for one in stop if one in text]
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Characters at the end of `text` that a stop string may begin with."""
+    """Number of characters at the end of `text` that are the beginning of a stop string."""
     lengths = range(min(len(text), len(stop) - 1), 0, -1)
     return next((length for length in lengths if text.endswith(stop[:length])), 0)

@@ -1,7 +1,7 @@
-"""Decode steps of so many rows, timed under one policy after the other, with the routing that each made elsewhere.
+"""Times decode steps at a given number of rows under several policies, each with its own recorded routing.
 
-Rows read and write one cache, which stays where it is: a step is taken again and again at the same position. What the
-cache holds changes no time.
+Every step is taken at the same position and overwrites the same entries of the cache. The contents of the cache do not
+affect the time.
 """
 
 import time
@@ -24,12 +24,12 @@ from moe_jax.routing.selection import distinct_experts
 
 
 class Load:
-    """So many rows, each with so many tokens in the cache.
+    """A number of rows, each with the same number of tokens in the cache.
 
     Args:
         engine: weights and programs.
-        execution: the static half of the step.
-        rows: B.
+        execution: the static settings of the step.
+        rows: the batch size B.
         cached: tokens of each row in the cache.
 
     Raises:
@@ -48,9 +48,9 @@ class Load:
         self._warm: set[jax.stages.Compiled] = set()
 
     def step(self, policy: policies.Policy, chosen_LBK: np.ndarray) -> float:
-        """The seconds of one step in which the rows take these experts, -1 being none.
+        """Times one step in which the rows take these experts; -1: none. Returns seconds.
 
-        The router and the policy choose too, and are overruled.
+        The router and the policy run too, but their choice is not used.
         """
         batch, execution = self._batch, self._execution
         padded = np.full((len(chosen_LBK), batch.shape.batch, execution.k_max), -1, np.int32)
@@ -72,7 +72,7 @@ class Load:
         return seconds
 
     def work(self, chosen_LBK: np.ndarray, itemsize: int) -> roofline.Work:
-        """The least that such a step takes."""
+        """The least work of a step with this routing, for its roofline time."""
         kept, distinct = int(np.count_nonzero(chosen_LBK >= 0)), int(distinct_experts(chosen_LBK).sum())
         step = roofline.Step([self.cached] * self.rows, [1] * self.rows, kept, distinct)
         return roofline.work(self._execution.architecture, step, itemsize)
@@ -85,5 +85,5 @@ class Load:
 
 
 def in_turn(load: Load, turns: Sequence[tuple[policies.Policy, np.ndarray]]) -> np.ndarray:
-    """seconds_PS: gives every policy its turn, in which it takes the steps chosen_SLBK."""
+    """Takes the steps chosen_SLBK under each policy in turn; returns seconds_PS."""
     return np.array([[load.step(policy, chosen_LBK) for chosen_LBK in chosen_SLBK] for policy, chosen_SLBK in turns])

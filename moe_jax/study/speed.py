@@ -1,8 +1,8 @@
-"""How long the steps of a model take, and how far that is from the least that the machine needs for them.
+"""Times the steps of a model and compares them with the roofline of the machine.
 
-A case is a decode step of so many rows, or a prefill of one row. Cases call the programs that `Engine.run` calls, as it
-calls them: from arrays on the host to the drawn tokens on the host, short decode steps several in one call. All cases
-have their turn in every round, so that a slow moment of the machine falls on all of them.
+A case is a decode step of B rows, or a prefill of one row. Cases call the same programs as `Engine.run`, in the same
+way: from arrays on the host to the drawn tokens on the host, with several short decode steps in one call. Every round
+runs all cases in turn, so that a slow moment of the machine affects all of them.
 """
 
 import dataclasses
@@ -29,15 +29,15 @@ from moe_jax.routing.trace import Trace
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """The model that is timed, and how it runs.
+    """The model that is timed, and its settings.
 
     Attributes:
         engine: its weights and programs.
-        execution: the static half of the steps.
+        execution: the static settings of the steps.
         policy: of every row.
         sampling: of every row.
-        trace: routing to replay; None: the model's own.
-        routing: whether samples hold the experts of every slot.
+        trace: routing to replay; None: the model routes.
+        routing: whether samples record the expert of every slot.
     """
 
     engine: Engine
@@ -52,7 +52,7 @@ class Subject:
             raise ValueError("benchmark.trace is of layers that are alike: expected moe.num_experts_of_layers = ()")
 
     def batch(self, tokens_BT: np.ndarray, max_new_tokens: int) -> Batch:
-        """Rows as a batch of requests."""
+        """Turns rows of tokens into a batch of requests."""
         sampling = dataclasses.replace(self.sampling, max_new_tokens=max_new_tokens)
         prompts = tokens_BT.tolist()
         return batch_of(
@@ -60,7 +60,7 @@ class Subject:
         )
 
     def replayed(self, rows: int, length: int) -> np.ndarray | None:
-        """expert_LBTK of rows of that many tokens; None: the model's own choice."""
+        """expert_LBTK to replay for `rows` rows of `length` tokens; None without a trace."""
         if self.trace is None:
             return None
         architecture = self.execution.architecture
@@ -78,7 +78,7 @@ class Sample:
 
 
 class Prefill:
-    """Reads one row of tokens into a new cache, and draws the next."""
+    """A prefill: reads one row of tokens into a new cache and draws the next token."""
 
     def __init__(self, subject: Subject, tokens_T: np.ndarray):
         self.name, self.rows, self.tokens = f"prefill_{len(tokens_T)}", 1, len(tokens_T)
@@ -90,7 +90,7 @@ class Prefill:
         _require_room(self._program, self.name)
 
     def take(self, most: int) -> list[Sample]:
-        """Calls the program once, however many steps may be taken."""
+        """Calls the program once, whatever `most` is."""
         batch, engine = self._batch, self._engine
         given = (batch.tokens_BT, batch.length_B, batch.budget_B, engine.end_I, batch.live)
         began = time.perf_counter()
@@ -103,19 +103,19 @@ class Prefill:
 
 
 class Decode:
-    """Reads one token of every row, and draws the next.
+    """Decode steps: each reads one token of every row and draws the next.
 
     Args:
         subject: what is timed.
-        tokens_BT: texts: a prompt, and a token for each step that will be taken, from which every call goes on.
-        prompt_length: tokens that are in the cache before the first step.
+        tokens_BT: the prompt of each row, then the token that each later step reads.
+        prompt_length: tokens in the cache before the first step.
     """
 
     def __init__(self, subject: Subject, tokens_BT: np.ndarray, prompt_length: int):
         self.rows, length = tokens_BT.shape
         self.name, self.tokens = f"decode_{self.rows}", self.rows
         self._engine, self._tokens_BT, self._place = subject.engine, tokens_BT.astype(np.int32), prompt_length
-        self._seconds = float("inf")  # of a step, as it was last
+        self._seconds = float("inf")  # per step, in the last call
         batch = subject.batch(tokens_BT[:, :prompt_length], length - prompt_length)
         self._live, self._replayed_LBTK = batch.live, subject.replayed(self.rows, length)
         prompt_LBTK = None if self._replayed_LBTK is None else self._replayed_LBTK[:, :, :prompt_length]
@@ -127,7 +127,7 @@ class Decode:
         _require_room(self._program, self.name)
 
     def take(self, most: int) -> list[Sample]:
-        """Takes the next steps of every row in one call: as many as the engine would, `most` at most."""
+        """Takes the next steps of every row in one call: as many as the engine would, at most `most`."""
         engine, place = self._engine, self._place
         count = min(most, steps_at_once(self._seconds, engine.most_steps), self._tokens_BT.shape[1] - place)
         alive_B = np.arange(len(self._slots.token_B)) < self.rows
@@ -159,7 +159,7 @@ class Decode:
 
 
 def _with_replay(live: Live, expert_LXYK: np.ndarray | None, padded: tuple[int, int]) -> Live:
-    """The live settings of tokens that take these experts; padding is left to the router, and not valid."""
+    """The live settings that make tokens take these experts; -1 in padding leaves the choice to the router."""
     if expert_LXYK is None:
         return live
     layers, *given, k_max = expert_LXYK.shape
@@ -180,17 +180,17 @@ def _require_room(program: jax.stages.Compiled, name: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """What a case took, over all its samples.
+    """The timing of a case over all its samples.
 
     Attributes:
         case: its name, such as "decode_8".
-        tokens: that one step reads.
-        quartiles_ms: the first, the median and the third.
-        bytes: the least to be moved, median over the steps.
-        flops: median over the steps.
-        floor_ms: median over the steps.
+        tokens: read by one step.
+        quartiles_ms: first quartile, median and third quartile of the time of a step.
+        bytes: the least that a step must move, median over the steps.
+        flops: of a step, median over the steps.
+        floor_ms: the roofline time of a step, median over the steps.
         distinct_experts: of one MoE layer in one step, mean.
-        independent_experts: the same, were each token to choose as many evenly and by itself.
+        independent_experts: the mean to expect if each token chose as many experts uniformly and independently.
     """
 
     case: str
@@ -209,17 +209,17 @@ class Timing:
 
     @property
     def tokens_per_s(self) -> float:
-        """Read by steps of the median time."""
+        """Tokens read per second at the median time."""
         return 1e3 * self.tokens / self.quartiles_ms[1]
 
 
 def take_turns(cases: Sequence[Prefill | Decode], decode_steps: int, samples: dict[str, list[Sample]]) -> None:
-    """Gives every case its turn in one round, and adds what it took to the samples of its name.
+    """Runs one round: every case in turn. Appends to `samples`.
 
     Args:
-        cases: whose programs have run before, so that they are warm.
-        decode_steps: of a decode case in its turn; a prefill has one.
-        samples: by name of the case, added to.
+        cases: their programs have run before, so that they are warm.
+        decode_steps: steps of each decode case in this round; a prefill runs once.
+        samples: by name of the case; new ones are appended.
     """
     for case in cases:
         enough = len(samples[case.name]) + (decode_steps if isinstance(case, Decode) else 1)
@@ -230,7 +230,7 @@ def take_turns(cases: Sequence[Prefill | Decode], decode_steps: int, samples: di
 def timing_of(
     case: Prefill | Decode, samples: Sequence[Sample], execution: Execution, machine: roofline.Machine, itemsize: int
 ) -> Timing:
-    """Sets the samples of a case beside their floors."""
+    """Summarises the samples of a case, with their roofline times."""
     architecture = execution.architecture
     layers = architecture.decoder.num_moe_layers
     works = [roofline.work(architecture, sample.step, itemsize) for sample in samples]
@@ -251,7 +251,7 @@ def timing_of(
 
 
 def profile(cases: Sequence[Prefill | Decode], folder: str | os.PathLike) -> None:
-    """Runs every case once under the profiler, whose files Perfetto (`*.json.gz`) and XProf (`*.xplane.pb`) open."""
+    """Profiles every case once. Perfetto opens the `*.json.gz` files in `folder`, XProf the `*.xplane.pb` files."""
     with jax.profiler.trace(os.fspath(folder), create_perfetto_trace=True):
         for number, case in enumerate(cases):
             with jax.profiler.StepTraceAnnotation(case.name, step_num=number):

@@ -36,7 +36,7 @@ def jitted_hidden():
 
 
 def probabilities(params, tokens, policy):
-    """Of every next token behind every token of one unpadded sequence but its last."""
+    """Of the next token after every token but the last of one unpadded sequence."""
     live = policies.settings([policy], ARCHITECTURE, 3)
     inputs = np.asarray(tokens[:-1])[None]
     positions = np.arange(inputs.shape[1])[None]

@@ -1,7 +1,7 @@
 """Draws configurations that are wrong, each for a reason that is known before anything reads it.
 
-What is drawn says nothing of the schema but names of settings: the tables below say by hand what is out of range, and
-why a combination is impossible. A few good lines surround the bad one.
+Only the names of settings come from the schema: the tables below list by hand which values are out of range, and why a
+combination is impossible. A few good lines surround the bad one.
 """
 
 import dataclasses
@@ -323,7 +323,7 @@ def _examples(strategy: strategies.SearchStrategy[BadConfig], count: int) -> lis
 
 
 def drawn(count: int) -> list[BadConfig]:
-    """So many different configurations, the same at every call: as many of each kind as of any other."""
+    """`count` different configurations, equally many of each kind, and the same at every call."""
     of_each = -(-count // len(KINDS))
     by_kind = [_examples(strategy, 5 * of_each + 15) for strategy in KINDS.values()]
     assert min(map(len, by_kind)) >= of_each, "draw more of each kind"

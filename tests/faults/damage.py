@@ -65,7 +65,7 @@ def flipped(file: str, position: Callable[[bytes], int], bit: int = 4):
 
 
 def in_table(seed: int):
-    """Flips a bit of the table, behind its metadata: those are for people."""
+    """Flips a bit of the table after its metadata, which no program reads."""
 
     def harm(folder):
         data = bytearray((folder / WEIGHTS).read_bytes())
@@ -186,7 +186,7 @@ def _looped(path: pathlib.Path) -> None:
 DAMAGES = [
     Damage("weights cut within the length", truncated(WEIGHTS, lambda path: 5), "truncated, or not a safetensors"),
     Damage("weights cut within the table", truncated(WEIGHTS, lambda path: 8 + table_bytes(path) // 2), "truncated"),
-    Damage("weights cut behind the table", truncated(WEIGHTS, lambda path: 8 + table_bytes(path)), "truncated"),
+    Damage("weights cut after the table", truncated(WEIGHTS, lambda path: 8 + table_bytes(path)), "truncated"),
     Damage("weights cut within the data", truncated(WEIGHTS, lambda path: path.stat().st_size // 2), "truncated"),
     Damage("weights without the last byte", truncated(WEIGHTS, lambda path: path.stat().st_size - 1), "truncated"),
     Damage("weights empty", truncated(WEIGHTS, lambda path: 0), "truncated.*: 0 bytes"),

@@ -49,7 +49,7 @@ def storm(
     within_s: float,
     seed: int,
 ) -> Storm:
-    """Runs a launcher to its end through so many kills.
+    """Runs a launcher to its end, killing it up to `kills` times.
 
     Args:
         launcher: the name of its file.
@@ -88,7 +88,7 @@ def steps(out: pathlib.Path) -> list[dict[str, Any]]:
 
 
 def wait_for_lines(process: subprocess.Popen, out: pathlib.Path, count: int) -> None:
-    """Waits until metrics.jsonl has so many lines, or the process has ended."""
+    """Waits until metrics.jsonl has `count` lines, or the process has ended."""
     metrics = out / "metrics.jsonl"
     while process.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= count):
         time.sleep(0.002)

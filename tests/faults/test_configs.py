@@ -49,7 +49,7 @@ def test_two_hundred_wrong_configurations_are_refused_before_jax_is_imported(tmp
 
 @pytest.mark.parametrize("kind", bad_configs.KINDS)
 def test_the_reader_refuses_in_one_line(tmp_path_factory, monkeypatch, kind):
-    """In this process, so many more of them; nothing else than ValueError may come out."""
+    """In this process, for many more configurations: the only exception is ValueError."""
 
     @hypothesis.settings(max_examples=60)
     @hypothesis.given(bad_configs.KINDS[kind])

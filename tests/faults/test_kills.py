@@ -66,7 +66,7 @@ def test_a_storm_of_kills_changes_nothing(undisturbed, tmp_path, record_property
 
 
 def test_training_killed_once_goes_on_bit_identically(training_run, tmp_path):
-    """At a random step behind its first checkpoint, or soon after the last."""
+    """At a random step after its first checkpoint, or soon after the last."""
     launcher, flags, expected = training_run
     out, wait_for = tmp_path / "out", random.randrange(4, 9)
     with kills.started(launcher, flags, out) as process:

@@ -230,7 +230,7 @@ def test_numbers_that_are_no_floats_are_refused():
 
 
 def lowered(implementation, length):
-    """The forward pass and the gradient, of so many positions."""
+    """The lowered forward pass and gradient for `length` positions."""
     x = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
 
     def mix(*inputs):

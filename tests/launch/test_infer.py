@@ -140,7 +140,7 @@ def test_what_is_not_finite_is_named_and_what_was_made_is_kept(main, tmp_path):
 
 
 def test_an_interruption_saves_what_is_done(main, capsys, tmp_path, monkeypatch):
-    """Ctrl-C behind the third token."""
+    """Ctrl-C after the third token."""
     from moe_jax.engine import generate
 
     taken = []

@@ -1,4 +1,4 @@
-"""What every model family shares: reading fields of `config.json`, refusing others, and the parts that are alike."""
+"""Shared by all model families: reading fields of `config.json`, refusing unsupported values, and common sections."""
 
 import dataclasses
 import json
@@ -17,11 +17,11 @@ class Family:
     """One published model family.
 
     Attributes:
-        model_type: what `config.json` calls it.
-        architecture: the shape that a `config.json` describes; ValueError names a field that asks for what we lack.
+        model_type: its name in `config.json`.
+        architecture: reads the architecture from `config.json`; ValueError names an unsupported field.
         config_json: the inverse, without token ids and dtype; ValueError names a setting that the family lacks.
-        rules: the parameters of an architecture and their tensors.
-        skipped: (prefix of tensor names, what they are) that such a checkpoint may hold and that we do not run.
+        rules: maps the parameters of an architecture to tensors.
+        skipped: (prefix of tensor names, what they are) of tensors that a checkpoint may have and that we do not use.
     """
 
     model_type: str
@@ -31,8 +31,8 @@ class Family:
     skipped: Callable[[dict[str, Any]], tuple[tuple[str, str], ...]]
 
 
-# Fields that change the computation, with the values that leave it as the decoder runs it. The first is that of a field
-# which is absent.
+# Fields that change the computation, with the values that our decoder supports. The first is the value of an absent
+# field.
 NEUTRAL: dict[str, tuple] = {
     "hidden_act": ("silu", "swish"),  # two names of one function
     "sliding_window": (None,),
@@ -51,7 +51,7 @@ NEUTRAL: dict[str, tuple] = {
 
 
 def refuse_others(fields: dict[str, Any], neutral: dict[str, tuple]) -> None:
-    """Raises ValueError where a field has a value that its row does not list."""
+    """Raises ValueError if a field has a value that `neutral` does not list."""
     for name, accepted in neutral.items():
         value = fields.get(name, accepted[0])
         if name == "layer_types" and isinstance(value, list) and all(kind == "full_attention" for kind in value):
@@ -64,13 +64,13 @@ def refuse_others(fields: dict[str, Any], neutral: dict[str, tuple]) -> None:
 
 
 def _prefix_then_moe(fields: dict[str, Any]) -> list[int]:
-    """A dense prefix and MoE layers behind it, layer by layer: 0 and 1."""
+    """For each layer 0 in the dense prefix and 1, for MoE, after it."""
     dense = field(fields, "first_k_dense_replace", int, 0)
     return [int(layer >= dense) for layer in range(num_layers(fields))]
 
 
 def require_settings(model_type: str, architecture: Architecture, only: dict[str, Any]) -> None:
-    """Raises ValueError where a setting (`section.field`) differs from the one value that a family has."""
+    """Raises ValueError if a setting (`section.field`) differs from the only value that a family supports."""
     for setting, expected in only.items():
         section, name = setting.split(".")
         given = getattr(getattr(architecture, section), name)
@@ -78,11 +78,11 @@ def require_settings(model_type: str, architecture: Architecture, only: dict[str
             raise ValueError(f"{setting} = {given!r}: the Hugging Face family {model_type} only has {expected!r}")
 
 
-_MOST_LAYERS = 10_000  # more than any model has: what is listed layer by layer is no longer
+_MOST_LAYERS = 10_000  # more than any model has; bounds lists with an entry per layer
 
 
 def num_layers(fields: dict[str, Any]) -> int:
-    """`num_hidden_layers`; ValueError where no model has as many."""
+    """`num_hidden_layers`; ValueError if it is larger than that of any model."""
     count = field(fields, "num_hidden_layers", int)
     if count > _MOST_LAYERS:
         raise ValueError(f"num_hidden_layers = {count}: expected at most {_MOST_LAYERS}")
@@ -90,25 +90,25 @@ def num_layers(fields: dict[str, Any]) -> int:
 
 
 def dense_hidden(fields: dict[str, Any], num_dense_layers: int) -> int:
-    """`intermediate_size`, the width of dense layers, which is required where there are any."""
+    """`intermediate_size`, the width of dense layers; required if there are any."""
     return field(fields, "intermediate_size", int, _REQUIRED if num_dense_layers else 0)
 
 
 def dense_layers(fields: dict[str, Any], is_dense: Callable[[int], bool]) -> dict[str, Any]:
-    """`num_dense_layers` and `dense_layers` of a model whose dense layers a rule tells, from 0 on."""
+    """`num_dense_layers` and `dense_layers` of a model in which `is_dense(layer)` is true of dense layers."""
     count = num_layers(fields)
     places = tuple(filter(is_dense, range(count)))
     return {"num_dense_layers": len(places), "dense_layers": () if places == tuple(range(len(places))) else places}
 
 
-# Of each MoE layer in order, where they differ. These fields are our own: published families have one number for all
-# layers, which then says the most of them.
+# Numbers for each MoE layer in order, if they differ. These fields are our own: published families have one number for
+# all layers, which is then the largest.
 _OF_LAYERS = {"num_experts_of_layers": "num_experts_of_layers", "num_experts_per_tok_of_layers": "k_of_layers"}
 OF_LAYERS = tuple(_OF_LAYERS)
 
 
 def with_numbers_of_layers(architecture: Architecture, fields: dict[str, Any]) -> Architecture:
-    """The architecture with what `config.json` says of single layers; ValueError where that does not fit."""
+    """Adds the per-layer numbers of `config.json` to an architecture; ValueError if they do not fit."""
     given = {setting: fields[name] for name, setting in _OF_LAYERS.items() if fields.get(name) is not None}
     for name, setting in _OF_LAYERS.items():
         numbers = given.get(setting, [])
@@ -124,7 +124,7 @@ def numbers_of_layers_json(architecture: Architecture) -> dict[str, list[int]]:
     return {name: numbers for name, numbers in found.items() if numbers}
 
 
-# What families have that know neither latents nor a selection bias, groups, scaling or shared experts.
+# The settings of families without latent attention, selection bias, expert groups or scaling.
 PLAIN_SETTINGS = {
     "attention.kind": "grouped",
     "attention.rope_interleaved": False,
@@ -140,7 +140,7 @@ NO_SHARED_EXPERTS = {"moe.num_shared_experts": 0}
 _REQUIRED = object()
 
 
-_LARGEST = 2**31 - 1  # of an integer: no size of a model is larger
+_LARGEST = 2**31 - 1  # no size in a model is larger
 
 
 def field(fields: dict[str, Any], name: str, kind: type, default: Any = _REQUIRED, *, older: str | None = None) -> Any:
@@ -149,12 +149,12 @@ def field(fields: dict[str, Any], name: str, kind: type, default: Any = _REQUIRE
     Args:
         fields: of `config.json`, or of an object in it.
         name: of the field.
-        kind: bool, int, float, list or dict.
-        default: where it is absent; without one it is required.
-        older: a name that it once had, which is read where it is absent.
+        kind: bool, int, float, str, list or dict.
+        default: the value if it is absent; without a default, the field is required.
+        older: an earlier name of the field, read if `name` is absent.
 
     Raises:
-        ValueError: it is required and absent, is of another kind, or is a number that no model has.
+        ValueError: it is required and absent, has another type, or is a number out of range.
     """
     if older is not None and fields.get(name) is None and fields.get(older) is not None:
         name = older
@@ -175,12 +175,12 @@ def field(fields: dict[str, Any], name: str, kind: type, default: Any = _REQUIRE
 
 
 def trunk(fields: dict[str, Any], *, norm_eps: float, max_context: int, **dense: Any) -> DecoderConfig:
-    """The trunk.
+    """Reads the settings of the decoder as a whole.
 
     Args:
         fields: of `config.json`.
-        norm_eps: where no field says it.
-        max_context: where no field says it.
+        norm_eps: the default.
+        max_context: the default.
         **dense: `num_dense_layers`, `dense_layers` and `dense_hidden`.
     """
     return DecoderConfig(
@@ -195,7 +195,7 @@ def trunk(fields: dict[str, Any], *, norm_eps: float, max_context: int, **dense:
 
 
 def trunk_json(decoder: DecoderConfig) -> dict[str, Any]:
-    """The inverse of `trunk`, dense layers left out."""
+    """The inverse of `trunk`, without the dense layers."""
     return {
         "vocab_size": decoder.vocab_size,
         "hidden_size": decoder.d_model,
@@ -208,11 +208,11 @@ def trunk_json(decoder: DecoderConfig) -> dict[str, Any]:
 
 
 def grouped_heads(fields: dict[str, Any], kv_heads: int | None = None) -> dict[str, int]:
-    """`num_heads`, `num_kv_heads` and `head_dim`.
+    """Reads `num_heads`, `num_kv_heads` and `head_dim`.
 
     Args:
         fields: of `config.json`.
-        kv_heads: where no field says it; None: as many as heads.
+        kv_heads: the default; None: `num_heads`.
     """
     num_heads = field(fields, "num_attention_heads", int)
     return {
@@ -231,7 +231,7 @@ def grouped_heads_json(attention: AttentionConfig) -> dict[str, int]:
     }
 
 
-# Fields of YaRN, our settings, and the values of those that may be absent.
+# For each field of YaRN: our setting, its type, and its default.
 _YARN = (
     ("factor", "yarn_factor", float, _REQUIRED),
     ("original_max_position_embeddings", "yarn_original_context", int, _REQUIRED),
@@ -245,22 +245,22 @@ _YARN = (
 def rope_settings(
     fields: dict[str, Any], theta: float = 10000.0, fraction: float | None = None
 ) -> dict[str, float | int]:
-    """`rope_theta` and what YaRN adds; `rope_fraction` too where the family has a default fraction.
+    """Reads `rope_theta`, the settings of YaRN, and `rope_fraction` if the family has a default fraction.
 
-    `rope_parameters`, once `rope_scaling`, wins over top-level fields.
+    `rope_parameters` (formerly `rope_scaling`) takes precedence over top-level fields.
 
     Args:
         fields: of `config.json`.
-        theta: where no field says it.
-        fraction: where no field says it; None: the family rotates all.
+        theta: the default.
+        fraction: the default; None: the family rotates whole heads.
     """
     name = "rope_scaling" if field(fields, "rope_scaling", dict, {}) else "rope_parameters"
     inner = _given(field(fields, name, dict, {}))
-    if inner.keys() == {"full_attention"}:  # where another kind of layer might rotate otherwise
+    if inner.keys() == {"full_attention"}:  # other layer types might have their own rotary angles
         name, inner = f"{name}.full_attention", _given(_field_of(name, inner, "full_attention", dict))
     kind = _field_of(name, inner, "rope_type", str, None, older="type") or "default"
     inner = {key: value for key, value in inner.items() if key not in ("rope_type", "type")}
-    if kind in ("linear", "dynamic") and inner.get("factor") == 1:  # stretches by nothing
+    if kind in ("linear", "dynamic") and inner.get("factor") == 1:  # scales by 1
         kind = "default"
     if kind not in ("default", "yarn"):
         raise ValueError(
@@ -288,7 +288,7 @@ def rope_settings(
 
 
 def _yarn_settings(name: str, inner: dict[str, Any], settings: dict[str, float]) -> dict[str, float | int]:
-    """What `name`, an object of `config.json`, says of YaRN, beside the settings that every rotation has."""
+    """Reads the settings of YaRN from `inner`, the object `name` of `config.json`."""
     yarn = {setting: _field_of(name, inner, key, kind, default) for key, setting, kind, default in _YARN}
     turn_scale = _field_of(name, inner, "attention_factor", float, None)
     if turn_scale is not None:
@@ -299,7 +299,7 @@ def _yarn_settings(name: str, inner: dict[str, Any], settings: dict[str, float])
 
 
 def _field_of(name: str, inner: dict[str, Any], key: str, kind: type, *default: Any, **options: Any) -> Any:
-    """As `field`, of the object `name` of `config.json`, which an error names too."""
+    """As `field`, for the object `name` of `config.json`; errors name the object too."""
     try:
         return field(inner, key, kind, *default, **options)
     except ValueError as error:
@@ -307,19 +307,19 @@ def _field_of(name: str, inner: dict[str, Any], key: str, kind: type, *default: 
 
 
 def _given(inner: dict[str, Any]) -> dict[str, Any]:
-    """What is not null."""
+    """The fields that are not null."""
     return {key: value for key, value in inner.items() if value is not None}
 
 
 def _changes_nothing(name: str, inner: dict[str, Any], key: str) -> bool:
-    """Whether a field of a rotation that is not stretched, which newer libraries add, leaves it as it is."""
+    """Whether a field that newer libraries add to unscaled rotary angles has no effect."""
     if key == "original_max_position_embeddings":
         return _field_of(name, inner, key, int) is not None
     return key in ("factor", "attention_factor") and _field_of(name, inner, key, float) == 1
 
 
 def rope_json(attention: AttentionConfig, with_fraction: bool = False) -> dict[str, Any]:
-    """The inverse of `rope_settings`: twice, since transformers 5 reads `rope_parameters`, older readers the others."""
+    """The inverse of `rope_settings`, written twice: transformers 5 reads `rope_parameters`, older ones the rest."""
     theta = {"rope_theta": attention.rope_theta}
     if with_fraction:
         theta["partial_rotary_factor"] = attention.rope_fraction
@@ -338,7 +338,7 @@ _MOST_PREDICTION_LAYERS = 100  # published models have one
 
 
 def prediction_layers(fields: dict[str, Any], default: int) -> tuple[tuple[str, str], ...]:
-    """Multi-token prediction layers, which published checkpoints hold behind the decoder's own: as `Family.skipped`."""
+    """Multi-token prediction layers, which checkpoints have after those of the decoder, as `Family.skipped`."""
     count = field(fields, "num_nextn_predict_layers", int, default)
     if not 0 <= count <= _MOST_PREDICTION_LAYERS:
         raise ValueError(f"num_nextn_predict_layers = {count}: expected 0 to {_MOST_PREDICTION_LAYERS}")
@@ -347,5 +347,5 @@ def prediction_layers(fields: dict[str, Any], default: int) -> tuple[tuple[str, 
 
 
 def nothing_skipped(fields: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Of families whose checkpoints hold nothing that we do not run."""
+    """`Family.skipped` of families in whose checkpoints we use every tensor."""
     return ()

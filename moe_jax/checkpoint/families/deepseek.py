@@ -1,4 +1,4 @@
-"""DeepSeek-V2 (arXiv 2405.04434), and DeepSeek-V3 (arXiv 2412.19437) with those of its shape: Moonlight, Kimi K2."""
+"""DeepSeek-V2 (arXiv 2405.04434), DeepSeek-V3 (arXiv 2412.19437), and models built like V3: Moonlight, Kimi K2."""
 
 import json
 from typing import Any
@@ -40,9 +40,10 @@ _V3_ONLY = {**_ONLY, "moe.score": "sigmoid", "moe.selection_bias": True, "moe.gr
 
 
 def _dense(fields: dict[str, Any], default: int) -> dict[str, Any]:
-    """MoE layers are those from the first on whose number is a multiple of `moe_layer_freq`, or that have a 1 there.
+    """Reads which layers are dense: those before `first_k_dense_replace`, and those that `moe_layer_freq` excludes.
 
-    As in the models' own code; transformers does not read `moe_layer_freq`.
+    `moe_layer_freq` is a number, of which the index of a MoE layer is a multiple, or a list with 1 for each MoE layer.
+    This follows the models' own code; transformers does not read it.
     """
     first, freq = field(fields, "first_k_dense_replace", int, default), fields.get("moe_layer_freq")
     is_list = isinstance(freq, list) and len(freq) == base.num_layers(fields)
@@ -59,7 +60,7 @@ def _dense(fields: dict[str, Any], default: int) -> dict[str, Any]:
 
 
 def _dense_json(decoder: DecoderConfig) -> dict[str, Any]:
-    """The inverse: a list where no number says it."""
+    """The inverse of `_dense`. `moe_layer_freq` is a list if no number describes the layers."""
     if not decoder.dense_layers:
         return {"first_k_dense_replace": decoder.num_dense_layers, "moe_layer_freq": 1}
     layers = range(decoder.num_layers)
@@ -72,11 +73,11 @@ def _dense_json(decoder: DecoderConfig) -> dict[str, Any]:
 
 
 def _attention(fields: dict[str, Any], interleaved: bool) -> AttentionConfig:
-    """The norms of latents have an epsilon that no field says."""
+    """Reads the attention. `config.json` has no field for the epsilon of the latent norms."""
     num_heads = field(fields, "num_attention_heads", int)
     if (kv_heads := field(fields, "num_key_value_heads", int, num_heads)) != num_heads:
         raise ValueError(f"num_key_value_heads = {kv_heads}: expected num_attention_heads = {num_heads}")
-    query_rank = fields.get("q_lora_rank", 1536)  # null is not the same as absent
+    query_rank = fields.get("q_lora_rank", 1536)  # null means no query rank; absent means the default
     return AttentionConfig(
         kind="latent",
         num_heads=num_heads,
@@ -130,13 +131,13 @@ def _rules(architecture: Architecture) -> tuple[Rule, ...]:
 
 
 def _computed(fields: dict[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Buffers that some checkpoints hold (Moonlight): as `Family.skipped`."""
+    """Buffers in some checkpoints (Moonlight) that we compute instead, as `Family.skipped`."""
     layers = range(base.num_layers(fields))
     return tuple((f"model.layers.{layer}.self_attn.rotary_emb.", "frequencies, which are computed") for layer in layers)
 
 
 def _v2_architecture(fields: dict[str, Any]) -> Architecture:
-    """Defaults are those of `DeepseekV2Config` in transformers 5; weights are never normalised (as there)."""
+    """Defaults are those of `DeepseekV2Config` in transformers 5; as there, weights are never normalised."""
     base.refuse_others(fields, _V2_NEUTRAL)
     grouped = fields.get("topk_method") == "group_limited_greedy"
     return Architecture(
@@ -170,7 +171,7 @@ def _v2_config_json(architecture: Architecture) -> dict[str, Any]:
 
 
 def _groups(fields: dict[str, Any], name: str, default: int) -> int:
-    """A number of groups; null, unlike an absent field, asks for none."""
+    """A number of groups; null means 1 (no groups), an absent field the default."""
     return 1 if name in fields and fields[name] is None else field(fields, name, int, default)
 
 

@@ -1,0 +1,60 @@
+"""The words that this project does not write: each made a reader stumble."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+HOMEMADE = ("so many", "quickly told", "an even cut", "says nothing", "whoever comes late")
+IN_STRINGS = ("wanted",)  # fine as a part of a name, not in what a user reads: say "expected"
+ROOT = pathlib.Path(__file__).parents[1]
+FOLDERS = ("moe_jax", "launch", "configs", "docs", "benchmarks", "colabs")
+KINDS = {".py", ".md", ".gin", ".sh", ".cc", ".h", ".ipynb"}
+FILES = [ROOT / "README.md"]
+FILES += sorted(
+    path
+    for folder in FOLDERS
+    for path in (ROOT / folder).rglob("*")
+    if path.suffix in KINDS and not path.is_relative_to(ROOT / "benchmarks" / "results")
+)
+
+
+def occurrences(text, phrases):
+    """The phrases that a text has as whole words, in any case; a phrase may run on to the next line of a comment."""
+    between = r"[\s#/*]+"
+    return [one for one in phrases if re.search(rf"\b{one.replace(' ', between)}\b", text, re.IGNORECASE)]
+
+
+def strings(source):
+    """All string literals of Python code, docstrings and the fixed parts of f-strings included."""
+    return "\n".join(
+        node.value
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+
+
+def homemade(text, is_python):
+    """The words of a file that are not for this project."""
+    return occurrences(text, HOMEMADE) + (occurrences(strings(text), IN_STRINGS) if is_python else [])
+
+
+def test_no_file_has_a_homemade_word():
+    assert {path.suffix for path in FILES} == KINDS
+    found = {str(path.relative_to(ROOT)): homemade(path.read_text(), path.suffix == ".py") for path in FILES}
+    assert {name: words for name, words in found.items() if words} == {}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x = 1  # of So\n# many rows", ["so many"]),
+        ("raise ValueError(f'{1} wanted, got {2}')", ["wanted"]),
+        ("def f():\n    '''What is wanted.'''", ["wanted"]),
+        ("wanted = wanted_B = 'unwanted, wanted_B'", []),
+        ("also_many = 'also many'", []),
+    ],
+)
+def test_words_are_found_in_text_and_names_are_spared(text, expected):
+    assert homemade(text, True) == expected
