@@ -35,7 +35,8 @@ def divide(params: Params, config: FinetuneConfig, dtype: str, seed: int) -> tup
 
     def split(value, path: tuple[str, ...]):
         if isinstance(value, dict):
-            parts = {key: split(part, (*path, key)) for key, part in value.items()}
+            # sorted, so that what is drawn does not depend on the order in which weights were loaded
+            parts = {key: split(part, (*path, key)) for key, part in sorted(value.items())}
             return tuple({key: part[side] for key, part in parts.items() if part[side] is not None} for side in (0, 1))
         key, parameter = next(keys), parameters.find(path)
         if config.train == "lora":
