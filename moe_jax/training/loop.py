@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
+import os
 import pathlib
 import signal
 import sys
@@ -92,7 +94,8 @@ def require_same_run(config: Config, folder: pathlib.Path) -> None:
 class _Log:
     """Metrics as JSON lines. Resuming drops the lines written after the last checkpoint."""
 
-    def __init__(self, path: pathlib.Path, step: int):
+    def __init__(self, path: pathlib.Path, step: int, wait: Callable[[], None]):
+        self._path, self._wait = path, wait
         kept = []
         if path.exists():
             try:
@@ -101,11 +104,16 @@ class _Log:
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{path} is damaged ({error}): repair it, or remove it and lose its steps") from error
         files.write_atomically(path, "".join(kept))
-        self._file = open(path, "a")  # noqa: SIM115  closed by `close`
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by `close`
 
     def write(self, **figures) -> None:
-        self._file.write(json.dumps(figures) + "\n")
-        self._file.flush()
+        line = json.dumps(figures).encode() + b"\n"
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            self._wait()  # where a checkpoint could not be written either, its error says which ones are kept
+            raise OSError(f"{self._path} could not be written: {error.strerror}") from error
 
     def close(self) -> None:
         self._file.close()
@@ -167,7 +175,7 @@ def run(config: Config, folder: pathlib.Path, task: Task) -> Outcome:
     state, done, best = _begin(task, checkpoints, folder, stream)
     if best_kept is not None:
         best_kept.forget_after(best.step)  # a killed run may have saved a best state that no checkpoint names
-    metrics = _Log(folder / "metrics.jsonl", done)
+    metrics = _Log(folder / "metrics.jsonl", done, checkpoints.wait)
     bar = tqdm(total=training.steps, initial=done, unit="step", file=sys.stderr, disable=None)
 
     def save():
