@@ -22,7 +22,9 @@ class Kernels(NamedTuple):
 
 
 OPERATIONS = Kernels(grouped_matmul, projection, cached_attention, causal_attention)._asdict()
-NATIVE = "native"  # C++, on CPUs only
+NATIVE = "native"  # C++
+_ONLY_ON = {NATIVE: "cpu", "pallas_gpu": "gpu"}
+_STAND_INS = {"padded": "on a Hopper GPU, with weights in 16 bits, 'pallas_gpu' moves a third of the bytes"}
 
 
 def resolve(platform: str, asked: Mapping[str, str] | None = None) -> Kernels:
@@ -55,18 +57,14 @@ def _resolve(operation: str, name: str, platform: str) -> str:
         if name == NATIVE and compiled.compiler() is None:
             logging.log_first_n(logging.WARNING, "no C++ compiler (c++) on PATH: kernels are plain JAX, and slower", 1)
             name = api.WITHOUT_COMPILER
-        if name == "padded":
-            faster = "on a Hopper GPU, with weights in 16 bits, 'pallas_gpu' moves a third of the bytes"
-            logging.log_first_n(logging.WARNING, f"kernels.{operation} is 'padded': {faster}", 1)
+        if name in _STAND_INS:
+            logging.log_first_n(logging.WARNING, "kernels.%s is %r: %s", 1, operation, name, _STAND_INS[name])
         return name
     if name not in api.IMPLEMENTATIONS:
         raise ValueError(f"{given}: expected auto or one of {', '.join(api.IMPLEMENTATIONS)}")
-    if name == NATIVE and platform != "cpu":
-        others = [one for one in api.IMPLEMENTATIONS if one != NATIVE]
-        raise ValueError(f"{given}: runs on CPUs only, not on {platform!r}; {' or '.join(others)} would run")
-    if name == "pallas_gpu" and platform != "gpu":
+    if (only := _ONLY_ON.get(name, platform)) != platform:
         other = api.BY_PLATFORM.get(platform, api.WITHOUT_COMPILER)
-        raise ValueError(f"{given}: runs on GPUs only, not on {platform!r}; {other} would run")
+        raise ValueError(f"{given}: runs on {only.upper()}s only, not on {platform!r}; {other} would run")
     if name == NATIVE and compiled.compiler() is None:
         raise ValueError(f"{given}: needs a C++ compiler (c++) on PATH; {api.WITHOUT_COMPILER} would run")
     return name
