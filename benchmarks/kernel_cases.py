@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from kernel_table import RESULTS
 
-from moe_jax.model.layers import swiglu
+from moe_jax.kernels.expert_ffn.api import swiglu
 
 TOLERANCE = 1e-2  # relative error in norm, for bfloat16; NaN never passes
 # (experts, outputs, depth): gate and up together, and down

@@ -19,8 +19,8 @@ import numpy as np
 from kernel_cases import TOLERANCE, Case, Journal, poison, relative, seconds_of, time_all
 
 from moe_jax.cost import hardware
+from moe_jax.kernels.expert_ffn.api import swiglu
 from moe_jax.kernels.grouped_matmul import padded, pallas_gpu, ragged_dot, reference
-from moe_jax.model.layers import swiglu
 
 Tiles = pallas_gpu.Tiles
 FEW_TILES = [

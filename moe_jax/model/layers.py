@@ -8,6 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from moe_jax.kernels.expert_ffn.api import swiglu
 from moe_jax.kernels.projection import xla
 from moe_jax.kernels.projection.api import projection
 
@@ -46,12 +47,6 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (x32 * jnp.broadcast_to(scale.astype(jnp.float32), x32.shape)).astype(x.dtype)
-
-
-def swiglu(gate_up_NI: jax.Array) -> jax.Array:
-    """silu(gate) * up, where gate is the first half of the last axis (arXiv 2002.05202)."""
-    gate, up = jnp.split(gate_up_NI, 2, axis=-1)
-    return jax.nn.silu(gate) * up
 
 
 def feed_forward(x_ND: jax.Array, weights: dict[str, jax.Array | Stacked]) -> jax.Array:

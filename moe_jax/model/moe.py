@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from moe_jax.config.architecture import MoEConfig
 from moe_jax.dispatch import local
-from moe_jax.kernels.grouped_matmul.api import grouped_matmul
-from moe_jax.model.layers import feed_forward, swiglu
+from moe_jax.kernels.expert_ffn.api import expert_ffn
+from moe_jax.model.layers import feed_forward
 from moe_jax.routing import balance, policies
 from moe_jax.routing.mask import masked
 from moe_jax.routing.router import route
@@ -21,24 +21,6 @@ class Traffic(NamedTuple):
     load_loss: jax.Array  # float32 scalar, see `balance.load_loss`
     effective_experts: jax.Array  # float32 scalar, see `balance.effective_experts`
     chosen_NK: jax.Array  # int32: the expert of each slot; -1: not kept
-
-
-def run_experts(
-    rows_SD: jax.Array, group_sizes_E: jax.Array, layer: jax.Array, weights: dict[str, jax.Array], implementation: str
-) -> jax.Array:
-    """Runs the routed experts on rows sorted by expert: out_SD, unweighted; rows outside every group give zero.
-
-    Products run in the dtype of the weights, which may be wider than that of the rows.
-    """
-
-    def multiply(rows_SX, weights_LEFX):
-        rows_SX = rows_SX.astype(weights_LEFX.dtype)
-        return grouped_matmul(rows_SX, weights_LEFX, group_sizes_E, layer, implementation)
-
-    gate_up_LEIFD = weights["gate_up_LEIFD"]
-    gate_up_LEID = gate_up_LEIFD.reshape(*gate_up_LEIFD.shape[:2], -1, gate_up_LEIFD.shape[-1])
-    gate_up_SI = multiply(rows_SD, gate_up_LEID)
-    return multiply(swiglu(gate_up_SI), weights["down_LEDF"]).astype(rows_SD.dtype)
 
 
 def moe_layer(
@@ -79,7 +61,9 @@ def moe_layer(
         x_ND,
         selection,
         moe.num_experts,
-        lambda rows_SD, group_sizes_E: run_experts(rows_SD, group_sizes_E, layer, experts, implementation),
+        lambda rows_SD, group_sizes_E: expert_ffn(
+            rows_SD, experts["gate_up_LEIFD"], experts["down_LEDF"], group_sizes_E, layer, implementation
+        ),
     )
     if moe.num_shared_experts:
         with jax.named_scope("shared_experts"):

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import layers
+from moe_jax.kernels.expert_ffn.api import swiglu
 from moe_jax.model import decoder
 from moe_jax.model.finite import require_finite
-from moe_jax.model.layers import swiglu
 from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration, sample_of
 from moe_jax.routing.policies.parse import MODEL_OWN
