@@ -8,7 +8,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "moe_jax"
 FLOORS = (
-    ("dims", "files", "interruption", "config"),
+    ("dims", "files", "interruption", "memory", "config"),
     ("text", "routing", "kernels"),
     ("dispatch",),
     ("model",),

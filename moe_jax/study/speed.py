@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
+from moe_jax import memory
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.cost import roofline
-from moe_jax.engine import cache as caches
 from moe_jax.engine.batch import Batch, batch_of
 from moe_jax.engine.generate import Engine, steps_at_once
 from moe_jax.engine.request import AnyPolicy, make_requests
@@ -171,11 +171,8 @@ def _with_replay(live: Live, expert_LXYK: np.ndarray | None, padded: tuple[int, 
 def _require_room(program: jax.stages.Compiled, name: str) -> None:
     analysis = program.memory_analysis()
     needed_bytes = 0 if analysis is None else analysis.temp_size_in_bytes
-    if needed_bytes > (free_bytes := caches.available_bytes()):
-        raise ValueError(
-            f"{name} needs {needed_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB available: expected fewer or shorter "
-            "rows in benchmark.decode_batches and benchmark.prefill_lengths"
-        )
+    remedy = "fewer or shorter rows in benchmark.decode_batches and benchmark.prefill_lengths"
+    memory.require(name, needed_bytes, memory.device_bytes(), remedy)
 
 
 @dataclasses.dataclass(frozen=True)

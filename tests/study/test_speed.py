@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax import memory
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.cost import roofline
 from moe_jax.engine import cache as caches
@@ -126,8 +127,8 @@ def test_a_timing_sets_medians_beside_floors(engine):
 def test_a_program_beyond_the_memory_is_refused(engine, monkeypatch):
     subject = speed.Subject(engine, EXECUTION, None, SamplingConfig())
     monkeypatch.setattr(caches, "require_memory", lambda *arguments: None)
-    monkeypatch.setattr(caches, "available_bytes", lambda: 1)
-    with pytest.raises(ValueError, match=r"prefill_16 needs 0.0 GB, 0.0 GB available: expected fewer or shorter"):
+    monkeypatch.setattr(memory, "device_bytes", lambda: 1)
+    with pytest.raises(ValueError, match=r"prefill_16 needs 0.0 GB of memory, 0.0 GB available: expected fewer"):
         speed.Prefill(subject, tokens(1, 16)[0])
 
 
@@ -149,11 +150,11 @@ def test_random_weights_have_the_shapes_of_the_model(dtype):
 
 def test_random_weights_beyond_the_memory_are_refused(monkeypatch):
     expected = 4 * roofline.parameters(ARCHITECTURE)
-    monkeypatch.setattr(caches, "available_bytes", lambda: expected)
+    monkeypatch.setattr(memory, "device_bytes", lambda: expected)
     random_model.random_params(ARCHITECTURE, jnp.float32, 0)
-    monkeypatch.setattr(caches, "available_bytes", lambda: expected - 1)
+    monkeypatch.setattr(memory, "device_bytes", lambda: expected - 1)
     with pytest.raises(
-        ValueError, match=r"the model needs 0.0 GB, 0.0 GB available: expected a smaller decoder.num_layers"
+        ValueError, match=r"the model needs 0.0 GB of memory, 0.0 GB available: expected a smaller decoder.num_layers"
     ):
         random_model.random_params(ARCHITECTURE, jnp.float32, 0)
 
