@@ -13,9 +13,9 @@ from tqdm import tqdm
 from moe_jax import checkpoint, files
 from moe_jax.checkpoint import families
 from moe_jax.config.schema import Config
-from moe_jax.cost import roofline
 from moe_jax.evaluation.intervals import Estimate, paired_ratio, ratio
 from moe_jax.evaluation.likelihood import num_windows, score_documents, xz_bits_per_byte
+from moe_jax.model import parameters
 from moe_jax.model.decoder import Execution, Params
 from moe_jax.report.evaluated import load_max_over_mean
 from moe_jax.report.plots import draw_training_curve
@@ -67,8 +67,8 @@ def finish(config: Config, folder: pathlib.Path, text: Text, execution: Executio
         xz_bits_per_byte(held_out_text),
         xz_bits_per_byte(held_out_text, primer=training_text),
         statistics.median(line["tokens_per_s"] for line in lines if "tokens_per_s" in line),
-        roofline.parameters(config.architecture),
-        roofline.active_parameters(config.architecture),
+        parameters.count(config.architecture),
+        parameters.count_active(config.architecture),
     )
     files.write_atomically(folder / "model" / "MODEL_CARD.md", model_card(config, text, finished))
     return finished

@@ -161,8 +161,8 @@ def require_memory(config: Config, params: Params) -> None:
         ValueError: it does not fit.
     """
     shapes = jax.eval_shape(lambda: _divided(config, params)[0])
-    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    copies_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    weights = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    copies_bytes = trainable.num_bytes(shapes)
     if config.finetune.train == "lora":
         copies_bytes += trainable.num_bytes(params)  # the merged model, for the export
     training = config.training

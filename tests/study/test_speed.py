@@ -12,7 +12,7 @@ from moe_jax.cost import roofline
 from moe_jax.engine import cache as caches
 from moe_jax.engine.generate import Engine
 from moe_jax.engine.request import execution_of, make_requests
-from moe_jax.model import decoder
+from moe_jax.model import decoder, parameters
 from moe_jax.routing.trace import Trace
 from moe_jax.study import random_model, speed
 from tests import tiny_model
@@ -149,7 +149,7 @@ def test_random_weights_have_the_shapes_of_the_model(dtype):
 
 
 def test_random_weights_beyond_the_memory_are_refused(monkeypatch):
-    expected = 4 * roofline.parameters(ARCHITECTURE)
+    expected = 4 * parameters.count(ARCHITECTURE)
     monkeypatch.setattr(memory, "device_bytes", lambda: expected)
     random_model.random_params(ARCHITECTURE, jnp.float32, 0)
     monkeypatch.setattr(memory, "device_bytes", lambda: expected - 1)
