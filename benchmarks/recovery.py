@@ -169,7 +169,8 @@ def main(run: command.Command) -> None:
         with run.timed(name):
             known = [before[policy] for policy in planned.compared]
             finished = recover.recover(config, folder, opened, params, text, planned, execution, known)
-        rows = finetuned.finish(config, folder, finished)
+        rows = finetuned.rows(finished)
+        finetuned.write(config, folder, finished, rows)
         figures = {"figures": finetuned.figures(finished, rows), "rows": rows, "seconds": run.seconds[name]}
         result = figures | command.provenance() | {"date": datetime.date.today().isoformat()}
         files.write_atomically(folder / "config.gin", gin.to_gin(config))
@@ -233,6 +234,8 @@ def summary(folder: pathlib.Path, names) -> tuple[str, dict]:
     """The tables of all finished runs, and their figures."""
     import recovery_tables as tables
 
+    from moe_jax.report.figures import figure
+
     runs = tables.read_runs(folder, list(names))
 
     def finished(*expected):
@@ -254,7 +257,7 @@ def summary(folder: pathlib.Path, names) -> tuple[str, dict]:
         table, found = tables.against_control(pairs, of)
         parts.append(table)
         for name, share in found.items():
-            figures[f"recovered_{name.replace(' ', '')}"] = {"value": share.value, "unit": "1", "ci95": share.ci95}
+            figures[f"recovered_{name.replace(' ', '')}"] = figure(share, "1")
     long = {"topk:4": seeds} | one_seed
     specialists = {policy: of[0] for policy, of in sorted(long.items()) if of}
     for name in GROUPS["elastic"] if specialists else ():

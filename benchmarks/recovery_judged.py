@@ -13,9 +13,9 @@ from moe_jax.engine.request import execution_of
 from moe_jax.evaluation import choices, completions
 from moe_jax.evaluation.intervals import paired_difference, ratio
 from moe_jax.evaluation.journal import Journal, identity
-from moe_jax.report import evaluated
-from moe_jax.report.evaluated import cell, figure
+from moe_jax.report.figures import cell, figure, markdown
 from moe_jax.routing.policies.parse import parse
+from moe_jax.study import compare
 from moe_jax.text.corpus import Document
 from moe_jax.text.tokenizer import load_tokenizer
 
@@ -34,7 +34,7 @@ def judge(config: Config, out: pathlib.Path, folder: pathlib.Path, spec: str, do
     """Asks a model all questions of the documents. Parts are kept in `out`, so that a killed run can continue."""
     model = moe_jax.load(folder, dtype="float32", calibration=None)
     tokenizer, execution = load_tokenizer(folder), execution_of(model.architecture, 8)
-    task = evaluated.prepare(config.evaluation, config.run.seed, documents, tokenizer, execution)
+    task = compare.prepare(config.evaluation, config.run.seed, documents, tokenizer, execution)
     compared, shared = [parse(spec)], {"execution": execution}
     asked = dataclasses.replace(config, policy=dataclasses.replace(config.policy, spec=spec))
     shared["journal"] = Journal(out / "judged", identity(asked, [folder], execution.implementations))
@@ -58,10 +58,9 @@ def table(judged: Mapping[str, Judged], first: str) -> str:
     """One line per model, with its difference from `first`, paired by document; intervals are 95%."""
     kinds = {"next-line choice": ("right_J", "asked_J"), "parses, greedy": ("greedy_J", "headed_J")}
     kinds["parses, T=0.8"] = ("sampled_J", "headed_J")
-    head = [f"{kind} | difference" for kind in kinds]
-    lines = [f"| model | {' | '.join(head)} |", "|---" * (2 * len(kinds) + 1) + "|"]
+    lines = []
     for name, one in judged.items():
-        cells = []
+        cells = [name]
         for part, whole in kinds.values():
             values, reference, of = (
                 getattr(of, field) for of, field in ((one, part), (judged[first], part), (one, whole))
@@ -69,5 +68,5 @@ def table(judged: Mapping[str, Judged], first: str) -> str:
             cells.append(cell(figure(ratio(values, of), "1"), "{:.3f}"))
             more = paired_difference(values, reference, of)
             cells.append("" if name == first else cell(figure(more, "1"), "{:+.3f}"))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(["model", *(head for kind in kinds for head in (kind, "difference"))], lines)

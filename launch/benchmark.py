@@ -27,6 +27,7 @@ def main(run: command.Command) -> None:
     from moe_jax.cost import hardware
     from moe_jax.model.decoder import dtype_of
     from moe_jax.study import speed
+    from moe_jax.study.timing import timing_of
 
     config = run.config
     subject, tokens_of, routing = prepare(run)
@@ -47,12 +48,14 @@ def main(run: command.Command) -> None:
             )
             cases[-1].take(1)
     with run.timed("run"):
+        steps = [1 if phase == "prefill" else config.benchmark.decode_steps for phase, _, _ in permitted]
         samples = {case.name: [] for case in cases}
         for _ in tqdm.trange(config.benchmark.rounds, unit="round", disable=None):
-            speed.take_turns(cases, config.benchmark.decode_steps, samples)
+            for case, taken in zip(cases, speed.take_turns(cases, steps)):
+                samples[case.name] += taken
             machines.append(probe.measure())
     machine = hardware.typical(machines)
-    timings = [speed.timing_of(case, samples[case.name], subject.execution, machine, dtype.itemsize) for case in cases]
+    timings = [timing_of(case, samples[case.name], subject.execution, machine, dtype.itemsize) for case in cases]
     if TRACE.value:
         speed.profile(cases, run.out / "trace")
     figures = figures_of(timings, machines)

@@ -18,22 +18,21 @@ def main(run: command.Command) -> None:
     """Converts, and prints what was written."""
     path = command.in_repository(run.config.model.path)
 
-    import jax
-
     from moe_jax import conversion
+    from moe_jax.model import parameters
 
     settings = {"layout": TO.value, "dtype": run.config.model.dtype, "policy": run.config.policy.spec}
     with run.timed("run"):
         held = conversion.convert(path, run.out / "model", **settings)
-    parameters = sum(array.size for array in jax.tree.leaves(held.params))
-    moe = held.checkpoint.architecture.moe
+    architecture = held.checkpoint.architecture
+    size, moe = parameters.count(architecture), architecture.moe
     figures = {
-        "parameters": {"value": parameters, "unit": "1"},
+        "parameters": {"value": size, "unit": "1"},
         "experts_per_token": {"value": moe.k, "unit": "experts"},
     }
     run.finish(
         figures,
-        text=f"{parameters / 1e6:,.1f} M parameters, {moe.k} of {moe.num_experts} experts active: {run.out / 'model'}",
+        text=f"{size / 1e6:,.1f} M parameters, {moe.k} of {moe.num_experts} experts active: {run.out / 'model'}",
     )
 
 

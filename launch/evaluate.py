@@ -11,7 +11,7 @@ have the details.
 import os
 import pathlib
 
-from moe_jax import command
+from moe_jax import command, files
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -24,24 +24,26 @@ def main(run: command.Command) -> None:
     from moe_jax.evaluation.journal import Journal, identity
     from moe_jax.evaluation.likelihood import xz_bits_per_byte
     from moe_jax.report import evaluated
+    from moe_jax.study import compare
     from moe_jax.text.corpus import load_held_out
 
     opened, execution = run.open_model()
     tokenizer, seed = opened.require_tokenizer(), config.run.seed
     with run.timed("text"):
         documents, calibration = load_held_out(held_out), opened.calibration
-        task = evaluated.prepare(config.evaluation, seed, documents, tokenizer, execution, calibration)
+        task = compare.prepare(config.evaluation, seed, documents, tokenizer, execution, calibration)
         xz = xz_bits_per_byte([document.text.encode() for document in task.documents])
 
     model = run.load(opened)
     places = [opened.folder, held_out, *(pathlib.Path(one) for one in (config.policy.calibration,) if one)]
     journal = Journal(run.out / "parts", identity(config, places, run.implementations))
     with run.timed("run"):
-        measured = evaluated.measure(config.evaluation, seed, task, model.engine, tokenizer, execution, journal)
+        measured = compare.measure(config.evaluation, seed, task, model.engine, tokenizer, execution, journal)
 
     rows = evaluated.rows(task, measured)
     figures = rows[0]["figures"] | {"xz_bits_per_byte": {"value": xz, "unit": "bit/byte"}}
-    evaluated.write_details(run.out, task, measured)
+    for name, text in evaluated.details(task, measured).items():
+        files.write_atomically(run.out / name, text)
     run.finish(figures, rows=rows, text=f"{evaluated.table(rows)}\n`xz -9e` of the same text: {xz:.3f} bits per byte")
     journal.forget()
 

@@ -42,7 +42,8 @@ def main(run: command.Command) -> None:
         before = recover.measure(config, params, text, planned.compared, execution, "before", journal)
     with run.timed("run"):
         finished = recover.recover(config, run.out, opened, params, text, planned, execution, before)
-    rows = finetuned.finish(config, run.out, finished)
+    rows = finetuned.rows(finished)
+    finetuned.write(config, run.out, finished, rows)
     figures = finetuned.figures(finished, rows)
     run.finish(figures, rows=rows, text=f"{finetuned.table(rows)}\n\n{finetuned.note(config)}")
     journal.forget()

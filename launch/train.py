@@ -17,11 +17,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 def main(run: command.Command) -> None:
     """Prepares the text, trains, exports and measures."""
     from moe_jax.report import trained
+    from moe_jax.study import pretrain
     from moe_jax.training import loop, pretraining
 
     config = run.config
     execution = run.execution_of(config.architecture)
-    trained.require_policies(config, execution)
+    pretrain.policies_of(config, execution)  # checks them before hours of training
     pretraining.require_possible(config)
     loop.require_same_run(config, run.out)
     with run.timed("text"):
@@ -31,9 +32,10 @@ def main(run: command.Command) -> None:
     with run.timed("run"):
         params = pretraining.train(config, run.out, text, execution)
     with run.timed("measure"):
-        finished = trained.finish(config, run.out, text, execution, params)
-    figures, rows = trained.figures(finished)
-    run.finish(figures, rows=rows, text=trained.table(finished))
+        exported = pretrain.export(config, run.out, text, execution, params)
+    rows = trained.rows(exported)
+    trained.write(config, run.out, exported, rows)
+    run.finish(trained.figures(config, exported, rows), rows=rows, text=trained.table(rows))
 
 
 if __name__ == "__main__":

@@ -8,18 +8,18 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "moe_jax"
 FLOORS = (
-    ("dims", "files", "interruption", "config"),
+    ("dims", "files", "interruption", "memory", "config"),
     ("text", "routing", "kernels"),
     ("dispatch",),
     ("model",),
     ("checkpoint", "engine", "cost"),
     ("evaluation", "training"),
-    ("study", "report", "conversion"),
+    ("study", "conversion"),
+    ("report",),
     ("api", "command", "__init__"),
 )
 SIDEWAYS = {
     ("training", "evaluation"),  # training evaluates as it goes
-    ("report", "study"),  # a report shows what a study found
 }
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 TOP = len(FLOORS) - 1
@@ -84,6 +84,8 @@ def test_imports_point_down(path):
         ("engine", "from moe_jax.checkpoint import families", True),
         ("training", "from moe_jax.evaluation import likelihood", False),
         ("evaluation", "from moe_jax.training import loop", True),
+        ("report", "from moe_jax.study import frontier", False),
+        ("study", "from moe_jax.report import figures", True),
         ("command", "from moe_jax import api", False),
     ],
 )

@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-import psutil
 
+from moe_jax import memory
 from moe_jax.checkpoint import filling
 from moe_jax.checkpoint.quantization import Blocks
 from moe_jax.checkpoint.safetensors_file import StoredTensor
@@ -179,10 +179,8 @@ def _require_memory(folder: pathlib.Path, stacks: Sequence[Stack], parts: Sequen
         numbers = 0 if stack.mapped else sum(math.prod(_shape(part)) for part in stack_parts)
         needed_bytes += numbers * stack.dtype.itemsize
         halved_bytes += numbers * stack.halved_itemsize
-    available_bytes = psutil.virtual_memory().available
-    if needed_bytes > available_bytes:
-        needed, available = f"{needed_bytes / 1e9:.1f} GB", f"{available_bytes / 1e9:.1f} GB"
-        remedy = "a smaller model"
-        if halved_bytes <= available_bytes:
-            remedy = f"model.dtype=bfloat16, which needs {halved_bytes / 1e9:.1f} GB"
-        raise ValueError(f"{folder} needs {needed} of memory, {available} available: expected {remedy}")
+    available_bytes = memory.host_bytes()
+    remedy = "a smaller model"
+    if halved_bytes <= available_bytes:
+        remedy = f"model.dtype=bfloat16, which needs {halved_bytes / 1e9:.1f} GB"
+    memory.require(str(folder), needed_bytes, available_bytes, remedy)

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import psutil
 
 from moe_jax.cost.roofline import Machine
 
@@ -87,11 +86,3 @@ def kind() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return models[0] if models else platform.machine()
-
-
-def available_bytes() -> int:
-    """Memory of all local devices; for a device that does not report it (a CPU), the free memory of the machine."""
-    return sum(
-        (device.memory_stats() or {}).get("bytes_limit") or psutil.virtual_memory().available
-        for device in jax.local_devices()
-    )

@@ -9,7 +9,8 @@ import dataclasses
 from collections.abc import Sequence
 
 from moe_jax.config.architecture import Architecture, AttentionConfig
-from moe_jax.model.parameters import Matrix, Parameter, count
+from moe_jax.model.decoder import ATTENTION
+from moe_jax.model.parameters import Matrix, Parameter, count, count_expert, find, is_routed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,36 +49,9 @@ def floor_s(work: Work, machine: Machine) -> float:
     return max(work.bytes / machine.bytes_per_s, work.flops / machine.flops_per_s)
 
 
-def _routed(parameter: Parameter) -> bool:
-    return "experts" in parameter.modules
-
-
-def _embeds(parameter: Parameter) -> bool:
-    return "V" in parameter.letters
-
-
 def _always_read(parameter: Parameter) -> bool:
     """Whether every step reads it, whatever its tokens: all but the embeddings and the routed experts."""
-    return not _routed(parameter) and not _embeds(parameter)
-
-
-def expert_parameters(architecture: Architecture) -> int:
-    """Parameters of one routed expert: gate, up and down."""
-    return count(architecture, _routed) // sum(architecture.num_experts_L)
-
-
-def parameters(architecture: Architecture) -> int:
-    """Parameters of the whole model, including the selection bias."""
-    return count(architecture)
-
-
-def active_parameters(architecture: Architecture) -> int:
-    """Parameters that one token uses: the routed experts that the model was trained with, and all that is not routed.
-
-    Both embeddings count in full, as most publishers do.
-    """
-    unused = sum(architecture.num_experts_L) - sum(architecture.k_L)
-    return parameters(architecture) - unused * expert_parameters(architecture)
+    return not is_routed(parameter) and "V" not in parameter.letters
 
 
 def expected_distinct(num_experts: int, k: int, tokens: int) -> float:
@@ -98,9 +72,9 @@ def work(architecture: Architecture, step: Step, itemsize: int) -> Work:
 
 def _bytes(architecture: Architecture, step: Step, itemsize: int) -> float:
     trunk = architecture.decoder
-    head = trunk.vocab_size * trunk.d_model
+    head = _head_size(architecture)
     rows = 0 if trunk.tie_embeddings else min(step.tokens, trunk.vocab_size) * trunk.d_model  # tied: part of the head
-    experts = step.distinct_experts * expert_parameters(architecture)
+    experts = step.distinct_experts * count_expert(architecture)
     position = trunk.num_layers * _cached_numbers(architecture.attention)
     cache = position * (sum(step.cached_B) + step.tokens)
     return itemsize * (count(architecture, _always_read) + head + rows + experts + cache)
@@ -113,16 +87,20 @@ def _flops(architecture: Architecture, step: Step) -> float:
         for cached, new in zip(step.cached_B, step.new_B)
     )
     matrices = count(architecture, lambda one: _always_read(one) and one.kind is Matrix)
-    head = len(step.new_B) * trunk.d_model * trunk.vocab_size
-    products = step.tokens * matrices + mixing + step.kept_slots * expert_parameters(architecture) + head
+    head = len(step.new_B) * _head_size(architecture)
+    products = step.tokens * matrices + mixing + step.kept_slots * count_expert(architecture) + head
     return 2 * products
+
+
+def _head_size(architecture: Architecture) -> int:
+    """Numbers of the output embedding, which is as large as the input embedding, or is the same."""
+    return find(["embedding_VD"]).size(architecture)
 
 
 def _cached_numbers(attention: AttentionConfig) -> int:
     """Numbers that a layer caches for one token: keys and values, or a latent and a rotary key."""
-    if attention.kind == "latent":
-        return attention.latent_rank + attention.rope_head_dim
-    return 2 * attention.num_kv_heads * attention.head_dim
+    kv_heads, *widths = ATTENTION[attention.kind].cached_widths(attention)
+    return kv_heads * sum(widths)
 
 
 def _mixed_numbers(attention: AttentionConfig, new: int) -> int:

@@ -4,11 +4,10 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-import psutil
 
+from moe_jax import memory
 from moe_jax.config.architecture import Architecture
 from moe_jax.model.attention import Cache
 from moe_jax.model.decoder import ATTENTION
@@ -68,13 +67,9 @@ def require_memory(architecture: Architecture, rows_and_positions: Sequence[tupl
     """
     shapes = [shape for one in rows_and_positions for shape in _array_shapes(architecture, *one) if shape]
     needed_bytes = sum(math.prod(one) for one in shapes) * np.dtype(dtype).itemsize
-    free_bytes = available_bytes()
-    if needed_bytes > free_bytes:
-        rows, positions = rows_and_positions[0]
-        raise ValueError(
-            f"the cache of {rows} prompts with up to {positions} tokens needs {needed_bytes / 1e9:.1f} GB, "
-            f"{free_bytes / 1e9:.1f} GB available: expected fewer prompts or fewer tokens"
-        )
+    rows, positions = rows_and_positions[0]
+    what = f"the cache of {rows} prompts with up to {positions} tokens"
+    memory.require(what, needed_bytes, memory.device_bytes(), "fewer prompts or fewer tokens")
 
 
 def _array_shapes(architecture: Architecture, batch: int, memory: int) -> list[tuple[int, ...] | None]:
@@ -83,11 +78,3 @@ def _array_shapes(architecture: Architecture, batch: int, memory: int) -> list[t
     kv_heads, *widths = ATTENTION[attention.kind].cached_widths(attention)
     leading = (architecture.decoder.num_layers, batch, memory, kv_heads)
     return [(*leading, width) if width else None for width in widths]
-
-
-def available_bytes() -> int:
-    """Free memory of the first device; on a CPU, of this machine."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
-    return psutil.virtual_memory().available

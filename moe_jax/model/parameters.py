@@ -255,6 +255,25 @@ def count(architecture: Architecture, included: Callable[[Parameter], bool] = la
     return sum(parameter.size(architecture) for parameter in of(architecture) if included(parameter))
 
 
+def is_routed(parameter: Parameter) -> bool:
+    """Whether it is of the routed experts."""
+    return "experts" in parameter.modules
+
+
+def count_expert(architecture: Architecture) -> int:
+    """The number of parameters of one routed expert: gate, up and down."""
+    return count(architecture, is_routed) // sum(architecture.num_experts_L)
+
+
+def count_active(architecture: Architecture) -> int:
+    """The number of parameters that one token uses: the model's own k of its routed experts, and all others.
+
+    Both embeddings count in full, as most publishers do.
+    """
+    unused = sum(architecture.num_experts_L) - sum(architecture.k_L)
+    return count(architecture) - unused * count_expert(architecture)
+
+
 def shapes(architecture: Architecture, dtype: jnp.dtype = jnp.float32) -> dict[str, Any]:
     """The tree of a model's parameters as nested dicts of shapes."""
     tree: dict[str, Any] = {}

@@ -9,7 +9,7 @@ import numpy as np
 from moe_jax import files
 from moe_jax.config.schema import Config
 from moe_jax.evaluation.intervals import paired_ratio, ratio, recovered
-from moe_jax.report.evaluated import cell, figure, write_csv
+from moe_jax.report.figures import documents_csv, figure, policy_table
 from moe_jax.report.plots import draw_training_curve
 from moe_jax.study.recover import Finished
 
@@ -57,11 +57,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         "over the full model before, paired": ("bits_per_byte_increase", "{:+.2%}"),
         "recovered": ("recovered", "{:.0%}"),
     }
-    lines = ["| policy | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for row in rows:
-        cells = [cell(row["figures"].get(name), form) for name, form in columns.values()]
-        lines.append(f"| `{row['policy']}` | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return policy_table(rows, columns)
 
 
 def note(config: Config) -> str:
@@ -73,18 +69,6 @@ def note(config: Config) -> str:
         f"The next token has a weight of {weight:g} in the objective, so the gain includes what longer training gives "
         "any model; a control run with --set policy.spec=model --set objective.distillation=0 measures that part."
     )
-
-
-def write_details(folder: pathlib.Path, finished: Finished) -> None:
-    """Writes `documents.csv`: the bits of each reported document under each policy, before and after."""
-    head = [f"{when} {policy.spec}" for when in ("before", "after") for policy in finished.compared]
-    lines = [
-        [document.source, document.name, len(document.text.encode()), *(f"{bits:.6f}" for bits in bits_P)]
-        for document, bits_P in zip(
-            finished.text.reported.documents, zip(*(one.bits_J for one in (*finished.before, *finished.after)))
-        )
-    ]
-    write_csv(folder / "documents.csv", ["source", "name", "bytes", *head], lines)
 
 
 def model_card(config: Config, finished: Finished, table: str) -> str:
@@ -119,11 +103,13 @@ Fine-tuned by `launch/finetune.py` from `{config.model.path}`, so that it does w
 """
 
 
-def finish(config: Config, folder: pathlib.Path, finished: Finished) -> list[dict[str, Any]]:
-    """Writes the details, and the card and training curve of the exported model; returns the rows of result.json."""
-    found = rows(finished)
-    write_details(folder, finished)
-    card = model_card(config, finished, table(found))
+def write(config: Config, folder: pathlib.Path, finished: Finished, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes `documents.csv`, the bits of each document before and after, and the exported model's card and curve."""
+    bits = [
+        (f"{when} {policy.spec}", one.bits_J)
+        for when, scored in (("before", finished.before), ("after", finished.after))
+        for policy, one in zip(finished.compared, scored)
+    ]
+    files.write_atomically(folder / "documents.csv", documents_csv(finished.text.reported.documents, bits))
     files.write_atomically(folder / "model" / "training_curve.png", draw_training_curve(folder / "metrics.jsonl"))
-    files.write_atomically(folder / "model" / "MODEL_CARD.md", card)
-    return found
+    files.write_atomically(folder / "model" / "MODEL_CARD.md", model_card(config, finished, table(rows)))

@@ -1,5 +1,6 @@
 """A frontier as figures and rows of result.json."""
 
+from moe_jax.report.figures import figure
 from moe_jax.study.frontier import Frontier, choices
 
 
@@ -24,12 +25,8 @@ def rows(frontier: Frontier) -> list[dict]:
     for point in frontier.points:
         quality, speed = point.quality, point.speed
         figures = {
-            "bits_per_byte": {
-                "value": quality.bits_per_byte.value,
-                "unit": "bit/byte",
-                "ci95": quality.bits_per_byte.ci95,
-            },
-            "bits_per_byte_increase": {"value": quality.increase.value, "unit": "1", "ci95": quality.increase.ci95},
+            "bits_per_byte": figure(quality.bits_per_byte, "bit/byte"),
+            "bits_per_byte_increase": figure(quality.increase, "1"),
             "experts_per_token": {"value": quality.experts_per_token, "unit": "experts"},
             "distinct_experts_per_layer_step": {"value": quality.distinct_experts, "unit": "experts"},
             "decode_tokens_per_s": {"value": speed.tokens_per_s, "unit": "tokens/s"},
@@ -37,8 +34,7 @@ def rows(frontier: Frontier) -> list[dict]:
             "bytes": {"value": speed.bytes, "unit": "bytes"},
         }
         if point.rival is not None:
-            difference = point.rival.difference
-            figures["bits_per_byte_over_rival"] = {"value": difference.value, "unit": "1", "ci95": difference.ci95}
+            figures["bits_per_byte_over_rival"] = figure(point.rival.difference, "1")
         rival = None if point.rival is None else point.rival.policy
         found.append({"policy": point.policy, "concurrency": point.concurrency, "rival": rival, "figures": figures})
     return found

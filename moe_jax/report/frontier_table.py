@@ -1,10 +1,9 @@
 """A frontier as text: all points as CSV, and recommendations and gains as Markdown tables."""
 
-import csv
-import io
 from collections.abc import Sequence
 
 from moe_jax.evaluation.intervals import Estimate
+from moe_jax.report.figures import csv_text
 from moe_jax.study.frontier import Choice, Frontier, Point, choices
 
 
@@ -38,12 +37,7 @@ def to_csv(frontier: Frontier) -> str:
     """
     layers = max(len(point.quality.kept_L) for point in frontier.points)
     head = [*_columns(frontier.points[0]), *(f"kept_layer_{layer}" for layer in range(layers))]
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(head)
-    for point in frontier.points:
-        writer.writerow([*_columns(point).values(), *point.quality.kept_L])
-    return text.getvalue()
+    return csv_text(head, ([*_columns(point).values(), *point.quality.kept_L] for point in frontier.points))
 
 
 def _columns(point: Point) -> dict[str, str | float]:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.evaluation.intervals import Estimate, paired_difference, ratio
+from moe_jax.report.figures import cell, figure, markdown
 
 _UNITS = {"bits_per_byte": "bit/byte"}
 _Z95 = 1.96  # standard errors on each side of a 95% interval
@@ -29,11 +30,10 @@ def rows(specs: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[dic
         for task, metric, chosen in _metrics(result):
             name = "/".join([task, metric] + ([chosen] if chosen != "none" else []))
             unit = _UNITS.get(metric, "1")
-            figures[name] = _figure(result, task, metric, chosen) | {"unit": unit}
+            figures[name] = _figure(result, task, metric, chosen, unit)
             first, own = (_parts(one, task, metric, chosen) for one in (results[0], result))
             if found and first is not None and own is not None:
-                difference = paired_difference(own[0], first[0], own[1])
-                figures[f"{name}_difference"] = {**difference._asdict(), "unit": unit}
+                figures[f"{name}_difference"] = figure(paired_difference(own[0], first[0], own[1]), unit)
         found.append({"policy": spec, "figures": figures})
     return found
 
@@ -48,20 +48,15 @@ def _metrics(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _figure(result: Mapping[str, Any], task: str, metric: str, chosen: str) -> dict[str, Any]:
+def _figure(result: Mapping[str, Any], task: str, metric: str, chosen: str, unit: str) -> dict[str, Any]:
     value = float(result["results"][task][f"{metric},{chosen}"])
-    estimate = _resampled(result, task, metric, chosen)
-    if estimate is not None:
-        return {"value": value, "ci95": estimate.ci95}
+    parts = _parts(result, task, metric, chosen)
+    if parts is not None:
+        return figure(Estimate(value, ratio(*parts).ci95), unit)
     error = result["results"][task].get(f"{metric}_stderr,{chosen}")
     if not _is_number(error):
-        return {"value": value}
-    return {"value": value, "ci95": (value - _Z95 * error, value + _Z95 * error)}
-
-
-def _resampled(result: Mapping[str, Any], task: str, metric: str, chosen: str) -> Estimate | None:
-    parts = _parts(result, task, metric, chosen)
-    return None if parts is None else ratio(*parts)
+        return {"value": value, "unit": unit}
+    return figure(Estimate(value, (value - _Z95 * error, value + _Z95 * error)), unit)
 
 
 def _parts(result: Mapping[str, Any], task: str, metric: str, chosen: str) -> tuple[np.ndarray, np.ndarray] | None:
@@ -89,15 +84,11 @@ def _is_number(value: Any) -> bool:
 def table(found: Sequence[Mapping[str, Any]]) -> str:
     """One line per figure and one column per policy, in Markdown; intervals are 95%."""
     names = dict.fromkeys(name for row in reversed(found) for name in row["figures"])  # the first has no differences
-    lines = ["| | " + " | ".join(f"`{row['policy']}`" for row in found) + " |", "|---" * (len(found) + 1) + "|"]
-    for name in names:
-        cells = [_cell(row["figures"].get(name), "+.3f" if name.endswith("_difference") else ".3f") for row in found]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    head = ["", *(f"`{row['policy']}`" for row in found)]
+    return markdown(head, ([name, *(_cell(row["figures"].get(name), name) for row in found)] for name in names))
 
 
-def _cell(figure: Mapping[str, Any] | None, form: str) -> str:
-    if figure is None:
-        return ""
-    interval = " ({:{form}} to {:{form}})".format(*figure["ci95"], form=form) if "ci95" in figure else ""
-    return f"{figure['value']:{'d' if isinstance(figure['value'], int) else form}}" + interval
+def _cell(given: Mapping[str, Any] | None, name: str) -> str:
+    if given is not None and isinstance(given["value"], int):
+        return cell(given, "{:d}")
+    return cell(given, "{:+.3f}" if name.endswith("_difference") else "{:.3f}")

@@ -1,148 +1,66 @@
-"""Exports a trained model, measures the export, and writes its model card."""
+"""A model trained from scratch: figures, table, and its model card."""
 
-import dataclasses
-import json
 import pathlib
-import statistics
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from moe_jax import checkpoint, files
+from moe_jax import files
 from moe_jax.checkpoint import families
 from moe_jax.config.schema import Config
-from moe_jax.cost import roofline
-from moe_jax.evaluation.intervals import Estimate, paired_ratio, ratio
-from moe_jax.evaluation.likelihood import num_windows, score_documents, xz_bits_per_byte
-from moe_jax.model.decoder import Execution, Params
-from moe_jax.report.evaluated import load_max_over_mean
+from moe_jax.evaluation.intervals import paired_ratio, ratio
+from moe_jax.model import parameters
+from moe_jax.report.figures import Row, figure, load_figures, policy_table
 from moe_jax.report.plots import draw_training_curve
-from moe_jax.routing import policies
-from moe_jax.routing.policies.parse import parse
-from moe_jax.training.pretraining import Text
+from moe_jax.study.pretrain import Exported
 
 
-class Row(NamedTuple):
-    """The results of one policy on the held-out text."""
-
-    policy: str
-    bits_per_byte: Estimate
-    worse: Estimate | None  # increase of bits per byte over the first policy, a fraction, paired by document
-    load_max_over_mean: float  # of the most uneven MoE layer
-    unused_experts: int  # in all MoE layers
-
-
-class Finished(NamedTuple):
-    """The figures of a trained model, as exported."""
-
-    rows: Sequence[Row]
-    xz: float  # bits per byte of the same text by `xz -9e`
-    xz_primed: float  # the same, after the compressor has read the training text
-    tokens_per_s: float  # median over the run
-    parameters: int
-    active_parameters: int  # read for one token, with the model's own k
+def rows(exported: Exported) -> list[dict[str, Any]]:
+    """The rows of result.json, one for each policy; `worse_than_first` is paired by document."""
+    sizes = np.array([len(document.text.encode()) for document in exported.text.held_out])
+    first, *_ = exported.likelihoods
+    found = []
+    for number, (policy, one) in enumerate(zip(exported.compared, exported.likelihoods)):
+        figures = {"bits_per_byte": figure(ratio(one.bits_J, sizes), "bit/byte"), **load_figures(one.load_LE)}
+        if number:
+            figures["worse_than_first"] = figure(paired_ratio(one.bits_J, first.bits_J), "1")
+        found.append({"policy": policy.spec, "figures": figures})
+    return found
 
 
-def require_policies(config: Config, execution: Execution) -> None:
-    """Raises ValueError if a policy of `evaluation.policies` does not fit the model, before hours of training."""
-    policies.settings([parse(spec) for spec in config.evaluation.policies], execution.architecture, execution.k_max)
-
-
-def finish(config: Config, folder: pathlib.Path, text: Text, execution: Execution, params: Params) -> Finished:
-    """Exports the trained model to `folder/model` with tokenizer, curve and card, and measures the export."""
-    metrics = folder / "metrics.jsonl"
-    begun = checkpoint.begun(config.architecture, text.tokenizer)
-    files_beside = {**begun.files, "training_curve.png": draw_training_curve(metrics)}
-    dataclasses.replace(begun, files=files_beside).save(folder / "model", params, dtype="bfloat16", replace=True)
-    exported = checkpoint.open(folder / "model").load("float32")
-    measured = _measure(config, text, execution, exported)
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
-    held_out_text, training_text = (
-        [document.text.encode() for document in documents] for documents in (text.held_out, text.corpus.documents)
-    )
-    finished = Finished(
-        measured,
-        xz_bits_per_byte(held_out_text),
-        xz_bits_per_byte(held_out_text, primer=training_text),
-        statistics.median(line["tokens_per_s"] for line in lines if "tokens_per_s" in line),
-        roofline.parameters(config.architecture),
-        roofline.active_parameters(config.architecture),
-    )
-    files.write_atomically(folder / "model" / "MODEL_CARD.md", model_card(config, text, finished))
-    return finished
-
-
-def _measure(config: Config, text: Text, execution: Execution, params: Params) -> list[Row]:
-    sizes = np.array([len(document.text.encode()) for document in text.held_out])
-    context = config.decoder.max_context
-    with tqdm(total=num_windows(text.held_out_tokens, context), unit="window", disable=None) as bar:
-        scored = score_documents(
-            params,
-            text.held_out_tokens,
-            [parse(spec) for spec in config.evaluation.policies],
-            execution,
-            context=context,
-            batch_size=config.evaluation.batch_size,
-            advance=bar.update,
-        )
-    return [
-        Row(
-            spec,
-            ratio(one.bits_J, sizes),
-            paired_ratio(one.bits_J, scored[0].bits_J) if number else None,
-            load_max_over_mean(one.load_LE),
-            int((one.load_LE == 0).sum()),
-        )
-        for number, (spec, one) in enumerate(zip(config.evaluation.policies, scored))
-    ]
-
-
-def figures(finished: Finished) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """The figures of result.json, of the first policy and of the run; and its rows, one per policy."""
-
-    def row_figures(row: Row) -> dict[str, Any]:
-        found = {
-            "bits_per_byte": _figure(row.bits_per_byte, "bit/byte"),
-            "expert_load_max_over_mean": {"value": row.load_max_over_mean, "unit": "1"},
-            "unused_experts": {"value": row.unused_experts, "unit": "experts"},
-        }
-        return found | ({"worse_than_first": _figure(row.worse, "1")} if row.worse else {})
-
-    run_figures = {
-        "xz_bits_per_byte": {"value": finished.xz, "unit": "bit/byte"},
-        "xz_primed_bits_per_byte": {"value": finished.xz_primed, "unit": "bit/byte"},
-        "training_tokens_per_s": {"value": finished.tokens_per_s, "unit": "token/s"},
-        "parameters": {"value": finished.parameters, "unit": "1"},
-        "active_parameters": {"value": finished.active_parameters, "unit": "1"},
+def figures(config: Config, exported: Exported, rows: Sequence[Row]) -> dict[str, Any]:
+    """The figures of result.json: of the first policy and of the run."""
+    return rows[0]["figures"] | {
+        "xz_bits_per_byte": {"value": exported.xz, "unit": "bit/byte"},
+        "xz_primed_bits_per_byte": {"value": exported.xz_primed, "unit": "bit/byte"},
+        "training_tokens_per_s": {"value": exported.tokens_per_s, "unit": "token/s"},
+        "parameters": {"value": parameters.count(config.architecture), "unit": "1"},
+        "active_parameters": {"value": parameters.count_active(config.architecture), "unit": "1"},
     }
-    rows = [{"policy": row.policy, "figures": row_figures(row)} for row in finished.rows]
-    return rows[0]["figures"] | run_figures, rows
 
 
-def _figure(estimate: Estimate, unit: str) -> dict[str, Any]:
-    return {"value": estimate.value, "unit": unit, "ci95": estimate.ci95}
-
-
-def table(finished: Finished) -> str:
+def table(rows: Sequence[Row]) -> str:
     """One line per policy, in Markdown."""
-    head = "| policy | held-out bits per byte (95%) | worse, paired (95%) | max/mean load | experts unused |\n"
-    lines = [head + "|---|---|---|---|---|"]
-    for row in finished.rows:
-        low, high = row.bits_per_byte.ci95
-        worse = ""
-        if row.worse:
-            worse = f"{row.worse.value:.2%} ({row.worse.ci95[0]:.2%} to {row.worse.ci95[1]:.2%})"
-        lines.append(
-            f"| `{row.policy}` | {row.bits_per_byte.value:.4f} ({low:.4f} to {high:.4f}) | {worse} | "
-            f"{row.load_max_over_mean:.2f} | {row.unused_experts} |"
-        )
-    return "\n".join(lines)
+    columns = {
+        "held-out bits per byte (95%)": ("bits_per_byte", "{:.4f}"),
+        "worse, paired (95%)": ("worse_than_first", "{:.2%}"),
+        "max/mean load": ("expert_load_max_over_mean", "{:.2f}"),
+        "experts unused": ("unused_experts", "{}"),
+    }
+    return policy_table(rows, columns)
 
 
-def model_card(config: Config, text: Text, finished: Finished) -> str:
+def write(config: Config, folder: pathlib.Path, exported: Exported, rows: Sequence[Row]) -> None:
+    """Writes the card and the training curve of the exported model."""
+    files.write_atomically(folder / "model" / "training_curve.png", draw_training_curve(folder / "metrics.jsonl"))
+    files.write_atomically(folder / "model" / "MODEL_CARD.md", model_card(config, exported, rows))
+
+
+def model_card(config: Config, exported: Exported, rows: Sequence[Row]) -> str:
     """MODEL_CARD.md: what the model is, what it was trained on, and how good it is."""
+    text, architecture = exported.text, config.architecture
+    whole, active = parameters.count(architecture), parameters.count_active(architecture)
     moe, decoder, attention, training = config.moe, config.decoder, config.attention, config.training
     seen_M = training.steps * training.batch_size * training.sequence_length / 1e6
     held_out_MB = sum(len(document.text.encode()) for document in text.held_out) / 1e6
@@ -152,8 +70,8 @@ def model_card(config: Config, text: Text, finished: Finished) -> str:
     return f"""# Model card
 
 A fine-grained Mixture-of-Experts decoder, trained from scratch by `launch/train.py` and exported in the
-`{families.OWN.model_type}` layout: {finished.parameters:,} parameters, {finished.active_parameters:,} of them active
-per token. It completes Python source text; it knows nothing else and follows no instructions.
+`{families.OWN.model_type}` layout: {whole:,} parameters, {active:,} of them active per token. It completes Python
+source text; it knows nothing else and follows no instructions.
 
 ## Shape
 
@@ -170,7 +88,7 @@ per token. It completes Python source text; it knows nothing else and follows no
 - AdamW, peak learning rate {training.learning_rate:g}, {training.warmup_steps} steps of warm-up, then a cosine
 - expert load balanced by the selection bias (step {training.balance_bias_rate:g}) and the load loss of Switch
   Transformer (weight {training.balance_loss:g})
-- {finished.tokens_per_s:,.0f} tokens/s (median)
+- {exported.tokens_per_s:,.0f} tokens/s (median)
 
 ![Training curve](training_curve.png)
 
@@ -180,9 +98,9 @@ Measured on the exported weights, in float32, on the whole held-out text ({len(t
 {held_out_MB:.2f} MB; `assets/text`), in windows of {decoder.max_context} tokens that overlap by a quarter. Intervals
 resample files; "worse" is relative to the first policy, paired by file.
 
-{table(finished)}
+{table(rows)}
 
-`xz -9e` needs {finished.xz:.4f} bits per byte for the same text, and {finished.xz_primed:.4f} once it has read the
+`xz -9e` needs {exported.xz:.4f} bits per byte for the same text, and {exported.xz_primed:.4f} once it has read the
 training text.
 
 ## Data

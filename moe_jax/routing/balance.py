@@ -1,15 +1,9 @@
-"""Balance of routing in training: loads of experts, and the effective number of experts per token."""
+"""Balance of routing in training: the loss of uneven loads, the selection bias, the effective experts of a token."""
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax.routing.selection import Routing, Selection
-
-
-def loads(selection: Selection, num_experts: int) -> jax.Array:
-    """Kept slots per expert, float32 [E]."""
-    expert_NK = jnp.where(selection.keep_NK, selection.expert_NK, num_experts)
-    return (expert_NK.reshape(-1, 1) == jnp.arange(num_experts)[None, :]).sum(axis=0).astype(jnp.float32)
 
 
 def load_loss(routing: Routing, load_E: jax.Array, valid_N: jax.Array) -> jax.Array:

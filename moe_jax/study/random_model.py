@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from moe_jax import memory
 from moe_jax.config.architecture import Architecture
-from moe_jax.engine import cache as caches
 from moe_jax.model import decoder, parameters
 
 
@@ -26,14 +26,9 @@ def random_params(architecture: Architecture, dtype: jnp.dtype, seed: int) -> de
     Raises:
         ValueError: the model does not fit in the memory that is available.
     """
+    needed_bytes = parameters.count(architecture) * jnp.dtype(dtype).itemsize
+    memory.require("the model", needed_bytes, memory.device_bytes(), "a smaller decoder.num_layers or model.dtype")
     leaves, tree = jax.tree_util.tree_flatten_with_path(parameters.shapes(architecture))
-    needed_bytes = sum(leaf.size for _, leaf in leaves) * jnp.dtype(dtype).itemsize
-    free_bytes = caches.available_bytes()
-    if needed_bytes > free_bytes:
-        raise ValueError(
-            f"the model needs {needed_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB available: expected a smaller "
-            "decoder.num_layers or model.dtype"
-        )
     deviation = architecture.decoder.d_model**-0.5
     params = []
     for number, (path, leaf) in enumerate(leaves):

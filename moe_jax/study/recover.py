@@ -1,8 +1,6 @@
 """Recovers the quality that fewer experts cost: measures a model, fine-tunes it, exports it, measures the export."""
 
-import json
 import pathlib
-import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -20,7 +18,7 @@ from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies import Policy
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
 from moe_jax.text.batches import Packed
-from moe_jax.training import finetuning, rollouts
+from moe_jax.training import finetuning, loop, rollouts
 from moe_jax.training.elastic import Draws
 from moe_jax.training.finetuning import Text
 
@@ -130,8 +128,7 @@ def recover(
     exported.save(folder / "model", tuned.params, dtype=model.stored_dtype, replace=True)
     params = checkpoint.open(folder / "model").load(config.training.weights)
     after = measure(config, params, text, planned.compared, execution, "after")
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    speed = statistics.median(line["tokens_per_s"] for line in lines if "tokens_per_s" in line)
+    speed = loop.median_tokens_per_s(folder)
     return Finished(*planned, before, after, text, tuned.step, tuned.steps, tuned.masked_experts, speed)
 
 

@@ -1,29 +1,32 @@
-"""Times the steps of a model and compares them with the roofline of the machine.
+"""Times the steps of a model.
 
-A case is a decode step of B rows, or a prefill of one row. Cases call the same programs as `Engine.run`, in the same
-way: from arrays on the host to the drawn tokens on the host, with several short decode steps in one call. Every round
-runs all cases in turn, so that a slow moment of the machine affects all of them.
+A case is a prefill of one row, decode steps of B rows, or decode steps of B rows with recorded routing. Cases call the
+same programs as `Engine.run`, in the same way: from arrays on the host to the drawn tokens on the host, with several
+short decode steps in one call. In every round the cases take turns.
 """
 
 import dataclasses
 import os
-import statistics
 import time
 from collections.abc import Sequence
+from typing import Self
 
 import jax
 import numpy as np
 
+from moe_jax import memory
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.cost import roofline
 from moe_jax.engine import cache as caches
-from moe_jax.engine.batch import Batch, batch_of
+from moe_jax.engine.batch import Batch, batch_of, live_of
 from moe_jax.engine.generate import Engine, steps_at_once
 from moe_jax.engine.request import AnyPolicy, make_requests
-from moe_jax.engine.steps import Live, Slots
-from moe_jax.model.decoder import Execution
+from moe_jax.engine.steps import Live, Slots, Steps
+from moe_jax.model.decoder import Execution, dtype_of
 from moe_jax.model.finite import require_finite
+from moe_jax.routing import policies
 from moe_jax.routing.policies import Replayed
+from moe_jax.routing.selection import distinct_experts
 from moe_jax.routing.trace import Trace
 
 
@@ -81,7 +84,7 @@ class Prefill:
     """A prefill: reads one row of tokens into a new cache and draws the next token."""
 
     def __init__(self, subject: Subject, tokens_T: np.ndarray):
-        self.name, self.rows, self.tokens = f"prefill_{len(tokens_T)}", 1, len(tokens_T)
+        self.name, self.tokens = f"prefill_{len(tokens_T)}", len(tokens_T)
         self._engine = subject.engine
         batch = subject.batch(tokens_T[None], 1)
         replayed_LBTK = subject.replayed(1, self.tokens)
@@ -102,6 +105,76 @@ class Prefill:
         return [Sample(seconds, step, drawn.chosen_LNK)]
 
 
+class Rows:
+    """Rows that are decoded together, each with the same number of tokens in the cache.
+
+    Args:
+        engine: weights and programs.
+        execution: the static settings of the steps.
+        rows: their number B.
+        slots: of the engine, with room for the rows.
+        routing: whether samples record the expert of every slot.
+    """
+
+    def __init__(self, engine: Engine, execution: Execution, rows: int, slots: Slots, routing: bool = False):
+        self.count, self.engine, self.execution = rows, engine, execution
+        self._slots, self._routing = slots, routing
+        self._warm: set[jax.stages.Compiled] = set()
+
+    @classmethod
+    def of_zeros(cls, engine: Engine, execution: Execution, rows: int, cached: int) -> Self:
+        """Rows with zeros in the cache, and room for two tokens after `cached` ones.
+
+        Raises:
+            ValueError: the cache does not fit in the memory that is available.
+        """
+        shape = caches.shape_of([cached] * rows, [2] * rows, execution.architecture.decoder.max_context)
+        caches.require_memory(execution.architecture, [(shape.batch, shape.memory)], dtype_of(engine.params))
+        return cls(engine, execution, rows, engine.empty(shape.batch, shape.memory, execution))
+
+    @property
+    def padded(self) -> int:
+        """The number of rows with padding."""
+        return len(self._slots.token_B)
+
+    def decode(self, name: str, token_B: np.ndarray, place: int, count: int, live: Live) -> list[Sample]:
+        """Takes `count` steps in one call, after one that is not timed if the program has not run before.
+
+        Args:
+            name: of what is timed, for messages.
+            token_B: that the first step reads; later ones read what was drawn.
+            place: the position of these tokens.
+            count: at most the engine's `most_steps`.
+            live: settings of all slots.
+        """
+        program = self.engine.decode_program(self._slots, live, self.execution, self._routing)
+        if program not in self._warm:
+            _require_room(program, name)
+            self._call(program, token_B, place, 1, live)
+            self._warm.add(program)
+        seconds, taken = self._call(program, token_B, place, count, live)
+        require_finite(taken.log_probability_SB[:count, : self.count], f"a step of {name}", self.engine.params)
+        samples = []
+        for number in range(count):
+            work = (int(taken.kept_SB[number].sum()), int(taken.distinct_S[number]))
+            step = roofline.Step([place + number] * self.count, [1] * self.count, *work)
+            samples.append(Sample(seconds, step, None if taken.chosen_SLBK is None else taken.chosen_SLBK[number]))
+        return samples
+
+    def _call(
+        self, program: jax.stages.Compiled, token_B: np.ndarray, place: int, count: int, live: Live
+    ) -> tuple[float, Steps]:
+        """The seconds of each step, from arrays on the host to arrays on the host."""
+        alive_B, never_I = np.arange(self.padded) < self.count, np.full_like(self.engine.end_I, -1)
+        left_B = np.where(alive_B, count, 0).astype(np.int32)
+        at = (np.pad(token_B, (0, self.padded - self.count)), np.full(self.padded, place, np.int32), left_B)
+        slots = jax.block_until_ready(jax.device_put(Slots(self._slots.cache, *at)))
+        began = time.perf_counter()
+        taken, self._slots = program(self.engine.params, slots, alive_B, np.int32(count), never_I, live)
+        taken = jax.device_get(taken)
+        return (time.perf_counter() - began) / count, taken
+
+
 class Decode:
     """Decode steps: each reads one token of every row and draws the next.
 
@@ -112,42 +185,24 @@ class Decode:
     """
 
     def __init__(self, subject: Subject, tokens_BT: np.ndarray, prompt_length: int):
-        self.rows, length = tokens_BT.shape
-        self.name, self.tokens = f"decode_{self.rows}", self.rows
+        rows, length = tokens_BT.shape
+        self.name, self.tokens = f"decode_{rows}", rows
         self._engine, self._tokens_BT, self._place = subject.engine, tokens_BT.astype(np.int32), prompt_length
         self._seconds = float("inf")  # per step, in the last call
         batch = subject.batch(tokens_BT[:, :prompt_length], length - prompt_length)
-        self._live, self._replayed_LBTK = batch.live, subject.replayed(self.rows, length)
+        self._live, self._replayed_LBTK = batch.live, subject.replayed(rows, length)
         prompt_LBTK = None if self._replayed_LBTK is None else self._replayed_LBTK[:, :, :prompt_length]
         reading = batch._replace(live=_with_replay(batch.live, prompt_LBTK, batch.tokens_BT.shape))
         _require_room(subject.engine.prefill_program(reading, subject.execution), self.name)
-        _, self._slots = jax.block_until_ready(subject.engine.prefill(reading, subject.execution))
-        live, execution = self._live_from(self._place), subject.execution
-        self._program = subject.engine.decode_program(self._slots, live, execution, subject.routing)
-        _require_room(self._program, self.name)
+        _, slots = jax.block_until_ready(subject.engine.prefill(reading, subject.execution))
+        self._rows = Rows(subject.engine, subject.execution, rows, slots, subject.routing)
 
     def take(self, most: int) -> list[Sample]:
         """Takes the next steps of every row in one call: as many as the engine would, at most `most`."""
-        engine, place = self._engine, self._place
-        count = min(most, steps_at_once(self._seconds, engine.most_steps), self._tokens_BT.shape[1] - place)
-        alive_B = np.arange(len(self._slots.token_B)) < self.rows
-        padding = (0, len(alive_B) - self.rows)
-        token_B = np.pad(self._tokens_BT[:, place], padding)
-        at = (token_B, np.full(len(alive_B), place, np.int32), np.where(alive_B, count, 0).astype(np.int32))
-        slots = jax.block_until_ready(jax.device_put(Slots(self._slots.cache, *at)))
-        live, never_I = self._live_from(place), np.full_like(engine.end_I, -1)
-        began = time.perf_counter()
-        taken, self._slots = self._program(engine.params, slots, alive_B, np.int32(count), never_I, live)
-        taken = jax.device_get(taken)
-        self._seconds = (time.perf_counter() - began) / count
-        require_finite(taken.log_probability_SB[:count, : self.rows], f"a step of {self.name}", engine.params)
-        self._place += count
-        samples = []
-        for number in range(count):
-            work = (int(taken.kept_SB[number].sum()), int(taken.distinct_S[number]))
-            step = roofline.Step([place + number] * self.rows, [1] * self.rows, *work)
-            chosen = None if taken.chosen_SLBK is None else taken.chosen_SLBK[number]
-            samples.append(Sample(self._seconds, step, chosen))
+        place = self._place
+        count = min(most, steps_at_once(self._seconds, self._engine.most_steps), self._tokens_BT.shape[1] - place)
+        samples = self._rows.decode(self.name, self._tokens_BT[:, place], place, count, self._live_from(place))
+        self._seconds, self._place = samples[0].seconds, place + count
         return samples
 
     def _live_from(self, place: int) -> Live:
@@ -155,7 +210,43 @@ class Decode:
             return self._live
         of_steps_LBSK = self._replayed_LBTK[:, :, place : place + self._engine.most_steps]
         of_steps_LSBK = np.moveaxis(of_steps_LBSK, 2, 1)  # one step after the other
-        return _with_replay(self._live, of_steps_LSBK, (self._engine.most_steps, len(self._live.sampling.seed_B)))
+        return _with_replay(self._live, of_steps_LSBK, (self._engine.most_steps, self._rows.padded))
+
+
+class Replay:
+    """Decode steps at one position under a policy, each with recorded experts.
+
+    The router and the policy run too, but their choice is not used. Every step overwrites the same entries of the
+    cache. What the cache holds does not affect the time, so several policies take turns on the same rows.
+
+    Args:
+        rows: that are decoded.
+        cached: tokens of each row in the cache.
+        policy: of every row.
+        chosen_SLBK: the experts of each step; -1: none.
+    """
+
+    def __init__(self, rows: Rows, cached: int, policy: policies.Policy, chosen_SLBK: np.ndarray):
+        self.name, self.tokens = f"{rows.count} rows, {policy.spec!r}", rows.count
+        self._rows, self._cached, self._chosen = rows, cached, iter(chosen_SLBK)
+        sampling = SamplingConfig(max_new_tokens=2)
+        requests = make_requests([[0]], None, rows.execution, sampling=sampling, policy=policy)
+        self._live = live_of(requests, rows.padded, rows.execution)
+
+    def take(self, most: int) -> list[Sample]:
+        """Takes the next step, whatever `most` is."""
+        chosen_LBK = next(self._chosen)
+        padded_LBK = np.full((len(chosen_LBK), self._rows.padded, self._rows.execution.k_max), -1, np.int32)
+        padded_LBK[:, : self._rows.count, : chosen_LBK.shape[2]] = chosen_LBK
+        expert_and_keep = jax.device_put((np.maximum(padded_LBK, 0), padded_LBK >= 0))
+        live = self._live._replace(policy=Replayed(self._live.policy, *jax.block_until_ready(expert_and_keep)))
+        return self._rows.decode(self.name, np.zeros(self._rows.count, np.int32), self._cached, 1, live)
+
+
+def replayed_step(chosen_LBK: np.ndarray, cached: int) -> roofline.Step:
+    """The work of a step of `Replay`."""
+    rows, kept = chosen_LBK.shape[1], int(np.count_nonzero(chosen_LBK >= 0))
+    return roofline.Step([cached] * rows, [1] * rows, kept, int(distinct_experts(chosen_LBK).sum()))
 
 
 def _with_replay(live: Live, expert_LXYK: np.ndarray | None, padded: tuple[int, int]) -> Live:
@@ -171,86 +262,25 @@ def _with_replay(live: Live, expert_LXYK: np.ndarray | None, padded: tuple[int, 
 def _require_room(program: jax.stages.Compiled, name: str) -> None:
     analysis = program.memory_analysis()
     needed_bytes = 0 if analysis is None else analysis.temp_size_in_bytes
-    if needed_bytes > (free_bytes := caches.available_bytes()):
-        raise ValueError(
-            f"{name} needs {needed_bytes / 1e9:.1f} GB, {free_bytes / 1e9:.1f} GB available: expected fewer or shorter "
-            "rows in benchmark.decode_batches and benchmark.prefill_lengths"
-        )
+    remedy = "fewer or shorter rows in benchmark.decode_batches, benchmark.prefill_lengths or sweep.concurrencies"
+    memory.require(name, needed_bytes, memory.device_bytes(), remedy)
 
 
-@dataclasses.dataclass(frozen=True)
-class Timing:
-    """The timing of a case over all its samples.
-
-    Attributes:
-        case: its name, such as "decode_8".
-        tokens: read by one step.
-        quartiles_ms: first quartile, median and third quartile of the time of a step.
-        bytes: the least that a step must move, median over the steps.
-        flops: of a step, median over the steps.
-        floor_ms: the roofline time of a step, median over the steps.
-        distinct_experts: of one MoE layer in one step, mean.
-        independent_experts: the mean to expect if each token chose as many experts uniformly and independently.
-    """
-
-    case: str
-    tokens: int
-    quartiles_ms: tuple[float, float, float]
-    bytes: float
-    flops: float
-    floor_ms: float
-    distinct_experts: float
-    independent_experts: float
-
-    @property
-    def over_floor(self) -> float:
-        """The median time over the floor."""
-        return self.quartiles_ms[1] / self.floor_ms
-
-    @property
-    def tokens_per_s(self) -> float:
-        """Tokens read per second at the median time."""
-        return 1e3 * self.tokens / self.quartiles_ms[1]
+Case = Prefill | Decode | Replay
 
 
-def take_turns(cases: Sequence[Prefill | Decode], decode_steps: int, samples: dict[str, list[Sample]]) -> None:
-    """Runs one round: every case in turn. Appends to `samples`.
-
-    Args:
-        cases: their programs have run before, so that they are warm.
-        decode_steps: steps of each decode case in this round; a prefill runs once.
-        samples: by name of the case; new ones are appended.
-    """
-    for case in cases:
-        enough = len(samples[case.name]) + (decode_steps if isinstance(case, Decode) else 1)
-        while len(samples[case.name]) < enough:
-            samples[case.name] += case.take(enough - len(samples[case.name]))
+def take_turns(cases: Sequence[Case], steps: Sequence[int]) -> list[list[Sample]]:
+    """Runs one round: every case in turn, for its number of steps. A slow moment of the machine affects all of them."""
+    found = []
+    for case, count in zip(cases, steps, strict=True):
+        samples = []
+        while len(samples) < count:
+            samples += case.take(count - len(samples))
+        found.append(samples)
+    return found
 
 
-def timing_of(
-    case: Prefill | Decode, samples: Sequence[Sample], execution: Execution, machine: roofline.Machine, itemsize: int
-) -> Timing:
-    """Summarises the samples of a case, with their roofline times."""
-    architecture = execution.architecture
-    layers = architecture.decoder.num_moe_layers
-    works = [roofline.work(architecture, sample.step, itemsize) for sample in samples]
-    kept = statistics.mean(sample.step.kept_slots for sample in samples) / (layers * case.tokens)
-    return Timing(
-        case.name,
-        case.tokens,
-        tuple(1e3 * np.percentile([sample.seconds for sample in samples], (25, 50, 75))),
-        statistics.median(work.bytes for work in works),
-        statistics.median(work.flops for work in works),
-        1e3 * statistics.median(roofline.floor_s(work, machine) for work in works),
-        statistics.mean(sample.step.distinct_experts for sample in samples) / layers,
-        statistics.mean(
-            roofline.expected_distinct(experts, min(kept, experts), case.tokens)
-            for experts in architecture.num_experts_L
-        ),
-    )
-
-
-def profile(cases: Sequence[Prefill | Decode], folder: str | os.PathLike) -> None:
+def profile(cases: Sequence[Case], folder: str | os.PathLike) -> None:
     """Profiles every case once. Perfetto opens the `*.json.gz` files in `folder`, XProf the `*.xplane.pb` files."""
     with jax.profiler.trace(os.fspath(folder), create_perfetto_trace=True):
         for number, case in enumerate(cases):

@@ -1,5 +1,6 @@
 """Measures a frontier: every policy at every load, quality on one model, speed on the same or another one."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -7,6 +8,7 @@ import numpy as np
 
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import SweepConfig, side_by_side, steps_at
+from moe_jax.cost import roofline
 from moe_jax.engine.generate import Engine
 from moe_jax.evaluation import concurrent
 from moe_jax.evaluation.intervals import paired_ratio, ratio
@@ -15,7 +17,8 @@ from moe_jax.model.decoder import Execution, Params, dtype_of
 from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
-from moe_jax.study import frontier, loads
+from moe_jax.routing.selection import distinct_experts
+from moe_jax.study import frontier, speed
 
 
 class Candidate(NamedTuple):
@@ -117,29 +120,34 @@ def measure_speed(
     itemsize = dtype_of(subject.engine.params).itemsize
     seconds = {load: [] for load in config.concurrencies}
     work = {}
-    ready: dict[int, loads.Load] = {}
 
-    def load_of(rows: int) -> loads.Load:
-        if rows not in ready:
-            ready[rows] = loads.Load(subject.engine, subject.execution, rows, config.cached_tokens)
-        return ready[rows]
+    @functools.cache
+    def rows_of(load: int) -> speed.Rows:
+        return speed.Rows.of_zeros(subject.engine, subject.execution, load, config.cached_tokens)
+
+    def replay(number: int, rows: int, steps: slice) -> speed.Replay:
+        chosen_SLBK = qualities[number, rows]["chosen_SLBK"][steps]
+        return speed.Replay(rows_of(rows), config.cached_tokens, compared[number], chosen_SLBK)
 
     for turn in range(config.rounds):
         for rows in config.concurrencies:
 
             def compute(rows=rows, turn=turn):
-                steps = slice(turn * steps_at(config, rows), (turn + 1) * steps_at(config, rows))
+                count = steps_at(config, rows)
+                steps = slice(turn * count, (turn + 1) * count)
                 others = np.random.default_rng((turn, rows)).permutation(np.arange(1, len(compared)))
                 order = [0, *others.tolist(), 0]
-                turns = [(compared[number], qualities[number, rows]["chosen_SLBK"][steps]) for number in order]
-                seconds_PS = loads.in_turn(load_of(rows), turns)
+                cases = [replay(number, rows, steps) for number in order]
+                taken = speed.take_turns(cases, [count] * len(cases))
+                seconds_PS = np.array([[sample.seconds for sample in samples] for samples in taken])
                 return {"seconds_PS": np.concatenate([seconds_PS[np.argsort(order[:-1])], seconds_PS[-1:]])}
 
             seconds[rows].append(journal.once(f"speed-{turn:02d}-{rows:04d}", compute)["seconds_PS"])
             advance()
-    for number, rows in qualities:
-        works = [load_of(rows).work(chosen, itemsize) for chosen in qualities[number, rows]["chosen_SLBK"]]
-        work[number, rows] = float(np.mean([one.bytes for one in works]))
+    for at, quality in qualities.items():
+        recorded = [speed.replayed_step(chosen_LBK, config.cached_tokens) for chosen_LBK in quality["chosen_SLBK"]]
+        works = [roofline.work(subject.execution.architecture, step, itemsize) for step in recorded]
+        work[at] = float(np.mean([one.bytes for one in works]))
     return {
         (number, rows): _speed(np.stack(seconds[rows]), number, rows, work[number, rows], qualities[number, rows])
         for number, rows in qualities
@@ -150,7 +158,7 @@ def _speed(seconds_RPS: np.ndarray, number: int, rows: int, bytes_moved: float, 
     quartiles_ms = np.percentile(1e3 * seconds_RPS[:, number], (25, 50, 75)).tolist()
     full_R = 1e3 * seconds_RPS[:, [0, -1]].mean(axis=(1, 2))
     round_R = 1e3 * seconds_RPS[:, number].mean(axis=1) if number else full_R
-    distinct = np.mean([loads.distinct_experts(chosen_LBK).mean() for chosen_LBK in quality["chosen_SLBK"]])
+    distinct = np.mean([distinct_experts(chosen_LBK).mean() for chosen_LBK in quality["chosen_SLBK"]])
     return frontier.Speed(
         tuple(quartiles_ms),
         tuple(round_R.tolist()),

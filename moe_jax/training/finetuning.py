@@ -10,11 +10,11 @@ import jax
 import numpy as np
 from absl import logging
 
+from moe_jax import memory
 from moe_jax.checkpoint import Checkpoint
 from moe_jax.config import layers
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import Config, TextConfig
-from moe_jax.cost import hardware
 from moe_jax.evaluation import likelihood
 from moe_jax.model.decoder import Execution, Params
 from moe_jax.routing import mask, policies
@@ -161,27 +161,26 @@ def require_memory(config: Config, params: Params) -> None:
         ValueError: it does not fit.
     """
     shapes = jax.eval_shape(lambda: _divided(config, params)[0])
-    weights = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
-    copies_bytes = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+    weights = sum(leaf.size for leaf in jax.tree.leaves(shapes))
+    copies_bytes = trainable.num_bytes(shapes)
     if config.finetune.train == "lora":
         copies_bytes += trainable.num_bytes(params)  # the merged model, for the export
     training = config.training
     numbers = sum(params[stack]["ffn_norm_LD"].size for stack in layers.moe_stacks(params))
     batch_bytes = training.batch_size * training.sequence_length * numbers * params["norm_D"].dtype.itemsize
     needed_bytes = copies_bytes + 12 * weights + batch_bytes
-    available_bytes = hardware.available_bytes()
     model_bytes = trainable.num_bytes(params)
     logging.info(
         "training takes %.2f GB beside the model's %.2f: %.1f M weights train%s",
         *(needed_bytes / 1e9, model_bytes / 1e9, weights / 1e6),
         ", and the model as loaded is the teacher" if config.objective.has_teacher else "",
     )
-    if needed_bytes > available_bytes:
-        raise ValueError(
-            f"finetune.train = {config.finetune.train!r} needs {needed_bytes / 1e9:,.2f} GB beside the model's "
-            f"{model_bytes / 1e9:,.2f}, {available_bytes / 1e9:,.2f} GB available: expected fewer weights, as with "
-            "finetune.train=lora, training.weights=bfloat16, or a smaller training.batch_size"
-        )
+    memory.require(
+        f"finetune.train = {config.finetune.train!r}, beside the model's {model_bytes / 1e9:,.1f} GB,",
+        needed_bytes,
+        memory.device_bytes(),
+        "fewer weights, as with finetune.train=lora, training.weights=bfloat16, or a smaller training.batch_size",
+    )
 
 
 def _divided(config: Config, params: Params) -> tuple[Params, Params, dict[str, jax.Array]]:

@@ -8,6 +8,7 @@ import math
 import os
 import pathlib
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ from moe_jax.routing.policies import Settings
 from moe_jax.text.batches import Packed, batches
 from moe_jax.training.optimizer import learning_rate
 from moe_jax.training.step import Fixed, State, Step
+
+METRICS = "metrics.jsonl"  # a line per logged step or evaluation
 
 # May differ when a run is resumed: they change what is written, not what is learned.
 _FREE_SETTINGS = ("checkpoint_every", "checkpoints_kept", "log_every")
@@ -89,6 +92,12 @@ def require_same_run(config: Config, folder: pathlib.Path) -> None:
             f"{name} = {now[name]!r}: the run in {folder} was started with {before[name]!r}; "
             "give the same, or another --out"
         )
+
+
+def median_tokens_per_s(folder: pathlib.Path) -> float:
+    """The median speed of the run in a folder, from its `metrics.jsonl`."""
+    lines = map(json.loads, (folder / METRICS).read_text().splitlines())
+    return statistics.median(line["tokens_per_s"] for line in lines if "tokens_per_s" in line)
 
 
 class _Log:
@@ -175,7 +184,7 @@ def run(config: Config, folder: pathlib.Path, task: Task) -> Outcome:
     state, done, best = _begin(task, checkpoints, folder, stream)
     if best_kept is not None:
         best_kept.forget_after(best.step)  # a killed run may have saved a best state that no checkpoint names
-    metrics = _Log(folder / "metrics.jsonl", done, checkpoints.wait)
+    metrics = _Log(folder / METRICS, done, checkpoints.wait)
     bar = tqdm(total=training.steps, initial=done, unit="step", file=sys.stderr, disable=None)
 
     def save():

@@ -8,10 +8,9 @@ import numpy as np
 import tokenizers
 from absl import logging
 
-from moe_jax import files
+from moe_jax import files, memory
 from moe_jax.config.checks import require
 from moe_jax.config.schema import Config
-from moe_jax.cost import hardware
 from moe_jax.evaluation import likelihood
 from moe_jax.model import decoder, parameters
 from moe_jax.routing import policies
@@ -44,13 +43,13 @@ def require_possible(config: Config) -> None:
     numbers = parameters.count(config.architecture)
     weights_bytes = 16 * numbers
     batch_bytes = 4 * training.batch_size * training.sequence_length * decoder.d_model * decoder.num_layers
-    available_bytes = hardware.available_bytes()
-    if weights_bytes + batch_bytes > available_bytes:
-        raise ValueError(
-            f"{numbers / 1e6:,.1f} M parameters need {weights_bytes / 1e9:,.1f} GB to train, and a batch of "
-            f"training.batch_size = {training.batch_size} at least {batch_bytes / 1e9:,.1f} GB: expected at most the "
-            f"{available_bytes / 1e9:,.1f} GB available"
-        )
+    memory.require(
+        f"training {numbers / 1e6:,.1f} M parameters ({weights_bytes / 1e9:,.1f} GB) on batches of training.batch_size "
+        f"= {training.batch_size} (at least {batch_bytes / 1e9:,.1f} GB)",
+        weights_bytes + batch_bytes,
+        memory.device_bytes(),
+        "a smaller model or a smaller training.batch_size",
+    )
 
 
 class Text(NamedTuple):

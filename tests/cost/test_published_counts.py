@@ -12,7 +12,7 @@ import pytest
 
 from moe_jax.checkpoint.families import FAMILIES
 from moe_jax.config import gin
-from moe_jax.cost import roofline
+from moe_jax.model import parameters
 
 MODELS = pathlib.Path(__file__).parents[2] / "configs" / "models"
 
@@ -71,8 +71,8 @@ def test_every_model_has_published_figures():
 def test_counts_agree_with_the_publishers(name):
     published = PUBLISHED[name]
     architecture = gin.read_config(MODELS / f"{name}.gin").architecture
-    total = counted(architecture, roofline.parameters, published.total_embeddings)
-    active = counted(architecture, roofline.active_parameters, published.active_embeddings)
+    total = counted(architecture, parameters.count, published.total_embeddings)
+    active = counted(architecture, parameters.count_active, published.active_embeddings)
     assert agrees(total, published.total), f"{total / 1e9:.3f} B"
     assert agrees(active, published.active), f"{active / 1e9:.3f} B"
 

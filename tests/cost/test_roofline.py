@@ -10,7 +10,7 @@ from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderCo
 from moe_jax.cost import roofline
 from moe_jax.engine import cache as caches
 from moe_jax.kernels.chooser import Kernels
-from moe_jax.model import decoder
+from moe_jax.model import decoder, parameters
 from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import MODEL_OWN
 from tests import tiny_model
@@ -42,18 +42,18 @@ def count(tree):
 @pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
 def test_parameters_are_those_of_the_arrays(architecture):
     shapes = shapes_of(architecture)
-    assert roofline.parameters(architecture) == count(shapes)
-    assert roofline.expert_parameters(architecture) == count(shapes["moe"]["experts"]) // (
+    assert parameters.count(architecture) == count(shapes)
+    assert parameters.count_expert(architecture) == count(shapes["moe"]["experts"]) // (
         architecture.decoder.num_moe_layers * architecture.moe.num_experts
     )
 
 
 def test_active_parameters_leave_out_the_experts_that_are_not_chosen():
     one, all_of_them = (
-        roofline.active_parameters(tiny_model.changed(decoder={"num_dense_layers": 0}, moe={"k": k})) for k in (1, 16)
+        parameters.count_active(tiny_model.changed(decoder={"num_dense_layers": 0}, moe={"k": k})) for k in (1, 16)
     )
     architecture = tiny_model.changed(decoder={"num_dense_layers": 0})
-    assert all_of_them == roofline.parameters(architecture)
+    assert all_of_them == parameters.count(architecture)
     assert all_of_them - one == 3 * 15 * (3 * 64 * 24)
 
 

@@ -40,7 +40,7 @@ def test_a_cache_beyond_the_memory_is_refused(monkeypatch):
     assert sum(part.nbytes for part in cache.allocate(tiny_model.ARCHITECTURE, 4, 64, jnp.float32)) == needed_bytes
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory(needed_bytes - 1))
     with pytest.raises(
-        ValueError, match=r"4 prompts with up to 64 tokens needs 0.0 GB, 0.0 GB available: expected fewer"
+        ValueError, match=r"4 prompts with up to 64 tokens needs 0.0 GB of memory, 0.0 GB available: expected fewer"
     ):
         cache.require_memory(tiny_model.ARCHITECTURE, [(4, 64)], jnp.float32)
     with pytest.raises(ValueError, match="the cache of 2 prompts with up to 64 tokens needs"):  # and a prefix beside it

@@ -60,7 +60,7 @@ def test_a_weight_is_one_entry_and_the_name_of_its_tensor(with_new, tmp_path):
     assert extra.shape == (layers, d_model) and 0 < np.std(extra) < 2 * d_model**-0.5
     assert np.std(random_params(ARCHITECTURE, jnp.float32, 0)["moe"]["extra_LD"]) > 0
     counted = sum(leaf.size for leaf in jax.tree.leaves(drawn))
-    assert counted == roofline.parameters(ARCHITECTURE)
+    assert counted == parameters.count(ARCHITECTURE)
     step = roofline.Step([0], [1], 8.0, 8.0)
     without = layers * d_model
     work = roofline.work(ARCHITECTURE, step, 4)

@@ -16,11 +16,10 @@ from moe_jax.checkpoint.families import FAMILIES
 from moe_jax.config import layers
 from moe_jax.config.architecture import Architecture, MoEConfig
 from moe_jax.conversion import convert
-from moe_jax.cost import roofline
 from moe_jax.engine import cache as caches
 from moe_jax.engine.request import execution_of
 from moe_jax.evaluation.likelihood import score_documents
-from moe_jax.model import decoder
+from moe_jax.model import decoder, parameters
 from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
 from moe_jax.study import calibrate
@@ -192,11 +191,11 @@ def test_what_is_measured_leaves_out_experts_that_are_not_there(model):
 
 
 def test_counts(tensors):
-    assert roofline.parameters(ARCHITECTURE) == sum(one.size for one in tensors.values())
+    assert parameters.count(ARCHITECTURE) == sum(one.size for one in tensors.values())
     unused = sum(EXPERTS_L) - sum(K_L)
     one_expert = 3 * ARCHITECTURE.decoder.d_model * ARCHITECTURE.moe.expert_hidden
-    assert roofline.expert_parameters(ARCHITECTURE) == one_expert
-    assert roofline.active_parameters(ARCHITECTURE) == roofline.parameters(ARCHITECTURE) - unused * one_expert
+    assert parameters.count_expert(ARCHITECTURE) == one_expert
+    assert parameters.count_active(ARCHITECTURE) == parameters.count(ARCHITECTURE) - unused * one_expert
 
 
 def test_there_and_back(model, tensors, tmp_path):

@@ -77,7 +77,7 @@ def test_a_figure_that_is_no_mean_of_its_documents_is_not_resampled():
 
 def test_table(found):
     head, _, *lines = harnessed.table(found).splitlines()
-    assert head == "| | `model` | `topk:2` |"
+    assert head == "|  | `model` | `topk:2` |"
     assert lines[1] == "| one/acc | 0.750 (0.250 to 1.000) | 0.500 (0.000 to 1.000) |"
     assert lines[2] == "| one/acc_difference |  | -0.250 (-0.750 to +0.000) |"
     assert len(lines) == 5 + 3

@@ -6,14 +6,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax import memory
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.cost import roofline
 from moe_jax.engine import cache as caches
 from moe_jax.engine.generate import Engine
 from moe_jax.engine.request import execution_of, make_requests
-from moe_jax.model import decoder
+from moe_jax.model import decoder, parameters
+from moe_jax.routing.policies.parse import parse
 from moe_jax.routing.trace import Trace
 from moe_jax.study import random_model, speed
+from moe_jax.study.timing import timing_of
 from tests import tiny_model
 
 ARCHITECTURE = tiny_model.ARCHITECTURE
@@ -88,13 +91,29 @@ def test_decode_steps_are_those_of_the_engine(engine, monkeypatch):
     case = speed.Decode(speed.Subject(engine, EXECUTION, None, SamplingConfig()), tokens_BT, prompt_length=5)
     monkeypatch.setattr(speed, "steps_at_once", lambda seconds, most: 3)
     drawn = []
-    program = case._program
-    case._program = lambda *arguments: [result := program(*arguments), drawn.append(result[0])][0]
+    call = case._rows._call
+    monkeypatch.setattr(case._rows, "_call", lambda *given: [result := call(*given), drawn.append(result[1])][0])
     steps = [case.take(1)[0].step for _ in range(4)] + [sample.step for sample in case.take(3)]
     assert sum(step.distinct_experts for step in steps) / LAYERS == pytest.approx(ran.measured.distinct_experts)
+    [untimed, *drawn] = drawn
+    np.testing.assert_array_equal(untimed.token_SB[0], drawn[0].token_SB[0])
     assert [int(one.count) for one in drawn] == [1, 1, 1, 1, 3]
     got_TB = np.concatenate([one.token_SB[: int(one.count)] for one in drawn])
     np.testing.assert_array_equal(got_TB.T, tokens_BT[:, 6:])
+
+
+def test_policies_on_the_same_rows_wake_the_experts_recorded_for_each_step(engine):
+    random, cached, count = np.random.default_rng(2), 10, 3
+    rows = speed.Rows.of_zeros(engine, EXECUTION, count, cached)
+    chosen_PSLBK = np.argsort(random.random((2, 2, LAYERS, count, 16)))[..., :6]
+    chosen_PSLBK[random.random(chosen_PSLBK.shape) < 0.3] = -1
+    cases = [speed.Replay(rows, cached, parse(spec), one) for spec, one in zip(("model", "topk:3"), chosen_PSLBK)]
+    for samples, chosen_SLBK in zip(speed.take_turns(cases, [2, 2]), chosen_PSLBK, strict=True):
+        for sample, chosen_LBK in zip(samples, chosen_SLBK, strict=True):
+            distinct = sum(len({*of_layer[of_layer >= 0].tolist()}) for of_layer in chosen_LBK)
+            step = roofline.Step([cached] * count, [1] * count, int((chosen_LBK >= 0).sum()), distinct)
+            assert sample.step == speed.replayed_step(chosen_LBK, cached) == step
+            assert sample.seconds > 0
 
 
 def test_cases_take_turns(engine):
@@ -102,7 +121,8 @@ def test_cases_take_turns(engine):
     cases = [speed.Prefill(subject, tokens(1, 16)[0]), speed.Decode(subject, tokens(2, 12), prompt_length=4)]
     samples = {case.name: [] for case in cases}
     for number in (1, 2, 3):
-        speed.take_turns(cases, 2, samples)
+        for case, taken in zip(cases, speed.take_turns(cases, [1, 2])):
+            samples[case.name] += taken
         assert {name: len(of) for name, of in samples.items()} == {"prefill_16": number, "decode_2": 2 * number}
 
 
@@ -112,7 +132,7 @@ def test_a_timing_sets_medians_beside_floors(engine):
     steps = [roofline.Step([n, n], [1, 1], 2 * 4 * LAYERS, 6 * LAYERS) for n in (4, 5, 6)]
     samples = [speed.Sample(seconds, step) for seconds, step in zip((0.002, 0.004, 0.010), steps)]
     machine = roofline.Machine(1e9, 1e30)
-    timing = speed.timing_of(case, samples, EXECUTION, machine, 4)
+    timing = timing_of(case, samples, EXECUTION, machine, 4)
     work = roofline.work(ARCHITECTURE, steps[1], 4)
     assert timing.quartiles_ms == pytest.approx((3, 4, 7))
     assert (timing.bytes, timing.flops) == (work.bytes, work.flops)
@@ -126,8 +146,8 @@ def test_a_timing_sets_medians_beside_floors(engine):
 def test_a_program_beyond_the_memory_is_refused(engine, monkeypatch):
     subject = speed.Subject(engine, EXECUTION, None, SamplingConfig())
     monkeypatch.setattr(caches, "require_memory", lambda *arguments: None)
-    monkeypatch.setattr(caches, "available_bytes", lambda: 1)
-    with pytest.raises(ValueError, match=r"prefill_16 needs 0.0 GB, 0.0 GB available: expected fewer or shorter"):
+    monkeypatch.setattr(memory, "device_bytes", lambda: 1)
+    with pytest.raises(ValueError, match=r"prefill_16 needs 0.0 GB of memory, 0.0 GB available: expected fewer"):
         speed.Prefill(subject, tokens(1, 16)[0])
 
 
@@ -148,12 +168,12 @@ def test_random_weights_have_the_shapes_of_the_model(dtype):
 
 
 def test_random_weights_beyond_the_memory_are_refused(monkeypatch):
-    expected = 4 * roofline.parameters(ARCHITECTURE)
-    monkeypatch.setattr(caches, "available_bytes", lambda: expected)
+    expected = 4 * parameters.count(ARCHITECTURE)
+    monkeypatch.setattr(memory, "device_bytes", lambda: expected)
     random_model.random_params(ARCHITECTURE, jnp.float32, 0)
-    monkeypatch.setattr(caches, "available_bytes", lambda: expected - 1)
+    monkeypatch.setattr(memory, "device_bytes", lambda: expected - 1)
     with pytest.raises(
-        ValueError, match=r"the model needs 0.0 GB, 0.0 GB available: expected a smaller decoder.num_layers"
+        ValueError, match=r"the model needs 0.0 GB of memory, 0.0 GB available: expected a smaller decoder.num_layers"
     ):
         random_model.random_params(ARCHITECTURE, jnp.float32, 0)
 
@@ -162,15 +182,16 @@ def test_random_weights_beyond_the_memory_are_refused(monkeypatch):
 def test_steps_whose_numbers_are_not_finite_are_not_timed(engine, monkeypatch, kind):
     subject = speed.Subject(engine, EXECUTION, "model", SamplingConfig())
     case = speed.Prefill(subject, tokens(1, 5)[0]) if kind == "prefill" else speed.Decode(subject, tokens(3, 9), 5)
-    monkeypatch.setattr(case, "_program", made_of_nan(case._program))
+    if kind == "prefill":
+        program = case._program
+        monkeypatch.setattr(case, "_program", lambda *given: (made_of_nan(program(*given)[0]), None))
+    else:
+        call = case._rows._call
+        monkeypatch.setattr(case._rows, "_call", lambda *given: (1.0, made_of_nan(call(*given)[1])))
     with pytest.raises(ValueError, match=rf"a step of {kind}_\d: not finite"):
         case.take(1)
 
 
-def made_of_nan(program):
-    def call(*arguments):
-        drawn, slots = program(*arguments)
-        [name] = [name for name in drawn._fields if name.startswith("log_probability")]
-        return drawn._replace(**{name: jnp.full_like(getattr(drawn, name), jnp.nan)}), slots
-
-    return call
+def made_of_nan(drawn):
+    [name] = [name for name in drawn._fields if name.startswith("log_probability")]
+    return drawn._replace(**{name: jnp.full_like(getattr(drawn, name), jnp.nan)})

@@ -118,10 +118,12 @@ def test_what_does_not_fit_in_memory_is_refused(model, sources, tmp_path, monkey
         monkeypatch.setattr(psutil, "virtual_memory", lambda size_bytes=size_bytes: Memory(size_bytes))
         finetuning.require_memory(config[name], params)
         monkeypatch.setattr(psutil, "virtual_memory", lambda size_bytes=size_bytes: Memory(size_bytes - 1))
-        with pytest.raises(ValueError, match=rf"finetune.train = '{name}' needs .* GB available: expected fewer"):
+        with pytest.raises(
+            ValueError, match=rf"finetune.train = '{name}', .* GB of memory, .* available: expected fewer"
+        ):
             finetuning.require_memory(config[name], params)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"needs [\d,.]+ GB beside the model's [\d,.]+, [\d,.]+ GB available") as said:
+    with pytest.raises(ValueError, match=r"the model's 0\.0 GB, needs [\d,.]+ GB of memory, [\d,.]+ GB") as said:
         rows = {"training.batch_size": 10**8}
         finetuning.require_memory(read_config(None, tiny_training.finetuning_overrides(sources, model, **rows)), params)
     assert len(str(said.value).splitlines()) == 1

@@ -1,0 +1,127 @@
+"""Compares policies side by side on held-out text: likelihood, choices of the next line, and completions."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from moe_jax.config.architecture import Architecture
+from moe_jax.config.schema import EvaluationConfig
+from moe_jax.engine.generate import Engine
+from moe_jax.evaluation import choices, completions, likelihood
+from moe_jax.evaluation.journal import Journal
+from moe_jax.model.decoder import Execution
+from moe_jax.routing import policies
+from moe_jax.routing.calibration import Calibration
+from moe_jax.routing.policies.parse import MODEL_OWN, parse
+from moe_jax.text.corpus import Document, half
+from moe_jax.text.tokenizer import encode_documents
+
+LONGEST_WINDOW = 2048  # tokens, unless evaluation.context is set: contexts are up to a hundred times longer
+
+
+class Task(NamedTuple):
+    """What every policy is measured on, prepared and checked before anything is computed."""
+
+    documents: Sequence[Document]
+    tokens: Sequence[np.ndarray]
+    questions: Sequence[choices.Question]
+    headers: Sequence[completions.Header]
+    compared: Sequence[policies.Policy]
+
+
+class Measured(NamedTuple):
+    """The results of every policy on each document, question and header."""
+
+    likelihoods: Sequence[likelihood.Likelihood]
+    right: np.ndarray  # bool [policies, questions]
+    parses: np.ndarray  # bool [policies, greedy and sampled, headers]
+
+
+def prepare(
+    config: EvaluationConfig,
+    seed: int,
+    documents: Sequence[Document],
+    tokenizer,
+    execution: Execution,
+    calibration: Calibration | None = None,
+) -> Task:
+    """Draws questions and headers, and checks the policies against the model.
+
+    Raises:
+        ValueError: a policy does not fit the model, the model's context is too short, or the text has too few lines or
+            functions.
+    """
+    context = execution.architecture.decoder.max_context
+    if config.context > context:
+        raise ValueError(f"evaluation.context = {config.context}: expected at most the model's context, {context}")
+    needed = max(choices.ROW, completions.PROMPT + config.completion_tokens)
+    if context < needed:
+        raise ValueError(
+            f"the model's context is {context} tokens: expected at least {needed}, for choices and completions"
+        )
+    compared = [parse(spec, calibration) for spec in config.policies]
+    policies.settings(compared, execution.architecture, execution.k_max)
+    for policy in compared:
+        if policy.batch_aware:
+            raise ValueError(
+                f"evaluation.policies: {policy.spec!r} looks at all rows of a decode step; expected policies that look "
+                "at one row; launch/sweep.py measures the others at every load"
+            )
+    documents = half(documents, config.half)[: config.documents or None]
+    return Task(
+        documents,
+        encode_documents(tokenizer, documents),
+        choices.make_questions(documents, tokenizer, config.choice_questions, seed),
+        completions.make_headers(documents, tokenizer, config.completion_headers, seed),
+        compared,
+    )
+
+
+def measure(
+    config: EvaluationConfig, seed: int, task: Task, engine: Engine, tokenizer, execution: Execution, journal: Journal
+) -> Measured:
+    """Runs every measurement under every policy, except those that the journal already holds."""
+    context = window_of(config, execution.architecture)
+    shared = {"execution": execution, "journal": journal}
+    scored, reference = _with_full(task.compared, execution.architecture)
+
+    def bar(total, name, unit):
+        return tqdm(total=total, desc=name, unit=unit, disable=None)
+
+    with bar(likelihood.num_windows(task.tokens, context), "likelihood", "window") as progress:
+        settings = {"context": context, "batch_size": config.batch_size, "reference": reference}
+        likelihoods = likelihood.score_documents(
+            engine.params, task.tokens, scored, advance=progress.update, **settings, **shared
+        )
+    with bar(len(task.questions), "choices", "question") as progress:
+        per_byte = choices.score_options(
+            engine.params,
+            *(task.questions, task.compared),
+            batch_size=config.batch_size,
+            advance=progress.update,
+            **shared,
+        )
+    with bar(2 * len(task.headers) * len(task.compared), "completions", "text") as progress:
+        parses = completions.complete(
+            *(engine, tokenizer, task.headers, task.compared),
+            max_new_tokens=config.completion_tokens,
+            seed=seed,
+            advance=progress.update,
+            **shared,
+        )
+    return Measured(likelihoods[: len(task.compared)], choices.is_right(per_byte), parses)
+
+
+def window_of(config: EvaluationConfig, architecture: Architecture) -> int:
+    """The window length, in tokens, into which longer documents are cut."""
+    return config.context or min(architecture.decoder.max_context, LONGEST_WINDOW)
+
+
+def _with_full(compared: Sequence[policies.Policy], architecture: Architecture) -> tuple[list[policies.Policy], int]:
+    """The policies and the index of the full model among them; it is added if missing."""
+    for number, policy in enumerate(compared):
+        if policies.uniform_k(policy, architecture) == architecture.moe.k:
+            return list(compared), number
+    return [*compared, MODEL_OWN], len(compared)

@@ -1,0 +1,61 @@
+"""Exports a model trained from scratch, and measures the export."""
+
+import pathlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tqdm import tqdm
+
+from moe_jax import checkpoint
+from moe_jax.config.schema import Config
+from moe_jax.evaluation.likelihood import Likelihood, num_windows, score_documents, xz_bits_per_byte
+from moe_jax.model.decoder import Execution, Params
+from moe_jax.routing import policies
+from moe_jax.routing.policies import Policy
+from moe_jax.routing.policies.parse import parse
+from moe_jax.training import loop
+from moe_jax.training.pretraining import Text
+
+
+class Exported(NamedTuple):
+    """The results of an exported model on the held-out text."""
+
+    compared: Sequence[Policy]
+    likelihoods: Sequence[Likelihood]  # of each policy
+    text: Text
+    xz: float  # bits per byte of the same text by `xz -9e`
+    xz_primed: float  # the same, after the compressor has read the training text
+    tokens_per_s: float  # in training, median over the run
+
+
+def policies_of(config: Config, execution: Execution) -> list[Policy]:
+    """The policies of `evaluation.policies`.
+
+    Raises:
+        ValueError: one does not fit the model: hours of training would end in an error.
+    """
+    compared = [parse(spec) for spec in config.evaluation.policies]
+    policies.settings(compared, execution.architecture, execution.k_max)
+    return compared
+
+
+def export(config: Config, folder: pathlib.Path, text: Text, execution: Execution, params: Params) -> Exported:
+    """Exports the trained model with its tokenizer to `folder/model`, in bfloat16, and measures the export."""
+    begun = checkpoint.begun(config.architecture, text.tokenizer)
+    begun.save(folder / "model", params, dtype="bfloat16", replace=True)
+    exported = checkpoint.open(folder / "model").load("float32")
+    compared, context = policies_of(config, execution), config.decoder.max_context
+    with tqdm(total=num_windows(text.held_out_tokens, context), unit="window", disable=None) as bar:
+        settings = {"context": context, "batch_size": config.evaluation.batch_size, "advance": bar.update}
+        likelihoods = score_documents(exported, text.held_out_tokens, compared, execution, **settings)
+    held_out, training = (
+        [document.text.encode() for document in documents] for documents in (text.held_out, text.corpus.documents)
+    )
+    return Exported(
+        compared,
+        likelihoods,
+        text,
+        xz_bits_per_byte(held_out),
+        xz_bits_per_byte(held_out, primer=training),
+        loop.median_tokens_per_s(folder),
+    )
