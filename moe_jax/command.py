@@ -68,7 +68,7 @@ class Command:
         """Opens the model of `model.path` and checks it against the configuration, without reading weights.
 
         Args:
-          calibrated: whether to read the calibration of `policy.calibration`, or of the model's folder.
+            calibrated: whether to read the calibration of `policy.calibration`, or of the model's folder.
         """
         from moe_jax import checkpoint
 
@@ -105,11 +105,11 @@ class Command:
         With several hosts only the first one writes and prints.
 
         Args:
-          figures: name -> {`value`, `unit`, and `ci95` for estimates}, of the configured policy. Values that are not
-            finite become null, since JSON cannot hold them.
-          rows: {`policy`, `figures`} for each policy, if there are several.
-          implementations: operation -> name of the implementation that ran, added to `self.implementations`.
-          text: The result for people, printed unless `--json` is given.
+            figures: name -> {`value`, `unit`, and `ci95` for estimates}, of the configured policy. Values that are not
+                finite become null, since JSON cannot hold them.
+            rows: {`policy`, `figures`} for each policy, if there are several.
+            implementations: operation -> name of the implementation that ran, added to `self.implementations`.
+            text: The result for people, printed unless `--json` is given.
         """
         import jax
 
@@ -152,10 +152,10 @@ def run(
     reader of the output is gone. 1: any other exception, which is a bug, with its traceback.
 
     Args:
-      main: The launcher's work.
-      default_config: The config file without `--config`. None: the schema's defaults.
-      default_out: The output folder without `--out`. None: nothing is written.
-      huge_pages: Whether to restart the process with huge pages where possible, see `_use_huge_pages`.
+        main: The launcher's work.
+        default_config: The config file without `--config`. None: the schema's defaults.
+        default_out: The output folder without `--out`. None: nothing is written.
+        huge_pages: Whether to restart the process with huge pages where possible, see `_use_huge_pages`.
     """
     if huge_pages:
         _use_huge_pages()
