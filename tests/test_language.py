@@ -1,6 +1,7 @@
 """How this project writes: words that it avoids, since each made a reader stumble, and the form of docstrings."""
 
 import ast
+import itertools
 import pathlib
 import re
 
@@ -69,7 +70,7 @@ def sections_otherwise_indented(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
             lines = (ast.get_docstring(node) or "").split("\n")
-            for line, content in zip(lines, lines[1:]):
+            for line, content in itertools.pairwise(lines):
                 if line in SECTIONS and not re.match(r" {4}\S", content):
                     found.append(f"{getattr(node, 'name', 'module')}: {line}")
     return found
