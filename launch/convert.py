@@ -1,6 +1,6 @@
 """Converts a checkpoint to another dtype, another number of active experts, or another layout, into OUT/model.
 
-    python launch/convert.py --set model.path=assets/demo --set policy.spec=topk:4 --out out/four
+    python launch/convert.py --set model.path=DIR --to stacked --out out/fast
 
 model.path is a Hugging Face folder, the name of a model on a hub, the folder of a training run, or an earlier output.
 Servers without policies then run the converted checkpoint's number of experts. With --to stacked the weights are

@@ -48,7 +48,7 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
     Creates missing parent folders. The file's mode follows the umask.
 
     Raises:
-      OSError: The file could not be written; `path` is unchanged. The error names `path`.
+        OSError: The file could not be written; `path` is unchanged. The error names `path`.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,8 +76,8 @@ def replaced_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     parent folders. Follows a link: the folder that it points to is replaced.
 
     Raises:
-      NotADirectoryError: `path` is a file.
-      OSError: The folder could not be written or renamed; `path` is unchanged.
+        NotADirectoryError: `path` is a file.
+        OSError: The folder could not be written or renamed; `path` is unchanged.
     """
     path = pathlib.Path(os.path.realpath(path))
     if path.exists() and not path.is_dir():

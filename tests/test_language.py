@@ -1,6 +1,7 @@
-"""The words that this project does not write: each made a reader stumble."""
+"""How this project writes: words that it avoids, since each made a reader stumble, and the form of docstrings."""
 
 import ast
+import itertools
 import pathlib
 import re
 
@@ -58,3 +59,25 @@ def test_no_file_has_a_homemade_word():
 )
 def test_words_are_found_in_text_and_names_are_spared(text, expected):
     assert homemade(text, True) == expected
+
+
+SECTIONS = ("Args:", "Attributes:", "Raises:", "Returns:", "Yields:")
+
+
+def sections_otherwise_indented(source):
+    """The lines that open a section of a docstring whose contents are not indented by four spaces."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+            lines = (ast.get_docstring(node) or "").split("\n")
+            for line, content in itertools.pairwise(lines):
+                if line in SECTIONS and not re.match(r" {4}\S", content):
+                    found.append(f"{getattr(node, 'name', 'module')}: {line}")
+    return found
+
+
+def test_docstring_sections_are_indented_by_four_spaces():
+    sources = [path for folder in (*FOLDERS, "tests", "assets") for path in (ROOT / folder).rglob("*.py")]
+    found = {str(path.relative_to(ROOT)): sections_otherwise_indented(path.read_text()) for path in sources}
+    assert {name: lines for name, lines in found.items() if lines} == {}
+    assert sections_otherwise_indented('def f(a):\n    """F.\n\n    Args:\n      a: b.\n    """') == ["f: Args:"]

@@ -87,13 +87,13 @@ def read_config(path: str | os.PathLike | None, overrides: Iterable[str] = ()) -
     """Reads a configuration file, then overrides.
 
     Args:
-      path: A gin file. None: the defaults of `schema.Config`.
-      overrides: Strings `section.field=value`; the last one of a setting wins, also over files. The value of a string
-        setting need not be quoted (blanks around it are dropped); any other value is a literal.
+        path: A gin file. None: the defaults of `schema.Config`.
+        overrides: Strings `section.field=value`; the last one of a setting wins, also over files. The value of a string
+            setting need not be quoted (blanks around it are dropped); any other value is a literal.
 
     Raises:
-      ValueError: Unknown name, wrong type, impossible combination, or a file that cannot be read. One line: where, what
-        was given, what was expected, and the nearest known name.
+        ValueError: Unknown name, wrong type, impossible combination, or a file that cannot be read. One line: where,
+            what was given, what was expected, and the nearest known name.
     """
     collected = _Collected()
     if path is not None:

@@ -32,11 +32,11 @@ class Packed:
     """Rows of pieces of documents, built on demand.
 
     Attributes:
-      tokens: all documents, concatenated, and a closing `<|endoftext|>`, int32.
-      starts: index in `tokens` of the first token of each piece, int64, in order of rows.
-      lengths: tokens of each piece.
-      first_piece: index of each row's first piece, and at the end the number of pieces.
-      sequence_length: T.
+        tokens: all documents, concatenated, and a closing `<|endoftext|>`, int32.
+        starts: index in `tokens` of the first token of each piece, int64, in order of rows.
+        lengths: tokens of each piece.
+        first_piece: index of each row's first piece, and at the end the number of pieces.
+        sequence_length: T.
     """
 
     tokens: np.ndarray
@@ -88,16 +88,16 @@ def pack(
     room for it. The result depends on the lengths alone.
 
     Args:
-      token_arrays: one int32 array per document, beginning with `<|endoftext|>`, from `encode_documents`.
-      sequence_length: T.
-      end_of_text: the id of `<|endoftext|>`, or of the token that another tokenizer puts before a text.
-      closed: whether each document's last token ends it, and is thus only a label: nothing is predicted after it.
+        token_arrays: one int32 array per document, beginning with `<|endoftext|>`, from `encode_documents`.
+        sequence_length: T.
+        end_of_text: the id of `<|endoftext|>`, or of the token that another tokenizer puts before a text.
+        closed: whether each document's last token ends it, and is thus only a label: nothing is predicted after it.
 
     Returns:
-      Rows that hold every token of every document exactly once; if `closed`, all but its last.
+        Rows that hold every token of every document exactly once; if `closed`, all but its last.
 
     Raises:
-      ValueError: no documents, `sequence_length` is not positive, or a document does not begin with `<|endoftext|>`.
+        ValueError: no documents, `sequence_length` is not positive, or a document does not begin with `<|endoftext|>`.
     """
     if sequence_length < 1:
         raise ValueError(f"sequence_length = {sequence_length}: expected 1 or more")
@@ -150,12 +150,12 @@ def batches(packed: Packed, batch_size: int, seed: int) -> grain.IterDataset:
     batches, pass its `get_state()` to `set_state()` of a new one. An epoch may end within a batch; no row is dropped.
 
     Args:
-      packed: at least one row.
-      batch_size: B.
-      seed: of the order of rows, 0 to 2**32 - 1.
+        packed: at least one row.
+        batch_size: B.
+        seed: of the order of rows, 0 to 2**32 - 1.
 
     Returns:
-      A dataset of `Batch` with arrays `[B, T]`, int32.
+        A dataset of `Batch` with arrays `[B, T]`, int32.
     """
     rows = grain.MapDataset.range(packed.num_rows).seed(seed).shuffle().repeat(_EPOCHS).map(packed.row)
     # No threads: a batch takes less than a millisecond, and an interrupted run leaves nothing running.
@@ -169,16 +169,16 @@ def windows(tokens: np.ndarray, context: int, stride: int) -> tuple[np.ndarray, 
     `context - stride` tokens before it, or all that there are. Nothing is predicted after its last token.
 
     Args:
-      tokens: one document, int32; its first token (`<|endoftext|>`) is not scored.
-      context: T, tokens per window.
-      stride: new labels per window, 1 to `context`.
+        tokens: one document, int32; its first token (`<|endoftext|>`) is not scored.
+        context: T, tokens per window.
+        stride: new labels per window, 1 to `context`.
 
     Returns:
-      Arrays `[N, T]` for N windows: tokens and labels, int32, padded with 0 at the end, and whether a label is scored,
-      bool. N is 0 for a document of fewer than two tokens.
+        Arrays `[N, T]` for N windows: tokens and labels, int32, padded with 0 at the end, and whether a label is
+        scored, bool. N is 0 for a document of fewer than two tokens.
 
     Raises:
-      ValueError: `stride` is not between 1 and `context`.
+        ValueError: `stride` is not between 1 and `context`.
     """
     if not 1 <= stride <= context:
         raise ValueError(f"stride = {stride}: expected 1 to the context of {context} tokens")

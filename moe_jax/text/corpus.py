@@ -49,11 +49,11 @@ class Document:
     """One file, or one line of a file of JSON lines.
 
     Attributes:
-      source: the source it was read from.
-      name: its path within the source; for a line, followed by `:` and the line's number.
-      text: the whole text.
-      special_tokens: whether special tokens in the text are encoded as such, as in a conversation rendered by a chat
-        template; if not, their characters are ordinary text.
+        source: the source it was read from.
+        name: its path within the source; for a line, followed by `:` and the line's number.
+        text: the whole text.
+        special_tokens: whether special tokens in the text are encoded as such, as in a conversation rendered by a chat
+            template; if not, their characters are ordinary text.
     """
 
     source: str
@@ -76,9 +76,9 @@ class Corpus:
     """Training documents, ordered by source, name and line number.
 
     Attributes:
-      documents: the documents.
-      statistics: by source, as named in the settings.
-      sha256: of all sources, names and texts; a resumed run compares it.
+        documents: the documents.
+        statistics: by source, as named in the settings.
+        sha256: of all sources, names and texts; a resumed run compares it.
     """
 
     documents: tuple[Document, ...]
@@ -104,17 +104,17 @@ def collect(sources: Sequence[str], held_out: Sequence[Document], chat: jsonl.Ch
     lines, which may also be `empty`; a damaged line is an error.
 
     Args:
-      sources: `"stdlib"`, names of installed distributions, paths of files or folders. If a name is both an
-        installed distribution and a path, it means the distribution; a leading `./` makes it a path.
-      held_out: documents that must not be trained on.
-      chat: renders the conversations in JSON lines, from `chat.load_renderer`; None: there is no template.
+        sources: `"stdlib"`, names of installed distributions, paths of files or folders. If a name is both an
+            installed distribution and a path, it means the distribution; a leading `./` makes it a path.
+        held_out: documents that must not be trained on.
+        chat: renders the conversations in JSON lines, from `chat.load_renderer`; None: there is no template.
 
     Returns:
-      The corpus, the same for any order of `sources`.
+        The corpus, the same for any order of `sources`.
 
     Raises:
-      ValueError: a source is unknown, not permissively licensed, unreadable or empty; a JSON line is damaged; or
-        every document was left out.
+        ValueError: a source is unknown, not permissively licensed, unreadable or empty; a JSON line is damaged; or
+            every document was left out.
     """
     index = HeldOutIndex(held_out)
     documents, statistics, seen = [], {}, set()
@@ -152,15 +152,15 @@ def load_held_out(path: str | os.PathLike, chat: jsonl.Chat | None = None) -> tu
     hidden are read. Only files that are not UTF-8 text and empty documents are left out.
 
     Args:
-      path: a file, such as text or JSON lines, or a folder.
-      chat: as in `collect`.
+        path: a file, such as text or JSON lines, or a folder.
+        chat: as in `collect`.
 
     Returns:
-      The held-out documents, in the manifest's order or by name.
+        The held-out documents, in the manifest's order or by name.
 
     Raises:
-      ValueError: there is no text, a file is unreadable, a JSON line is damaged, or the archive is missing, damaged or
-        not the one that the manifest describes.
+        ValueError: there is no text, a file is unreadable, a JSON line is damaged, or the archive is missing, damaged
+            or not the one that the manifest describes.
     """
     source = str(path)
     if not _is_file_or_folder(source):

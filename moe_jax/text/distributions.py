@@ -38,7 +38,7 @@ def require_permissive(distribution: importlib.metadata.Distribution) -> None:
     The SPDX expression decides; without one the classifiers; without those the beginning of the licence text.
 
     Raises:
-      ValueError: the licence is not stated, or not permissive.
+        ValueError: the licence is not stated, or not permissive.
     """
     metadata = distribution.metadata
     expression = metadata.get("License-Expression")

@@ -21,15 +21,15 @@ def outer_ids(
     A text begins with `bos_token`; if there is none, with the token that ends a text, so that both ids are the same.
 
     Args:
-      folder: of the model; its `tokenizer_config.json`, or `special_tokens_map.json`, names the tokens.
-      tokenizer: of the model.
-      token_ids: `bos_token_id` and `eos_token_id` of a model's configuration; the first of several counts.
+        folder: of the model; its `tokenizer_config.json`, or `special_tokens_map.json`, names the tokens.
+        tokenizer: of the model.
+        token_ids: `bos_token_id` and `eos_token_id` of a model's configuration; the first of several counts.
 
     Returns:
-      The id that begins a text and the id that ends one.
+        The id that begins a text and the id that ends one.
 
     Raises:
-      ValueError: neither file names such a token, or `tokenizer_config.json` is damaged.
+        ValueError: neither file names such a token, or `tokenizer_config.json` is damaged.
     """
     named = {name: tokenizer.token_to_id(token) for name, token in declared.read_named(pathlib.Path(folder)).items()}
     ids = {name: int(np.atleast_1d(value)[0]) for name, value in token_ids.items() if np.size(value)}
@@ -55,14 +55,14 @@ def frame_documents(
     removed, since a model generates nothing after `end_id`.
 
     Args:
-      tokenizer: of any model.
-      documents: of any kind.
-      begin_id: as `outer_ids` gives it; also the `end_of_text` of `batches.pack`.
-      end_id: as `outer_ids` gives it.
+        tokenizer: of any model.
+        documents: of any kind.
+        begin_id: as `outer_ids` gives it; also the `end_of_text` of `batches.pack`.
+        end_id: as `outer_ids` gives it.
 
     Returns:
-      One int32 array per document. For a tokenizer trained here they equal those of `encode_documents`, without the
-      `end_id` at the end of a conversation.
+        One int32 array per document. For a tokenizer trained here they equal those of `encode_documents`, without the
+        `end_id` at the end of a conversation.
     """
     end = tokenizer.id_to_token(end_id)
     documents = [_cut_after(end, document) if document.special_tokens and end else document for document in documents]

@@ -38,15 +38,15 @@ def read_lines(path: str | os.PathLike, chat: Chat | None = None) -> Iterator[Li
     those of a message are passed to the template. Lines end with `\n` alone, so texts may hold other line separators.
 
     Args:
-      path: a file for which `is_jsonl` holds.
-      chat: renders conversations, from `chat.load_renderer`; None: there is no template.
+        path: a file for which `is_jsonl` holds.
+        chat: renders conversations, from `chat.load_renderer`; None: there is no template.
 
     Yields:
-      The lines in order. Special tokens are encoded as such in conversations only, even where a message spells one.
+        The lines in order. Special tokens are encoded as such in conversations only, even where a message spells one.
 
     Raises:
-      ValueError: the file is unreadable, or a line is damaged, has neither field or both, or is a conversation that
-        cannot be rendered. The message names the file and the line.
+        ValueError: the file is unreadable, or a line is damaged, has neither field or both, or is a conversation that
+            cannot be rendered. The message names the file and the line.
     """
     path = pathlib.Path(path)
     opener = next(opener for suffix, opener in _OPENERS.items() if path.name.lower().endswith(suffix))

@@ -17,7 +17,7 @@ def shingle(text: str) -> np.ndarray:
     A word is a run of ASCII letters, digits and underscores, or one character beyond ASCII; all else separates words.
 
     Returns:
-      The distinct hashes in ascending order, uint64, the same on every machine.
+        The distinct hashes in ascending order, uint64, the same on every machine.
     """
     if len(text) > _SHINGLED_AT_ONCE:
         blocks = range(0, len(text), _SHINGLED_AT_ONCE)

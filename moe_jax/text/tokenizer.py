@@ -37,14 +37,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> tokenizers.Tokeniz
     """Learns byte pairs (Sennrich et al., 2016) from training texts.
 
     Args:
-      texts: the training documents, without held-out ones. The same texts give the same tokenizer.
-      vocab_size: number of tokens, including `<|endoftext|>` (id 0) and the 256 bytes.
+        texts: the training documents, without held-out ones. The same texts give the same tokenizer.
+        vocab_size: number of tokens, including `<|endoftext|>` (id 0) and the 256 bytes.
 
     Returns:
-      The tokenizer. `encode(text)` begins with `<|endoftext|>`; the same characters *in* a text are ordinary text.
+        The tokenizer. `encode(text)` begins with `<|endoftext|>`; the same characters *in* a text are ordinary text.
 
     Raises:
-      ValueError: the texts have too few pairs for `vocab_size`.
+        ValueError: the texts have too few pairs for `vocab_size`.
     """
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -78,9 +78,9 @@ def save_tokenizer(tokenizer: tokenizers.Tokenizer, folder: str | os.PathLike, m
     """Writes `tokenizer.json`, and two more files that `transformers.AutoTokenizer` reads.
 
     Args:
-      tokenizer: from `train_tokenizer`.
-      folder: must exist.
-      max_context: the model's context, in tokens.
+        tokenizer: from `train_tokenizer`.
+        folder: must exist.
+        max_context: the model's context, in tokens.
     """
     folder = pathlib.Path(folder)
     special = {"bos_token": END_OF_TEXT, "eos_token": END_OF_TEXT, "pad_token": END_OF_TEXT}
@@ -100,10 +100,10 @@ def load_tokenizer(folder: str | os.PathLike) -> tokenizers.Tokenizer:
     """Reads a model's tokenizer: `tokenizer.json`, and the files beside it (see `declared.apply`).
 
     Args:
-      folder: of the model, or the path of `tokenizer.json`.
+        folder: of the model, or the path of `tokenizer.json`.
 
     Raises:
-      ValueError: it is missing or not a tokenizer, or a file beside it is damaged.
+        ValueError: it is missing or not a tokenizer, or a file beside it is damaged.
     """
     path = pathlib.Path(folder)
     path = path / "tokenizer.json" if path.is_dir() else path
@@ -145,7 +145,7 @@ def encode_documents(tokenizer: tokenizers.Tokenizer, documents: Sequence[Docume
     the document already begins with the token that the tokenizer puts before a text, nothing is added.
 
     Returns:
-      One int32 array per document, beginning with the tokens that the tokenizer puts before a text.
+        One int32 array per document, beginning with the tokens that the tokenizer puts before a text.
     """
     arrays = [np.zeros(0, np.int32)] * len(documents)
     encode_special_tokens = tokenizer.encode_special_tokens
