@@ -13,7 +13,7 @@ from moe_jax.config.architecture import MoEConfig
 from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies import registry
-from moe_jax.routing.policies.columns import Model, PerLayer, constant, per_layer
+from moe_jax.routing.policies.columns import ModelFacts, PerLayer, constant, per_layer
 from moe_jax.routing.policies.kind import Kind, RowWise, StepWise
 from moe_jax.routing.policies.parse import parse
 from moe_jax.routing.policies.step import holds
@@ -161,7 +161,7 @@ def test_one_more_kind_compares_no_weights_again(monkeypatch):
 def test_columns_are_as_a_kind_says(kind):
     layers = 3 if kind.name == "layers" else 4
     calibration = Calibration(np.full(layers, 0.5, np.float32), np.zeros((layers, E, E), np.float32), np.zeros(1))
-    model = Model(layers, E, 4, True, calibration)
+    model = ModelFacts(layers, E, 4, True, calibration)
     [part] = parse(kind.form).parts
     assert isinstance(part, kind) and part.spec == kind.form
     [owner] = [one for one in registry.KINDS if {*one.sets} & {*kind.sets} and one.neutral(model)]

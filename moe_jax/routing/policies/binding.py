@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_jax.config.architecture import Architecture
 from moe_jax.routing.policies import registry
-from moe_jax.routing.policies.columns import Model, model_of
+from moe_jax.routing.policies.columns import ModelFacts, model_facts
 from moe_jax.routing.policies.kind import Kind, StepWise
 from moe_jax.routing.policies.policy import Policy
 
@@ -50,7 +50,7 @@ def settings(
             calibration that is missing.
     """
     number_of = {policy: number for number, policy in enumerate(dict.fromkeys(policies))}
-    models = {policy: model_of(architecture, policy.calibration) for policy in number_of}
+    models = {policy: model_facts(architecture, policy.calibration) for policy in number_of}
     columns = {policy: policy.columns(model) for policy, model in models.items()}
     there = [kind for kind in registry.KINDS if _is_there(kind, number_of)]
     model = models[policies[0]]
@@ -75,7 +75,7 @@ def _is_there(kind: type[Kind], policies: Sequence[Policy]) -> bool:
     return not issubclass(kind, StepWise) or any(isinstance(part, kind) for policy in policies for part in policy.parts)
 
 
-def _table(kind: type[StepWise], models: dict[Policy, Model]) -> np.ndarray | None:
+def _table(kind: type[StepWise], models: dict[Policy, ModelFacts]) -> np.ndarray | None:
     """The kind's table, from the calibration of the first policy that uses it."""
     return next(
         kind.table(model) for policy, model in models.items() if any(isinstance(part, kind) for part in policy.parts)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_jax.routing.policies.columns import Columns, Model, PerLayer, constant, per_layer, require_between
+from moe_jax.routing.policies.columns import Columns, ModelFacts, PerLayer, constant, per_layer, require_between
 from moe_jax.routing.policies.kind import StepWise
 from moe_jax.routing.policies.step import filled
 from moe_jax.routing.selection import Routing, Slots
@@ -34,12 +34,12 @@ class Capacity(StepWise):
         if self.overflow not in OVERFLOW:
             raise ValueError(f"expected overflow = {' or '.join(OVERFLOW)}")
 
-    def columns(self, model: Model) -> Columns:
+    def columns(self, model: ModelFacts) -> Columns:
         """Gamma of each layer, and the index in `OVERFLOW`."""
         return per_layer(model, self.gamma), constant(model, OVERFLOW.index(self.overflow))
 
     @classmethod
-    def neutral(cls, model: Model) -> Columns:
+    def neutral(cls, model: ModelFacts) -> Columns:
         """An infinite capacity."""
         return constant(model, np.inf, np.float32), constant(model, 0)
 
