@@ -67,7 +67,7 @@ class Schedule(Kind):
 
 
 @dataclasses.dataclass(frozen=True)
-class Layers(Kind):
+class TopKPerLayer(Kind):
     """`layers:k,k,...`: the best k experts, one k for each MoE layer in order."""
 
     name, form, sets = "layers", "layers:8,8,4", ModelOwn.sets
