@@ -11,7 +11,7 @@ import numpy as np
 from absl import logging
 
 from moe_jax.checkpoint import Checkpoint
-from moe_jax.config import layers
+from moe_jax.config import layer_order
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import Config, TextConfig
 from moe_jax.cost import hardware
@@ -166,7 +166,7 @@ def require_memory(config: Config, params: Params) -> None:
     if config.finetune.train == "lora":
         copies_bytes += trainable.num_bytes(params)  # the merged model, for the export
     training = config.training
-    numbers = sum(params[stack]["ffn_norm_LD"].size for stack in layers.moe_stacks(params))
+    numbers = sum(params[stack]["ffn_norm_LD"].size for stack in layer_order.moe_stacks(params))
     batch_bytes = training.batch_size * training.sequence_length * numbers * params["norm_D"].dtype.itemsize
     needed_bytes = copies_bytes + 12 * weights + batch_bytes
     available_bytes = hardware.available_bytes()
@@ -249,7 +249,7 @@ def finetune(
     )
     outcome = loop.run(config, folder, task)
     best = with_selection_bias(trainable.whole(outcome.state.params, frozen, lora_scale), outcome.state.biases)
-    masks = [best[stack]["router"].get("mask_LE", np.ones(1)) for stack in layers.moe_stacks(best)]
+    masks = [best[stack]["router"].get("mask_LE", np.ones(1)) for stack in layer_order.moe_stacks(best)]
     masked_experts = sum(int((mask_LE <= 0).sum()) for mask_LE in masks)
     return Tuned(mask.merge(best), outcome.step, outcome.steps, masked_experts)
 

@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax import lax
 
-from moe_jax.config import layers
+from moe_jax.config import layer_order
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.finetuning import ObjectiveConfig
 from moe_jax.config.schema import TrainingConfig
@@ -116,8 +116,8 @@ def make_step(
 
 def _of_stack(load_LE: jax.Array, stack: str, architecture: Architecture) -> jax.Array:
     """The rows of one stack's layers, with the columns of the experts that they have."""
-    columns = [layer.column for layer in layers.layers(architecture) if layer.stack == stack]
-    experts = layers.moe_of(architecture, stack).num_experts
+    columns = [layer.column for layer in layer_order.layers(architecture) if layer.stack == stack]
+    experts = layer_order.moe_of(architecture, stack).num_experts
     return load_LE if len(columns) == len(load_LE) else load_LE[np.array(columns), :experts]
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_jax.config import layers
+from moe_jax.config import layer_order
 from moe_jax.config.finetuning import FinetuneConfig
 from moe_jax.model import parameters
 from moe_jax.model.decoder import Params
@@ -51,7 +51,7 @@ def divide(params: Params, config: FinetuneConfig, dtype: str, seed: int) -> tup
 
     trained, frozen = (_without_empty(part) for part in split(params, ()))
     if config.mask:
-        for stack in layers.moe_stacks(params):
+        for stack in layer_order.moe_stacks(params):
             router = trained.setdefault(stack, {}).setdefault("router", {})
             router["mask_LE"] = jnp.full(params[stack]["router"]["weight_LED"].shape[:2], mask.START, jnp.float32)
     return trained, frozen

@@ -13,7 +13,7 @@ import moe_jax
 from moe_jax import checkpoint
 from moe_jax.checkpoint import huggingface
 from moe_jax.checkpoint.families import FAMILIES
-from moe_jax.config import layers
+from moe_jax.config import layer_order
 from moe_jax.config.architecture import Architecture, MoEConfig
 from moe_jax.conversion import convert
 from moe_jax.cost import roofline
@@ -81,10 +81,10 @@ def settings_of(policy, execution):
 
 
 def test_the_stacks_are_of_layers_that_are_alike(model):
-    assert layers.stacks(ARCHITECTURE) == {"dense": (1,), "moe": [0, 2, 4], "moe_3": [3, 5]}
+    assert layer_order.stacks(ARCHITECTURE) == {"dense": (1,), "moe": [0, 2, 4], "moe_3": [3, 5]}
     shapes = {stack: model.params[stack]["router"]["weight_LED"].shape for stack in ("moe", "moe_3")}
     assert shapes == {"moe": (3, 12, 24), "moe_3": (2, 3, 24)}
-    passes = [(len(block.layers), block.times) for block in layers.blocks(ARCHITECTURE)]
+    passes = [(len(block.layers), block.times) for block in layer_order.blocks(ARCHITECTURE)]
     assert passes == [(1, 1), (1, 1), (2, 2)]
 
 
@@ -97,7 +97,7 @@ def test_a_pattern_with_several_layers_of_one_stack(tmp_path):
     trunk = dataclasses.replace(ARCHITECTURE.decoder, num_dense_layers=2, dense_layers=(2, 5))
     moe = dataclasses.replace(ARCHITECTURE.moe, num_experts=6, k=2, num_experts_of_layers=(), k_of_layers=())
     architecture = Architecture(trunk, ARCHITECTURE.attention, moe)
-    assert [(len(block.layers), block.times) for block in layers.blocks(architecture)] == [(3, 2)]
+    assert [(len(block.layers), block.times) for block in layer_order.blocks(architecture)] == [(3, 2)]
     folder = write(tmp_path / "model", Variant("qwen3_moe", architecture), dtype="float32")
     model, tensors = moe_jax.load(folder, dtype="float32"), safetensors.numpy.load_file(folder / "model.safetensors")
     wanted_BTV = plain({name: jnp.asarray(one) for name, one in tensors.items()}, (2,) * 4, architecture)
