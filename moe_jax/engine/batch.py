@@ -17,7 +17,7 @@ MOST_PADDING = 4  # a prompt joins a group if its bucket is at least 1 / MOST_PA
 MOST_TOKENS = 16384  # read at once by one group: bounds the memory of activations
 
 
-class Batch(NamedTuple):
+class PaddedPrompts(NamedTuple):
     """Prompts that are read together. Padding rows, which have no request, have length 0."""
 
     shape: caches.Shape
@@ -66,7 +66,7 @@ def plan_of(requests: Sequence[Request], execution: Execution) -> Plan:
     return Plan(whole.batch, whole.memory, tuple(zip(map(tuple, map(sorted, groups)), shapes)))
 
 
-def batch_of(requests: Sequence[Request], execution: Execution, shape: caches.Shape | None = None) -> Batch:
+def pad_prompts(requests: Sequence[Request], execution: Execution, shape: caches.Shape | None = None) -> PaddedPrompts:
     """Pads requests to a shape and puts their live settings on the device. None: the smallest shape that holds them."""
     shape = shape or _shape_of(requests, execution.architecture.decoder.max_context)
     tokens_BT = np.zeros((shape.batch, shape.length), np.int32)
@@ -74,7 +74,7 @@ def batch_of(requests: Sequence[Request], execution: Execution, shape: caches.Sh
     for row, request in enumerate(requests):
         length_B[row], budget_B[row] = len(request.ids), request.max_new_tokens
         tokens_BT[row, : length_B[row]] = request.ids
-    return Batch(shape, tokens_BT, length_B, budget_B, live_of(requests, shape.batch, execution))
+    return PaddedPrompts(shape, tokens_BT, length_B, budget_B, live_of(requests, shape.batch, execution))
 
 
 def live_of(requests: Sequence[Request], rows: int, execution: Execution) -> Live:

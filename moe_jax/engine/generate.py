@@ -11,7 +11,7 @@ import tokenizers
 
 from moe_jax.engine import cache as caches
 from moe_jax.engine import steps
-from moe_jax.engine.batch import Batch, Plan, batch_of, live_of, plan_of
+from moe_jax.engine.batch import PaddedPrompts, Plan, live_of, pad_prompts, plan_of
 from moe_jax.engine.completion import Completion, Row
 from moe_jax.engine.request import Request
 from moe_jax.engine.steps import Drawn, Live, Slots, Steps
@@ -175,7 +175,7 @@ class Engine:
     def _prepared(self, requests: Sequence[Request], execution: decoder.Execution) -> "_Prepared":
         """The plan, its batches, and the settings of all slots; compiles every program that they need."""
         plan = plan_of(requests, execution)
-        batches = [batch_of([requests[index] for index in group], execution, shape) for group, shape in plan.groups]
+        batches = [pad_prompts([requests[index] for index in group], execution, shape) for group, shape in plan.groups]
         whole = len(batches) == 1
         prefixes = [] if whole else [(batch.shape.batch, batch.shape.memory) for batch in batches]
         needed = [(plan.slots, plan.memory), *sorted(prefixes, key=np.prod)[-1:]]
@@ -218,7 +218,7 @@ class Engine:
                 error.completions = tuple(row.completion() for row in rows)
                 raise
 
-    def prefill(self, batch: Batch, execution: decoder.Execution) -> tuple[Drawn, Slots]:
+    def prefill(self, batch: PaddedPrompts, execution: decoder.Execution) -> tuple[Drawn, Slots]:
         """Reads the prompts of a batch and draws the first token of each.
 
         Returns:
@@ -260,7 +260,9 @@ class Engine:
     def _shapes(self, slots: int, memory: int, execution: decoder.Execution) -> Slots:
         return jax.eval_shape(lambda: self.empty(slots, memory, execution))
 
-    def prefill_program(self, batch: Batch, execution: decoder.Execution, routing: bool = False) -> jax.stages.Compiled:
+    def prefill_program(
+        self, batch: PaddedPrompts, execution: decoder.Execution, routing: bool = False
+    ) -> jax.stages.Compiled:
         """`steps.prefill`, compiled for the shape of a batch.
 
         Raises:
@@ -302,7 +304,7 @@ def _widens_in_loops(dtype: jax.numpy.dtype) -> bool:
 
 class _Prepared(NamedTuple):
     plan: Plan
-    batches: list[Batch]  # one per group
+    batches: list[PaddedPrompts]  # one per group
     live: Live  # of all slots
 
 

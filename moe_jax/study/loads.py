@@ -13,7 +13,7 @@ import numpy as np
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.cost import roofline
 from moe_jax.engine import cache as caches
-from moe_jax.engine.batch import batch_of
+from moe_jax.engine.batch import pad_prompts
 from moe_jax.engine.generate import Engine
 from moe_jax.engine.request import make_requests
 from moe_jax.engine.steps import Slots
@@ -40,7 +40,7 @@ class Load:
         self.rows, self.cached = rows, cached
         self._engine, self._execution = engine, execution
         sampling = SamplingConfig(max_new_tokens=2)
-        self._batch = batch_of(make_requests([[0] * cached] * rows, None, execution, sampling=sampling), execution)
+        self._batch = pad_prompts(make_requests([[0] * cached] * rows, None, execution, sampling=sampling), execution)
         dtype, shape = dtype_of(engine.params), self._batch.shape
         caches.require_memory(execution.architecture, [(shape.batch, shape.memory)], dtype)
         self._slots = engine.empty(shape.batch, shape.memory, execution)

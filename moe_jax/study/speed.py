@@ -17,7 +17,7 @@ import numpy as np
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.cost import roofline
 from moe_jax.engine import cache as caches
-from moe_jax.engine.batch import Batch, batch_of
+from moe_jax.engine.batch import PaddedPrompts, pad_prompts
 from moe_jax.engine.generate import Engine, steps_at_once
 from moe_jax.engine.request import AnyPolicy, make_requests
 from moe_jax.engine.steps import Live, Slots
@@ -51,11 +51,11 @@ class Subject:
         if self.trace is not None and len({*self.execution.architecture.num_experts_L}) > 1:
             raise ValueError("benchmark.trace is of layers that are alike: expected moe.num_experts_of_layers = ()")
 
-    def batch(self, tokens_BT: np.ndarray, max_new_tokens: int) -> Batch:
+    def batch(self, tokens_BT: np.ndarray, max_new_tokens: int) -> PaddedPrompts:
         """Turns rows of tokens into a batch of requests."""
         sampling = dataclasses.replace(self.sampling, max_new_tokens=max_new_tokens)
         prompts = tokens_BT.tolist()
-        return batch_of(
+        return pad_prompts(
             make_requests(prompts, None, self.execution, sampling=sampling, policy=self.policy), self.execution
         )
 

@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.engine import batch, cache, generate, steps
-from moe_jax.engine.batch import batch_of, plan_of
+from moe_jax.engine.batch import pad_prompts, plan_of
 from moe_jax.engine.generate import Engine
 from moe_jax.engine.request import execution_of, make_requests, policy_of_each
 from moe_jax.engine.stopping import StoppingText
@@ -188,7 +188,7 @@ def test_a_stop_string_ends_a_row_before_the_next_step(engine, monkeypatch):
 
 
 def test_routing_is_handed_over_to_who_asks(engine):
-    read = batch_of(requests(policy="topk:3"), EXECUTION)
+    read = pad_prompts(requests(policy="topk:3"), EXECUTION)
     program = engine.prefill_program(read, EXECUTION, routing=True)
     drawn, _ = program(engine.params, read.tokens_BT, read.length_B, read.budget_B, engine.end_I, read.live)
     chosen_LBTK = np.asarray(drawn.chosen_LNK).reshape(2, *read.tokens_BT.shape, -1)
@@ -204,7 +204,7 @@ def test_a_longer_prompt_is_no_longer_program(params):
     execution = execution_of(architecture)
 
     def lines(length):
-        read = batch_of(requests([[1] * length], execution=execution, max_new_tokens=1), execution)
+        read = pad_prompts(requests([[1] * length], execution=execution, max_new_tokens=1), execution)
         given = (params, read.tokens_BT, read.length_B, read.budget_B, np.zeros(0, np.int32), read.live)
         static = {"execution": execution, "memory": read.shape.memory, "chunk": cache.CHUNK, "routing": False}
         return len(steps.prefill.lower(*given, **static).as_text().splitlines())
