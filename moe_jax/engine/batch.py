@@ -27,7 +27,7 @@ class PaddedPrompts(NamedTuple):
     live: Live
 
 
-class Plan(NamedTuple):
+class Grouping(NamedTuple):
     """How requests are read: in groups of prompts of similar length.
 
     With a single group, its prefix has room for the continuations too and becomes the slots.
@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     groups: tuple[tuple[tuple[int, ...], caches.Shape], ...]  # indices of the requests of each group, and its shape
 
 
-def plan_of(requests: Sequence[Request], execution: Execution) -> Plan:
+def group_by_length(requests: Sequence[Request], execution: Execution) -> Grouping:
     """Groups requests by length, so that one long prompt does not pad many short ones.
 
     A prompt joins a group if that adds little padding: its bucket is at least a quarter of the group's, or the whole
@@ -58,12 +58,12 @@ def plan_of(requests: Sequence[Request], execution: Execution) -> Plan:
         groups.append([index])
     whole = _shape_of(requests, context)
     if len(groups) == 1:
-        return Plan(whole.batch, whole.memory, ((tuple(range(len(requests))), whole),))
+        return Grouping(whole.batch, whole.memory, ((tuple(range(len(requests))), whole),))
     shapes = []
     for group in groups:
         shape = _shape_of([requests[index] for index in group], context)
         shapes.append(shape._replace(memory=shape.length))
-    return Plan(whole.batch, whole.memory, tuple(zip(map(tuple, map(sorted, groups)), shapes)))
+    return Grouping(whole.batch, whole.memory, tuple(zip(map(tuple, map(sorted, groups)), shapes)))
 
 
 def pad_prompts(requests: Sequence[Request], execution: Execution, shape: caches.Shape | None = None) -> PaddedPrompts:

@@ -11,7 +11,7 @@ import tokenizers
 
 from moe_jax.engine import cache as caches
 from moe_jax.engine import steps
-from moe_jax.engine.batch import PaddedPrompts, Plan, live_of, pad_prompts, plan_of
+from moe_jax.engine.batch import Grouping, PaddedPrompts, group_by_length, live_of, pad_prompts
 from moe_jax.engine.completion import Completion, Row
 from moe_jax.engine.request import Request
 from moe_jax.engine.steps import Drawn, Live, Slots, Steps
@@ -132,7 +132,7 @@ class Engine:
             NotFiniteError: a token's log-probability is NaN or infinite; a ValueError too.
         """
         prepared = self._prepared(requests, execution)
-        plan, layers = prepared.plan, execution.architecture.decoder.num_moe_layers
+        grouping, layers = prepared.grouping, execution.architecture.decoder.num_moe_layers
         rows = [Row(request, self._tokenizer, set(self.end_I.tolist())) for request in requests]
         measured = Measured(prefill_tokens=sum(len(request.ids) for request in requests))
 
@@ -149,10 +149,10 @@ class Engine:
         measured.prefill_s = time.perf_counter() - began
         for row, kept, request in zip(rows, first.kept_B.tolist(), requests):
             row.read(kept / (layers * len(request.ids)))
-        hand_out(first.token_B, first.log_probability_B, np.arange(plan.slots) < len(rows))
+        hand_out(first.token_B, first.log_probability_B, np.arange(grouping.slots) < len(rows))
 
         began = time.perf_counter()
-        wanted_B, count = _unfinished(rows, plan.slots), 1
+        wanted_B, count = _unfinished(rows, grouping.slots), 1
         one_by_one = len(rows) > 1 and any(request.sampling.stop for request in requests)
         while wanted_B.any():
             call_began = time.perf_counter()
@@ -168,42 +168,44 @@ class Engine:
                 for index in np.flatnonzero(alive_B).tolist():
                     rows[index].step(float(kept_B[index]), distinct)
                 hand_out(taken.token_SB[number], taken.log_probability_SB[number], alive_B)
-                wanted_B = _unfinished(rows, plan.slots)
+                wanted_B = _unfinished(rows, grouping.slots)
         measured.decode_s = time.perf_counter() - began
         return Generated([row.completion() for row in rows], measured)
 
     def _prepared(self, requests: Sequence[Request], execution: decoder.Execution) -> "_Prepared":
-        """The plan, its batches, and the settings of all slots; compiles every program that they need."""
-        plan = plan_of(requests, execution)
-        batches = [pad_prompts([requests[index] for index in group], execution, shape) for group, shape in plan.groups]
+        """The groups of prompts, padded, and the settings of all slots; compiles every program that they need."""
+        grouping = group_by_length(requests, execution)
+        batches = [
+            pad_prompts([requests[index] for index in group], execution, shape) for group, shape in grouping.groups
+        ]
         whole = len(batches) == 1
         prefixes = [] if whole else [(batch.shape.batch, batch.shape.memory) for batch in batches]
-        needed = [(plan.slots, plan.memory), *sorted(prefixes, key=np.prod)[-1:]]
+        needed = [(grouping.slots, grouping.memory), *sorted(prefixes, key=np.prod)[-1:]]
         caches.require_memory(execution.architecture, needed, decoder.dtype_of(self.params))
-        live = batches[0].live if whole else live_of(requests, plan.slots, execution)
-        slots = self._shapes(plan.slots, plan.memory, execution)
+        live = batches[0].live if whole else live_of(requests, grouping.slots, execution)
+        slots = self._shapes(grouping.slots, grouping.memory, execution)
         for batch in batches:
             self.prefill_program(batch, execution)
         for prefix in prefixes:
             self._insert_program(slots, self._shapes(*prefix, execution))
         if max(request.max_new_tokens for request in requests) > 1:
             self.decode_program(slots, live, execution)
-        return _Prepared(plan, batches, live)
+        return _Prepared(grouping, batches, live)
 
     def _read(self, prepared: "_Prepared", execution: decoder.Execution) -> tuple[Drawn, Slots]:
         """Reads all prompts; returns what was drawn for every slot, on the host, and the slots."""
-        plan, batches, _ = prepared
+        grouping, batches, _ = prepared
         if len(batches) == 1:
             drawn, slots = self.prefill(batches[0], execution)
             return jax.device_get(drawn), slots
-        slots, parts = self.empty(plan.slots, plan.memory, execution), []
-        for (group, _), batch in zip(plan.groups, batches):
+        slots, parts = self.empty(grouping.slots, grouping.memory, execution), []
+        for (group, _), batch in zip(grouping.groups, batches):
             drawn, prefix = self.prefill(batch, execution)
             slots = self.insert(slots, prefix, group)
             del prefix  # before the next one is made
             parts.append((list(group), jax.device_get(drawn)))
-        token_B, kept_B = np.zeros((2, plan.slots), np.int32)
-        log_probability_B = np.zeros(plan.slots, np.float32)
+        token_B, kept_B = np.zeros((2, grouping.slots), np.int32)
+        log_probability_B = np.zeros(grouping.slots, np.float32)
         for group, drawn in parts:
             for of_slots, of_rows in ((token_B, drawn.token_B), (kept_B, drawn.kept_B)):
                 of_slots[group] = of_rows[: len(group)]
@@ -303,7 +305,7 @@ def _widens_in_loops(dtype: jax.numpy.dtype) -> bool:
 
 
 class _Prepared(NamedTuple):
-    plan: Plan
+    grouping: Grouping
     batches: list[PaddedPrompts]  # one per group
     live: Live  # of all slots
 

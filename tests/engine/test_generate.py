@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.engine import batch, cache, generate, steps
-from moe_jax.engine.batch import pad_prompts, plan_of
+from moe_jax.engine.batch import group_by_length, pad_prompts
 from moe_jax.engine.generate import Engine
 from moe_jax.engine.request import execution_of, make_requests, policy_of_each
 from moe_jax.engine.stopping import StoppingText
@@ -133,11 +133,11 @@ def test_a_long_prompt_beside_short_ones_pads_none_of_them(params, engine, monke
     prompts = [[1, 2, 3], [4] * 26, [5, 6], [7] * 25, [8]]
     settings = {"policy": ["topk:3", None, "opportunistic:2", "topk:2", "opportunistic:2"], "max_new_tokens": 6}
     expected, together = run(engine, prompts, **settings)
-    assert len(plan_of(requests(prompts, **settings), EXECUTION).groups) == 1
+    assert len(group_by_length(requests(prompts, **settings), EXECUTION).groups) == 1
     monkeypatch.setattr(cache, "CHUNK", 32)
     monkeypatch.setattr(cache, "SHORTEST", 4)
-    plan = plan_of(requests(prompts, **settings), EXECUTION)
-    assert plan == (8, 32, (((1, 3), (2, 32, 32)), ((0, 2, 4), (4, 4, 4))))
+    grouping = group_by_length(requests(prompts, **settings), EXECUTION)
+    assert grouping == (8, 32, (((1, 3), (2, 32, 32)), ((0, 2, 4), (4, 4, 4))))
     got, apart = run(Engine(params, tiny_model.tokenizer(), end_ids=()), prompts, **settings)
     for one, other in zip(got, expected, strict=True):
         assert (one.ids, one.experts_per_token) == (other.ids, other.experts_per_token)
@@ -149,8 +149,8 @@ def test_no_group_reads_more_tokens_at_once_than_memory_is_for(engine, monkeypat
     monkeypatch.setattr(batch, "MOST_TOKENS", 32)
     monkeypatch.setattr(cache, "SHORTEST", 4)
     asked = requests([[number] * 5 for number in range(1, 8)], max_new_tokens=2)
-    plan = plan_of(asked, EXECUTION)
-    assert plan == (8, 8, (((0, 1, 2, 3), (4, 8, 8)), ((4, 5, 6), (4, 8, 8))))
+    grouping = group_by_length(asked, EXECUTION)
+    assert grouping == (8, 8, (((0, 1, 2, 3), (4, 8, 8)), ((4, 5, 6), (4, 8, 8))))
     got = engine.run(asked, EXECUTION).completions
     for request, completion in zip(asked, got, strict=True):
         [alone] = engine.run([request], EXECUTION).completions
