@@ -23,7 +23,7 @@ class PaddedPrompts(NamedTuple):
     shape: caches.Shape
     tokens_BT: np.ndarray  # int32, padded at the end
     length_B: np.ndarray  # int32
-    budget_B: np.ndarray  # int32: tokens that each request may draw
+    budget_B: np.ndarray  # int32: tokens that each request may sample
     live: Live
 
 

@@ -1,4 +1,4 @@
-"""From the tokens drawn for a request to its completion: the text so far, and when it ends."""
+"""From the tokens sampled for a request to its completion: the text so far, and when it ends."""
 
 import dataclasses
 from collections.abc import Set
@@ -17,7 +17,7 @@ class Completion:
     Attributes:
         text: the continuation, without the stop string or the end-of-text token that ended it. It starts with whatever
             follows the prompt, such as a space. Special tokens have no text.
-        ids: every token drawn, including those of a stop string and the end-of-text token.
+        ids: every token sampled, including those of a stop string and the end-of-text token.
         log_probabilities: of each of `ids` under the model itself, in nats, before temperature, top-k and
             top-p.
         experts_per_token: experts that the request kept, mean over MoE layers and this request's decode steps; without

@@ -14,7 +14,7 @@ from moe_jax.engine import steps
 from moe_jax.engine.batch import Grouping, PaddedPrompts, group_by_length, live_of, pad_prompts
 from moe_jax.engine.completion import Completion, Row
 from moe_jax.engine.request import Request
-from moe_jax.engine.steps import Drawn, Live, Slots, Steps
+from moe_jax.engine.steps import DecodeResult, Live, PrefillResult, Slots
 from moe_jax.model import decoder
 from moe_jax.model.finite import NotFiniteError, require_finite
 
@@ -30,12 +30,12 @@ class Measured:
     prefill_s: float = 0.0  # until the first token of every request is on the host
     decode_s: float = 0.0
     decode_steps: int = 0
-    decode_tokens: int = 0  # drawn by decode steps
+    decode_tokens: int = 0  # sampled by decode steps
     kept_slots: int = 0  # summed over decode steps, mean over MoE layers
     distinct_experts: float = 0.0  # experts with at least one row, summed and averaged likewise
 
     def add_step(self, tokens: int, kept: float, distinct: float) -> None:
-        """Counts one decode step: tokens drawn, and its kept slots and distinct experts, means over MoE layers."""
+        """Counts one decode step: tokens sampled, and its kept slots and distinct experts, means over MoE layers."""
         self.decode_steps += 1
         self.decode_tokens += tokens
         self.kept_slots += kept
@@ -152,15 +152,15 @@ class Engine:
         hand_out(first.token_B, first.log_probability_B, np.arange(grouping.slots) < len(rows))
 
         began = time.perf_counter()
-        wanted_B, count = _unfinished(rows, grouping.slots), 1
+        continue_B, count = _unfinished(rows, grouping.slots), 1
         one_by_one = len(rows) > 1 and any(request.sampling.stop for request in requests)
-        while wanted_B.any():
+        while continue_B.any():
             call_began = time.perf_counter()
-            taken, slots = self.step(slots, wanted_B, count, prepared.live, execution)
+            taken, slots = self.step(slots, continue_B, count, prepared.live, execution)
             seconds = (time.perf_counter() - call_began) / int(taken.count)
             count = 1 if one_by_one else steps_at_once(seconds, self.most_steps)
             for number in range(int(taken.count)):
-                alive_B = taken.alive_SB[number] & wanted_B
+                alive_B = taken.alive_SB[number] & continue_B
                 if not alive_B.any():
                     break
                 kept_B, distinct = taken.kept_SB[number] / layers, float(taken.distinct_S[number]) / layers
@@ -168,7 +168,7 @@ class Engine:
                 for index in np.flatnonzero(alive_B).tolist():
                     rows[index].step(float(kept_B[index]), distinct)
                 hand_out(taken.token_SB[number], taken.log_probability_SB[number], alive_B)
-                wanted_B = _unfinished(rows, grouping.slots)
+                continue_B = _unfinished(rows, grouping.slots)
         measured.decode_s = time.perf_counter() - began
         return Generated([row.completion() for row in rows], measured)
 
@@ -192,25 +192,25 @@ class Engine:
             self.decode_program(slots, live, execution)
         return _Prepared(grouping, batches, live)
 
-    def _read(self, prepared: "_Prepared", execution: decoder.Execution) -> tuple[Drawn, Slots]:
-        """Reads all prompts; returns what was drawn for every slot, on the host, and the slots."""
+    def _read(self, prepared: "_Prepared", execution: decoder.Execution) -> tuple[PrefillResult, Slots]:
+        """Reads all prompts; returns what was sampled for every slot, on the host, and the slots."""
         grouping, batches, _ = prepared
         if len(batches) == 1:
-            drawn, slots = self.prefill(batches[0], execution)
-            return jax.device_get(drawn), slots
+            result, slots = self.prefill(batches[0], execution)
+            return jax.device_get(result), slots
         slots, parts = self.empty(grouping.slots, grouping.memory, execution), []
         for (group, _), batch in zip(grouping.groups, batches):
-            drawn, prefix = self.prefill(batch, execution)
+            result, prefix = self.prefill(batch, execution)
             slots = self.insert(slots, prefix, group)
             del prefix  # before the next one is made
-            parts.append((list(group), jax.device_get(drawn)))
+            parts.append((list(group), jax.device_get(result)))
         token_B, kept_B = np.zeros((2, grouping.slots), np.int32)
         log_probability_B = np.zeros(grouping.slots, np.float32)
-        for group, drawn in parts:
-            for of_slots, of_rows in ((token_B, drawn.token_B), (kept_B, drawn.kept_B)):
-                of_slots[group] = of_rows[: len(group)]
-            log_probability_B[group] = drawn.log_probability_B[: len(group)]
-        return Drawn(token_B, log_probability_B, kept_B, sum(drawn.distinct for _, drawn in parts), None), slots
+        for group, result in parts:
+            for all_slots, new in zip((token_B, log_probability_B, kept_B), result[:3]):
+                all_slots[group] = new[: len(group)]
+        distinct = sum(result.distinct for _, result in parts)
+        return PrefillResult(token_B, log_probability_B, kept_B, distinct, None), slots
 
     def _require_finite(self, log_probability_B: np.ndarray, alive_B: np.ndarray, rows: Sequence[Row]) -> None:
         for index in np.flatnonzero(alive_B & ~np.isfinite(log_probability_B)).tolist():
@@ -220,11 +220,11 @@ class Engine:
                 error.completions = tuple(row.completion() for row in rows)
                 raise
 
-    def prefill(self, batch: PaddedPrompts, execution: decoder.Execution) -> tuple[Drawn, Slots]:
-        """Reads the prompts of a batch and draws the first token of each.
+    def prefill(self, batch: PaddedPrompts, execution: decoder.Execution) -> tuple[PrefillResult, Slots]:
+        """Reads the prompts of a batch and samples the first token of each.
 
         Returns:
-            What was drawn, and the prefix.
+            What was sampled, and the prefix.
 
         Raises:
             ValueError: the cache does not fit in the memory that is available.
@@ -244,19 +244,22 @@ class Engine:
         return self._insert_program(slots, prefix)(slots, prefix, place_B, np.int32(len(places)))
 
     def step(
-        self, slots: Slots, wanted_B: np.ndarray, count: int, live: Live, execution: decoder.Execution
-    ) -> tuple[Steps, Slots]:
-        """Draws up to `count` tokens for every unfinished slot in `wanted_B`; returns `Steps`, on the host, and slots.
+        self, slots: Slots, continue_B: np.ndarray, count: int, live: Live, execution: decoder.Execution
+    ) -> tuple[DecodeResult, Slots]:
+        """Samples up to `count` tokens for every unfinished slot in `continue_B`.
 
         Args:
             slots: do not use them afterwards.
-            wanted_B: bool; False finishes a slot.
+            continue_B: bool; False finishes a slot.
             count: at most `most_steps`.
             live: settings of the slots.
             execution: the static half of the step.
+
+        Returns:
+            The result, on the host, and the slots.
         """
         program = self.decode_program(slots, live, execution)
-        taken, slots = program(self.params, slots, wanted_B, np.int32(count), self.end_I, live)
+        taken, slots = program(self.params, slots, continue_B, np.int32(count), self.end_I, live)
         return jax.device_get(taken), slots
 
     def _shapes(self, slots: int, memory: int, execution: decoder.Execution) -> Slots:

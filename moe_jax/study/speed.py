@@ -1,7 +1,7 @@
 """Times the steps of a model and compares them with the roofline of the machine.
 
 A case is a decode step of B rows, or a prefill of one row. Cases call the same programs as `Engine.run`, in the same
-way: from arrays on the host to the drawn tokens on the host, with several short decode steps in one call. Every round
+way: from arrays on the host to the sampled tokens on the host, with several short decode steps in one call. Every round
 runs all cases in turn, so that a slow moment of the machine affects all of them.
 """
 
@@ -78,7 +78,7 @@ class Sample:
 
 
 class Prefill:
-    """A prefill: reads one row of tokens into a new cache and draws the next token."""
+    """A prefill: reads one row of tokens into a new cache and samples the next token."""
 
     def __init__(self, subject: Subject, tokens_T: np.ndarray):
         self.name, self.rows, self.tokens = f"prefill_{len(tokens_T)}", 1, len(tokens_T)
@@ -94,16 +94,16 @@ class Prefill:
         batch, engine = self._batch, self._engine
         given = (batch.tokens_BT, batch.length_B, batch.budget_B, engine.end_I, batch.live)
         began = time.perf_counter()
-        drawn, _ = self._program(engine.params, *given)
-        drawn = jax.device_get(drawn)
+        result, _ = self._program(engine.params, *given)
+        result = jax.device_get(result)
         seconds = time.perf_counter() - began
-        require_finite(drawn.log_probability_B[:1], f"a step of {self.name}", engine.params)
-        step = roofline.Step([0], [self.tokens], int(drawn.kept_B.sum()), int(drawn.distinct))
-        return [Sample(seconds, step, drawn.chosen_LNK)]
+        require_finite(result.log_probability_B[:1], f"a step of {self.name}", engine.params)
+        step = roofline.Step([0], [self.tokens], int(result.kept_B.sum()), int(result.distinct))
+        return [Sample(seconds, step, result.chosen_LNK)]
 
 
 class Decode:
-    """Decode steps: each reads one token of every row and draws the next.
+    """Decode steps: each reads one token of every row and samples the next.
 
     Args:
         subject: what is timed.

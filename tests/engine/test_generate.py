@@ -190,11 +190,11 @@ def test_a_stop_string_ends_a_row_before_the_next_step(engine, monkeypatch):
 def test_routing_is_handed_over_to_who_asks(engine):
     read = pad_prompts(requests(policy="topk:3"), EXECUTION)
     program = engine.prefill_program(read, EXECUTION, routing=True)
-    drawn, _ = program(engine.params, read.tokens_BT, read.length_B, read.budget_B, engine.end_I, read.live)
-    chosen_LBTK = np.asarray(drawn.chosen_LNK).reshape(2, *read.tokens_BT.shape, -1)
+    result, _ = program(engine.params, read.tokens_BT, read.length_B, read.budget_B, engine.end_I, read.live)
+    chosen_LBTK = np.asarray(result.chosen_LNK).reshape(2, *read.tokens_BT.shape, -1)
     kept_B = [np.count_nonzero(chosen_LBTK[:, row] >= 0) for row in range(4)]
-    assert kept_B == drawn.kept_B.tolist() == [2 * 3 * length for length in read.length_B]
-    assert int(drawn.distinct) == sum(len(np.unique(of_layer[of_layer >= 0])) for of_layer in chosen_LBTK)
+    assert kept_B == result.kept_B.tolist() == [2 * 3 * length for length in read.length_B]
+    assert int(result.distinct) == sum(len(np.unique(of_layer[of_layer >= 0])) for of_layer in chosen_LBTK)
     assert engine.prefill(read, EXECUTION)[0].chosen_LNK is None
 
 
