@@ -14,7 +14,7 @@ from moe_jax.engine import steps
 from moe_jax.engine.batch import Grouping, PaddedPrompts, group_by_length, live_of, pad_prompts
 from moe_jax.engine.completion import Completion, Row
 from moe_jax.engine.request import Request
-from moe_jax.engine.steps import DecodeResult, Live, PrefillResult, Slots
+from moe_jax.engine.steps import CacheSlots, DecodeResult, Live, PrefillResult
 from moe_jax.model import decoder
 from moe_jax.model.finite import NotFiniteError, require_finite
 
@@ -192,7 +192,7 @@ class Engine:
             self.decode_program(slots, live, execution)
         return _Prepared(grouping, batches, live)
 
-    def _read(self, prepared: "_Prepared", execution: decoder.Execution) -> tuple[PrefillResult, Slots]:
+    def _read(self, prepared: "_Prepared", execution: decoder.Execution) -> tuple[PrefillResult, CacheSlots]:
         """Reads all prompts; returns what was sampled for every slot, on the host, and the slots."""
         grouping, batches, _ = prepared
         if len(batches) == 1:
@@ -220,7 +220,7 @@ class Engine:
                 error.completions = tuple(row.completion() for row in rows)
                 raise
 
-    def prefill(self, batch: PaddedPrompts, execution: decoder.Execution) -> tuple[PrefillResult, Slots]:
+    def prefill(self, batch: PaddedPrompts, execution: decoder.Execution) -> tuple[PrefillResult, CacheSlots]:
         """Reads the prompts of a batch and samples the first token of each.
 
         Returns:
@@ -232,20 +232,20 @@ class Engine:
         program = self.prefill_program(batch, execution)
         return program(self.params, batch.tokens_BT, batch.length_B, batch.budget_B, self.end_I, batch.live)
 
-    def empty(self, slots: int, memory: int, execution: decoder.Execution) -> Slots:
+    def empty(self, slots: int, memory: int, execution: decoder.Execution) -> CacheSlots:
         """Empty slots, each with a cache of `memory` positions."""
         cache = caches.allocate(execution.architecture, slots, memory, decoder.dtype_of(self.params))
-        return Slots(cache, *(jax.numpy.zeros(slots, np.int32) for _ in Slots._fields[1:]))
+        return CacheSlots(cache, *(jax.numpy.zeros(slots, np.int32) for _ in CacheSlots._fields[1:]))
 
-    def insert(self, slots: Slots, prefix: Slots, places: Sequence[int]) -> Slots:
+    def insert(self, slots: CacheSlots, prefix: CacheSlots, places: Sequence[int]) -> CacheSlots:
         """Writes the first rows of a prefix into the slots `places`. Do not use `slots` or `prefix` afterwards."""
         place_B = np.zeros(len(prefix.token_B), np.int32)
         place_B[: len(places)] = places
         return self._insert_program(slots, prefix)(slots, prefix, place_B, np.int32(len(places)))
 
     def step(
-        self, slots: Slots, continue_B: np.ndarray, count: int, live: Live, execution: decoder.Execution
-    ) -> tuple[DecodeResult, Slots]:
+        self, slots: CacheSlots, continue_B: np.ndarray, count: int, live: Live, execution: decoder.Execution
+    ) -> tuple[DecodeResult, CacheSlots]:
         """Samples up to `count` tokens for every unfinished slot in `continue_B`.
 
         Args:
@@ -262,7 +262,7 @@ class Engine:
         taken, slots = program(self.params, slots, continue_B, np.int32(count), self.end_I, live)
         return jax.device_get(taken), slots
 
-    def _shapes(self, slots: int, memory: int, execution: decoder.Execution) -> Slots:
+    def _shapes(self, slots: int, memory: int, execution: decoder.Execution) -> CacheSlots:
         return jax.eval_shape(lambda: self.empty(slots, memory, execution))
 
     def prefill_program(
@@ -281,13 +281,13 @@ class Engine:
             caches.require_memory(execution.architecture, [(shape.batch, shape.memory)], decoder.dtype_of(self.params))
         return self._program(key, lambda: steps.prefill.lower(*given, **static))
 
-    def _insert_program(self, slots: Slots, prefix: Slots) -> jax.stages.Compiled:
+    def _insert_program(self, slots: CacheSlots, prefix: CacheSlots) -> jax.stages.Compiled:
         place_B = jax.ShapeDtypeStruct(prefix.token_B.shape, np.int32)
         key = (steps.insert, slots.cache[0].shape, prefix.cache[0].shape)
         return self._program(key, lambda: steps.insert.lower(slots, prefix, place_B, np.int32(0)))
 
     def decode_program(
-        self, slots: Slots, live: Live, execution: decoder.Execution, routing: bool = False
+        self, slots: CacheSlots, live: Live, execution: decoder.Execution, routing: bool = False
     ) -> jax.stages.Compiled:
         """`steps.decode`, compiled for slots, or for their shapes, with room for `most_steps` steps."""
         rows, memory = slots.cache[0].shape[1:3]

@@ -24,7 +24,7 @@ class Live(NamedTuple):
     sampling: Sampling
 
 
-class Slots(NamedTuple):
+class CacheSlots(NamedTuple):
     """Sequences that are decoded together: the attention cache and the state of each."""
 
     cache: Cache
@@ -72,7 +72,7 @@ def prefill(params, tokens_BT, length_B, budget_B, end_I, live: Live, *, executi
         routing: whether to return `PrefillResult.chosen_LNK`, static.
 
     Returns:
-        `PrefillResult`, and the prefix as `Slots`.
+        `PrefillResult`, and the prefix as `CacheSlots`.
     """
     batch, length = tokens_BT.shape
     cache = caches.allocate(execution.architecture, batch, memory, decoder.dtype_of(params))
@@ -88,7 +88,7 @@ def prefill(params, tokens_BT, length_B, budget_B, end_I, live: Live, *, executi
     token_B, log_probability_B = _sample(params, last_BD, length_B, live, execution)
     kept_B = _kept(chosen_LNK.reshape(len(chosen_LNK), batch, -1))
     result = PrefillResult(token_B, log_probability_B, kept_B, _distinct(load_LE), chosen_LNK if routing else None)
-    return result, Slots(cache, token_B, length_B, _left(budget_B, token_B, end_I))
+    return result, CacheSlots(cache, token_B, length_B, _left(budget_B, token_B, end_I))
 
 
 def _in_chunks(params, cache, tokens_BT, last_B, valid_BT, policy, execution, chunk):
@@ -130,7 +130,7 @@ def _in_chunks(params, cache, tokens_BT, last_B, valid_BT, policy, execution, ch
 
 
 @functools.partial(jax.jit, donate_argnames="slots")
-def insert(slots: Slots, prefix: Slots, place_B, count) -> Slots:
+def insert(slots: CacheSlots, prefix: CacheSlots, place_B, count) -> CacheSlots:
     """Copies the first `count` rows of a prefix into slots: row r overwrites slot `place_B[r]`."""
 
     def put(row, slots):
@@ -139,13 +139,13 @@ def insert(slots: Slots, prefix: Slots, place_B, count) -> Slots:
             return lax.dynamic_update_slice_in_dim(all_slots, new, place_B[row], axis=1)
 
         cache = Cache(*(x if x is None else into(x, new) for x, new in zip(slots.cache, prefix.cache)))
-        return Slots(cache, *(x_B.at[place_B[row]].set(new_B[row]) for x_B, new_B in zip(slots[1:], prefix[1:])))
+        return CacheSlots(cache, *(x_B.at[place_B[row]].set(new_B[row]) for x_B, new_B in zip(slots[1:], prefix[1:])))
 
     return lax.fori_loop(0, count, put, slots)
 
 
 @functools.partial(jax.jit, static_argnames=("execution", "most", "routing"), donate_argnames="slots")
-def decode(params, slots: Slots, continue_B, count, end_I, live: Live, *, execution, most, routing):
+def decode(params, slots: CacheSlots, continue_B, count, end_I, live: Live, *, execution, most, routing):
     """Takes up to `count` decode steps: reads the last token of each unfinished row and samples the next.
 
     Stops early once all rows are finished. If `most` is 1, the program has no loop and takes one step.
@@ -188,7 +188,7 @@ def decode(params, slots: Slots, continue_B, count, end_I, live: Live, *, execut
         recorded = jax.tree.map(lambda all_S, one: all_S.at[steps.count].set(one), tuple(steps[1:]), new)
         token_B = jnp.where(alive_B, sampled_B, slots.token_B)
         left_B = _left(slots.left_B, sampled_B, end_I)
-        return DecodeResult(steps.count + 1, *recorded), Slots(cache, token_B, slots.position_B + alive_B, left_B)
+        return DecodeResult(steps.count + 1, *recorded), CacheSlots(cache, token_B, slots.position_B + alive_B, left_B)
 
     layers, k_max = architecture.decoder.num_moe_layers, execution.k_max
     steps = DecodeResult(

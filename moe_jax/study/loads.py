@@ -16,7 +16,7 @@ from moe_jax.engine import cache as caches
 from moe_jax.engine.batch import pad_prompts
 from moe_jax.engine.generate import Engine
 from moe_jax.engine.request import make_requests
-from moe_jax.engine.steps import Slots
+from moe_jax.engine.steps import CacheSlots
 from moe_jax.model.decoder import Execution, dtype_of
 from moe_jax.model.finite import require_finite
 from moe_jax.routing import policies
@@ -62,7 +62,7 @@ class Load:
         for _ in range(1 if program in self._warm else 2):
             self._warm.add(program)
             at = (np.zeros_like(batch.length_B), np.full_like(batch.length_B, self.cached), alive_B.astype(np.int32))
-            slots = jax.block_until_ready(jax.device_put(Slots(self._slots.cache, *at)))
+            slots = jax.block_until_ready(jax.device_put(CacheSlots(self._slots.cache, *at)))
             began = time.perf_counter()
             taken, self._slots = program(self._engine.params, slots, alive_B, np.int32(1), self._engine.end_I, live)
             taken = jax.device_get(taken)

@@ -20,7 +20,7 @@ from moe_jax.engine import cache as caches
 from moe_jax.engine.batch import PaddedPrompts, pad_prompts
 from moe_jax.engine.generate import Engine, steps_at_once
 from moe_jax.engine.request import AnyPolicy, make_requests
-from moe_jax.engine.steps import Live, Slots
+from moe_jax.engine.steps import CacheSlots, Live
 from moe_jax.model.decoder import Execution
 from moe_jax.model.finite import require_finite
 from moe_jax.routing.policies import Replayed
@@ -134,7 +134,7 @@ class Decode:
         padding = (0, len(alive_B) - self.rows)
         token_B = np.pad(self._tokens_BT[:, place], padding)
         at = (token_B, np.full(len(alive_B), place, np.int32), np.where(alive_B, count, 0).astype(np.int32))
-        slots = jax.block_until_ready(jax.device_put(Slots(self._slots.cache, *at)))
+        slots = jax.block_until_ready(jax.device_put(CacheSlots(self._slots.cache, *at)))
         live, never_I = self._live_from(place), np.full_like(engine.end_I, -1)
         began = time.perf_counter()
         taken, self._slots = self._program(engine.params, slots, alive_B, np.int32(count), never_I, live)
