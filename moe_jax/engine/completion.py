@@ -37,7 +37,7 @@ class Completion:
     finish_reason: str
 
 
-class Row:
+class RunningRequest:
     """A request that is being decoded."""
 
     def __init__(self, request: Request, tokenizer: tokenizers.Tokenizer, end_ids: Set[int]):

@@ -12,7 +12,7 @@ import tokenizers
 from moe_jax.engine import cache as caches
 from moe_jax.engine import steps
 from moe_jax.engine.batch import Grouping, PaddedPrompts, group_by_length, live_of, pad_prompts
-from moe_jax.engine.completion import Completion, Row
+from moe_jax.engine.completion import Completion, RunningRequest
 from moe_jax.engine.request import Request
 from moe_jax.engine.steps import CacheSlots, DecodeResult, Live, PrefillResult
 from moe_jax.model import decoder
@@ -133,7 +133,7 @@ class Engine:
         """
         prepared = self._prepared(requests, execution)
         grouping, layers = prepared.grouping, execution.architecture.decoder.num_moe_layers
-        rows = [Row(request, self._tokenizer, set(self.end_I.tolist())) for request in requests]
+        rows = [RunningRequest(request, self._tokenizer, set(self.end_I.tolist())) for request in requests]
         measured = Measured(prefill_tokens=sum(len(request.ids) for request in requests))
 
         def hand_out(token_B: np.ndarray, log_probability_B: np.ndarray, alive_B: np.ndarray) -> None:
@@ -212,7 +212,9 @@ class Engine:
         distinct = sum(result.distinct for _, result in parts)
         return PrefillResult(token_B, log_probability_B, kept_B, distinct, None), slots
 
-    def _require_finite(self, log_probability_B: np.ndarray, alive_B: np.ndarray, rows: Sequence[Row]) -> None:
+    def _require_finite(
+        self, log_probability_B: np.ndarray, alive_B: np.ndarray, rows: Sequence[RunningRequest]
+    ) -> None:
         for index in np.flatnonzero(alive_B & ~np.isfinite(log_probability_B)).tolist():
             try:
                 require_finite(log_probability_B[index], rows[index].next_token(index + 1), self.params)
@@ -313,6 +315,6 @@ class _Prepared(NamedTuple):
     live: Live  # of all slots
 
 
-def _unfinished(rows: Sequence[Row], slots: int) -> np.ndarray:
+def _unfinished(rows: Sequence[RunningRequest], slots: int) -> np.ndarray:
     """Which slots have a row that is not finished."""
     return np.array([row.finish_reason is None for row in rows] + [False] * (slots - len(rows)))

@@ -144,7 +144,7 @@ def test_an_interruption_saves_what_is_done(main, capsys, tmp_path, monkeypatch)
     from moe_jax.engine import generate
 
     taken = []
-    take = generate.Row.take
+    take = generate.RunningRequest.take
 
     def interrupted(self, *arguments):
         taken.append(self)
@@ -152,7 +152,7 @@ def test_an_interruption_saves_what_is_done(main, capsys, tmp_path, monkeypatch)
             raise KeyboardInterrupt
         return take(self, *arguments)
 
-    monkeypatch.setattr(generate.Row, "take", interrupted)
+    monkeypatch.setattr(generate.RunningRequest, "take", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main("--prompt=The")
     completion = json.loads((tmp_path / "out" / "completions.jsonl").read_text())
