@@ -23,7 +23,7 @@ CALL_S = 0.05  # target time of a call of several steps: between calls, text is 
 
 
 @dataclasses.dataclass
-class Measured:
+class GenerationMetrics:
     """Time and work of a batch, without compiling and loading. Padding and finished rows are not counted."""
 
     prefill_tokens: int
@@ -64,7 +64,7 @@ class Generated(NamedTuple):
     """The completions of a batch, in the order of its requests, and their measurements."""
 
     completions: list[Completion]
-    measured: Measured
+    measured: GenerationMetrics
 
 
 def steps_at_once(seconds: float, most: int) -> int:
@@ -134,7 +134,7 @@ class Engine:
         prepared = self._prepared(requests, execution)
         grouping, layers = prepared.grouping, execution.architecture.decoder.num_moe_layers
         rows = [RunningRequest(request, self._tokenizer, set(self.end_I.tolist())) for request in requests]
-        measured = Measured(prefill_tokens=sum(len(request.ids) for request in requests))
+        measured = GenerationMetrics(prefill_tokens=sum(len(request.ids) for request in requests))
 
         def hand_out(token_B: np.ndarray, log_probability_B: np.ndarray, alive_B: np.ndarray) -> None:
             """Appends its token to every row that is alive."""
