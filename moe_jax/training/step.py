@@ -18,7 +18,7 @@ from moe_jax.model import decoder
 from moe_jax.routing import balance
 from moe_jax.routing.policies import Settings
 from moe_jax.training import optimizer, trainable
-from moe_jax.training.objective import Measured, Teacher, objective
+from moe_jax.training.objective import BatchMetrics, Teacher, objective
 
 
 class State(NamedTuple):
@@ -67,7 +67,7 @@ def make_step(
     update_rule, architecture = optimizer.make_optimizer(training), execution.architecture
     num_experts_L = np.array(architecture.num_experts_L, np.float32)
 
-    def gradient_of(state: State, fixed: Fixed, batch, live) -> tuple[Measured, decoder.Params]:
+    def gradient_of(state: State, fixed: Fixed, batch, live) -> tuple[BatchMetrics, decoder.Params]:
         def loss(params):
             joined = trainable.join(params, fixed.frozen, lora_scale)
             whole = optimizer.with_selection_bias(joined, state.biases)
@@ -78,7 +78,7 @@ def make_step(
         (_, measured), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
         return measured, _float32(gradient)
 
-    def accumulated(state: State, fixed: Fixed, batch, live) -> tuple[Measured, decoder.Params]:
+    def accumulated(state: State, fixed: Fixed, batch, live) -> tuple[BatchMetrics, decoder.Params]:
         count = training.accumulation
         parts = jax.tree.map(lambda rows: rows.reshape(count, -1, *rows.shape[1:]), batch)
 
@@ -91,7 +91,7 @@ def make_step(
         )
         (measured, gradient), _ = lax.scan(add, nothing, parts)
         mean = jax.tree.map(lambda total: total / count, (measured.terms, gradient))
-        return Measured(mean[0], measured.load_LE), mean[1]
+        return BatchMetrics(mean[0], measured.load_LE), mean[1]
 
     def step(state: State, fixed: Fixed, batch: dict[str, jax.Array], live: Settings):
         compute = gradient_of if training.accumulation == 1 else accumulated
