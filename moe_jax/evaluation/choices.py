@@ -10,7 +10,7 @@ import numpy as np
 import tokenizers
 
 from moe_jax.evaluation.journal import Journal
-from moe_jax.evaluation.scoring import Batch, score
+from moe_jax.evaluation.scoring import LabeledRows, score
 from moe_jax.model import decoder
 from moe_jax.routing import policies
 from moe_jax.text.corpus import Document
@@ -158,7 +158,7 @@ def is_right(per_byte: np.ndarray) -> np.ndarray:
 
 
 class _LaidOut(NamedTuple):
-    batch: Batch
+    batch: LabeledRows
     option_Y: np.ndarray  # question * OPTIONS + option of each scored label
 
 
@@ -182,4 +182,4 @@ def _lay_out(questions: Sequence[Question], batch_size: int) -> _LaidOut:
             begin += len(ids)
     padding = (0, batch_size * LONGEST_OPTIONS - len(label))
     source_Y, label_Y = (np.pad(np.array(part, np.int32), padding) for part in (source, label))
-    return _LaidOut(Batch(tokens_BT, positions_BT, segments_BT, source_Y, label_Y, len(label)), np.array(option))
+    return _LaidOut(LabeledRows(tokens_BT, positions_BT, segments_BT, source_Y, label_Y, len(label)), np.array(option))

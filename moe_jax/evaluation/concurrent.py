@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.evaluation.scoring import Batch, score
+from moe_jax.evaluation.scoring import LabeledRows, score
 from moe_jax.model import decoder
 from moe_jax.routing import policies
 from moe_jax.routing.selection import distinct_experts
@@ -84,7 +84,7 @@ def read(
         source_Y = np.arange(inputs_BT.size, dtype=np.int32)
         positions_BT = np.broadcast_to(np.arange(inputs_BT.shape[1], dtype=np.int32), inputs_BT.shape)
         labels_Y = tokens_BT[:, 1:].reshape(-1)
-        batch = Batch(inputs_BT, positions_BT, np.ones_like(inputs_BT), source_Y, labels_Y, len(source_Y))
+        batch = LabeledRows(inputs_BT, positions_BT, np.ones_like(inputs_BT), source_Y, labels_Y, len(source_Y))
         [scored] = score(params, batch, [live], execution, side_by_side=True, specs=[policy.spec])
         bits.append(scored.nats_Y.reshape(inputs_BT.shape).sum(axis=1, dtype=np.float64) / np.log(2))
         chosen.append(scored.chosen_LBTK.astype(np.int16))

@@ -17,7 +17,7 @@ from moe_jax.routing import policies
 CHUNK = 1024  # labels whose logits are in memory at a time
 
 
-class Batch(NamedTuple):
+class LabeledRows(NamedTuple):
     """Token rows, and the labels to score after which of their positions."""
 
     tokens_BT: np.ndarray  # int32
@@ -76,7 +76,7 @@ def _score_labels(params, x_ND, reference_ND, source_Y, label_Y, num_labels, *, 
 
 def score(
     params: decoder.Params,
-    batch: Batch,
+    batch: LabeledRows,
     settings: Sequence[policies.Settings],
     execution: decoder.Execution,
     reference: int | None = None,
