@@ -157,12 +157,12 @@ def is_right(per_byte: np.ndarray) -> np.ndarray:
     return per_byte[..., 0] < per_byte[..., 1:].min(axis=-1)
 
 
-class _LaidOut(NamedTuple):
+class _QuestionRows(NamedTuple):
     batch: LabeledRows
     option_Y: np.ndarray  # question * OPTIONS + option of each scored label
 
 
-def _lay_out(questions: Sequence[Question], batch_size: int) -> _LaidOut:
+def _lay_out(questions: Sequence[Question], batch_size: int) -> _QuestionRows:
     tokens_BT, positions_BT, segments_BT = np.zeros((3, batch_size, ROW), np.int32)
     source, label, option = [], [], []
     for row, question in enumerate(questions):
@@ -182,4 +182,6 @@ def _lay_out(questions: Sequence[Question], batch_size: int) -> _LaidOut:
             begin += len(ids)
     padding = (0, batch_size * LONGEST_OPTIONS - len(label))
     source_Y, label_Y = (np.pad(np.array(part, np.int32), padding) for part in (source, label))
-    return _LaidOut(LabeledRows(tokens_BT, positions_BT, segments_BT, source_Y, label_Y, len(label)), np.array(option))
+    return _QuestionRows(
+        LabeledRows(tokens_BT, positions_BT, segments_BT, source_Y, label_Y, len(label)), np.array(option)
+    )
