@@ -243,12 +243,12 @@ def summary(folder: pathlib.Path, names) -> tuple[str, dict]:
     figures = {}
     seeds, controls = finished(*(f"k4_seed{seed}" for seed in SEEDS)), finished(*CONTROLS)
     one_seed = {f"topk:{k}": finished(f"k{k}") for k in (2, 3, 6)}
-    by_k = {"topk:4": tables.Pair("topk:4", seeds, controls)}
-    by_k |= {policy: tables.Pair(policy, of, finished(CONTROLS[0])) for policy, of in one_seed.items()}
+    by_k = {"topk:4": tables.Comparison("topk:4", seeds, controls)}
+    by_k |= {policy: tables.Comparison(policy, of, finished(CONTROLS[0])) for policy, of in one_seed.items()}
     by_tokens = {
-        "0.5 M": tables.Pair("topk:4", finished("quarter_batch_mixed_4e-4"), finished("control_0.5M")),
+        "0.5 M": tables.Comparison("topk:4", finished("quarter_batch_mixed_4e-4"), finished("control_0.5M")),
         "2 M": by_k["topk:4"],
-        "4 M": tables.Pair("topk:4", finished("k4_4M"), finished("control_4M")),
+        "4 M": tables.Comparison("topk:4", finished("k4_4M"), finished("control_4M")),
     }
     for of, pairs in (("after 2 M tokens", by_k), ("`topk:4` after", by_tokens)):
         table, found = tables.against_control(pairs, of)
