@@ -250,8 +250,8 @@ def summary(folder: pathlib.Path, names) -> tuple[str, dict]:
         "2 M": by_k["topk:4"],
         "4 M": tables.Comparison("topk:4", finished("k4_4M"), finished("control_4M")),
     }
-    for of, pairs in (("after 2 M tokens", by_k), ("`topk:4` after", by_tokens)):
-        table, found = tables.against_control(pairs, of)
+    for label, comparisons in (("after 2 M tokens", by_k), ("`topk:4` after", by_tokens)):
+        table, found = tables.against_control(comparisons, label)
         parts.append(table)
         for name, share in found.items():
             figures[f"recovered_{name.replace(' ', '')}"] = {"value": share.value, "unit": "1", "ci95": share.ci95}

@@ -103,17 +103,19 @@ class Comparison(NamedTuple):
     control: Sequence[Run]
 
 
-def against_control(comparisons: Mapping[str, Comparison], of: str) -> tuple[str, dict[str, Estimate]]:
+def against_control(comparisons: Mapping[str, Comparison], label: str) -> tuple[str, dict[str, Estimate]]:
     """(control - tuned) / (control - full), full being the better of control and original with all experts.
 
     Args:
         comparisons: by label; those that have not run yet are left out.
-        of: what the labels are, for the header of their column.
+        label: what the labels are, for the header of their column.
 
     Returns:
         One line per comparison, of means over seeds; and the estimates.
     """
-    lines = [f"| {of} | original | control | tuned | full | recovered | of each seed |\n|---|---|---|---|---|---|---|"]
+    lines = [
+        f"| {label} | original | control | tuned | full | recovered | of each seed |\n|---|---|---|---|---|---|---|"
+    ]
     found = {}
     for name, (policy, runs, controls) in comparisons.items():
         if not runs or not controls:
