@@ -34,7 +34,7 @@ from moe_jax.training.step import Fixed, State, make_step, state_of
 FEW_DOCUMENTS = 10  # 95% intervals from resampling cover less with few documents: 89% with 10, 76% with 3
 
 
-class Held(NamedTuple):
+class HeldOut(NamedTuple):
     """Held-out documents and their tokens."""
 
     documents: Sequence[Document]
@@ -47,8 +47,8 @@ class Text(NamedTuple):
     packed: Packed
     digest: str
     num_documents: int
-    watched: Held  # the even files: they decide which state is best and when to stop
-    reported: Held  # the odd files: results are measured on them
+    watched: HeldOut  # the even files: they decide which state is best and when to stop
+    reported: HeldOut  # the odd files: results are measured on them
 
 
 class Tuned(NamedTuple):
@@ -119,7 +119,7 @@ def prepare_text(config: Config, model: Checkpoint) -> Text:
     logging.info("%d documents, %.2f M tokens", len(documents), packed.num_tokens / 1e6)
     watched, reported = corpora.half(held_out, "even"), corpora.half(held_out, "odd")
     halves = watched, reported[: config.evaluation.documents or None]
-    held = [Held(documents, frame_documents(tokenizer, documents, begin_id, end_id)) for documents in halves]
+    held = [HeldOut(documents, frame_documents(tokenizer, documents, begin_id, end_id)) for documents in halves]
     return Text(packed, digest, len(documents), *held)
 
 
@@ -270,8 +270,8 @@ def _judged_by(config: Config, policy: Policy, architecture: Architecture) -> li
     return [parse(f"topk:{k}") for k in sorted({least, (least + most) // 2, most})]
 
 
-def _first_bytes(held: Held, num_bytes: int) -> Held:
+def _first_bytes(held: HeldOut, num_bytes: int) -> HeldOut:
     """The first documents that together reach `num_bytes`."""
     sizes = np.cumsum([len(document.text.encode()) for document in held.documents])
     count = int(np.searchsorted(sizes, num_bytes)) + 1
-    return Held(held.documents[:count], held.tokens[:count])
+    return HeldOut(held.documents[:count], held.tokens[:count])
