@@ -22,7 +22,7 @@ from moe_jax.routing.policies.parse import MODEL_OWN, parse
 from moe_jax.text.batches import Packed
 from moe_jax.training import finetuning, rollouts
 from moe_jax.training.elastic import Draws
-from moe_jax.training.finetuning import Text
+from moe_jax.training.finetuning import FinetuningText
 
 
 class Plan(NamedTuple):
@@ -39,7 +39,7 @@ class Finished(NamedTuple):
     compared: Sequence[Policy]
     before: Sequence[Likelihood]
     after: Sequence[Likelihood]
-    text: Text
+    text: FinetuningText
     step: int  # the step after which the model was best on the watched half
     steps: int  # steps of the run
     masked_experts: int  # in all layers
@@ -79,7 +79,7 @@ def plan(config: Config, architecture: Architecture, calibration: Calibration | 
 def measure(
     config: Config,
     params: Params,
-    text: Text,
+    text: FinetuningText,
     compared: Sequence[Policy],
     execution: Execution,
     name: str,
@@ -101,7 +101,7 @@ def recover(
     folder: pathlib.Path,
     model: Checkpoint,
     params: Params,
-    text: Text,
+    text: FinetuningText,
     planned: Plan,
     execution: Execution,
     before: Sequence[Likelihood],
@@ -136,7 +136,7 @@ def recover(
 
 
 def _rollouts(
-    config: Config, folder: pathlib.Path, model: Checkpoint, params: Params, text: Text, execution: Execution
+    config: Config, folder: pathlib.Path, model: Checkpoint, params: Params, text: FinetuningText, execution: Execution
 ) -> Packed:
     settings = {"count": config.finetune.rollouts, "seed": config.run.seed, "folder": folder}
     return rollouts.write(params, model.require_tokenizer(), model.end_ids, execution, text.packed, **settings)

@@ -41,7 +41,7 @@ class HeldOut(NamedTuple):
     tokens: Sequence[np.ndarray]
 
 
-class Text(NamedTuple):
+class FinetuningText(NamedTuple):
     """The training text, packed, and the two halves of the held-out text."""
 
     packed: Packed
@@ -86,7 +86,7 @@ def trained_policy(config: Config, architecture: Architecture, calibration=None)
     return policy
 
 
-def prepare_text(config: Config, model: Checkpoint) -> Text:
+def prepare_text(config: Config, model: Checkpoint) -> FinetuningText:
     """Collects the text, holds some of it out, and packs the rest.
 
     Args:
@@ -120,7 +120,7 @@ def prepare_text(config: Config, model: Checkpoint) -> Text:
     watched, reported = corpora.half(held_out, "even"), corpora.half(held_out, "odd")
     halves = watched, reported[: config.evaluation.documents or None]
     held = [HeldOut(documents, frame_documents(tokenizer, documents, begin_id, end_id)) for documents in halves]
-    return Text(packed, digest, len(documents), *held)
+    return FinetuningText(packed, digest, len(documents), *held)
 
 
 def _documents(text: TextConfig, fraction: float, chat) -> tuple[Sequence[Document], str, Sequence[Document]]:
@@ -191,7 +191,7 @@ def _divided(config: Config, params: Params) -> tuple[Params, Params, dict[str, 
 
 
 def finetune(
-    config: Config, folder: pathlib.Path, params: Params, text: Text, policy: Policy, execution: Execution
+    config: Config, folder: pathlib.Path, params: Params, text: FinetuningText, policy: Policy, execution: Execution
 ) -> Tuned:
     """Runs fine-tuning (see `loop.run`) and returns the state that was best on the watched half.
 
@@ -254,7 +254,7 @@ def finetune(
     return Tuned(mask.merge(best), outcome.step, outcome.steps, masked_experts)
 
 
-def _digest(text: Text) -> str:
+def _digest(text: FinetuningText) -> str:
     """SHA-256 of the held-out text."""
     found = hashlib.sha256()
     for tokens in (*text.watched.tokens, *text.reported.tokens):
