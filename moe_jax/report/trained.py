@@ -21,7 +21,7 @@ from moe_jax.report.evaluated import load_max_over_mean
 from moe_jax.report.plots import draw_training_curve
 from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import parse
-from moe_jax.training.pretraining import Text
+from moe_jax.training.pretraining import PretrainingText
 
 
 class Row(NamedTuple):
@@ -50,7 +50,9 @@ def require_policies(config: Config, execution: Execution) -> None:
     policies.settings([parse(spec) for spec in config.evaluation.policies], execution.architecture, execution.k_max)
 
 
-def finish(config: Config, folder: pathlib.Path, text: Text, execution: Execution, params: Params) -> Finished:
+def finish(
+    config: Config, folder: pathlib.Path, text: PretrainingText, execution: Execution, params: Params
+) -> Finished:
     """Exports the trained model to `folder/model` with tokenizer, curve and card, and measures the export."""
     metrics = folder / "metrics.jsonl"
     begun = checkpoint.begun(config.architecture, text.tokenizer)
@@ -74,7 +76,7 @@ def finish(config: Config, folder: pathlib.Path, text: Text, execution: Executio
     return finished
 
 
-def _measure(config: Config, text: Text, execution: Execution, params: Params) -> list[Row]:
+def _measure(config: Config, text: PretrainingText, execution: Execution, params: Params) -> list[Row]:
     sizes = np.array([len(document.text.encode()) for document in text.held_out])
     context = config.decoder.max_context
     with tqdm(total=num_windows(text.held_out_tokens, context), unit="window", disable=None) as bar:
@@ -141,7 +143,7 @@ def table(finished: Finished) -> str:
     return "\n".join(lines)
 
 
-def model_card(config: Config, text: Text, finished: Finished) -> str:
+def model_card(config: Config, text: PretrainingText, finished: Finished) -> str:
     """MODEL_CARD.md: what the model is, what it was trained on, and how good it is."""
     moe, decoder, attention, training = config.moe, config.decoder, config.attention, config.training
     seen_M = training.steps * training.batch_size * training.sequence_length / 1e6
