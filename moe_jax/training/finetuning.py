@@ -236,7 +236,7 @@ def finetune(
         )
         return float(np.mean([one.bits_J.sum() for one in scored]) / sizes.sum())
 
-    task = loop.Task(
+    task = loop.TrainingTask(
         state_of(trained, {stack: bias_LE + 0 for stack, bias_LE in biases.items()}, training),
         Fixed(frozen, teacher),
         make_step(kept, training, config.objective, lora_scale),

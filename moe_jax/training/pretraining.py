@@ -106,7 +106,7 @@ def train(config: Config, folder: pathlib.Path, text: PretrainingText, execution
         )
         return float(scored.bits_J.sum() / sizes[:count].sum())
 
-    task = loop.Task(
+    task = loop.TrainingTask(
         start(execution, training, config.run.seed),
         NOTHING_FIXED,
         make_step(execution, training, config.objective),
