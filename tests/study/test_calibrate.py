@@ -103,7 +103,7 @@ def test_damaged_files_are_refused(measured, tmp_path, damage):
     elif damage == "lacking":
         np.savez(path, median_ratio_L=found.median_ratio_L)
     with pytest.raises(ValueError, match=r"policy\.calibration = ") as refusal:
-        calibrations.load(path)
+        calibrations.read(path)
     assert "\n" not in str(refusal.value)
 
 
