@@ -86,7 +86,7 @@ def prepare(run: command.Command):
     cases_of(config.benchmark, architecture.decoder.max_context)
     trace = None
     if opened is None and config.benchmark.trace:
-        trace = traces.load(command.in_repository(config.benchmark.trace, "benchmark.trace"))
+        trace = traces.read(command.in_repository(config.benchmark.trace, "benchmark.trace"))
         trace.require(architecture.moe.num_experts, execution.k_max)
         if fixed_k(policy, architecture) is None:
             raise ValueError(

@@ -73,7 +73,7 @@ def test_what_cannot_be_replayed_is_refused(experts, k, message):
 def test_saved_and_loaded(tmp_path):
     trace = random_trace()
     traces.save(tmp_path / "a.npz", trace)
-    loaded = traces.load(tmp_path / "a.npz")
+    loaded = traces.read(tmp_path / "a.npz")
     assert loaded.num_experts == 16
     np.testing.assert_array_equal(loaded.expert_LJTK, trace.expert_LJTK)
 
@@ -91,12 +91,12 @@ def test_saved_and_loaded(tmp_path):
 def test_what_is_no_trace_is_refused(tmp_path, write):
     write(tmp_path / "a.npz")
     with pytest.raises(ValueError, match=r"benchmark.trace = '.*a.npz': .*expected") as caught:
-        traces.load(tmp_path / "a.npz")
+        traces.read(tmp_path / "a.npz")
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_the_shipped_trace_is_small_and_whole():
-    trace = traces.load(SHIPPED)
+    trace = traces.read(SHIPPED)
     assert SHIPPED.stat().st_size < 300_000
     assert (trace.num_experts, trace.expert_LJTK.shape) == (64, (5, 64, 128, 8))
     ascending = np.sort(trace.expert_LJTK, axis=3)
