@@ -95,7 +95,7 @@ def read_whole(folder: pathlib.Path, stacks: Sequence[Stack], blocks: Blocks | N
     return {stack.path: array for stack, [array] in zip(stacks, arrays)}
 
 
-def load(
+def load_onto_devices(
     folder: pathlib.Path, stacks: Sequence[Stack], blocks: Blocks | None, sharding_of: ShardingOf
 ) -> dict[str, jax.Array]:
     """Loads parameters onto devices, by their paths.
