@@ -37,7 +37,7 @@ CASES = ("decode_1", "decode_4", "prefill_16")
 @pytest.fixture(scope="module")
 def benchmark():
     """The launcher as a module."""
-    return launcher_module.load("benchmark")
+    return launcher_module.import_launcher("benchmark")
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def infer():
     """The launcher as a module."""
-    return launcher_module.load("infer")
+    return launcher_module.import_launcher("infer")
 
 
 @pytest.fixture

@@ -36,7 +36,7 @@ def tuned(request, tmp_path_factory):
     overrides = tiny_training.finetuning_overrides(sources, folder / "model", **FEW)
     (folder / "out").mkdir()
     run = command.Command("finetune", read_config(None, overrides), folder / "out", False, io.StringIO())
-    launcher_module.load("finetune").main(run)
+    launcher_module.import_launcher("finetune").main(run)
     return variant.architecture, folder
 
 
