@@ -50,7 +50,7 @@ def load_peer(transformers, path, **options):
     if fields["model_type"] == "kimi_k2":
         (path / "config.json").write_text(json.dumps(fields | {"model_type": "deepseek_v3"}))
     try:
-        return peer.load(transformers, path, **options)
+        return peer.load_model(transformers, path, **options)
     finally:
         (path / "config.json").write_text(json.dumps(fields))
 

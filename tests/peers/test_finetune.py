@@ -44,7 +44,7 @@ def test_its_loss_is_that_of_what_was_exported(transformers, tuned):
     """Over tokens whose experts were clearly chosen; with as many experts as before it is another."""
     architecture, folder = tuned
     assert json.loads((folder / "out" / "model" / "config.json").read_text())["num_experts_per_tok"] == 3
-    ours, model = moe_jax.load(folder / "out" / "model"), peer.load(transformers, folder / "out" / "model")
+    ours, model = moe_jax.load(folder / "out" / "model"), peer.load_model(transformers, folder / "out" / "model")
     text = (folder / "sources" / "train" / "cmd.py").read_text()
     tokens_BT = np.array(ours.tokenizer.encode(text).ids[: 16 * 33], np.int32).reshape(16, 33)
     given_BT, labels_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
