@@ -47,7 +47,7 @@ class Decoder(Weights):
                 if not hasattr(owner, module):
                     setattr(owner, module, Weights())
                 owner = getattr(owner, module)
-            setattr(owner, parameter.path.rsplit("/", 1)[-1], parameter.draw(architecture, rngs))
+            setattr(owner, parameter.path.rsplit("/", 1)[-1], parameter.initialize(architecture, rngs))
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """float32 logits_BTV of whole texts, with the model's own number of experts; differentiable."""

@@ -91,7 +91,7 @@ class Parameter:
         """The number of its elements."""
         return math.prod(self.shape(architecture))
 
-    def draw(self, architecture: Architecture, rngs: nnx.Rngs) -> nnx.Variable:
+    def initialize(self, architecture: Architecture, rngs: nnx.Rngs) -> nnx.Variable:
         """Initial values in float32: normal for a matrix, one for a norm, zero for a bias; letters as metadata."""
         shape = self.shape(architecture)
         if self.kind is not Matrix:
