@@ -56,7 +56,7 @@ def make_questions(
     waiting = [rng.permutation(np.array(document_places, np.int64)).tolist() for document_places in places]
     while any(waiting) and len(questions) < count:
         for number, document in enumerate(documents):
-            question = _draw(document.text, number, places[number], waiting[number], tokenizer, rng)
+            question = _find_question(document.text, number, places[number], waiting[number], tokenizer, rng)
             questions += [] if question is None else [question]
     if len(questions) < count:
         raise ValueError(f"the text has {len(questions)} next-line questions: expected {count}")
@@ -77,7 +77,7 @@ def _places(documents: Sequence[Document]) -> list[list[int]]:
     ]
 
 
-def _draw(text, number, places, waiting, tokenizer, rng) -> Question | None:
+def _find_question(text, number, places, waiting, tokenizer, rng) -> Question | None:
     """Tries the remaining places until one gives a question that fits; None if the document has no more."""
     lines = _lines(text)
     while waiting:
