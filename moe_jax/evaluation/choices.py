@@ -35,7 +35,7 @@ class Question:
 def make_questions(
     documents: Sequence[Document], tokenizer: tokenizers.Tokenizer, count: int, seed: int = 0
 ) -> list[Question]:
-    """Draws questions from documents, as evenly over them as their lines permit.
+    """Picks questions from documents at random, as evenly over them as their lines permit.
 
     All four lines keep their indentation. Each occurs once in the whole text, which excludes boilerplate such as
     licences. Wrong options come from later lines, as an earlier line would tempt a model that copies what it has read.
@@ -45,7 +45,7 @@ def make_questions(
         documents: the held-out text.
         tokenizer: of the model.
         count: how many questions.
-        seed: of the draw; the same arguments give the same questions.
+        seed: of the random choice; the same arguments give the same questions.
 
     Raises:
         ValueError: the documents have fewer questions.

@@ -31,14 +31,14 @@ class AtLoad(NamedTuple):
 
 
 def cut(documents: Sequence[np.ndarray], tokenizer, context: int, count: int, seed: int) -> Windows:
-    """Cuts documents into full windows, end to end, and draws `count` of them.
+    """Cuts documents into full windows, end to end, and picks `count` of them at random.
 
     Args:
         documents: ids of each, as `encode_documents` gives them.
         tokenizer: of the model, for the bytes of a window.
         context: T.
         count: of windows.
-        seed: of the draw.
+        seed: of the random choice.
 
     Raises:
         ValueError: there are fewer.

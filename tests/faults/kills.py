@@ -56,7 +56,7 @@ def storm(
         flags: without --out.
         out: its output folder.
         kills: how many.
-        within_s: what an undisturbed run takes; moments are drawn evenly from all of it, starting and exporting
+        within_s: what an undisturbed run takes; moments are spread evenly over all of it, starting and exporting
             included. Where a run ends before its moment, another one follows: a launcher started again on a finished
             folder has nothing to lose either.
         seed: of the moments.

@@ -21,7 +21,7 @@ CASES = {
 LAYERS = 3
 
 
-def draw(case, dtype, stack_dtype=None):
+def random_inputs(case, dtype, stack_dtype=None):
     x, layer, contracted = CASES[case]
     rng = np.random.default_rng(0)
     stack = rng.standard_normal((LAYERS, *layer))
@@ -42,7 +42,7 @@ def assert_close(got, expected, dtype):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_forward(implementation, case, dtype):
-    x, stack, contracted = draw(case, dtype)
+    x, stack, contracted = random_inputs(case, dtype)
     for layer in (0, 2):
         expected = reference.forward(x, stack, layer, contracted)
         for out_dtype in (dtype, "float32"):
@@ -53,13 +53,13 @@ def test_forward(implementation, case, dtype):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_wider_stack_is_not_rounded(implementation):
-    x, stack, contracted = draw("to_heads", "bfloat16", "float32")
+    x, stack, contracted = random_inputs("to_heads", "bfloat16", "float32")
     got = run(x, stack, 1, contracted, jnp.dtype("float32"), implementation)
     assert_close(got, reference.forward(x, stack, 1, contracted), "float32")
 
 
 def test_gradient():
-    x, stack, contracted = draw("to_heads", "float32")
+    x, stack, contracted = random_inputs("to_heads", "float32")
     out_grad = np.random.default_rng(1).standard_normal((2, 3, 4, 5))
 
     def loss(x, stack):
