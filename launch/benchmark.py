@@ -122,7 +122,7 @@ def cases_of(benchmark, max_context: int) -> tuple[list[tuple[str, int, int]], l
 
 
 def random_tokens(vocab_size: int, seed: int):
-    """(rows, length) -> tokens_BT, drawn from the vocabulary."""
+    """(rows, length) -> random tokens_BT."""
     import numpy as np
 
     return lambda rows, length: np.random.default_rng(seed).integers(0, vocab_size, (rows, length), np.int32)

@@ -21,14 +21,14 @@ from moe_jax.routing.policies import Policy
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
 from moe_jax.text.batches import Packed
 from moe_jax.training import finetuning, rollouts
-from moe_jax.training.elastic import Draws
+from moe_jax.training.elastic import KSampler
 from moe_jax.training.finetuning import FinetuningText
 
 
 class Plan(NamedTuple):
     """The policies of a run, checked against the model before its weights are read."""
 
-    trained: Policy  # to train under; the model's own where k is drawn
+    trained: Policy  # to train under; the model's own where k is sampled
     compared: Sequence[Policy]  # to measure under: the full model first
 
 
@@ -51,8 +51,8 @@ def plan(config: Config, architecture: Architecture, calibration: Calibration | 
 
     Raises:
         ValueError: a policy does not fit the model, or looks at other rows of a decode step; there is nothing to
-            recover, see `finetuning.trained_policy`; k cannot be drawn as configured, see `elastic.Draws`; rows are too
-            short for rollouts; or `evaluation.half` is set.
+            recover, see `finetuning.trained_policy`; k cannot be sampled as configured, see `elastic.KSampler`; rows
+            are too short for rollouts; or `evaluation.half` is set.
     """
     if config.finetune.rollouts and config.training.sequence_length <= rollouts.PROMPT:
         raise ValueError(
@@ -61,7 +61,7 @@ def plan(config: Config, architecture: Architecture, calibration: Calibration | 
         )
     trained = finetuning.trained_policy(config, architecture, calibration)
     if config.finetune.elastic:
-        Draws(config.finetune, architecture, config.training.batch_size, config.run.seed)
+        KSampler(config.finetune, architecture, config.training.batch_size, config.run.seed)
     given = [parse(spec, calibration) for spec in config.evaluation.policies]
     for policy in given:
         if policy.batch_aware:

@@ -26,7 +26,7 @@ from moe_jax.text.chat import load_renderer
 from moe_jax.text.corpus import Document
 from moe_jax.text.framing import frame_documents, outer_ids
 from moe_jax.training import loop, trainable
-from moe_jax.training.elastic import Draws
+from moe_jax.training.elastic import KSampler
 from moe_jax.training.objective import Teacher
 from moe_jax.training.optimizer import with_selection_bias, without_selection_bias
 from moe_jax.training.step import Fixed, State, make_step, state_of
@@ -61,7 +61,7 @@ class Tuned(NamedTuple):
 
 
 def trained_policy(config: Config, architecture: Architecture, calibration=None) -> Policy:
-    """The policy to train under; the model's own where k is drawn.
+    """The policy to train under; the model's own where k is sampled.
 
     Raises:
         ValueError: the policy does not fit the model or looks at other rows of a decode step, or there is nothing to
@@ -205,7 +205,7 @@ def finetune(
     """
     training, architecture, rows = config.training, execution.architecture, config.training.batch_size
     if config.finetune.elastic:
-        live = Draws(config.finetune, architecture, rows, config.run.seed).live
+        live = KSampler(config.finetune, architecture, rows, config.run.seed).live
         kept = execution
     else:
         settings = policies.settings([policy] * rows, architecture, execution.k_max)
@@ -263,7 +263,7 @@ def _digest(text: FinetuningText) -> str:
 
 
 def _judged_by(config: Config, policy: Policy, architecture: Architecture) -> list[Policy]:
-    """The trained policy; where k is drawn, the smallest k, the middle one and the largest."""
+    """The trained policy; where k is sampled, the smallest k, the middle one and the largest."""
     if not config.finetune.elastic:
         return [policy]
     least, most = config.finetune.k_min, architecture.moe.k

@@ -45,7 +45,7 @@ Step = Callable[[State, Fixed, dict[str, jax.Array], Settings], tuple[State, dic
 
 
 def start(execution: decoder.Execution, training: TrainingConfig, seed: int) -> State:
-    """The initial state: parameters drawn from the seed, and a fresh optimizer."""
+    """The initial state: random parameters from the seed, and a fresh optimizer."""
     whole = decoder.split(decoder.Decoder(execution.architecture, nnx.Rngs(seed)))
     return state_of(*optimizer.without_selection_bias(whole), training)
 

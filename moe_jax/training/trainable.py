@@ -35,7 +35,7 @@ def divide(params: Params, config: FinetuneConfig, dtype: str, seed: int) -> tup
 
     def split(value, path: tuple[str, ...]):
         if isinstance(value, dict):
-            # sorted, so that what is drawn does not depend on the order in which weights were loaded
+            # sorted, so that random factors do not depend on the order in which weights were loaded
             parts = {key: split(part, (*path, key)) for key, part in sorted(value.items())}
             return tuple({key: part[side] for key, part in parts.items() if part[side] is not None} for side in (0, 1))
         key, parameter = next(keys), parameters.find(path)
