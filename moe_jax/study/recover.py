@@ -32,7 +32,7 @@ class Plan(NamedTuple):
     compared: Sequence[Policy]  # to measure under: the full model first
 
 
-class Finished(NamedTuple):
+class Recovered(NamedTuple):
     """The results of a run, on the reported half of the held-out text."""
 
     trained: Policy
@@ -105,7 +105,7 @@ def recover(
     planned: Plan,
     execution: Execution,
     before: Sequence[Likelihood],
-) -> Finished:
+) -> Recovered:
     """Fine-tunes, exports to `folder/model`, and measures the export; resumes a killed run.
 
     The export has the layout, dtype and family of the original model, and its other files except its calibration and
@@ -132,7 +132,7 @@ def recover(
     after = measure(config, params, text, planned.compared, execution, "after")
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     speed = statistics.median(line["tokens_per_s"] for line in lines if "tokens_per_s" in line)
-    return Finished(*planned, before, after, text, tuned.step, tuned.steps, tuned.masked_experts, speed)
+    return Recovered(*planned, before, after, text, tuned.step, tuned.steps, tuned.masked_experts, speed)
 
 
 def _rollouts(
