@@ -24,7 +24,7 @@ from moe_jax.routing.policies.parse import parse
 from moe_jax.training.pretraining import PretrainingText
 
 
-class Row(NamedTuple):
+class PolicyQuality(NamedTuple):
     """The results of one policy on the held-out text."""
 
     policy: str
@@ -34,10 +34,10 @@ class Row(NamedTuple):
     unused_experts: int  # in all MoE layers
 
 
-class Finished(NamedTuple):
+class TrainedModel(NamedTuple):
     """The figures of a trained model, as exported."""
 
-    rows: Sequence[Row]
+    rows: Sequence[PolicyQuality]
     xz: float  # bits per byte of the same text by `xz -9e`
     xz_primed: float  # the same, after the compressor has read the training text
     tokens_per_s: float  # median over the run
@@ -52,7 +52,7 @@ def require_policies(config: Config, execution: Execution) -> None:
 
 def finish(
     config: Config, folder: pathlib.Path, text: PretrainingText, execution: Execution, params: Params
-) -> Finished:
+) -> TrainedModel:
     """Exports the trained model to `folder/model` with tokenizer, curve and card, and measures the export."""
     metrics = folder / "metrics.jsonl"
     begun = checkpoint.begun(config.architecture, text.tokenizer)
@@ -64,7 +64,7 @@ def finish(
     held_out_text, training_text = (
         [document.text.encode() for document in documents] for documents in (text.held_out, text.corpus.documents)
     )
-    finished = Finished(
+    finished = TrainedModel(
         measured,
         xz_bits_per_byte(held_out_text),
         xz_bits_per_byte(held_out_text, primer=training_text),
@@ -76,7 +76,7 @@ def finish(
     return finished
 
 
-def _measure(config: Config, text: PretrainingText, execution: Execution, params: Params) -> list[Row]:
+def _measure(config: Config, text: PretrainingText, execution: Execution, params: Params) -> list[PolicyQuality]:
     sizes = np.array([len(document.text.encode()) for document in text.held_out])
     context = config.decoder.max_context
     with tqdm(total=num_windows(text.held_out_tokens, context), unit="window", disable=None) as bar:
@@ -90,7 +90,7 @@ def _measure(config: Config, text: PretrainingText, execution: Execution, params
             advance=bar.update,
         )
     return [
-        Row(
+        PolicyQuality(
             spec,
             ratio(one.bits_J, sizes),
             paired_ratio(one.bits_J, scored[0].bits_J) if number else None,
@@ -101,10 +101,10 @@ def _measure(config: Config, text: PretrainingText, execution: Execution, params
     ]
 
 
-def figures(finished: Finished) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def figures(finished: TrainedModel) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The figures of result.json, of the first policy and of the run; and its rows, one per policy."""
 
-    def row_figures(row: Row) -> dict[str, Any]:
+    def row_figures(row: PolicyQuality) -> dict[str, Any]:
         found = {
             "bits_per_byte": _figure(row.bits_per_byte, "bit/byte"),
             "expert_load_max_over_mean": {"value": row.load_max_over_mean, "unit": "1"},
@@ -127,7 +127,7 @@ def _figure(estimate: Estimate, unit: str) -> dict[str, Any]:
     return {"value": estimate.value, "unit": unit, "ci95": estimate.ci95}
 
 
-def table(finished: Finished) -> str:
+def table(finished: TrainedModel) -> str:
     """One line per policy, in Markdown."""
     head = "| policy | held-out bits per byte (95%) | worse, paired (95%) | max/mean load | experts unused |\n"
     lines = [head + "|---|---|---|---|---|"]
@@ -143,7 +143,7 @@ def table(finished: Finished) -> str:
     return "\n".join(lines)
 
 
-def model_card(config: Config, text: PretrainingText, finished: Finished) -> str:
+def model_card(config: Config, text: PretrainingText, finished: TrainedModel) -> str:
     """MODEL_CARD.md: what the model is, what it was trained on, and how good it is."""
     moe, decoder, attention, training = config.moe, config.decoder, config.attention, config.training
     seen_M = training.steps * training.batch_size * training.sequence_length / 1e6
