@@ -144,13 +144,15 @@ def main(run: command.Command) -> None:
     for name in chosen:
         overrides = [*flags.FLAGS["set"].value, *(f"{setting}={value!r}" for setting, value in named[name].items())]
         configs[name] = gin.read_config(flags.FLAGS["config"].value, overrides)
-        recover.plan(configs[name], architecture)
+        recover.recovery_policies(configs[name], architecture)
     held_out = str(command.in_repository(base.text.held_out, "text.held_out"))
     with run.timed("text"):
         text = _prepared(base, run.out, opened, held_out)
     params = opened.load(base.training.weights)
     compared = list(
-        dict.fromkeys(policy for config in configs.values() for policy in recover.plan(config, architecture).compared)
+        dict.fromkeys(
+            policy for config in configs.values() for policy in recover.recovery_policies(config, architecture).compared
+        )
     )
     with run.timed("before"):
         before = _before(
@@ -165,10 +167,10 @@ def main(run: command.Command) -> None:
                 raise ValueError(f"{folder} holds a run with other settings: expected another --out")
             continue
         folder.mkdir(exist_ok=True)
-        planned = recover.plan(config, architecture)
+        run_policies = recover.recovery_policies(config, architecture)
         with run.timed(name):
-            known = [before[policy] for policy in planned.compared]
-            finished = recover.recover(config, folder, opened, params, text, planned, execution, known)
+            known = [before[policy] for policy in run_policies.compared]
+            finished = recover.recover(config, folder, opened, params, text, run_policies, execution, known)
         rows = finetuned.finish(config, folder, finished)
         figures = {"figures": finetuned.figures(finished, rows), "rows": rows, "seconds": run.seconds[name]}
         result = figures | command.provenance() | {"date": datetime.date.today().isoformat()}

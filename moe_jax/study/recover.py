@@ -25,7 +25,7 @@ from moe_jax.training.elastic import KSampler
 from moe_jax.training.finetuning import FinetuningText
 
 
-class Plan(NamedTuple):
+class RecoveryPolicies(NamedTuple):
     """The policies of a run, checked against the model before its weights are read."""
 
     trained: Policy  # to train under; the model's own where k is sampled
@@ -46,7 +46,9 @@ class Recovered(NamedTuple):
     tokens_per_s: float  # median over the run
 
 
-def plan(config: Config, architecture: Architecture, calibration: Calibration | None = None) -> Plan:
+def recovery_policies(
+    config: Config, architecture: Architecture, calibration: Calibration | None = None
+) -> RecoveryPolicies:
     """The policies of a run: the full model, the trained one, and `evaluation.policies`.
 
     Raises:
@@ -73,7 +75,7 @@ def plan(config: Config, architecture: Architecture, calibration: Calibration | 
         raise ValueError(f"evaluation.half = {config.evaluation.half!r}: expected '', the odd half is always reported")
     compared = list(dict.fromkeys([MODEL_OWN, trained, *given]))
     policies.settings(compared, architecture, max(config.policy.k_max, architecture.moe.k))
-    return Plan(trained, compared)
+    return RecoveryPolicies(trained, compared)
 
 
 def measure(
@@ -102,7 +104,7 @@ def recover(
     model: Checkpoint,
     params: Params,
     text: FinetuningText,
-    planned: Plan,
+    run_policies: RecoveryPolicies,
     execution: Execution,
     before: Sequence[Likelihood],
 ) -> Recovered:
@@ -118,21 +120,21 @@ def recover(
         model: the model to fine-tune.
         params: its weights.
         text: from `finetuning.prepare_text`.
-        planned: from `plan`.
+        run_policies: from `recovery_policies`.
         execution: of the full model.
-        before: from `measure`, of the plan's policies.
+        before: from `measure`, under `run_policies.compared`.
     """
     if config.finetune.rollouts:
         text = text._replace(packed=_rollouts(config, folder / "rollouts", model, params, text, execution))
-    tuned = finetuning.finetune(config, folder, params, text, planned.trained, execution)
-    own = policies.with_own(planned.trained, model.architecture) or model.architecture
+    tuned = finetuning.finetune(config, folder, params, text, run_policies.trained, execution)
+    own = policies.with_own(run_policies.trained, model.architecture) or model.architecture
     exported = model.of_other_weights().with_architecture(own)
     exported.save(folder / "model", tuned.params, dtype=model.stored_dtype, replace=True)
     params = checkpoint.open(folder / "model").load(config.training.weights)
-    after = measure(config, params, text, planned.compared, execution, "after")
+    after = measure(config, params, text, run_policies.compared, execution, "after")
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     speed = statistics.median(line["tokens_per_s"] for line in lines if "tokens_per_s" in line)
-    return Recovered(*planned, before, after, text, tuned.step, tuned.steps, tuned.masked_experts, speed)
+    return Recovered(*run_policies, before, after, text, tuned.step, tuned.steps, tuned.masked_experts, speed)
 
 
 def _rollouts(
