@@ -29,10 +29,10 @@ def main(run: command.Command) -> None:
     from moe_jax.study import speed
 
     config = run.config
-    subject, tokens_of, routing = prepare(run)
-    architecture = subject.execution.architecture
+    model, tokens_of, routing = prepare(run)
+    architecture = model.execution.architecture
     permitted, left_out = cases_of(config.benchmark, architecture.decoder.max_context)
-    dtype = dtype_of(subject.engine.params)
+    dtype = dtype_of(model.engine.params)
     with run.timed("machine"):
         probe = hardware.Probe(dtype)
         machines = [probe.measure()]
@@ -41,9 +41,9 @@ def main(run: command.Command) -> None:
         for phase, rows, length in permitted:
             tokens_BT = tokens_of(rows, length)
             cases.append(
-                speed.Prefill(subject, tokens_BT[0])
+                speed.Prefill(model, tokens_BT[0])
                 if phase == "prefill"
-                else speed.Decode(subject, tokens_BT, config.benchmark.prompt_length)
+                else speed.Decode(model, tokens_BT, config.benchmark.prompt_length)
             )
             cases[-1].take(1)
     with run.timed("run"):
@@ -52,7 +52,7 @@ def main(run: command.Command) -> None:
             speed.take_turns(cases, config.benchmark.decode_steps, samples)
             machines.append(probe.measure())
     machine = hardware.typical(machines)
-    timings = [speed.timing_of(case, samples[case.name], subject.execution, machine, dtype.itemsize) for case in cases]
+    timings = [speed.timing_of(case, samples[case.name], model.execution, machine, dtype.itemsize) for case in cases]
     if TRACE.value:
         speed.profile(cases, run.out / "trace")
     figures = figures_of(timings, machines)
@@ -63,8 +63,7 @@ def prepare(run: command.Command):
     """Checks the configuration, then loads or makes the model.
 
     Returns:
-        The subject of the measurement; a function (rows, length) -> tokens_BT to read; and where the routing comes
-        from, in words.
+        The model to time; a function (rows, length) -> tokens_BT to read; and where the routing comes from, in words.
     """
     from moe_jax.engine.generate import Engine
     from moe_jax.engine.request import make_requests
@@ -72,7 +71,7 @@ def prepare(run: command.Command):
     from moe_jax.routing.policies import fixed_k
     from moe_jax.routing.policies.parse import parse
     from moe_jax.study.random_model import random_params
-    from moe_jax.study.speed import Subject
+    from moe_jax.study.speed import TimedModel
 
     config = run.config
     opened = None
@@ -102,7 +101,7 @@ def prepare(run: command.Command):
         dtype = "float32" if config.model.dtype == "auto" else config.model.dtype
         with run.timed("load"):
             engine = Engine(random_params(architecture, dtype, config.run.seed), None, ())
-    return Subject(engine, execution, policy, config.sampling, trace), tokens_of, routing
+    return TimedModel(engine, execution, policy, config.sampling, trace), tokens_of, routing
 
 
 def cases_of(benchmark, max_context: int) -> tuple[list[tuple[str, int, int]], list[str]]:

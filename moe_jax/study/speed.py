@@ -28,7 +28,7 @@ from moe_jax.routing.trace import Trace
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class TimedModel:
     """The model that is timed, and its settings.
 
     Attributes:
@@ -74,19 +74,19 @@ class Sample:
 
     seconds: float
     step: roofline.Step
-    chosen_LNK: np.ndarray | None = None  # int32, -1: not kept; None unless the subject asks for it
+    chosen_LNK: np.ndarray | None = None  # int32, -1: not kept; None unless `TimedModel.routing`
 
 
 class Prefill:
     """A prefill: reads one row of tokens into a new cache and samples the next token."""
 
-    def __init__(self, subject: Subject, tokens_T: np.ndarray):
+    def __init__(self, model: TimedModel, tokens_T: np.ndarray):
         self.name, self.rows, self.tokens = f"prefill_{len(tokens_T)}", 1, len(tokens_T)
-        self._engine = subject.engine
-        batch = subject.batch(tokens_T[None], 1)
-        replayed_LBTK = subject.replayed(1, self.tokens)
+        self._engine = model.engine
+        batch = model.batch(tokens_T[None], 1)
+        replayed_LBTK = model.replayed(1, self.tokens)
         self._batch = batch._replace(live=_with_replay(batch.live, replayed_LBTK, batch.tokens_BT.shape))
-        self._program = subject.engine.prefill_program(self._batch, subject.execution, subject.routing)
+        self._program = model.engine.prefill_program(self._batch, model.execution, model.routing)
         _require_room(self._program, self.name)
 
     def take(self, most: int) -> list[Sample]:
@@ -106,24 +106,24 @@ class Decode:
     """Decode steps: each reads one token of every row and samples the next.
 
     Args:
-        subject: what is timed.
+        model: what is timed.
         tokens_BT: the prompt of each row, then the token that each later step reads.
         prompt_length: tokens in the cache before the first step.
     """
 
-    def __init__(self, subject: Subject, tokens_BT: np.ndarray, prompt_length: int):
+    def __init__(self, model: TimedModel, tokens_BT: np.ndarray, prompt_length: int):
         self.rows, length = tokens_BT.shape
         self.name, self.tokens = f"decode_{self.rows}", self.rows
-        self._engine, self._tokens_BT, self._place = subject.engine, tokens_BT.astype(np.int32), prompt_length
+        self._engine, self._tokens_BT, self._place = model.engine, tokens_BT.astype(np.int32), prompt_length
         self._seconds = float("inf")  # per step, in the last call
-        batch = subject.batch(tokens_BT[:, :prompt_length], length - prompt_length)
-        self._live, self._replayed_LBTK = batch.live, subject.replayed(self.rows, length)
+        batch = model.batch(tokens_BT[:, :prompt_length], length - prompt_length)
+        self._live, self._replayed_LBTK = batch.live, model.replayed(self.rows, length)
         prompt_LBTK = None if self._replayed_LBTK is None else self._replayed_LBTK[:, :, :prompt_length]
         reading = batch._replace(live=_with_replay(batch.live, prompt_LBTK, batch.tokens_BT.shape))
-        _require_room(subject.engine.prefill_program(reading, subject.execution), self.name)
-        _, self._slots = jax.block_until_ready(subject.engine.prefill(reading, subject.execution))
-        live, execution = self._live_from(self._place), subject.execution
-        self._program = subject.engine.decode_program(self._slots, live, execution, subject.routing)
+        _require_room(model.engine.prefill_program(reading, model.execution), self.name)
+        _, self._slots = jax.block_until_ready(model.engine.prefill(reading, model.execution))
+        live, execution = self._live_from(self._place), model.execution
+        self._program = model.engine.decode_program(self._slots, live, execution, model.routing)
         _require_room(self._program, self.name)
 
     def take(self, most: int) -> list[Sample]:
