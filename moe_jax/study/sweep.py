@@ -26,7 +26,7 @@ class Candidate(NamedTuple):
     execution: Execution
 
 
-class Subject(NamedTuple):
+class TimedEngine(NamedTuple):
     """A model whose steps are timed."""
 
     engine: Engine
@@ -103,7 +103,7 @@ def measure_quality(
 
 
 def measure_speed(
-    subject: Subject,
+    timed: TimedEngine,
     compared: Sequence[policies.Policy],
     qualities: dict[tuple[int, int], dict[str, np.ndarray]],
     config: SweepConfig,
@@ -114,14 +114,14 @@ def measure_speed(
 
     The order of the others is random in each round, so that none always follows the same one.
     """
-    itemsize = dtype_of(subject.engine.params).itemsize
+    itemsize = dtype_of(timed.engine.params).itemsize
     seconds = {load: [] for load in config.concurrencies}
     work = {}
     ready: dict[int, loads.Load] = {}
 
     def load_of(rows: int) -> loads.Load:
         if rows not in ready:
-            ready[rows] = loads.Load(subject.engine, subject.execution, rows, config.cached_tokens)
+            ready[rows] = loads.Load(timed.engine, timed.execution, rows, config.cached_tokens)
         return ready[rows]
 
     for turn in range(config.rounds):
