@@ -54,7 +54,7 @@ def main(run: command.Command) -> None:
         if original.require_tokenizer().to_str() != tokenizer.to_str():
             raise ValueError(f"sweep.original = {sweep.original!r}: expected a model with the tokenizer of model.path")
         tokens = encode_documents(tokenizer, documents)
-        windows = concurrent.cut(tokens, tokenizer, sweep.context, sweep.windows, config.run.seed)
+        windows = concurrent.cut_windows(tokens, tokenizer, sweep.context, sweep.windows, config.run.seed)
     model = run.load(opened)
     candidates = [study.Candidate(policy, model.params, execution) for policy in compared]
     if sweep.original:

@@ -23,14 +23,14 @@ class Windows(NamedTuple):
     document_J: np.ndarray  # int: index of the document
 
 
-class AtLoad(NamedTuple):
+class ConcurrentScores(NamedTuple):
     """The results of one policy."""
 
     bits_J: np.ndarray  # float64, of each window
     chosen_LJTK: np.ndarray  # int16: the expert of each slot; -1: not kept
 
 
-def cut(documents: Sequence[np.ndarray], tokenizer, context: int, count: int, seed: int) -> Windows:
+def cut_windows(documents: Sequence[np.ndarray], tokenizer, context: int, count: int, seed: int) -> Windows:
     """Cuts documents into full windows, end to end, and picks `count` of them at random.
 
     Args:
@@ -58,15 +58,15 @@ def cut(documents: Sequence[np.ndarray], tokenizer, context: int, count: int, se
     return Windows(*(np.asarray(part)[order] for part in (np.int32(tokens), sizes, owners)))
 
 
-def read(
+def score_windows(
     params: decoder.Params,
     windows: Windows,
     policy: policies.Policy,
     execution: decoder.Execution,
     rows: int,
     concurrency: int,
-) -> AtLoad:
-    """Reads all windows under one policy.
+) -> ConcurrentScores:
+    """Scores all windows under one policy.
 
     Args:
         params: as `decoder.split` gives them.
@@ -88,7 +88,7 @@ def read(
         [scored] = score(params, batch, [live], execution, side_by_side=True, specs=[policy.spec])
         bits.append(scored.nats_Y.reshape(inputs_BT.shape).sum(axis=1, dtype=np.float64) / np.log(2))
         chosen.append(scored.chosen_LBTK.astype(np.int16))
-    return AtLoad(np.concatenate(bits), np.concatenate(chosen, axis=1))
+    return ConcurrentScores(np.concatenate(bits), np.concatenate(chosen, axis=1))
 
 
 def distinct_at(chosen_LJTK: np.ndarray, concurrency: int) -> float:

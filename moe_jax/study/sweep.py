@@ -85,7 +85,7 @@ def measure_quality(
 
             def compute(candidate=candidate, at=at, together=together):
                 policy, params, execution = candidate
-                seen = concurrent.read(params, windows, policy, execution, side_by_side(together), together)
+                seen = concurrent.score_windows(params, windows, policy, execution, side_by_side(together), together)
                 kept_L = (seen.chosen_LJTK >= 0).sum(axis=3).mean(axis=(1, 2))
                 part = {"bits_J": seen.bits_J, "kept_L": kept_L}
                 for load in at:
