@@ -52,16 +52,16 @@ class RunningRequest:
         self._kept: list[float] = []  # of each decode step
         self._distinct: list[float] = []
 
-    def read(self, kept: float) -> None:
+    def record_prompt(self, kept: float) -> None:
         """Records how many experts the prompt kept, mean over MoE layers and tokens."""
         self._kept_of_prompt = kept
 
-    def step(self, kept: float, distinct: float) -> None:
+    def record_step(self, kept: float, distinct: float) -> None:
         """Records a decode step: experts that this row kept and distinct experts of all rows, means over layers."""
         self._kept.append(kept)
         self._distinct.append(distinct)
 
-    def take(self, token: int, log_probability: float) -> str:
+    def append(self, token: int, log_probability: float) -> str:
         """Adds a token; returns the text that can no longer become part of a stop string."""
         self._ids.append(token)
         self._log_probabilities.append(log_probability)

@@ -140,7 +140,7 @@ class Engine:
             """Appends its token to every row that is alive."""
             self._require_finite(log_probability_B, alive_B, rows)
             for index in np.flatnonzero(alive_B).tolist():
-                piece = rows[index].take(int(token_B[index]), float(log_probability_B[index]))
+                piece = rows[index].append(int(token_B[index]), float(log_probability_B[index]))
                 if piece:
                     on_text(index, piece)
 
@@ -148,7 +148,7 @@ class Engine:
         first, slots = self._read(prepared, execution)
         measured.prefill_s = time.perf_counter() - began
         for row, kept, request in zip(rows, first.kept_B.tolist(), requests):
-            row.read(kept / (layers * len(request.ids)))
+            row.record_prompt(kept / (layers * len(request.ids)))
         hand_out(first.token_B, first.log_probability_B, np.arange(grouping.slots) < len(rows))
 
         began = time.perf_counter()
@@ -166,7 +166,7 @@ class Engine:
                 kept_B, distinct = taken.kept_SB[number] / layers, float(taken.distinct_S[number]) / layers
                 measured.add_step(np.count_nonzero(alive_B), float(kept_B.sum()), distinct)
                 for index in np.flatnonzero(alive_B).tolist():
-                    rows[index].step(float(kept_B[index]), distinct)
+                    rows[index].record_step(float(kept_B[index]), distinct)
                 hand_out(taken.token_SB[number], taken.log_probability_SB[number], alive_B)
                 continue_B = _unfinished(rows, grouping.slots)
         measured.decode_s = time.perf_counter() - began

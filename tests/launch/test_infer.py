@@ -144,15 +144,15 @@ def test_an_interruption_saves_what_is_done(main, capsys, tmp_path, monkeypatch)
     from moe_jax.engine import generate
 
     taken = []
-    take = generate.RunningRequest.take
+    append = generate.RunningRequest.append
 
     def interrupted(self, *arguments):
         taken.append(self)
         if len(taken) == 4:
             raise KeyboardInterrupt
-        return take(self, *arguments)
+        return append(self, *arguments)
 
-    monkeypatch.setattr(generate.RunningRequest, "take", interrupted)
+    monkeypatch.setattr(generate.RunningRequest, "append", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main("--prompt=The")
     completion = json.loads((tmp_path / "out" / "completions.jsonl").read_text())
