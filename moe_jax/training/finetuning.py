@@ -248,7 +248,7 @@ def finetune(
         patience=config.finetune.patience,
     )
     outcome = loop.run(config, folder, task)
-    best = with_selection_bias(trainable.whole(outcome.state.params, frozen, lora_scale), outcome.state.biases)
+    best = with_selection_bias(trainable.merge_all(outcome.state.params, frozen, lora_scale), outcome.state.biases)
     masks = [best[stack]["router"].get("mask_LE", np.ones(1)) for stack in layer_order.moe_stacks(best)]
     masked_experts = sum(int((mask_LE <= 0).sum()) for mask_LE in masks)
     return Tuned(mask.merge(best), outcome.step, outcome.steps, masked_experts)

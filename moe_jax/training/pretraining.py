@@ -97,7 +97,7 @@ def train(config: Config, folder: pathlib.Path, text: PretrainingText, execution
     def bits_per_byte(state: State) -> float:
         """Of the first held-out documents, about `training.evaluate_bytes` in all, with the model's own k."""
         [scored] = likelihood.score_documents(
-            state.whole(),
+            state.all_params(),
             text.held_out_tokens[:count],
             [MODEL_OWN],
             execution,
@@ -115,4 +115,4 @@ def train(config: Config, folder: pathlib.Path, text: PretrainingText, execution
         text.packed,
         {"text.sources": text.corpus.sha256},
     )
-    return loop.run(config, folder, task).state.whole()
+    return loop.run(config, folder, task).state.all_params()

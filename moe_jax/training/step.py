@@ -28,7 +28,7 @@ class State(NamedTuple):
     biases: dict[str, jax.Array]  # stack name -> selection bias bias_LE, for each stack that has one
     optimizer: Any
 
-    def whole(self) -> decoder.Params:
+    def all_params(self) -> decoder.Params:
         """The parameters, selection bias included."""
         return optimizer.with_selection_bias(self.params, self.biases)
 

@@ -85,7 +85,7 @@ def join(trained: Params, frozen: Params, lora_scale: float) -> Params:
     return joined
 
 
-def whole(trained: Params, frozen: Params, lora_scale: float) -> Params:
+def merge_all(trained: Params, frozen: Params, lora_scale: float) -> Params:
     """All parameters as plain arrays; LoRA is merged one layer at a time."""
     return jax.tree.map(
         lambda weight: _merge_layers(weight) if isinstance(weight, LowRank) else weight,

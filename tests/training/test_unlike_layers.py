@@ -59,7 +59,7 @@ def test_a_step_balances_every_stack_by_the_experts_that_it_has_and_adapts_it():
     worst = max(load_E[:count].max() / load_E[:count].mean() for load_E, count in zip(load_LE, EXPERTS_L, strict=True))
     np.testing.assert_allclose(metrics["load_max_over_mean"], worst, rtol=1e-5)
 
-    whole = with_selection_bias(trainable.whole(state.params, frozen, 1.0), state.biases)
+    whole = with_selection_bias(trainable.merge_all(state.params, frozen, 1.0), state.biases)
     for stack in COLUMNS:
         whole[stack]["router"]["mask_LE"] = whole[stack]["router"]["mask_LE"].at[:, 0].set(-1.0)
     merged = mask.merge(whole)
