@@ -112,7 +112,7 @@ def _in_chunks(params, cache, tokens_BT, last_B, valid_BT, policy, execution, ch
 
         start_B = jnp.full(batch, first, jnp.int32)
         x_BTD, cache, traffic = decoder.extend(
-            params, cache, tokens, start_B, valid, policy.of_tokens(slice_chunk), execution
+            params, cache, tokens, start_B, valid, policy.slice_tokens(slice_chunk), execution
         )
         place_B = last_B - first
         ends_here_B = (place_B >= 0) & (place_B < chunk)
@@ -174,7 +174,7 @@ def decode(params, slots: CacheSlots, continue_B, count, end_I, live: Live, *, e
     def step(state):
         steps, slots = state
         alive_B = slots.left_B > 0
-        policy = live.policy.of_tokens(
+        policy = live.policy.slice_tokens(
             lambda x_LNK: lax.dynamic_slice_in_dim(x_LNK, steps.count * batch, batch, axis=1)
         )
         with jax.named_scope("decode"):

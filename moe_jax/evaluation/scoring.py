@@ -103,7 +103,7 @@ def score(
     labels = (batch.source_Y, batch.label_Y, batch.num_labels)
 
     def hidden(live):
-        kept = dataclasses.replace(execution, k_max=int(np.max(live.of_BL["k"])))
+        kept = dataclasses.replace(execution, k_max=int(np.max(live.columns_BL["k"])))
         return _hidden(params, *rows, live, execution=kept, side_by_side=side_by_side)
 
     from_reference = None if reference is None else hidden(settings[reference])

@@ -41,4 +41,4 @@ class KSampler:
         """The policy settings of a step."""
         random = np.random.default_rng((self._seed, step))
         k_BL = np.broadcast_to(random.choice(self._numbers, self._sampled_shape, p=self._shares), self._shape)
-        return self._own._replace(of_BL=self._own.of_BL | {"k": jnp.asarray(k_BL, jnp.int32)})
+        return self._own._replace(columns_BL=self._own.columns_BL | {"k": jnp.asarray(k_BL, jnp.int32)})

@@ -209,7 +209,7 @@ def finetune(
         kept = execution
     else:
         settings = policies.settings([policy] * rows, architecture, execution.k_max)
-        kept = Execution(architecture, int(settings.of_BL["k"].max()), execution.kernels)
+        kept = Execution(architecture, int(settings.columns_BL["k"].max()), execution.kernels)
 
         def live(step: int):
             return settings

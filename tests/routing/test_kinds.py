@@ -116,9 +116,9 @@ def test_a_new_kind_is_named_in_errors(registered, spec, message):
 
 def test_a_new_kind_is_bound_where_it_belongs(registered):
     without, having = bound("topk:2"), bound("topk:2", "crowd:2", "at_least:0.5/0.25")
-    assert having.of_BL.keys() - without.of_BL.keys() == {"crowd"}  # row-wise columns are always there
-    assert np.asarray(having.of_BL["at_least"]).tolist() == [[0, 0], [0, 0], [0.5, 0.25]]
-    assert np.asarray(having.of_BL["crowd"]).tolist() == [[0, 0], [2, 2], [0, 0]]
+    assert having.columns_BL.keys() - without.columns_BL.keys() == {"crowd"}  # row-wise columns are always there
+    assert np.asarray(having.columns_BL["at_least"]).tolist() == [[0, 0], [0, 0], [0.5, 0.25]]
+    assert np.asarray(having.columns_BL["crowd"]).tolist() == [[0, 0], [2, 2], [0, 0]]
     assert (without.table_of.keys(), having.table_of.keys()) == (set(), {"crowd"})
     with pytest.raises(ValueError, match=r"at_least:0.1/0.2/0.3: 3 numbers; expected one, or one for each"):
         bound("at_least:0.1/0.2/0.3")

@@ -153,6 +153,6 @@ def test_a_part_of_the_tokens_replays_its_part(kept):
     def of_chunk(x_LNK):
         return x_LNK[:, 1:3]
 
-    for part, whole in zip(selected(replayed.of_tokens(of_chunk), 1, 3), selected(replayed, 0, 4), strict=True):
+    for part, whole in zip(selected(replayed.slice_tokens(of_chunk), 1, 3), selected(replayed, 0, 4), strict=True):
         np.testing.assert_array_equal(part, whole[1:3])
-    assert live.of_tokens(of_chunk) is live
+    assert live.slice_tokens(of_chunk) is live

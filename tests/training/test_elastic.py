@@ -12,7 +12,7 @@ ROWS = 64
 
 def sampled(step=0, seed=0, **settings):
     return np.asarray(
-        KSampler(FinetuneConfig(elastic=True, **settings), ARCHITECTURE, ROWS, seed).live(step).of_BL["k"]
+        KSampler(FinetuneConfig(elastic=True, **settings), ARCHITECTURE, ROWS, seed).live(step).columns_BL["k"]
     )
 
 

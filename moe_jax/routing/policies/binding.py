@@ -21,12 +21,12 @@ class Settings(NamedTuple):
     whose policy does not use a kind has the kind's neutral settings.
     """
 
-    of_BL: dict[str, jax.Array]
+    columns_BL: dict[str, jax.Array]
     group_B: jax.Array  # int32: rows with the same number act together in step-wise kinds
     table_of: dict[str, jax.Array]  # by the name of a kind, see `StepWise.table`
     own_k_L: jax.Array | None = None  # int32: the model's own k of each MoE layer, where they differ
 
-    def of_tokens(self, part: Callable[[jax.Array], jax.Array]) -> Self:
+    def slice_tokens(self, part: Callable[[jax.Array], jax.Array]) -> Self:
         """The settings for some of a step's tokens: the same, since they belong to requests. See `Replayed`."""
         return self
 
@@ -62,13 +62,13 @@ def settings(
                 f"policy.spec = {policy.spec!r}: expected 1 to {k_max} experts in every layer; more need a larger "
                 "policy.k_max"
             )
-    of_BL = {name: jnp.asarray(np.stack([columns[policy][name] for policy in policies])) for name in neutral}
+    columns_BL = {name: jnp.asarray(np.stack([columns[policy][name] for policy in policies])) for name in neutral}
     if group_B is None:
         group_B = [number_of[policy] for policy in policies]
     tables = {kind.name: _table(kind, models) for kind in there if issubclass(kind, StepWise)}
     table_of = {name: jnp.asarray(table) for name, table in tables.items() if table is not None}
     own_k_L = jnp.asarray(architecture.k_L, jnp.int32) if architecture.moe.k_of_layers else None
-    return Settings(of_BL, jnp.asarray(group_B, jnp.int32), table_of, own_k_L)
+    return Settings(columns_BL, jnp.asarray(group_B, jnp.int32), table_of, own_k_L)
 
 
 def _is_there(kind: type[Kind], policies: Sequence[Policy]) -> bool:
