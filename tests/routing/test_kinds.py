@@ -119,7 +119,7 @@ def test_a_new_kind_is_bound_where_it_belongs(registered):
     assert having.columns_BL.keys() - without.columns_BL.keys() == {"crowd"}  # row-wise columns are always there
     assert np.asarray(having.columns_BL["at_least"]).tolist() == [[0, 0], [0, 0], [0.5, 0.25]]
     assert np.asarray(having.columns_BL["crowd"]).tolist() == [[0, 0], [2, 2], [0, 0]]
-    assert (without.table_of.keys(), having.table_of.keys()) == (set(), {"crowd"})
+    assert (without.tables.keys(), having.tables.keys()) == (set(), {"crowd"})
     with pytest.raises(ValueError, match=r"at_least:0.1/0.2/0.3: 3 numbers; expected one, or one for each"):
         bound("at_least:0.1/0.2/0.3")
 

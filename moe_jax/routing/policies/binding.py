@@ -23,7 +23,7 @@ class Settings(NamedTuple):
 
     columns_BL: dict[str, jax.Array]
     group_B: jax.Array  # int32: rows with the same number act together in step-wise kinds
-    table_of: dict[str, jax.Array]  # by the name of a kind, see `StepWise.table`
+    tables: dict[str, jax.Array]  # by the name of a kind, see `StepWise.table`
     own_k_L: jax.Array | None = None  # int32: the model's own k of each MoE layer, where they differ
 
     def slice_tokens(self, part: Callable[[jax.Array], jax.Array]) -> Self:
@@ -56,8 +56,8 @@ def settings(
     model = models[policies[0]]
     neutral = {name: column_L for kind in there for name, column_L in zip(kind.sets, kind.neutral(model))}
     columns = {policy: neutral | own for policy, own in columns.items()}
-    for policy, of_policy in columns.items():
-        if of_policy["k"].max() > k_max:
+    for policy, own in columns.items():
+        if own["k"].max() > k_max:
             raise ValueError(
                 f"policy.spec = {policy.spec!r}: expected 1 to {k_max} experts in every layer; more need a larger "
                 "policy.k_max"
@@ -66,9 +66,9 @@ def settings(
     if group_B is None:
         group_B = [number_of[policy] for policy in policies]
     tables = {kind.name: _table(kind, models) for kind in there if issubclass(kind, StepWise)}
-    table_of = {name: jnp.asarray(table) for name, table in tables.items() if table is not None}
+    tables = {name: jnp.asarray(table) for name, table in tables.items() if table is not None}
     own_k_L = jnp.asarray(architecture.k_L, jnp.int32) if architecture.moe.k_of_layers else None
-    return Settings(columns_BL, jnp.asarray(group_B, jnp.int32), table_of, own_k_L)
+    return Settings(columns_BL, jnp.asarray(group_B, jnp.int32), tables, own_k_L)
 
 
 def _is_there(kind: type[Kind], policies: Sequence[Policy]) -> bool:

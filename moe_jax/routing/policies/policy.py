@@ -76,6 +76,6 @@ def with_own(policy: Policy, architecture: Architecture) -> Architecture | None:
         return None
     if k_L.max() <= architecture.moe.num_experts:  # else the architecture refuses it
         k_L = np.minimum(k_L, architecture.num_experts_L)  # a layer with fewer experts keeps all
-    of_layers = () if (k_L == k_L[0]).all() else tuple(map(int, k_L))
-    moe = dataclasses.replace(architecture.moe, k=int(k_L.max()), k_of_layers=of_layers)
+    k_of_layers = () if (k_L == k_L[0]).all() else tuple(map(int, k_L))
+    moe = dataclasses.replace(architecture.moe, k=int(k_L.max()), k_of_layers=k_of_layers)
     return dataclasses.replace(architecture, moe=moe)

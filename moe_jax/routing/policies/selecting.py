@@ -66,8 +66,8 @@ def _step_wise(slots: Slots, routing: Routing, settings: Settings, context: Cont
     if not context.steps or not there:
         return slots
     for kind, columns in there.items():
-        if kind.name in settings.table_of:
-            columns.append(settings.table_of[kind.name][context.layer])
+        if kind.name in settings.tables:
+            columns.append(settings.tables[kind.name][context.layer])
     alike_BB = settings.group_B[:, None] == settings.group_B[None, :]
 
     def one_step(slots: Slots, routing: Routing, valid_B: jax.Array) -> Slots:
