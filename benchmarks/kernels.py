@@ -59,12 +59,12 @@ def gated(small=False):
 def whole_layer(small: bool):
     """(name, forward) of both products of a layer; gate, up-projection and activation are one kernel."""
     cores = 2 if small else None
-    of_gated, of_down = (Tiles(64, 128, 64, 2), Tiles(64, 64, 64, 2)) if small else (None, None)
+    gated_tiles, down_tiles = (Tiles(64, 128, 64, 2), Tiles(64, 64, 64, 2)) if small else (None, None)
 
     def forward(rows, gate_up, down, sizes, layer):
         halves = gate_up.reshape(*gate_up.shape[:2], 2, -1, gate_up.shape[-1])
-        hidden = pallas_gpu.gated(rows, halves, sizes, layer, tiles=of_gated, num_cores=cores)
-        return pallas_gpu.forward(hidden, down, sizes, layer, tiles=of_down, num_cores=cores)
+        hidden = pallas_gpu.gated(rows, halves, sizes, layer, tiles=gated_tiles, num_cores=cores)
+        return pallas_gpu.forward(hidden, down, sizes, layer, tiles=down_tiles, num_cores=cores)
 
     return "ours", forward
 

@@ -53,8 +53,8 @@ def main(run: command.Command) -> None:
             memory = {name: system.call("peak_memory_bytes") for name, system in systems.items()}
             for system in systems.values():
                 system.close()
-            of_length, text = _result(length, calls, memory)
-            figures |= of_length
+            new_figures, text = _result(length, calls, memory)
+            figures |= new_figures
             lines += text
     run.finish(figures, text="\n".join(lines))
 

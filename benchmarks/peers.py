@@ -182,14 +182,14 @@ def _result(seconds, floors, logits) -> tuple[dict, str]:
         lines.append(f"{name:32}" + "".join(f"{value:14.2f}" for value in cases.values()))
         for case, value in cases.items():
             figures[f"{name} {case}"] = {"value": value, "unit": "ms"}
-    for case, of in floors.items():
-        figures[f"floor {case}"] = {"value": statistics.median(of), "unit": "ms"}
-    streamed = "".join(f"{statistics.median(of):14.2f}" for of in floors.values())
+    for case, floors_ms in floors.items():
+        figures[f"floor {case}"] = {"value": statistics.median(floors_ms), "unit": "ms"}
+    streamed = "".join(f"{statistics.median(floors_ms):14.2f}" for floors_ms in floors.values())
     lines.append(f"{'weights and cache streamed once':32}{'':14}{streamed}")
     others = {"llama.cpp": ms["llama.cpp"]}
-    if of_transformers := [of for name, of in ms.items() if name.startswith("transformers")]:
+    if variants := [cases for name, cases in ms.items() if name.startswith("transformers")]:
         others["transformers' best"] = {
-            case: min(of[case] for of in of_transformers if not math.isnan(of[case])) for case in ms["moe_jax"]
+            case: min(cases[case] for cases in variants if not math.isnan(cases[case])) for case in ms["moe_jax"]
         }
     for name, other in others.items():
         ratios = {case: other[case] / value for case, value in ms["moe_jax"].items()}
