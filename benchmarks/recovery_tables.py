@@ -34,14 +34,14 @@ def read_runs(folder: pathlib.Path, names: Sequence[str]) -> dict[str, Run]:
         columns = {
             title: np.array([float(line[place]) for line in lines]) for place, title in enumerate(head) if place > 1
         }
-        of = [
+        before_and_after = [
             {title.removeprefix(f"{when} "): bits for title, bits in columns.items() if title.startswith(f"{when} ")}
             for when in ("before", "after")
         ]
         result = json.loads((folder / name / "result.json").read_text())
         lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
         watched = min(line["bits_per_byte"] for line in lines if "bits_per_byte" in line)
-        runs[name] = Run(result, watched, columns["bytes"], *of)
+        runs[name] = Run(result, watched, columns["bytes"], *before_and_after)
     return runs
 
 

@@ -163,7 +163,7 @@ def _with_replay(live: Live, expert_LXYK: np.ndarray | None, padded: tuple[int, 
     if expert_LXYK is None:
         return live
     layers, *given, k_max = expert_LXYK.shape
-    padding = ((0, 0), *((0, of - size) for of, size in zip(padded, given)), (0, 0))
+    padding = ((0, 0), *((0, full - size) for full, size in zip(padded, given)), (0, 0))
     replay_LNK = np.pad(expert_LXYK, padding, constant_values=-1).reshape(layers, -1, k_max)
     return live._replace(policy=Replayed(live.policy, jax.device_put(replay_LNK).block_until_ready()))
 

@@ -105,6 +105,10 @@ def figures(out: pathlib.Path) -> list[dict[str, Any]]:
     """The figures of result.json, of every row, less what a clock says."""
     result = json.loads((out / "result.json").read_text())
     return [
-        {name: figure for name, figure in of.items() if figure["unit"] != "s" and not figure["unit"].endswith("/s")}
-        for of in (result["figures"], *(row["figures"] for row in result["rows"]))
+        {
+            name: figure
+            for name, figure in figures.items()
+            if figure["unit"] != "s" and not figure["unit"].endswith("/s")
+        }
+        for figures in (result["figures"], *(row["figures"] for row in result["rows"]))
     ]

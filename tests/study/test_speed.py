@@ -104,7 +104,7 @@ def test_cases_take_turns(engine):
     samples = {case.name: [] for case in cases}
     for number in (1, 2, 3):
         speed.take_turns(cases, 2, samples)
-        assert {name: len(of) for name, of in samples.items()} == {"prefill_16": number, "decode_2": 2 * number}
+        assert {name: len(taken) for name, taken in samples.items()} == {"prefill_16": number, "decode_2": 2 * number}
 
 
 def test_a_timing_sets_medians_beside_floors(engine):

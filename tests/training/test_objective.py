@@ -128,10 +128,10 @@ def gradient_under(spec, config, params, teacher_params=None, remat=False, balan
 
     @jax.jit
     def both(params, teacher, batch):
-        def of(params):
+        def loss(params):
             return objective.objective(params, batch, live, execution, config, balance_loss, teacher, remat)
 
-        return jax.value_and_grad(of, has_aux=True)(params)
+        return jax.value_and_grad(loss, has_aux=True)(params)
 
     (total, measured), gradient = both(params, teacher, batch_of())
     return float(total), measured, gradient
