@@ -246,7 +246,7 @@ def summary(folder: pathlib.Path, names) -> tuple[str, dict]:
     seeds, controls = finished(*(f"k4_seed{seed}" for seed in SEEDS)), finished(*CONTROLS)
     one_seed = {f"topk:{k}": finished(f"k{k}") for k in (2, 3, 6)}
     by_k = {"topk:4": tables.Comparison("topk:4", seeds, controls)}
-    by_k |= {policy: tables.Comparison(policy, runs, finished(CONTROLS[0])) for policy, runs in one_seed.items()}
+    by_k |= {policy: tables.Comparison(policy, tuned, finished(CONTROLS[0])) for policy, tuned in one_seed.items()}
     by_tokens = {
         "0.5 M": tables.Comparison("topk:4", finished("quarter_batch_mixed_4e-4"), finished("control_0.5M")),
         "2 M": by_k["topk:4"],

@@ -71,9 +71,9 @@ def best_continuation(params, ids, k, count):
     best, log_probability = [], []
     live = policies.settings([parse(f"topk:{k}")], EXECUTION.architecture, EXECUTION.k_max)
     for at in range(len(ids), len(ids) + count):
-        of_next_V = np.asarray(log_probabilities(params, padded_BT, live)[0, at - 1])
-        best.append(int(of_next_V.argmax()))
-        log_probability.append(of_next_V.max())
+        log_V = np.asarray(log_probabilities(params, padded_BT, live)[0, at - 1])
+        best.append(int(log_V.argmax()))
+        log_probability.append(log_V.max())
         padded_BT[0, at] = best[-1]
     return tuple(best), log_probability
 
@@ -194,7 +194,7 @@ def test_routing_is_handed_over_to_who_asks(engine):
     chosen_LBTK = np.asarray(result.chosen_LNK).reshape(2, *read.tokens_BT.shape, -1)
     kept_B = [np.count_nonzero(chosen_LBTK[:, row] >= 0) for row in range(4)]
     assert kept_B == result.kept_B.tolist() == [2 * 3 * length for length in read.length_B]
-    assert int(result.distinct) == sum(len(np.unique(of_layer[of_layer >= 0])) for of_layer in chosen_LBTK)
+    assert int(result.distinct) == sum(len(np.unique(chosen_BTK[chosen_BTK >= 0])) for chosen_BTK in chosen_LBTK)
     assert engine.prefill(read, EXECUTION)[0].chosen_LNK is None
 
 

@@ -166,8 +166,8 @@ def test_keys_after_the_last_query_change_nothing(implementation):
     again = run(implementation, query, key_2, value_2, segments_BM, start_B, scale, grad)
     for one, other in zip(once, again):
         np.testing.assert_array_equal(one, other)
-    for of_keys in again[2:]:
-        assert unseen_BM.any() and not np.asarray(of_keys)[unseen_BM].any()
+    for key_grad in again[2:]:
+        assert unseen_BM.any() and not np.asarray(key_grad)[unseen_BM].any()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -184,8 +184,8 @@ def test_what_a_position_does_not_see_changes_nothing_bit_for_bit(implementation
     np.testing.assert_array_equal(once[0][:, at], again[0][:, at])
     for one, other in zip(once[1:], again[1:]):
         np.testing.assert_array_equal(one, other)
-    for of_keys in again[2:]:
-        assert not np.asarray(of_keys)[~seen_BM].any()
+    for key_grad in again[2:]:
+        assert not np.asarray(key_grad)[~seen_BM].any()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -210,7 +210,7 @@ def test_a_score_that_is_no_number_is_not_hidden(implementation):
         )
         is_nan = np.isnan(mixed)
         assert is_nan[0, 150, 1].all() and is_nan.sum() == is_nan[0, 150, 1].size
-        assert all(np.isnan(of_input).any() for of_input in grads)
+        assert all(np.isnan(grad).any() for grad in grads)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)

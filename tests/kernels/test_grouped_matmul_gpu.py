@@ -93,7 +93,7 @@ def test_tiles_hold_every_row_once():
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def every_tile(sizes_E, num_rows, size):
         def at(tile):
-            return pallas_gpu_rows.tile_at([of_T[tile] for of_T in cut], tile, 4, num_rows, size)
+            return pallas_gpu_rows.tile_at([column_T[tile] for column_T in cut], tile, 4, num_rows, size)
 
         cut = pallas_gpu_rows.row_tiles(sizes_E, num_rows, size)
         return jax.vmap(at)(jnp.arange(pallas_gpu_rows.most_tiles(4, num_rows, size)))

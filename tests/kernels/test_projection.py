@@ -65,7 +65,7 @@ def test_gradient():
     def loss(x, stack):
         return (projection(x, stack, 1, contracted, x.dtype, "xla") * out_grad).sum()
 
-    of_x, of_stack = jax.grad(loss, (0, 1))(x, stack)
-    assert_close(of_x, np.einsum("btha,had->btd", out_grad, np.asarray(stack[1], np.float64)), "float32")
-    assert_close(of_stack[1], np.einsum("btha,btd->had", out_grad, np.asarray(x, np.float64)), "float32")
-    assert not of_stack[0].any() and not of_stack[2].any()
+    x_grad, stack_grad = jax.grad(loss, (0, 1))(x, stack)
+    assert_close(x_grad, np.einsum("btha,had->btd", out_grad, np.asarray(stack[1], np.float64)), "float32")
+    assert_close(stack_grad[1], np.einsum("btha,btd->had", out_grad, np.asarray(x, np.float64)), "float32")
+    assert not stack_grad[0].any() and not stack_grad[2].any()

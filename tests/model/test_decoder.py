@@ -125,8 +125,8 @@ def test_a_moe_layer_equals_a_loop_over_all_experts(variant):
     experts = stack["experts"]
     parts = {name: stack[name] for name in ("router", "shared") if name in stack}
     weights = {
-        part: {name.replace("_L", "_"): weight[layer] for name, weight in of_part.items()}
-        for part, of_part in parts.items()
+        part: {name.replace("_L", "_"): weight[layer] for name, weight in weights.items()}
+        for part, weights in parts.items()
     }
     if moe.shared_gate:
         weights["shared_gate_D"] = stack["shared_gate_LD"][layer]

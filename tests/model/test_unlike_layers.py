@@ -166,8 +166,8 @@ def test_no_policy_chooses_an_expert_that_a_layer_lacks(model):
     assert not calibration.similarity_LEE[MISSING_LE].any()
     own = [calibration.similarity_LEE[layer, :experts, :experts] for layer, experts in enumerate(EXPERTS_L)]
     assert all(np.allclose(np.diag(similarity_EE), 1, atol=1e-5) for similarity_EE in own)
-    of_step = "opportunistic:1", "budget:5", "reroute:1,-1", "capacity:0.5", "capacity:0.5,overflow=next"
-    specs = [*(f"topk:8+{spec}" for spec in of_step), "median", "mass:0.5", "schedule:8,2,8,1"]
+    step_wise = "opportunistic:1", "budget:5", "reroute:1,-1", "capacity:0.5", "capacity:0.5,overflow=next"
+    specs = [*(f"topk:8+{spec}" for spec in step_wise), "median", "mass:0.5", "schedule:8,2,8,1"]
     rows = np.repeat(np.arange(len(specs)), ROWS)
     live = policies.settings([parse(specs[row], calibration) for row in rows], ARCHITECTURE, execution.k_max)
     sequences = (np.tile(every_BT, (len(specs), 1)) for every_BT in (TOKENS_BT, POSITIONS_BT, np.ones_like(TOKENS_BT)))
@@ -176,9 +176,9 @@ def test_no_policy_chooses_an_expert_that_a_layer_lacks(model):
     assert (chosen_LBTK < np.array(EXPERTS_L)[:, None, None, None]).all()
     assert not np.asarray(traffic.load_E)[MISSING_LE].any()
     for number, spec in enumerate(specs):
-        of_spec_LBTK = chosen_LBTK[:, rows == number]
-        assert (of_spec_LBTK >= 0).any(axis=(1, 2, 3)).all(), spec
-        ordered = np.sort(np.where(of_spec_LBTK < 0, -1 - np.arange(of_spec_LBTK.shape[-1]), of_spec_LBTK))
+        own_LBTK = chosen_LBTK[:, rows == number]
+        assert (own_LBTK >= 0).any(axis=(1, 2, 3)).all(), spec
+        ordered = np.sort(np.where(own_LBTK < 0, -1 - np.arange(own_LBTK.shape[-1]), own_LBTK))
         assert (np.diff(ordered) > 0).all(), f"{spec} chose an expert twice"
 
 

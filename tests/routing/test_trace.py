@@ -150,9 +150,9 @@ def test_a_part_of_the_tokens_replays_its_part(kept):
         context = Context(jnp.int32(1), jnp.array([0, 0, 1, 1])[tokens], jnp.ones(4, bool)[tokens], 0)
         return select(routing, settings, context, MOE, 3)
 
-    def of_chunk(x_LNK):
+    def slice_chunk(x_LNK):
         return x_LNK[:, 1:3]
 
-    for part, whole in zip(selected(replayed.slice_tokens(of_chunk), 1, 3), selected(replayed, 0, 4), strict=True):
+    for part, whole in zip(selected(replayed.slice_tokens(slice_chunk), 1, 3), selected(replayed, 0, 4), strict=True):
         np.testing.assert_array_equal(part, whole[1:3])
-    assert live.slice_tokens(of_chunk) is live
+    assert live.slice_tokens(slice_chunk) is live

@@ -42,8 +42,8 @@ def test_ratios_and_likeness_equal_plain_loops(measured, monkeypatch):
     inputs = [moe_inputs(rows, monkeypatch) for rows in (first, second)]
     for layer in range(2):
         ratios, outputs = [], []
-        for of_rows in inputs:
-            x_ND = np.float64(of_rows[layer].reshape(8, -1, 64)[:, :12].reshape(96, 64))
+        for rows in inputs:
+            x_ND = np.float64(rows[layer].reshape(8, -1, 64)[:, :12].reshape(96, 64))
             mix_NE = 1 / (1 + np.exp(-x_ND @ stack["router"]["weight_LED"][layer].T))
             score_NE = mix_NE + stack["router"]["bias_LE"][layer]
             for mix, score in zip(mix_NE, score_NE):
