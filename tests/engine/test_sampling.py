@@ -60,11 +60,11 @@ def test_temperature_zero_takes_the_best_token_and_the_lower_of_equals():
 def test_tokens_come_as_often_as_they_should(settings):
     count = 20000
     token_B, log_probability_B = sampled(np.tile(LOGITS_V, (count, 1)), seed=np.arange(count), **settings)
-    wanted_V = probabilities(LOGITS_V, **settings)
+    expected_V = probabilities(LOGITS_V, **settings)
     counts_V = np.bincount(token_B, minlength=5)
-    deviation_V = np.sqrt(count * wanted_V * (1 - wanted_V))
-    assert (counts_V[wanted_V == 0] == 0).all()
-    assert (np.abs(counts_V - count * wanted_V) <= 4.5 * deviation_V).all()
+    deviation_V = np.sqrt(count * expected_V * (1 - expected_V))
+    assert (counts_V[expected_V == 0] == 0).all()
+    assert (np.abs(counts_V - count * expected_V) <= 4.5 * deviation_V).all()
     np.testing.assert_allclose(log_probability_B, LOGITS_V[token_B], rtol=1e-5)  # whatever the settings
 
 

@@ -42,11 +42,11 @@ def test_gradients_are_those_of_the_definition():
     y_grad_ND = rng.standard_normal(x_ND.shape).astype(np.float32)
     _, pull = jax.vjp(lambda out, weight: combine(out, weight, token_S, position_NK), jnp.asarray(out_SD), weight_NK)
     out_grad_SD, weight_grad_NK = pull(jnp.asarray(y_grad_ND))
-    wanted_out, wanted_weight = np.zeros_like(out_SD), np.zeros_like(weight_NK)
+    expected_out, expected_weight = np.zeros_like(out_SD), np.zeros_like(weight_NK)
     for token in range(N):
         for slot in range(K):
             row = position_NK[token, slot]
-            wanted_out[row] += weight_NK[token, slot] * y_grad_ND[token]
-            wanted_weight[token, slot] = out_SD[row] @ y_grad_ND[token]
-    np.testing.assert_allclose(out_grad_SD, wanted_out, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(weight_grad_NK, wanted_weight, rtol=1e-5, atol=1e-5)
+            expected_out[row] += weight_NK[token, slot] * y_grad_ND[token]
+            expected_weight[token, slot] = out_SD[row] @ y_grad_ND[token]
+    np.testing.assert_allclose(out_grad_SD, expected_out, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(weight_grad_NK, expected_weight, rtol=1e-5, atol=1e-5)

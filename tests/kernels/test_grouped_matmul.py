@@ -102,9 +102,9 @@ def test_gradients(implementation, case):
         return pull(out_grad)
 
     rows_grad, weights_grad = jax.jit(gradients)(rows, weights, out_grad)
-    wanted_rows_grad, wanted_weights_grad = reference.backward(rows, weights, sizes, 1, out_grad)
-    assert_close(rows_grad, wanted_rows_grad, "float32")
-    assert_close(weights_grad, wanted_weights_grad, "float32")
+    expected_rows_grad, expected_weights_grad = reference.backward(rows, weights, sizes, 1, out_grad)
+    assert_close(rows_grad, expected_rows_grad, "float32")
+    assert_close(weights_grad, expected_weights_grad, "float32")
 
 
 def test_reference_gradient_is_that_of_its_forward():

@@ -186,10 +186,10 @@ def test_what_cannot_run_is_refused_before_the_weights_are_read(
 ):
     from moe_jax.checkpoint import reading
 
-    def unwanted(*arguments):
+    def refuse(*arguments):
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr(reading, "read", unwanted)
+    monkeypatch.setattr(reading, "read", refuse)
     monkeypatch.chdir(tmp_path)
     pathlib.Path("binary").write_bytes(b"a\xff\xfe")
     pathlib.Path("zeros").write_bytes(b"ab\0")

@@ -100,13 +100,13 @@ def test_a_pattern_with_several_layers_of_one_stack(tmp_path):
     assert [(len(block.layers), block.times) for block in layer_order.blocks(architecture)] == [(3, 2)]
     folder = write(tmp_path / "model", Variant("qwen3_moe", architecture), dtype="float32")
     model, tensors = moe_jax.load(folder, dtype="float32"), safetensors.numpy.load_file(folder / "model.safetensors")
-    wanted_BTV = plain({name: jnp.asarray(one) for name, one in tensors.items()}, (2,) * 4, architecture)
-    assert_close(model.logits(TOKENS_BT), wanted_BTV)
+    expected_BTV = plain({name: jnp.asarray(one) for name, one in tensors.items()}, (2,) * 4, architecture)
+    assert_close(model.logits(TOKENS_BT), expected_BTV)
     execution = execution_of(architecture)
     live = policies.settings([MODEL_OWN] * ROWS, architecture, execution.k_max)
     rows = TOKENS_BT, POSITIONS_BT, np.ones_like(TOKENS_BT)
     x_BTD, _ = jax.jit(lambda params: decoder.hidden(params, *rows, live, execution))(model.params)
-    assert_close(decoder.logits(model.params, x_BTD), wanted_BTV)
+    assert_close(decoder.logits(model.params, x_BTD), expected_BTV)
 
 
 @pytest.mark.parametrize("k", [1, 5])
@@ -116,7 +116,7 @@ def test_a_layer_with_fewer_experts_than_a_policy_asks_for_keeps_all_of_them(mod
 
 
 def test_prompts_in_chunks_and_decode(model, tensors):
-    wanted_BTV, execution = plain(tensors, K_L), execution_of(ARCHITECTURE)
+    expected_BTV, execution = plain(tensors, K_L), execution_of(ARCHITECTURE)
     live = settings_of(MODEL_OWN, execution)
 
     @jax.jit
@@ -129,7 +129,7 @@ def test_prompts_in_chunks_and_decode(model, tensors):
     cache, at = caches.allocate(ARCHITECTURE, ROWS, LENGTH, jnp.float32), 0
     for count in (5, 5, 1, 1, 1):
         got, cache, traffic = extend(model.params, cache, TOKENS_BT[:, at : at + count], np.full(ROWS, at, np.int32))
-        assert_close(got, wanted_BTV[:, at : at + count])
+        assert_close(got, expected_BTV[:, at : at + count])
         at += count
         np.testing.assert_array_equal(traffic.load_E.sum(axis=1), np.array(K_L) * ROWS * count)
         assert not np.asarray(traffic.load_E)[MISSING_LE].any()

@@ -48,14 +48,14 @@ def test_its_loss_is_that_of_what_was_exported(transformers, tuned):
     text = (folder / "sources" / "train" / "cmd.py").read_text()
     tokens_BT = np.array(ours.tokenizer.encode(text).ids[: 16 * 33], np.int32).reshape(16, 33)
     given_BT, labels_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
-    wanted_BTV, clear_BT = peer.logits(model, given_BT, np.ones(given_BT.shape, bool), architecture.moe, 3)
+    expected_BTV, clear_BT = peer.logits(model, given_BT, np.ones(given_BT.shape, bool), architecture.moe, 3)
     assert clear_BT.mean() > 0.5
 
     def loss(logits_BTV):
         share_BTV = np.asarray(jax.nn.log_softmax(logits_BTV))
         return -np.take_along_axis(share_BTV, labels_BT[..., None], axis=2)[..., 0][clear_BT].mean()
 
-    assert loss(ours.logits(given_BT)) == pytest.approx(loss(wanted_BTV), rel=TOLERANCE)
-    assert loss(ours.logits(given_BT, policy="topk:4", k_max=4)) != pytest.approx(loss(wanted_BTV), rel=1e-4)
+    assert loss(ours.logits(given_BT)) == pytest.approx(loss(expected_BTV), rel=TOLERANCE)
+    assert loss(ours.logits(given_BT, policy="topk:4", k_max=4)) != pytest.approx(loss(expected_BTV), rel=1e-4)
     before = moe_jax.load(folder / "model").logits(given_BT, policy="topk:3")
-    assert loss(wanted_BTV) < loss(before) - 0.01, "nothing was learnt"
+    assert loss(expected_BTV) < loss(before) - 0.01, "nothing was learnt"

@@ -91,12 +91,12 @@ def assert_same_logits(ours, model, vocab_size, policy=None):
     valid_BT = np.arange(12) < np.array([12, 7, 1, 10] * 4)[:, None]
     tokens_BT[~valid_BT] = 0
     k = model.config.num_experts_per_tok
-    wanted_BTV, clear_BT = peer.logits(model, tokens_BT, valid_BT, ours.architecture.moe, k)
+    expected_BTV, clear_BT = peer.logits(model, tokens_BT, valid_BT, ours.architecture.moe, k)
     got_BTV = np.asarray(ours.logits(tokens_BT, policy=policy))
-    assert got_BTV.dtype == np.float32 and got_BTV.shape == wanted_BTV.shape
+    assert got_BTV.dtype == np.float32 and got_BTV.shape == expected_BTV.shape
     compared_BT = clear_BT & valid_BT
     assert compared_BT.sum() > valid_BT.sum() / 2
-    got, expected = got_BTV[compared_BT], wanted_BTV[compared_BT]
+    got, expected = got_BTV[compared_BT], expected_BTV[compared_BT]
     assert np.linalg.norm(got - expected) <= TOLERANCE * np.linalg.norm(expected)
     assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
 

@@ -123,8 +123,8 @@ def test_the_policy_takes_the_given_experts_at_the_routers_weights():
     keep_NK = np.array([[1, 1, 1], [1, 1, 1], [1, 1, 0], [0, 0, 0]], bool)  # the last is padding
     np.testing.assert_array_equal(selection.keep_NK, keep_NK)
     mix_NK = np.where(keep_NK, np.take_along_axis(MIX_NE, given_NK, axis=1), 0)
-    wanted_NK = mix_NK / np.maximum(mix_NK.sum(axis=1, keepdims=True), 1e-20)
-    np.testing.assert_allclose(selection.weight_NK, wanted_NK, rtol=1e-6)
+    expected_NK = mix_NK / np.maximum(mix_NK.sum(axis=1, keepdims=True), 1e-20)
+    np.testing.assert_allclose(selection.weight_NK, expected_NK, rtol=1e-6)
 
 
 def test_a_token_without_a_recording_is_routed_as_ever():

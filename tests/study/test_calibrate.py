@@ -56,8 +56,8 @@ def test_ratios_and_likeness_equal_plain_loops(measured, monkeypatch):
         assert found.median_ratio_L[layer] == pytest.approx(np.median(ratios), rel=1e-5)
         laid_ED = np.concatenate(outputs, axis=1)
         norm_E = np.linalg.norm(laid_ED, axis=1)
-        wanted_EE = laid_ED @ laid_ED.T / norm_E[:, None] / norm_E
-        np.testing.assert_allclose(found.similarity_LEE[layer], wanted_EE, atol=1e-5)
+        expected_EE = laid_ED @ laid_ED.T / norm_E[:, None] / norm_E
+        np.testing.assert_allclose(found.similarity_LEE[layer], expected_EE, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])

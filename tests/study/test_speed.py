@@ -52,11 +52,11 @@ def test_each_decode_step_wakes_the_experts_of_the_next_recorded_token(engine, t
     assert len(samples) == 4
     expert_LBTK = trace.replay(LAYERS, 16, 8, rows, 9)
     for number, sample in enumerate(samples):
-        wanted_LE = np.stack([load_of(expert_BTK[:, 5 + number, :k]) for expert_BTK in expert_LBTK])
+        expected_LE = np.stack([load_of(expert_BTK[:, 5 + number, :k]) for expert_BTK in expert_LBTK])
         np.testing.assert_array_equal(
-            [load_of(chosen_NK[chosen_NK >= 0]) for chosen_NK in sample.chosen_LNK], wanted_LE
+            [load_of(chosen_NK[chosen_NK >= 0]) for chosen_NK in sample.chosen_LNK], expected_LE
         )
-        distinct = int(np.count_nonzero(wanted_LE))
+        distinct = int(np.count_nonzero(expected_LE))
         assert sample.step == roofline.Step([5 + number] * rows, [1] * rows, rows * k * LAYERS, distinct)
         assert sample.seconds > 0
 
@@ -67,9 +67,9 @@ def test_a_prefill_wakes_the_experts_of_its_tokens(engine, trace, policy, k, len
     model = speed.TimedModel(engine, EXECUTION, policy, SamplingConfig(), trace, routing=True)
     [sample] = speed.Prefill(model, tokens(1, length)[0]).take(1)
     expert_LBTK = trace.replay(LAYERS, 16, 8, 1, length)
-    wanted_LE = np.stack([load_of(expert_BTK[..., :k]) for expert_BTK in expert_LBTK])
-    np.testing.assert_array_equal([load_of(chosen_NK[chosen_NK >= 0]) for chosen_NK in sample.chosen_LNK], wanted_LE)
-    assert sample.step == roofline.Step([0], [length], length * k * LAYERS, np.count_nonzero(wanted_LE))
+    expected_LE = np.stack([load_of(expert_BTK[..., :k]) for expert_BTK in expert_LBTK])
+    np.testing.assert_array_equal([load_of(chosen_NK[chosen_NK >= 0]) for chosen_NK in sample.chosen_LNK], expected_LE)
+    assert sample.step == roofline.Step([0], [length], length * k * LAYERS, np.count_nonzero(expected_LE))
 
 
 def test_a_prefill_in_chunks_wakes_the_experts_of_its_tokens(engine, trace, monkeypatch):
