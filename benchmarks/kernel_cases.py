@@ -34,7 +34,7 @@ SHAPES = {
 }
 
 
-class Journal:
+class ResultsFile:
     """Appends each result to a file at once."""
 
     def __init__(self, folder: pathlib.Path, stage: str):
@@ -213,7 +213,7 @@ def _products(rows, weights, layer, experts):
     return jax.lax.scan(product, None, (rows, experts))[1]
 
 
-def time_all(journal: Journal, cases: list):
+def time_all(results: ResultsFile, cases: list):
     """Compiles all (case, name, forward) in parallel, then checks and times them one by one."""
 
     def compiled(case, forward):
@@ -234,7 +234,7 @@ def time_all(journal: Journal, cases: list):
             if last.names[0] != case.names[0]:
                 stack.cache_clear()
         last = case
-        journal.attempt(f"{case.name} {name}", timed, case, program)
+        results.attempt(f"{case.name} {name}", timed, case, program)
     pool.shutdown()
 
 

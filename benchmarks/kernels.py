@@ -16,7 +16,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kernel_cases import TOLERANCE, Case, Journal, poison, relative, seconds_of, time_all
+from kernel_cases import TOLERANCE, Case, ResultsFile, poison, relative, seconds_of, time_all
 
 from moe_jax.cost import hardware
 from moe_jax.kernels.expert_ffn.api import swiglu
@@ -59,12 +59,12 @@ def gated(small=False):
 def whole_layer(small: bool):
     """(name, forward) of both products of a layer; gate, up-projection and activation are one kernel."""
     cores = 2 if small else None
-    of_gated, of_down = (Tiles(64, 128, 64, 2), Tiles(64, 64, 64, 2)) if small else (None, None)
+    gated_tiles, down_tiles = (Tiles(64, 128, 64, 2), Tiles(64, 64, 64, 2)) if small else (None, None)
 
     def forward(rows, gate_up, down, sizes, layer):
         halves = gate_up.reshape(*gate_up.shape[:2], 2, -1, gate_up.shape[-1])
-        hidden = pallas_gpu.gated(rows, halves, sizes, layer, tiles=of_gated, num_cores=cores)
-        return pallas_gpu.forward(hidden, down, sizes, layer, tiles=of_down, num_cores=cores)
+        hidden = pallas_gpu.gated(rows, halves, sizes, layer, tiles=gated_tiles, num_cores=cores)
+        return pallas_gpu.forward(hidden, down, sizes, layer, tiles=down_tiles, num_cores=cores)
 
     return "ours", forward
 
@@ -79,7 +79,7 @@ def in_two(product, **settings):
     return forward
 
 
-def check(journal: Journal, small: bool):
+def check(results: ResultsFile, small: bool):
     """Small ragged cases against float64: forward and both gradients."""
     experts, outputs, depth = (4, 64, 64) if small else (8, 384, 512)
     rng = np.random.default_rng(zlib.crc32(str(time.time_ns()).encode()))
@@ -115,9 +115,9 @@ def check(journal: Journal, small: bool):
 
     for tiles in all_tiles:
         for name, sizes in cases.items():
-            journal.attempt(f"{name} {tuple(tiles)}", run, tiles, num_rows, sizes)
+            results.attempt(f"{name} {tuple(tiles)}", run, tiles, num_rows, sizes)
     for name, (rows_count, sizes) in tiny.items():
-        journal.attempt(f"{name} {tuple(all_tiles[0])}", run, all_tiles[0], rows_count, sizes)
+        results.attempt(f"{name} {tuple(all_tiles[0])}", run, all_tiles[0], rows_count, sizes)
 
 
 @functools.cache
@@ -125,7 +125,7 @@ def _jitted(function, tiles, small):
     return jax.jit(functools.partial(function, tiles=tiles, **({"num_cores": 2} if small else {})))
 
 
-def ceilings(journal: Journal, small: bool):
+def ceilings(results: ResultsFile, small: bool):
     """Measures the limits of the device: a copy, a sum, and a product."""
     n = 1 << (20 if small else 30)
     big = jnp.ones((2, n), jnp.bfloat16)
@@ -144,13 +144,13 @@ def ceilings(journal: Journal, small: bool):
         figures = seconds_of(jax.jit(lambda x, y: x @ y.T), (x, y), 1)
         return figures | {"tflops": 2 * m**3 / figures["us"] / 1e6}
 
-    journal.add("device", platform=jax.default_backend(), device=hardware.in_words())
-    journal.attempt("copy", copy)
-    journal.attempt("read", read)
-    journal.attempt("product", product)
+    results.add("device", platform=jax.default_backend(), device=hardware.in_words())
+    results.attempt("copy", copy)
+    results.attempt("read", read)
+    results.attempt("product", product)
 
 
-def decode(journal: Journal, small: bool):
+def decode(results: ResultsFile, small: bool):
     """One product with few rows per expert, bound by bandwidth; and with no rows, the fixed cost of a call."""
     cases = []
     grid = [(name, 1, 8) for name in ("olmoe", "olmoe_down", "v2_lite", "qwen3", "qwen3_down", "v3_local")]
@@ -160,10 +160,10 @@ def decode(journal: Journal, small: bool):
         case = _few(shape_name, tokens, k, small)
         tried = FEW_TILES if (shape_name, tokens, k) == ("olmoe", 1, 8) else FEW_TILES[:1]
         cases += [(case, *ours(tiles, small)) for tiles in tried]
-    time_all(journal, cases)
+    time_all(results, cases)
 
 
-def layer(journal: Journal, small: bool):
+def layer(results: ResultsFile, small: bool):
     """Both products of a layer with few rows per expert, bound by bandwidth; and with half of the experts."""
     cases = []
     for shape_name, peer in (("olmoe", True), ("qwen3", False), ("v2_lite", False), ("v3_local", False)):
@@ -175,7 +175,7 @@ def layer(journal: Journal, small: bool):
                 cases.append((case, "ours, gate and up first", in_two(pallas_gpu.forward, **two)))
                 cases.append((case, "padded", in_two(padded.forward)))
                 cases.append((case, "ragged_dot", in_two(ragged_dot.forward)))
-    time_all(journal, cases[:4] if small else cases)
+    time_all(results, cases[:4] if small else cases)
 
 
 def _few(shape_name, tokens, k, small, **settings):
@@ -184,7 +184,7 @@ def _few(shape_name, tokens, k, small, **settings):
     return Case(shape_name, tokens, k, stacked, 1 if small else 32 if tokens == 1 else 8, small, **settings)
 
 
-def prefill(journal: Journal, small: bool):
+def prefill(results: ResultsFile, small: bool):
     """Many rows per expert, bound by arithmetic; then both gradients."""
     cases = []
     for shape_name, skew in [("olmoe", 0.0), ("olmoe", 0.7), ("olmoe_down", 0.0), ("qwen3", 0.0), ("v3_local", 0.0)]:
@@ -193,11 +193,11 @@ def prefill(journal: Journal, small: bool):
         cases += [(case, *ours(tiles, small)) for tiles in (tried[:1] if small else tried)]
         if not skew and "down" not in shape_name:
             cases.append((case, *gated(small)))
-    time_all(journal, cases[:2] if small else cases)
-    _gradients(journal, cases[0][0], small)
+    time_all(results, cases[:2] if small else cases)
+    _gradients(results, cases[0][0], small)
 
 
-def _gradients(journal, case, small):
+def _gradients(results, case, small):
     cores = 2 if small else None
     out_grad = case.rows(case.outputs, 77)
     ((weights,), (rows, *_), (sizes, *_), (layer, *_)), sizes_np = case.arguments, case.sizes_np[0]
@@ -228,11 +228,11 @@ def _gradients(journal, case, small):
             error = max(errors)
             return figures | {"error": error, "ok": error < TOLERANCE, "tflops": case.flops / figures["us"] / 1e6}
 
-        journal.attempt(f"gradient to rows ours{tuple(tiles)}", to_rows)
-        journal.attempt(f"gradient to weights ours{tuple(tiles)}", to_weights)
+        results.attempt(f"gradient to rows ours{tuple(tiles)}", to_rows)
+        results.attempt(f"gradient to weights ours{tuple(tiles)}", to_weights)
 
 
-def peers(journal: Journal, small: bool):
+def peers(results: ResultsFile, small: bool):
     """Other implementations on the same work: at prefill, then at decode."""
     cases = []
     for tokens in (4,) if small else (8192, 64, 8, 1):
@@ -243,8 +243,8 @@ def peers(journal: Journal, small: bool):
         cases.append((case, "padded", padded.forward))
         if not many:
             cases.append((case, "ragged_dot", ragged_dot.forward))
-    journal.attempt(f"{cases[0][0].name} dense product of the rows", timed_dense, cases[0][0])
-    time_all(journal, cases)
+    results.attempt(f"{cases[0][0].name} dense product of the rows", timed_dense, cases[0][0])
+    time_all(results, cases)
 
 
 def timed_dense(case: Case) -> dict:
@@ -267,10 +267,10 @@ def _mosaic(block):
     return forward
 
 
-def ragged(journal: Journal, small: bool):
+def ragged(results: ResultsFile, small: bool):
     """`ragged_dot` with many rows. Its own stage, so that XLA_FLAGS can enable its fusions."""
     case = Case("olmoe", 4 if small else 8192, 8, 1, 1, small)
-    time_all(journal, [(case, "ragged_dot", ragged_dot.forward)])
+    time_all(results, [(case, "ragged_dot", ragged_dot.forward)])
 
 
 STAGES = {function.__name__: function for function in (check, ceilings, decode, layer, prefill, peers, ragged)}
@@ -283,14 +283,14 @@ def main():
     parser.add_argument("--out", type=pathlib.Path, required=True)
     parser.add_argument("--small", action="store_true", help="tiny shapes in interpret mode, without a GPU")
     flags = parser.parse_args()
-    journal = Journal(flags.out, flags.stage)
+    results = ResultsFile(flags.out, flags.stage)
     if flags.small:
         from jax.experimental.pallas import mosaic_gpu as plgpu
 
         with plgpu.force_gpu_interpret_mode():
-            STAGES[flags.stage](journal, True)
+            STAGES[flags.stage](results, True)
     else:
-        STAGES[flags.stage](journal, False)
+        STAGES[flags.stage](results, False)
 
 
 if __name__ == "__main__":

@@ -53,8 +53,8 @@ def main(run: command.Command) -> None:
             memory = {name: system.call("peak_memory_bytes") for name, system in systems.items()}
             for system in systems.values():
                 system.close()
-            of_length, text = _result(length, calls, memory)
-            figures |= of_length
+            new_figures, text = _result(length, calls, memory)
+            figures |= new_figures
             lines += text
     run.finish(figures, text="\n".join(lines))
 
@@ -78,7 +78,7 @@ def _result(length: int, calls, memory) -> tuple[dict, list[str]]:
     """The figures of one length, and its lines of the table."""
     import numpy as np
 
-    of = {
+    by_system = {
         name: {
             "first": (taken[0][0], "s"),
             "then": (statistics.median(seconds for seconds, _ in taken[1:]), "s"),
@@ -88,7 +88,7 @@ def _result(length: int, calls, memory) -> tuple[dict, list[str]]:
     }
     expected = calls[PEER][0][1]
     figures, lines = {}, []
-    for name, values in of.items():
+    for name, values in by_system.items():
         off = float(np.linalg.norm(calls[name][0][1] - expected) / np.linalg.norm(expected))
         figures[f"{name} {length} logits"] = {"value": off, "unit": "relative difference"}
         texts = [f"{value:.2f}" for value, _ in values.values()]
@@ -97,7 +97,7 @@ def _result(length: int, calls, memory) -> tuple[dict, list[str]]:
             figures[f"{name} {length} {what}"] = {"value": value, "unit": unit}
         if name == PEER:
             continue
-        over = {what: value / of[PEER][what][0] for what, (value, _) in values.items()}
+        over = {what: value / by_system[PEER][what][0] for what, (value, _) in values.items()}
         figures |= {
             f"{name} {length} {what} over {PEER}": {"value": value, "unit": "1"} for what, value in over.items()
         }

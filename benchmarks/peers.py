@@ -111,11 +111,11 @@ def main(run: command.Command) -> None:
     logits = {}
 
     def turn(name, system, count):
-        of = seconds.setdefault(name, {})
+        times = seconds.setdefault(name, {})
         prefill_s = system.call("prefill", prompt_T)
-        of.setdefault(f"prefill_{PREFILL}", []).append(math.nan if prefill_s is None else prefill_s)
+        times.setdefault(f"prefill_{PREFILL}", []).append(math.nan if prefill_s is None else prefill_s)
         for case, rows in CASES.items():
-            of.setdefault(case, []).extend(system.call("decode", tokens_BT[rows], PROMPT, count))
+            times.setdefault(case, []).extend(system.call("decode", tokens_BT[rows], PROMPT, count))
             if name == "moe_jax":
                 floors[case].append(system.call("floor_ms", tokens_BT[rows], PROMPT))
 
@@ -126,8 +126,8 @@ def main(run: command.Command) -> None:
             logits[name] = always[name].call("logits", prompt_T)
             turn(name, always[name], steps)  # warm
         seconds.clear()
-        for of in floors.values():
-            of.clear()
+        for floors_ms in floors.values():
+            floors_ms.clear()
         # transformers' processes run one at a time: their weights would not all fit in memory
         shares = np.array_split(np.arange(rounds), max(1, len(starts)))
         with tqdm.tqdm(total=rounds, unit="round", disable=None) as bar:
@@ -176,20 +176,23 @@ def _result(seconds, floors, logits) -> tuple[dict, str]:
     """The figures and the table."""
     import numpy as np
 
-    ms = {name: {case: 1e3 * statistics.median(of) for case, of in cases.items()} for name, cases in seconds.items()}
+    ms = {
+        name: {case: 1e3 * statistics.median(values) for case, values in cases.items()}
+        for name, cases in seconds.items()
+    }
     figures, lines = {}, [f"{'median ms':32}" + "".join(f"{case:>14}" for case in ms["moe_jax"])]
     for name, cases in ms.items():
         lines.append(f"{name:32}" + "".join(f"{value:14.2f}" for value in cases.values()))
         for case, value in cases.items():
             figures[f"{name} {case}"] = {"value": value, "unit": "ms"}
-    for case, of in floors.items():
-        figures[f"floor {case}"] = {"value": statistics.median(of), "unit": "ms"}
-    streamed = "".join(f"{statistics.median(of):14.2f}" for of in floors.values())
+    for case, floors_ms in floors.items():
+        figures[f"floor {case}"] = {"value": statistics.median(floors_ms), "unit": "ms"}
+    streamed = "".join(f"{statistics.median(floors_ms):14.2f}" for floors_ms in floors.values())
     lines.append(f"{'weights and cache streamed once':32}{'':14}{streamed}")
     others = {"llama.cpp": ms["llama.cpp"]}
-    if of_transformers := [of for name, of in ms.items() if name.startswith("transformers")]:
+    if variants := [cases for name, cases in ms.items() if name.startswith("transformers")]:
         others["transformers' best"] = {
-            case: min(of[case] for of in of_transformers if not math.isnan(of[case])) for case in ms["moe_jax"]
+            case: min(cases[case] for cases in variants if not math.isnan(cases[case])) for case in ms["moe_jax"]
         }
     for name, other in others.items():
         ratios = {case: other[case] / value for case, value in ms["moe_jax"].items()}

@@ -144,13 +144,15 @@ def main(run: command.Command) -> None:
     for name in chosen:
         overrides = [*flags.FLAGS["set"].value, *(f"{setting}={value!r}" for setting, value in named[name].items())]
         configs[name] = gin.read_config(flags.FLAGS["config"].value, overrides)
-        recover.plan(configs[name], architecture)
+        recover.recovery_policies(configs[name], architecture)
     held_out = str(command.in_repository(base.text.held_out, "text.held_out"))
     with run.timed("text"):
         text = _prepared(base, run.out, opened, held_out)
     params = opened.load(base.training.weights)
     compared = list(
-        dict.fromkeys(policy for config in configs.values() for policy in recover.plan(config, architecture).compared)
+        dict.fromkeys(
+            policy for config in configs.values() for policy in recover.recovery_policies(config, architecture).compared
+        )
     )
     with run.timed("before"):
         before = _before(
@@ -165,10 +167,10 @@ def main(run: command.Command) -> None:
                 raise ValueError(f"{folder} holds a run with other settings: expected another --out")
             continue
         folder.mkdir(exist_ok=True)
-        planned = recover.plan(config, architecture)
+        run_policies = recover.recovery_policies(config, architecture)
         with run.timed(name):
-            known = [before[policy] for policy in planned.compared]
-            finished = recover.recover(config, folder, opened, params, text, planned, execution, known)
+            known = [before[policy] for policy in run_policies.compared]
+            finished = recover.recover(config, folder, opened, params, text, run_policies, execution, known)
         rows = finetuned.rows(finished)
         finetuned.write(config, folder, finished, rows)
         figures = {"figures": finetuned.figures(finished, rows), "rows": rows, "seconds": run.seconds[name]}
@@ -246,12 +248,12 @@ def summary(folder: pathlib.Path, names) -> tuple[str, dict]:
     figures = {}
     seeds, controls = finished(*(f"k4_seed{seed}" for seed in SEEDS)), finished(*CONTROLS)
     one_seed = {f"topk:{k}": finished(f"k{k}") for k in (2, 3, 6)}
-    by_k = {"topk:4": tables.Pair("topk:4", seeds, controls)}
-    by_k |= {policy: tables.Pair(policy, of, finished(CONTROLS[0])) for policy, of in one_seed.items()}
+    by_k = {"topk:4": tables.Comparison("topk:4", seeds, controls)}
+    by_k |= {policy: tables.Comparison(policy, of, finished(CONTROLS[0])) for policy, of in one_seed.items()}
     by_tokens = {
-        "0.5 M": tables.Pair("topk:4", finished("quarter_batch_mixed_4e-4"), finished("control_0.5M")),
+        "0.5 M": tables.Comparison("topk:4", finished("quarter_batch_mixed_4e-4"), finished("control_0.5M")),
         "2 M": by_k["topk:4"],
-        "4 M": tables.Pair("topk:4", finished("k4_4M"), finished("control_4M")),
+        "4 M": tables.Comparison("topk:4", finished("k4_4M"), finished("control_4M")),
     }
     for of, pairs in (("after 2 M tokens", by_k), ("`topk:4` after", by_tokens)):
         table, found = tables.against_control(pairs, of)

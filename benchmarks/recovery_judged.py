@@ -62,11 +62,11 @@ def table(judged: Mapping[str, Judged], first: str) -> str:
     for name, one in judged.items():
         cells = [name]
         for part, whole in kinds.values():
-            values, reference, of = (
-                getattr(of, field) for of, field in ((one, part), (judged[first], part), (one, whole))
+            values, reference, counts = (
+                getattr(model, field) for model, field in ((one, part), (judged[first], part), (one, whole))
             )
-            cells.append(cell(figure(ratio(values, of), "1"), "{:.3f}"))
-            more = paired_difference(values, reference, of)
+            cells.append(cell(figure(ratio(values, counts), "1"), "{:.3f}"))
+            more = paired_difference(values, reference, counts)
             cells.append("" if name == first else cell(figure(more, "1"), "{:+.3f}"))
         lines.append(cells)
     return markdown(["model", *(head for kind in kinds for head in (kind, "difference"))], lines)

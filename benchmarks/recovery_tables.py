@@ -34,14 +34,14 @@ def read_runs(folder: pathlib.Path, names: Sequence[str]) -> dict[str, Run]:
         columns = {
             title: np.array([float(line[place]) for line in lines]) for place, title in enumerate(head) if place > 1
         }
-        of = [
+        before_and_after = [
             {title.removeprefix(f"{when} "): bits for title, bits in columns.items() if title.startswith(f"{when} ")}
             for when in ("before", "after")
         ]
         result = json.loads((folder / name / "result.json").read_text())
         lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
         watched = min(line["bits_per_byte"] for line in lines if "bits_per_byte" in line)
-        runs[name] = Run(result, watched, columns["bytes"], *of)
+        runs[name] = Run(result, watched, columns["bytes"], *before_and_after)
     return runs
 
 
@@ -95,7 +95,7 @@ def _pooled(runs: Sequence[Run], policy: str) -> np.ndarray:
     return np.mean([run.after[policy] for run in runs], axis=0)
 
 
-class Pair(NamedTuple):
+class Comparison(NamedTuple):
     """Runs that differ only in seed, and their controls: plain training on as many tokens; measured at one k."""
 
     policy: str
@@ -103,19 +103,21 @@ class Pair(NamedTuple):
     control: Sequence[Run]
 
 
-def against_control(pairs: Mapping[str, Pair], of: str) -> tuple[str, dict[str, Estimate]]:
+def against_control(comparisons: Mapping[str, Comparison], label: str) -> tuple[str, dict[str, Estimate]]:
     """(control - tuned) / (control - full), full being the better of control and original with all experts.
 
     Args:
-        pairs: by label; pairs that have not run yet are left out.
-        of: what the labels are, for the header of their column.
+        comparisons: by label; those that have not run yet are left out.
+        label: what the labels are, for the header of their column.
 
     Returns:
-        One line per pair, of means over seeds; and the estimates.
+        One line per comparison, of means over seeds; and the estimates.
     """
-    lines = [f"| {of} | original | control | tuned | full | recovered | of each seed |\n|---|---|---|---|---|---|---|"]
+    lines = [
+        f"| {label} | original | control | tuned | full | recovered | of each seed |\n|---|---|---|---|---|---|---|"
+    ]
     found = {}
-    for name, (policy, runs, controls) in pairs.items():
+    for name, (policy, runs, controls) in comparisons.items():
         if not runs or not controls:
             continue
         original = runs[0].before[FULL]

@@ -26,23 +26,23 @@ import hashlib, json, pathlib, sys, threading, time
 import jax, numpy as np
 from moe_jax import api, command
 
-def of_status(name):
+def status_bytes(name):
     with open("/proc/self/status") as status:
         return next(int(line.split()[1]) * 1024 for line in status if line.startswith(name))
 
 def watch():
     while not done.wait(0.005):
-        seen.append(of_status("RssAnon"))
+        seen.append(status_bytes("RssAnon"))
 
 command.configure_jax()
 jax.device_put(0)
-before, seen, done, seconds = of_status("RssAnon"), [], threading.Event(), {}
+before, seen, done, seconds = status_bytes("RssAnon"), [], threading.Event(), {}
 watcher = threading.Thread(target=watch)
 watcher.start()
 start = time.perf_counter()
 model = api.load(sys.argv[1])
 seconds["load"] = time.perf_counter() - start
-loaded = max([*seen, of_status("RssAnon")])
+loaded = max([*seen, status_bytes("RssAnon")])
 tokens_BT = np.random.default_rng(0).integers(0, model.architecture.decoder.vocab_size, (1, int(sys.argv[2])))
 for name in ("compile_and_first", "second"):
     start = time.perf_counter()
@@ -52,7 +52,7 @@ done.set()
 watcher.join()
 print(json.dumps({
     "seconds": seconds, "loaded_bytes": loaded - before, "peak_bytes": max(seen) - before,
-    "file_bytes": of_status("RssFile"), "logits": hashlib.sha256(logits.tobytes()).hexdigest(),
+    "file_bytes": status_bytes("RssFile"), "logits": hashlib.sha256(logits.tobytes()).hexdigest(),
 }))
 """
 

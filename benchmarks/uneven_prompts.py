@@ -43,8 +43,8 @@ def main(run: command.Command) -> None:
     short, long = prompts(*SHORT), prompts(*LONG)
     sampling = SamplingConfig(max_new_tokens=NEW)
     batches = {
-        name: make_requests(of, None, execution, sampling=sampling)
-        for name, of in (("together", short + long), ("short", short), ("long", long))
+        name: make_requests(prompts, None, execution, sampling=sampling)
+        for name, prompts in (("together", short + long), ("short", short), ("long", long))
     }
     with run.timed("compile"):
         for requests in batches.values():
@@ -56,7 +56,7 @@ def main(run: command.Command) -> None:
                 began = time.perf_counter()
                 engine.run(requests, execution)
                 seconds[name].append(time.perf_counter() - began)
-    median = {name: statistics.median(of) for name, of in seconds.items()}
+    median = {name: statistics.median(times) for name, times in seconds.items()}
     over = median["together"] / (median["short"] + median["long"])
     figures = {name: {"value": value, "unit": "s"} for name, value in median.items()}
     figures["together_over_apart"] = {"value": over, "unit": "1"}

@@ -30,10 +30,10 @@ def main(run: command.Command) -> None:
     from moe_jax.study.timing import timing_of
 
     config = run.config
-    subject, tokens_of, routing = prepare(run)
-    architecture = subject.execution.architecture
+    model, tokens_of, routing = prepare(run)
+    architecture = model.execution.architecture
     permitted, left_out = cases_of(config.benchmark, architecture.decoder.max_context)
-    dtype = dtype_of(subject.engine.params)
+    dtype = dtype_of(model.engine.params)
     with run.timed("machine"):
         probe = hardware.Probe(dtype)
         machines = [probe.measure()]
@@ -42,9 +42,9 @@ def main(run: command.Command) -> None:
         for phase, rows, length in permitted:
             tokens_BT = tokens_of(rows, length)
             cases.append(
-                speed.Prefill(subject, tokens_BT[0])
+                speed.Prefill(model, tokens_BT[0])
                 if phase == "prefill"
-                else speed.Decode(subject, tokens_BT, config.benchmark.prompt_length)
+                else speed.Decode(model, tokens_BT, config.benchmark.prompt_length)
             )
             cases[-1].take(1)
     with run.timed("run"):
@@ -55,7 +55,7 @@ def main(run: command.Command) -> None:
                 samples[case.name] += taken
             machines.append(probe.measure())
     machine = hardware.typical(machines)
-    timings = [timing_of(case, samples[case.name], subject.execution, machine, dtype.itemsize) for case in cases]
+    timings = [timing_of(case, samples[case.name], model.execution, machine, dtype.itemsize) for case in cases]
     if TRACE.value:
         speed.profile(cases, run.out / "trace")
     figures = figures_of(timings, machines)
@@ -66,7 +66,7 @@ def prepare(run: command.Command):
     """Checks the configuration, then loads or makes the model.
 
     Returns:
-        The subject of the measurement; a function (rows, length) -> tokens_BT to read; and where the routing comes
+        The model to time; a function (rows, length) -> tokens_BT to read; and where the routing comes
         from, in words.
     """
     from moe_jax.engine.generate import Engine
@@ -75,7 +75,7 @@ def prepare(run: command.Command):
     from moe_jax.routing.policies import fixed_k
     from moe_jax.routing.policies.parse import parse
     from moe_jax.study.random_model import random_params
-    from moe_jax.study.speed import Subject
+    from moe_jax.study.speed import TimedModel
 
     config = run.config
     opened = None
@@ -89,7 +89,7 @@ def prepare(run: command.Command):
     cases_of(config.benchmark, architecture.decoder.max_context)
     trace = None
     if opened is None and config.benchmark.trace:
-        trace = traces.load(command.in_repository(config.benchmark.trace, "benchmark.trace"))
+        trace = traces.read(command.in_repository(config.benchmark.trace, "benchmark.trace"))
         trace.require(architecture.moe.num_experts, execution.k_max)
         if fixed_k(policy, architecture) is None:
             raise ValueError(
@@ -105,7 +105,7 @@ def prepare(run: command.Command):
         dtype = "float32" if config.model.dtype == "auto" else config.model.dtype
         with run.timed("load"):
             engine = Engine(random_params(architecture, dtype, config.run.seed), None, ())
-    return Subject(engine, execution, policy, config.sampling, trace), tokens_of, routing
+    return TimedModel(engine, execution, policy, config.sampling, trace), tokens_of, routing
 
 
 def cases_of(benchmark, max_context: int) -> tuple[list[tuple[str, int, int]], list[str]]:

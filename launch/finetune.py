@@ -28,7 +28,7 @@ def main(run: command.Command) -> None:
     found = dataclasses.replace(config, text=dataclasses.replace(config.text, held_out=held_out))
     opened, execution = run.open_model()
     execution = dataclasses.replace(execution, k_max=max(execution.k_max, opened.architecture.moe.k))
-    planned = recover.plan(config, opened.architecture, opened.calibration)
+    run_policies = recover.recovery_policies(config, opened.architecture, opened.calibration)
     loop.require_same_run(config, run.out)
     with run.timed("text"):
         text = finetuning.prepare_text(found, opened)
@@ -39,9 +39,9 @@ def main(run: command.Command) -> None:
     depends_on = identity(config, places, run.implementations) | {"text": text.digest}
     journal = Journal(run.out / "before", depends_on)
     with run.timed("before"):
-        before = recover.measure(config, params, text, planned.compared, execution, "before", journal)
+        before = recover.measure(config, params, text, run_policies.compared, execution, "before", journal)
     with run.timed("run"):
-        finished = recover.recover(config, run.out, opened, params, text, planned, execution, before)
+        finished = recover.recover(config, run.out, opened, params, text, run_policies, execution, before)
     rows = finetuned.rows(finished)
     finetuned.write(config, run.out, finished, rows)
     figures = finetuned.figures(finished, rows)

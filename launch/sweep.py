@@ -54,7 +54,7 @@ def main(run: command.Command) -> None:
         if original.require_tokenizer().to_str() != tokenizer.to_str():
             raise ValueError(f"sweep.original = {sweep.original!r}: expected a model with the tokenizer of model.path")
         tokens = encode_documents(tokenizer, documents)
-        windows = concurrent.cut(tokens, tokenizer, sweep.context, sweep.windows, config.run.seed)
+        windows = concurrent.cut_windows(tokens, tokenizer, sweep.context, sweep.windows, config.run.seed)
     model = run.load(opened)
     candidates = [study.Candidate(policy, model.params, execution) for policy in compared]
     if sweep.original:
@@ -73,8 +73,8 @@ def main(run: command.Command) -> None:
             qualities = study.measure_quality(candidates, windows, **shared)
         with run.timed("speed"):
             progress.set_description("speed")
-            subject, in_words = subject_of(config, timed, timed_opened, model, execution)
-            speeds = study.measure_speed(subject, compared, qualities, **shared)
+            timed_engine, in_words = make_timed_engine(config, timed, timed_opened, model, execution)
+            speeds = study.measure_speed(timed_engine, compared, qualities, **shared)
     found = Frontier(
         study.points(windows, compared, qualities, speeds, architecture),
         f"{config.model.path}{f' (`model` is {sweep.original})' if sweep.original else ''}, {config.model.dtype}, "
@@ -109,23 +109,23 @@ def timed_model(config, opened):
     return timed, other
 
 
-def subject_of(config, timed, other, model, execution):
+def make_timed_engine(config, timed, other, model, execution):
     """The timed model (the measured one, another, or one with random weights), and what it is, in words."""
     from moe_jax.api import Model
     from moe_jax.engine.generate import Engine
     from moe_jax.study.random_model import random_params
-    from moe_jax.study.sweep import Subject
+    from moe_jax.study.sweep import TimedEngine
 
     if timed is config:
-        return Subject(model.engine, execution), "the same model, with the same routing"
+        return TimedEngine(model.engine, execution), "the same model, with the same routing"
     routed = f"{config.sweep.timed_config}, {timed.model.dtype}, with the other model's routing"
     if other is not None:
         engine = Model(other, other.load(timed.model.dtype)).engine
-        return Subject(engine, dataclasses.replace(execution, architecture=other.architecture)), routed
+        return TimedEngine(engine, dataclasses.replace(execution, architecture=other.architecture)), routed
     dtype = "float32" if timed.model.dtype == "auto" else timed.model.dtype
     engine = Engine(random_params(timed.architecture, dtype, config.run.seed), None, ())
     timed_execution = dataclasses.replace(execution, architecture=timed.architecture)
-    return Subject(engine, timed_execution), f"random weights in the shape of {routed}"
+    return TimedEngine(engine, timed_execution), f"random weights in the shape of {routed}"
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ LAYOUTS = (*checkpoint.LAYOUTS, "orbax")
 _PARAMS, _DTYPES, _RUN = "params", "params.json", "run.gin"
 
 
-class Held(NamedTuple):
+class ModelWithWeights(NamedTuple):
     """A model and its weights, read from any layout."""
 
     checkpoint: Checkpoint
@@ -46,7 +46,7 @@ def convert(
     dtype: str = "auto",
     policy: str = "model",
     shard_bytes: int = huggingface.SHARD_BYTES,
-) -> Held:
+) -> ModelWithWeights:
     """Reads a checkpoint of any layout and writes it in another.
 
     Args:
@@ -75,13 +75,13 @@ def convert(
         opened = checkpoint.open(source)
         with_k(opened.architecture, policy)
         is_orbax = (opened.folder / _PARAMS).is_dir()
-        given = _read_orbax(opened) if is_orbax else Held(opened, opened.read(dtype))
-    held = given._replace(checkpoint=given.checkpoint.with_architecture(with_k(given.checkpoint.architecture, policy)))
+        given = _read_orbax(opened) if is_orbax else ModelWithWeights(opened, opened.read(dtype))
+    model = given._replace(checkpoint=given.checkpoint.with_architecture(with_k(given.checkpoint.architecture, policy)))
     if layout == "orbax":
-        _write_orbax(destination, held, dtype)
+        _write_orbax(destination, model, dtype)
     else:
-        held.checkpoint.save(destination, held.params, layout=layout, dtype=dtype, shard_bytes=shard_bytes)
-    return held
+        model.checkpoint.save(destination, model.params, layout=layout, dtype=dtype, shard_bytes=shard_bytes)
+    return model
 
 
 def with_k(architecture: Architecture, policy: str) -> Architecture:
@@ -95,16 +95,16 @@ def with_k(architecture: Architecture, policy: str) -> Architecture:
     return changed
 
 
-def _read_run(folder: pathlib.Path) -> Held:
+def _read_run(folder: pathlib.Path) -> ModelWithWeights:
     config = gin.read_config(folder / _RUN)
     tokenizer = load_tokenizer(config.text.tokenizer or folder / "tokenizer")
     execution = execution_of(config.architecture)
     like = jax.eval_shape(lambda: start(execution, config.training, config.run.seed))
     state, _ = _restore(folder / "checkpoints", like)
-    return Held(checkpoint.begun(config.architecture, tokenizer), state.whole())
+    return ModelWithWeights(checkpoint.begun(config.architecture, tokenizer), state.all_params())
 
 
-def _read_orbax(opened: Checkpoint) -> Held:
+def _read_orbax(opened: Checkpoint) -> ModelWithWeights:
     path, architecture = opened.folder / _DTYPES, opened.architecture
     try:
         dtypes = json.loads(path.read_text(encoding="utf-8"))
@@ -115,7 +115,7 @@ def _read_orbax(opened: Checkpoint) -> Held:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is missing or damaged: expected the dtype of each parameter ({error!r})") from error
     params, _ = _restore(opened.folder / _PARAMS, like)
-    return Held(opened, huggingface.nested(params))
+    return ModelWithWeights(opened, huggingface.nested(params))
 
 
 def _restore(folder: pathlib.Path, like: Any) -> tuple[Any, Any]:
@@ -130,12 +130,12 @@ def _restore(folder: pathlib.Path, like: Any) -> tuple[Any, Any]:
         checkpoints.close()
 
 
-def _write_orbax(folder: pathlib.Path, held: Held, dtype: str) -> None:
-    params = dict(stacked.in_dtype(held.params, held.checkpoint.architecture, dtype))
+def _write_orbax(folder: pathlib.Path, model: ModelWithWeights, dtype: str) -> None:
+    params = dict(stacked.in_dtype(model.params, model.checkpoint.architecture, dtype))
     most = np.dtype(max(params.values(), key=lambda array: array.size).dtype)
     dtypes = json.dumps({name: array.dtype.name for name, array in params.items()}, indent=2) + "\n"
     with replaced_folder(folder) as partial:
-        files = {**held.checkpoint.texts(most), **held.checkpoint.files, _DTYPES: dtypes}
+        files = {**model.checkpoint.texts(most), **model.checkpoint.files, _DTYPES: dtypes}
         huggingface.write_files(partial, files)
         checkpoints = Checkpoints(partial / _PARAMS, kept=None)
         try:

@@ -45,13 +45,13 @@ class Variant(NamedTuple):
     architecture: Architecture
 
 
-def _variant(model_type, attention, moe, trunk=(), of_attention=(), of_moe=()):
+def _variant(model_type, attention, moe, trunk=(), attention_changes=(), moe_changes=()):
     return Variant(
         model_type,
         Architecture(
             dataclasses.replace(TRUNK, **dict(trunk)),
-            dataclasses.replace(attention, **dict(of_attention)),
-            dataclasses.replace(moe, **dict(of_moe)),
+            dataclasses.replace(attention, **dict(attention_changes)),
+            dataclasses.replace(moe, **dict(moe_changes)),
         ),
     )
 

@@ -9,7 +9,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 @functools.cache
-def load(name: str) -> types.ModuleType:
+def import_launcher(name: str) -> types.ModuleType:
     """Imports `launch/NAME.py`."""
     spec = importlib.util.spec_from_file_location(name, ROOT / "launch" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)

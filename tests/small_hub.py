@@ -54,8 +54,8 @@ class SmallHub:
     def answer(self, request, body):
         path = urllib.parse.unquote(request.path.partition("?")[0])
         in_api = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/]+)/?", path)
-        of_file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        repository, revision = (in_api[1], in_api[3]) if in_api else of_file.groups()[:2] if of_file else ("", "")
+        in_file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        repository, revision = (in_api[1], in_api[3]) if in_api else in_file.groups()[:2] if in_file else ("", "")
         if self.status != 200:
             self._refuse(request, self.status, "")
         elif repository not in self.folders:
@@ -65,7 +65,7 @@ class SmallHub:
         elif in_api:
             self._say(request, in_api[2], self.folders[repository])
         else:
-            self._send(request, self.folders[repository], of_file[3], body)
+            self._send(request, self.folders[repository], in_file[3], body)
 
     def _refuse(self, request, status, code):
         request.send_response(status)

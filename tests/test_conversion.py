@@ -69,7 +69,7 @@ def run_folder(tmp_path):
     checkpoints.save(3, state._replace(params=jax.tree.map(lambda x: 2 * x, state.params)), {})
     checkpoints.save(5, state, {})
     checkpoints.close()
-    return folder, state.whole()
+    return folder, state.all_params()
 
 
 def test_the_last_checkpoint_of_a_run(run_folder, tmp_path):

@@ -32,19 +32,19 @@ class System:
         options.n_threads = options.n_threads_batch = self._threads
         return self._library.llama_init_from_model(self._model, options)
 
-    def _call(self, context, token_N, position_N, row_N, wanted_N) -> tuple[float, list[np.ndarray]]:
+    def _call(self, context, token_N, position_N, row_N, needs_logits_N) -> tuple[float, list[np.ndarray]]:
         """Reads tokens; returns the seconds, and logits after the tokens that need them."""
         library = self._library
         batch = library.llama_batch_init(len(token_N), 0, 1)
         batch.n_tokens = len(token_N)
-        for i, (token, position, row, expected) in enumerate(zip(token_N, position_N, row_N, wanted_N)):
-            batch.token[i], batch.pos[i], batch.logits[i] = int(token), int(position), bool(expected)
+        for i, (token, position, row, needs_logits) in enumerate(zip(token_N, position_N, row_N, needs_logits_N)):
+            batch.token[i], batch.pos[i], batch.logits[i] = int(token), int(position), bool(needs_logits)
             batch.n_seq_id[i], batch.seq_id[i][0] = 1, int(row)
         began = time.perf_counter()
         status = library.llama_decode(context, batch)
         logits = [
             np.ctypeslib.as_array(library.llama_get_logits_ith(context, i), (self._vocab_size,))
-            for i in np.flatnonzero(wanted_N).tolist()
+            for i in np.flatnonzero(needs_logits_N).tolist()
         ]
         seconds = time.perf_counter() - began
         library.llama_batch_free(batch)

@@ -35,7 +35,7 @@ class System:
         self._speed = speed
         self._model = moe_jax.load(folder)
         self._execution = execution_of(self._model.architecture)
-        self._subject = speed.Subject(self._model.engine, self._execution, "model", SamplingConfig())
+        self._timed = speed.TimedModel(self._model.engine, self._execution, "model", SamplingConfig())
         self._cases = {}
         self._dtype = dtype_of(self._model.params)
 
@@ -58,7 +58,7 @@ class System:
 
     def prefill(self, tokens_T: np.ndarray) -> float:
         if len(tokens_T) not in self._cases:
-            self._cases[len(tokens_T)] = self._speed.Prefill(self._subject, tokens_T)
+            self._cases[len(tokens_T)] = self._speed.Prefill(self._timed, tokens_T)
             self._cases[len(tokens_T)].take(1)
         return self._cases[len(tokens_T)].take(1)[0].seconds
 
@@ -68,7 +68,7 @@ class System:
     def _steps(self, tokens_BT, prompt, steps):
         key = "decode", len(tokens_BT)
         if key not in self._cases:
-            self._cases[key] = self._speed.Decode(self._subject, tokens_BT, prompt)
+            self._cases[key] = self._speed.Decode(self._timed, tokens_BT, prompt)
         samples = []
         while len(samples) < steps:
             samples += self._cases[key].take(steps - len(samples))

@@ -137,7 +137,7 @@ def _mapped(path: pathlib.Path, sequential: bool = True) -> np.ndarray:
 def _copying() -> ctypes.CDLL | None:
     """`copying.cc`, compiled. None, with a warning, where that fails: NumPy then copies, more slowly."""
     try:
-        return compiled.load(_COPYING)
+        return compiled.open_library(_COPYING)
     except (ValueError, OSError) as error:
         logging.warning("loading is slower: %s", error)
         return None

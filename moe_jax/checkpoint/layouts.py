@@ -13,7 +13,7 @@ from absl import logging
 from moe_jax.checkpoint.names import Rule
 from moe_jax.checkpoint.safetensors_file import StoredTensor
 from moe_jax.config.architecture import Architecture
-from moe_jax.config.layers import kind_of
+from moe_jax.config.layer_order import kind_of
 
 _TRUNK, _EMBEDDING, _HEAD = "model.", "embed_tokens.weight", "lm_head."
 # parameter -> what follows the layer in the name of its tensor, and how that is stored

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.config import layers
+from moe_jax.config import layer_order
 from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig
 from moe_jax.model import parameters
 
@@ -90,7 +90,7 @@ class Rule:
     def _tensor_name(self, architecture: Architecture, at: dict[str, int]) -> str:
         if "L" in at:
             stack, _, _ = self.parameter.partition("/")
-            at = {**at, "L": layers.stacks(architecture)[stack][at["L"]]}
+            at = {**at, "L": layer_order.stacks(architecture)[stack][at["L"]]}
         return self.tensor.format(**{**at, "I": self.halves[at.get("I", 0)]})
 
 
@@ -171,12 +171,12 @@ def decoder_rules(architecture: Architecture, experts: list[Rule]) -> tuple[Rule
         experts: the rules of router and experts, written for the stack `moe`.
     """
     rules = trunk_rules(architecture.decoder)
-    for stack in layers.stacks(architecture):
+    for stack in layer_order.stacks(architecture):
         rules += attention_rules(stack, architecture.attention)
-        if stack == layers.DENSE:
+        if stack == layer_order.DENSE:
             rules += gated_rules(f"{stack}/ffn", "model.layers.{L}.mlp")
         else:
-            names = (rule.parameter.removeprefix(f"{layers.MOE}/") for rule in experts)
+            names = (rule.parameter.removeprefix(f"{layer_order.MOE}/") for rule in experts)
             rules += [
                 dataclasses.replace(rule, parameter=f"{stack}/{name}")
                 for rule, name in zip(experts, names, strict=True)

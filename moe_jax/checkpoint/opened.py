@@ -111,7 +111,7 @@ class Checkpoint:
             ValueError: a tensor is missing, unknown, of another shape, truncated, or not finite in that dtype; the
                 model does not fit in the memory that is available; or the calibration is of another model.
         """
-        params = reading.load(self.folder, self._stacks(dtype), blocks_of(self.config), sharding_of)
+        params = reading.load_onto_devices(self.folder, self._stacks(dtype), blocks_of(self.config), sharding_of)
         if self.calibration is not None:
             self.calibration.require(params["moe/router/weight_LED"])
         return huggingface.nested(params)

@@ -51,7 +51,7 @@ class Stack(NamedTuple):
     halved_itemsize: int = 2
 
 
-def whole(stack: Stack) -> Index:
+def whole_index(stack: Stack) -> Index:
     """The part that is the whole parameter."""
     return tuple(slice(0, size) for size in stack.shape)
 
@@ -91,11 +91,11 @@ def read(
 
 def read_whole(folder: pathlib.Path, stacks: Sequence[Stack], blocks: Blocks | None) -> dict[str, np.ndarray]:
     """Reads parameters into host memory, by their paths."""
-    arrays = read(folder, stacks, [[whole(stack)] for stack in stacks], blocks)
+    arrays = read(folder, stacks, [[whole_index(stack)] for stack in stacks], blocks)
     return {stack.path: array for stack, [array] in zip(stacks, arrays)}
 
 
-def load(
+def load_onto_devices(
     folder: pathlib.Path, stacks: Sequence[Stack], blocks: Blocks | None, sharding_of: ShardingOf
 ) -> dict[str, jax.Array]:
     """Loads parameters onto devices, by their paths.

@@ -74,14 +74,14 @@ def stacks_of(table: Mapping[str, StoredTensor], architecture: Architecture, dty
     stacks = []
     for parameter in parameters.of(architecture):
         stored, shape = table[parameter.path], parameter.shape(architecture)
-        expected = stored.dtype if dtype == "auto" else dtype_of(parameter, dtype)
+        expected = stored.dtype if dtype == "auto" else parameter_dtype(parameter, dtype)
         piece = Piece(parameter.path, (slice(None),) * len(shape), stored)
-        halved_itemsize = dtype_of(parameter, "bfloat16").itemsize
+        halved_itemsize = parameter_dtype(parameter, "bfloat16").itemsize
         stacks.append(Stack(parameter.path, shape, expected, (piece,), expected == stored.dtype, halved_itemsize))
     return stacks
 
 
-def dtype_of(parameter: parameters.Parameter, dtype: str) -> np.dtype:
+def parameter_dtype(parameter: parameters.Parameter, dtype: str) -> np.dtype:
     """The dtype of a parameter in a model of this dtype: a selection bias stays in float32."""
     return np.dtype(np.float32 if parameter.kind is parameters.SelectionBias else dtype)
 
@@ -116,7 +116,7 @@ def dtypes_of(params: Mapping[str, Any], architecture: Architecture, dtype: str)
     for path, parameter in table.items():
         if arrays[path].shape != (expected := parameter.shape(architecture)):
             raise ValueError(f"parameter {path} has shape {arrays[path].shape}: the architecture asks for {expected}")
-        dtypes[path] = np.dtype(arrays[path].dtype) if dtype == "auto" else dtype_of(parameter, dtype)
+        dtypes[path] = np.dtype(arrays[path].dtype) if dtype == "auto" else parameter_dtype(parameter, dtype)
         if dtypes[path] not in filling.EXPONENTS:
             raise ValueError(f"parameter {path} is {dtypes[path].name}: expected one of {', '.join(DTYPES[1:])}")
     return dtypes

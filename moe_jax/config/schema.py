@@ -55,7 +55,7 @@ class TextConfig:
     # "stdlib", names of installed distributions, or paths of files and folders; each line of a .jsonl file
     # (.gz, .xz) is a document: {"text": ..} or {"messages": [..]}
     sources: tuple[str, ...] = ("stdlib",)
-    held_out: str = "assets/text"  # the archive's folder, or any file or folder; "": drawn from sources (finetune.py)
+    held_out: str = "assets/text"  # the archive's folder, or any file or folder; "": part of the sources (finetune.py)
     tokenizer: str = ""  # tokenizer.json to reuse; "": train one on the training text
     vocab_size: int = 4096  # of a tokenizer trained here
 
@@ -133,7 +133,7 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How the next token is drawn."""
+    """How the next token is sampled."""
 
     max_new_tokens: int = 200
     temperature: float = 0.0  # 0: greedy

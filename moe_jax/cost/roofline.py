@@ -60,7 +60,7 @@ def expected_distinct(num_experts: int, k: int, tokens: int) -> float:
 
 
 def work(architecture: Architecture, step: Step, itemsize: int) -> Work:
-    """Counts the least work of a prefill or decode step that draws one token for each row.
+    """Counts the least work of a prefill or decode step that samples one token for each row.
 
     Args:
         architecture: of the model.

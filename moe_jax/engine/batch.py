@@ -17,17 +17,17 @@ MOST_PADDING = 4  # a prompt joins a group if its bucket is at least 1 / MOST_PA
 MOST_TOKENS = 16384  # read at once by one group: bounds the memory of activations
 
 
-class Batch(NamedTuple):
+class PaddedPrompts(NamedTuple):
     """Prompts that are read together. Padding rows, which have no request, have length 0."""
 
     shape: caches.Shape
     tokens_BT: np.ndarray  # int32, padded at the end
     length_B: np.ndarray  # int32
-    budget_B: np.ndarray  # int32: tokens that each request may draw
+    budget_B: np.ndarray  # int32: tokens that each request may sample
     live: Live
 
 
-class Plan(NamedTuple):
+class Grouping(NamedTuple):
     """How requests are read: in groups of prompts of similar length.
 
     With a single group, its prefix has room for the continuations too and becomes the slots.
@@ -38,7 +38,7 @@ class Plan(NamedTuple):
     groups: tuple[tuple[tuple[int, ...], caches.Shape], ...]  # indices of the requests of each group, and its shape
 
 
-def plan_of(requests: Sequence[Request], execution: Execution) -> Plan:
+def group_by_length(requests: Sequence[Request], execution: Execution) -> Grouping:
     """Groups requests by length, so that one long prompt does not pad many short ones.
 
     A prompt joins a group if that adds little padding: its bucket is at least a quarter of the group's, or the whole
@@ -58,15 +58,15 @@ def plan_of(requests: Sequence[Request], execution: Execution) -> Plan:
         groups.append([index])
     whole = _shape_of(requests, context)
     if len(groups) == 1:
-        return Plan(whole.batch, whole.memory, ((tuple(range(len(requests))), whole),))
+        return Grouping(whole.batch, whole.memory, ((tuple(range(len(requests))), whole),))
     shapes = []
     for group in groups:
         shape = _shape_of([requests[index] for index in group], context)
         shapes.append(shape._replace(memory=shape.length))
-    return Plan(whole.batch, whole.memory, tuple(zip(map(tuple, map(sorted, groups)), shapes)))
+    return Grouping(whole.batch, whole.memory, tuple(zip(map(tuple, map(sorted, groups)), shapes)))
 
 
-def batch_of(requests: Sequence[Request], execution: Execution, shape: caches.Shape | None = None) -> Batch:
+def pad_prompts(requests: Sequence[Request], execution: Execution, shape: caches.Shape | None = None) -> PaddedPrompts:
     """Pads requests to a shape and puts their live settings on the device. None: the smallest shape that holds them."""
     shape = shape or _shape_of(requests, execution.architecture.decoder.max_context)
     tokens_BT = np.zeros((shape.batch, shape.length), np.int32)
@@ -74,7 +74,7 @@ def batch_of(requests: Sequence[Request], execution: Execution, shape: caches.Sh
     for row, request in enumerate(requests):
         length_B[row], budget_B[row] = len(request.ids), request.max_new_tokens
         tokens_BT[row, : length_B[row]] = request.ids
-    return Batch(shape, tokens_BT, length_B, budget_B, live_of(requests, shape.batch, execution))
+    return PaddedPrompts(shape, tokens_BT, length_B, budget_B, live_of(requests, shape.batch, execution))
 
 
 def live_of(requests: Sequence[Request], rows: int, execution: Execution) -> Live:

@@ -1,4 +1,4 @@
-"""From the tokens drawn for a request to its completion: the text so far, and when it ends."""
+"""From the tokens sampled for a request to its completion: the text so far, and when it ends."""
 
 import dataclasses
 from collections.abc import Set
@@ -17,7 +17,7 @@ class Completion:
     Attributes:
         text: the continuation, without the stop string or the end-of-text token that ended it. It starts with whatever
             follows the prompt, such as a space. Special tokens have no text.
-        ids: every token drawn, including those of a stop string and the end-of-text token.
+        ids: every token sampled, including those of a stop string and the end-of-text token.
         log_probabilities: of each of `ids` under the model itself, in nats, before temperature, top-k and
             top-p.
         experts_per_token: experts that the request kept, mean over MoE layers and this request's decode steps; without
@@ -37,7 +37,7 @@ class Completion:
     finish_reason: str
 
 
-class Row:
+class RunningRequest:
     """A request that is being decoded."""
 
     def __init__(self, request: Request, tokenizer: tokenizers.Tokenizer, end_ids: Set[int]):
@@ -52,16 +52,16 @@ class Row:
         self._kept: list[float] = []  # of each decode step
         self._distinct: list[float] = []
 
-    def read(self, kept: float) -> None:
+    def record_prompt(self, kept: float) -> None:
         """Records how many experts the prompt kept, mean over MoE layers and tokens."""
         self._kept_of_prompt = kept
 
-    def step(self, kept: float, distinct: float) -> None:
+    def record_step(self, kept: float, distinct: float) -> None:
         """Records a decode step: experts that this row kept and distinct experts of all rows, means over layers."""
         self._kept.append(kept)
         self._distinct.append(distinct)
 
-    def take(self, token: int, log_probability: float) -> str:
+    def append(self, token: int, log_probability: float) -> str:
         """Adds a token; returns the text that can no longer become part of a stop string."""
         self._ids.append(token)
         self._log_probabilities.append(log_probability)

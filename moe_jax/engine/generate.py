@@ -11,10 +11,10 @@ import tokenizers
 
 from moe_jax.engine import cache as caches
 from moe_jax.engine import steps
-from moe_jax.engine.batch import Batch, Plan, batch_of, live_of, plan_of
-from moe_jax.engine.completion import Completion, Row
+from moe_jax.engine.batch import Grouping, PaddedPrompts, group_by_length, live_of, pad_prompts
+from moe_jax.engine.completion import Completion, RunningRequest
 from moe_jax.engine.request import Request
-from moe_jax.engine.steps import Drawn, Live, Slots, Steps
+from moe_jax.engine.steps import CacheSlots, DecodeResult, Live, PrefillResult
 from moe_jax.model import decoder
 from moe_jax.model.finite import NotFiniteError, require_finite
 
@@ -23,19 +23,19 @@ CALL_S = 0.05  # target time of a call of several steps: between calls, text is 
 
 
 @dataclasses.dataclass
-class Measured:
+class GenerationMetrics:
     """Time and work of a batch, without compiling and loading. Padding and finished rows are not counted."""
 
     prefill_tokens: int
     prefill_s: float = 0.0  # until the first token of every request is on the host
     decode_s: float = 0.0
     decode_steps: int = 0
-    decode_tokens: int = 0  # drawn by decode steps
+    decode_tokens: int = 0  # sampled by decode steps
     kept_slots: int = 0  # summed over decode steps, mean over MoE layers
     distinct_experts: float = 0.0  # experts with at least one row, summed and averaged likewise
 
     def add_step(self, tokens: int, kept: float, distinct: float) -> None:
-        """Counts one decode step: tokens drawn, and its kept slots and distinct experts, means over MoE layers."""
+        """Counts one decode step: tokens sampled, and its kept slots and distinct experts, means over MoE layers."""
         self.decode_steps += 1
         self.decode_tokens += tokens
         self.kept_slots += kept
@@ -64,7 +64,7 @@ class Generated(NamedTuple):
     """The completions of a batch, in the order of its requests, and their measurements."""
 
     completions: list[Completion]
-    measured: Measured
+    measured: GenerationMetrics
 
 
 def steps_at_once(seconds: float, most: int) -> int:
@@ -132,15 +132,15 @@ class Engine:
             NotFiniteError: a token's log-probability is NaN or infinite; a ValueError too.
         """
         prepared = self._prepared(requests, execution)
-        plan, layers = prepared.plan, execution.architecture.decoder.num_moe_layers
-        rows = [Row(request, self._tokenizer, set(self.end_I.tolist())) for request in requests]
-        measured = Measured(prefill_tokens=sum(len(request.ids) for request in requests))
+        grouping, layers = prepared.grouping, execution.architecture.decoder.num_moe_layers
+        rows = [RunningRequest(request, self._tokenizer, set(self.end_I.tolist())) for request in requests]
+        measured = GenerationMetrics(prefill_tokens=sum(len(request.ids) for request in requests))
 
         def hand_out(token_B: np.ndarray, log_probability_B: np.ndarray, alive_B: np.ndarray) -> None:
             """Appends its token to every row that is alive."""
             self._require_finite(log_probability_B, alive_B, rows)
             for index in np.flatnonzero(alive_B).tolist():
-                piece = rows[index].take(int(token_B[index]), float(log_probability_B[index]))
+                piece = rows[index].append(int(token_B[index]), float(log_probability_B[index]))
                 if piece:
                     on_text(index, piece)
 
@@ -148,69 +148,73 @@ class Engine:
         first, slots = self._read(prepared, execution)
         measured.prefill_s = time.perf_counter() - began
         for row, kept, request in zip(rows, first.kept_B.tolist(), requests):
-            row.read(kept / (layers * len(request.ids)))
-        hand_out(first.token_B, first.log_probability_B, np.arange(plan.slots) < len(rows))
+            row.record_prompt(kept / (layers * len(request.ids)))
+        hand_out(first.token_B, first.log_probability_B, np.arange(grouping.slots) < len(rows))
 
         began = time.perf_counter()
-        wanted_B, count = _unfinished(rows, plan.slots), 1
+        continue_B, count = _unfinished(rows, grouping.slots), 1
         one_by_one = len(rows) > 1 and any(request.sampling.stop for request in requests)
-        while wanted_B.any():
+        while continue_B.any():
             call_began = time.perf_counter()
-            taken, slots = self.step(slots, wanted_B, count, prepared.live, execution)
+            taken, slots = self.step(slots, continue_B, count, prepared.live, execution)
             seconds = (time.perf_counter() - call_began) / int(taken.count)
             count = 1 if one_by_one else steps_at_once(seconds, self.most_steps)
             for number in range(int(taken.count)):
-                alive_B = taken.alive_SB[number] & wanted_B
+                alive_B = taken.alive_SB[number] & continue_B
                 if not alive_B.any():
                     break
                 kept_B, distinct = taken.kept_SB[number] / layers, float(taken.distinct_S[number]) / layers
                 measured.add_step(np.count_nonzero(alive_B), float(kept_B.sum()), distinct)
                 for index in np.flatnonzero(alive_B).tolist():
-                    rows[index].step(float(kept_B[index]), distinct)
+                    rows[index].record_step(float(kept_B[index]), distinct)
                 hand_out(taken.token_SB[number], taken.log_probability_SB[number], alive_B)
-                wanted_B = _unfinished(rows, plan.slots)
+                continue_B = _unfinished(rows, grouping.slots)
         measured.decode_s = time.perf_counter() - began
         return Generated([row.completion() for row in rows], measured)
 
     def _prepared(self, requests: Sequence[Request], execution: decoder.Execution) -> "_Prepared":
-        """The plan, its batches, and the settings of all slots; compiles every program that they need."""
-        plan = plan_of(requests, execution)
-        batches = [batch_of([requests[index] for index in group], execution, shape) for group, shape in plan.groups]
+        """The groups of prompts, padded, and the settings of all slots; compiles every program that they need."""
+        grouping = group_by_length(requests, execution)
+        batches = [
+            pad_prompts([requests[index] for index in group], execution, shape) for group, shape in grouping.groups
+        ]
         whole = len(batches) == 1
         prefixes = [] if whole else [(batch.shape.batch, batch.shape.memory) for batch in batches]
-        needed = [(plan.slots, plan.memory), *sorted(prefixes, key=np.prod)[-1:]]
+        needed = [(grouping.slots, grouping.memory), *sorted(prefixes, key=np.prod)[-1:]]
         caches.require_memory(execution.architecture, needed, decoder.dtype_of(self.params))
-        live = batches[0].live if whole else live_of(requests, plan.slots, execution)
-        slots = self._shapes(plan.slots, plan.memory, execution)
+        live = batches[0].live if whole else live_of(requests, grouping.slots, execution)
+        slots = self._shapes(grouping.slots, grouping.memory, execution)
         for batch in batches:
             self.prefill_program(batch, execution)
         for prefix in prefixes:
             self._insert_program(slots, self._shapes(*prefix, execution))
         if max(request.max_new_tokens for request in requests) > 1:
             self.decode_program(slots, live, execution)
-        return _Prepared(plan, batches, live)
+        return _Prepared(grouping, batches, live)
 
-    def _read(self, prepared: "_Prepared", execution: decoder.Execution) -> tuple[Drawn, Slots]:
-        """Reads all prompts; returns what was drawn for every slot, on the host, and the slots."""
-        plan, batches, _ = prepared
+    def _read(self, prepared: "_Prepared", execution: decoder.Execution) -> tuple[PrefillResult, CacheSlots]:
+        """Reads all prompts; returns what was sampled for every slot, on the host, and the slots."""
+        grouping, batches, _ = prepared
         if len(batches) == 1:
-            drawn, slots = self.prefill(batches[0], execution)
-            return jax.device_get(drawn), slots
-        slots, parts = self.empty(plan.slots, plan.memory, execution), []
-        for (group, _), batch in zip(plan.groups, batches):
-            drawn, prefix = self.prefill(batch, execution)
+            result, slots = self.prefill(batches[0], execution)
+            return jax.device_get(result), slots
+        slots, parts = self.empty(grouping.slots, grouping.memory, execution), []
+        for (group, _), batch in zip(grouping.groups, batches):
+            result, prefix = self.prefill(batch, execution)
             slots = self.insert(slots, prefix, group)
             del prefix  # before the next one is made
-            parts.append((list(group), jax.device_get(drawn)))
-        token_B, kept_B = np.zeros((2, plan.slots), np.int32)
-        log_probability_B = np.zeros(plan.slots, np.float32)
-        for group, drawn in parts:
-            for of_slots, of_rows in ((token_B, drawn.token_B), (kept_B, drawn.kept_B)):
-                of_slots[group] = of_rows[: len(group)]
-            log_probability_B[group] = drawn.log_probability_B[: len(group)]
-        return Drawn(token_B, log_probability_B, kept_B, sum(drawn.distinct for _, drawn in parts), None), slots
+            parts.append((list(group), jax.device_get(result)))
+        token_B, kept_B = np.zeros((2, grouping.slots), np.int32)
+        log_probability_B = np.zeros(grouping.slots, np.float32)
+        for group, result in parts:
+            for all_slots, new in zip((token_B, log_probability_B, kept_B), result[:3]):
+                all_slots[group] = new[: len(group)]
+        distinct = sum(result.distinct for _, result in parts)
+        return PrefillResult(token_B, log_probability_B, kept_B, distinct, None), slots
 
-    def _require_finite(self, log_probability_B: np.ndarray, alive_B: np.ndarray, rows: Sequence[Row]) -> None:
+    def _require_finite(
+        self, log_probability_B: np.ndarray, alive_B: np.ndarray, rows: Sequence[RunningRequest]
+    ) -> None:
         for index in np.flatnonzero(alive_B & ~np.isfinite(log_probability_B)).tolist():
             try:
                 require_finite(log_probability_B[index], rows[index].next_token(index + 1), self.params)
@@ -218,11 +222,11 @@ class Engine:
                 error.completions = tuple(row.completion() for row in rows)
                 raise
 
-    def prefill(self, batch: Batch, execution: decoder.Execution) -> tuple[Drawn, Slots]:
-        """Reads the prompts of a batch and draws the first token of each.
+    def prefill(self, batch: PaddedPrompts, execution: decoder.Execution) -> tuple[PrefillResult, CacheSlots]:
+        """Reads the prompts of a batch and samples the first token of each.
 
         Returns:
-            What was drawn, and the prefix.
+            What was sampled, and the prefix.
 
         Raises:
             ValueError: the cache does not fit in the memory that is available.
@@ -230,37 +234,42 @@ class Engine:
         program = self.prefill_program(batch, execution)
         return program(self.params, batch.tokens_BT, batch.length_B, batch.budget_B, self.end_I, batch.live)
 
-    def empty(self, slots: int, memory: int, execution: decoder.Execution) -> Slots:
+    def empty(self, slots: int, memory: int, execution: decoder.Execution) -> CacheSlots:
         """Empty slots, each with a cache of `memory` positions."""
         cache = caches.allocate(execution.architecture, slots, memory, decoder.dtype_of(self.params))
-        return Slots(cache, *(jax.numpy.zeros(slots, np.int32) for _ in Slots._fields[1:]))
+        return CacheSlots(cache, *(jax.numpy.zeros(slots, np.int32) for _ in CacheSlots._fields[1:]))
 
-    def insert(self, slots: Slots, prefix: Slots, places: Sequence[int]) -> Slots:
+    def insert(self, slots: CacheSlots, prefix: CacheSlots, places: Sequence[int]) -> CacheSlots:
         """Writes the first rows of a prefix into the slots `places`. Do not use `slots` or `prefix` afterwards."""
         place_B = np.zeros(len(prefix.token_B), np.int32)
         place_B[: len(places)] = places
         return self._insert_program(slots, prefix)(slots, prefix, place_B, np.int32(len(places)))
 
     def step(
-        self, slots: Slots, wanted_B: np.ndarray, count: int, live: Live, execution: decoder.Execution
-    ) -> tuple[Steps, Slots]:
-        """Draws up to `count` tokens for every unfinished slot in `wanted_B`; returns `Steps`, on the host, and slots.
+        self, slots: CacheSlots, continue_B: np.ndarray, count: int, live: Live, execution: decoder.Execution
+    ) -> tuple[DecodeResult, CacheSlots]:
+        """Samples up to `count` tokens for every unfinished slot in `continue_B`.
 
         Args:
             slots: do not use them afterwards.
-            wanted_B: bool; False finishes a slot.
+            continue_B: bool; False finishes a slot.
             count: at most `most_steps`.
             live: settings of the slots.
             execution: the static half of the step.
+
+        Returns:
+            The result, on the host, and the slots.
         """
         program = self.decode_program(slots, live, execution)
-        taken, slots = program(self.params, slots, wanted_B, np.int32(count), self.end_I, live)
+        taken, slots = program(self.params, slots, continue_B, np.int32(count), self.end_I, live)
         return jax.device_get(taken), slots
 
-    def _shapes(self, slots: int, memory: int, execution: decoder.Execution) -> Slots:
+    def _shapes(self, slots: int, memory: int, execution: decoder.Execution) -> CacheSlots:
         return jax.eval_shape(lambda: self.empty(slots, memory, execution))
 
-    def prefill_program(self, batch: Batch, execution: decoder.Execution, routing: bool = False) -> jax.stages.Compiled:
+    def prefill_program(
+        self, batch: PaddedPrompts, execution: decoder.Execution, routing: bool = False
+    ) -> jax.stages.Compiled:
         """`steps.prefill`, compiled for the shape of a batch.
 
         Raises:
@@ -274,13 +283,13 @@ class Engine:
             caches.require_memory(execution.architecture, [(shape.batch, shape.memory)], decoder.dtype_of(self.params))
         return self._program(key, lambda: steps.prefill.lower(*given, **static))
 
-    def _insert_program(self, slots: Slots, prefix: Slots) -> jax.stages.Compiled:
+    def _insert_program(self, slots: CacheSlots, prefix: CacheSlots) -> jax.stages.Compiled:
         place_B = jax.ShapeDtypeStruct(prefix.token_B.shape, np.int32)
         key = (steps.insert, slots.cache[0].shape, prefix.cache[0].shape)
         return self._program(key, lambda: steps.insert.lower(slots, prefix, place_B, np.int32(0)))
 
     def decode_program(
-        self, slots: Slots, live: Live, execution: decoder.Execution, routing: bool = False
+        self, slots: CacheSlots, live: Live, execution: decoder.Execution, routing: bool = False
     ) -> jax.stages.Compiled:
         """`steps.decode`, compiled for slots, or for their shapes, with room for `most_steps` steps."""
         rows, memory = slots.cache[0].shape[1:3]
@@ -301,11 +310,11 @@ def _widens_in_loops(dtype: jax.numpy.dtype) -> bool:
 
 
 class _Prepared(NamedTuple):
-    plan: Plan
-    batches: list[Batch]  # one per group
+    grouping: Grouping
+    batches: list[PaddedPrompts]  # one per group
     live: Live  # of all slots
 
 
-def _unfinished(rows: Sequence[Row], slots: int) -> np.ndarray:
+def _unfinished(rows: Sequence[RunningRequest], slots: int) -> np.ndarray:
     """Which slots have a row that is not finished."""
     return np.array([row.finish_reason is None for row in rows] + [False] * (slots - len(rows)))

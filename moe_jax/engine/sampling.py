@@ -18,11 +18,11 @@ class Sampling(NamedTuple):
     seed_B: jax.Array  # uint32
 
 
-def draw(logits_BV: jax.Array, sampling: Sampling, position_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Draws one token per row.
+def sample_tokens(logits_BV: jax.Array, sampling: Sampling, position_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Samples one token per row.
 
-    The random key depends only on the request's seed and the position of the new token. A request therefore draws the
-    same tokens alone or in a batch, in any order. Two requests with the same prompt and seed draw the same tokens.
+    The random key depends only on the request's seed and the position of the new token. A request therefore samples the
+    same tokens alone or in a batch, in any order. Two requests with the same prompt and seed sample the same tokens.
 
     Temperature comes first, then top-k, then top-p within what top-k left, as in transformers. Tokens that tie with
     the last one kept are kept too. Greedy rows take the lowest id among ties.
@@ -46,8 +46,8 @@ def draw(logits_BV: jax.Array, sampling: Sampling, position_B: jax.Array) -> tup
         keys_B = jax.vmap(lambda seed, position: jax.random.fold_in(jax.random.key(seed), position))(
             sampling.seed_B, position_B
         )
-        drawn_B = jax.vmap(jax.random.categorical)(keys_B, scaled_BV).astype(jnp.int32)
-        return jnp.where(sampling.temperature_B > 0, drawn_B, greedy_B)
+        sampled_B = jax.vmap(jax.random.categorical)(keys_B, scaled_BV).astype(jnp.int32)
+        return jnp.where(sampling.temperature_B > 0, sampled_B, greedy_B)
 
     token_B = lax.cond((sampling.temperature_B > 0).any(), sampled, lambda: greedy_B)
     chosen_B = jnp.take_along_axis(logits_BV, token_B[:, None], axis=1)[:, 0]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.engine import cache as caches
-from moe_jax.engine.sampling import Sampling, draw
+from moe_jax.engine.sampling import Sampling, sample_tokens
 from moe_jax.model import decoder
 from moe_jax.model.attention import Cache
 from moe_jax.routing import policies
@@ -24,16 +24,16 @@ class Live(NamedTuple):
     sampling: Sampling
 
 
-class Slots(NamedTuple):
+class CacheSlots(NamedTuple):
     """Sequences that are decoded together: the attention cache and the state of each."""
 
     cache: Cache
-    token_B: jax.Array  # int32: the token drawn last, which the model has not read yet
+    token_B: jax.Array  # int32: the token sampled last, which the model has not read yet
     position_B: jax.Array  # int32: the position of that token
-    left_B: jax.Array  # int32: tokens that may still be drawn; 0: finished, or no request
+    left_B: jax.Array  # int32: tokens that may still be sampled; 0: finished, or no request
 
 
-class Drawn(NamedTuple):
+class PrefillResult(NamedTuple):
     """What `prefill` returns to the host."""
 
     token_B: jax.Array  # int32
@@ -43,8 +43,8 @@ class Drawn(NamedTuple):
     chosen_LNK: jax.Array | None  # int32: the expert of each slot, -1 if not kept; None unless `routing`
 
 
-class Steps(NamedTuple):
-    """What `decode` returns to the host: as `Drawn`, one row per step; the first `count` of S rows are valid."""
+class DecodeResult(NamedTuple):
+    """What `decode` returns to the host: as `PrefillResult`, one row per step, of which `count` are valid."""
 
     count: jax.Array  # int32 scalar
     alive_SB: jax.Array  # bool: whether the row took the step
@@ -57,22 +57,22 @@ class Steps(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames=("execution", "memory", "chunk", "routing"))
 def prefill(params, tokens_BT, length_B, budget_B, end_I, live: Live, *, execution, memory, chunk, routing):
-    """Reads prompts into a prefix, and draws the first token of each.
+    """Reads prompts into a prefix, and samples the first token of each.
 
     Args:
         params: as `decoder.split` returns them.
         tokens_BT: int32 ids, padded at the end; T is at most `chunk`, or a multiple of it.
         length_B: int32, tokens of each prompt; 0: no prompt.
-        budget_B: int32, tokens that each may draw, including this one; 0 if there is no prompt.
+        budget_B: int32, tokens that each may sample, including this one; 0 if there is no prompt.
         end_I: int32, tokens that end a text.
         live: settings of the rows.
         execution: static.
         memory: cache positions of the prefix, static.
         chunk: positions that are read at once, static.
-        routing: whether to return `Drawn.chosen_LNK`, static.
+        routing: whether to return `PrefillResult.chosen_LNK`, static.
 
     Returns:
-        `Drawn`, and the prefix as `Slots`.
+        `PrefillResult`, and the prefix as `CacheSlots`.
     """
     batch, length = tokens_BT.shape
     cache = caches.allocate(execution.architecture, batch, memory, decoder.dtype_of(params))
@@ -85,10 +85,10 @@ def prefill(params, tokens_BT, length_B, budget_B, end_I, live: Live, *, executi
             x_BTD, cache, traffic = decoder.extend(params, cache, tokens_BT, None, valid_BT, live.policy, execution)
             read = x_BTD[jnp.arange(batch), last_B], traffic.chosen_NK, traffic.load_E, cache
     last_BD, chosen_LNK, load_LE, cache = read
-    token_B, log_probability_B = _draw(params, last_BD, length_B, live, execution)
+    token_B, log_probability_B = _sample(params, last_BD, length_B, live, execution)
     kept_B = _kept(chosen_LNK.reshape(len(chosen_LNK), batch, -1))
-    drawn = Drawn(token_B, log_probability_B, kept_B, _distinct(load_LE), chosen_LNK if routing else None)
-    return drawn, Slots(cache, token_B, length_B, _left(budget_B, token_B, end_I))
+    result = PrefillResult(token_B, log_probability_B, kept_B, _distinct(load_LE), chosen_LNK if routing else None)
+    return result, CacheSlots(cache, token_B, length_B, _left(budget_B, token_B, end_I))
 
 
 def _in_chunks(params, cache, tokens_BT, last_B, valid_BT, policy, execution, chunk):
@@ -106,13 +106,13 @@ def _in_chunks(params, cache, tokens_BT, last_B, valid_BT, policy, execution, ch
         first = index * chunk
         tokens, valid = (lax.dynamic_slice_in_dim(x_BT, first, chunk, axis=1) for x_BT in (tokens_BT, valid_BT))
 
-        def of_chunk(x_LNK):
+        def slice_chunk(x_LNK):
             x_LBTK = x_LNK.reshape(layers, batch, length, -1)
             return lax.dynamic_slice_in_dim(x_LBTK, first, chunk, axis=2).reshape(layers, batch * chunk, -1)
 
         start_B = jnp.full(batch, first, jnp.int32)
         x_BTD, cache, traffic = decoder.extend(
-            params, cache, tokens, start_B, valid, policy.of_tokens(of_chunk), execution
+            params, cache, tokens, start_B, valid, policy.slice_tokens(slice_chunk), execution
         )
         place_B = last_B - first
         ends_here_B = (place_B >= 0) & (place_B < chunk)
@@ -130,42 +130,42 @@ def _in_chunks(params, cache, tokens_BT, last_B, valid_BT, policy, execution, ch
 
 
 @functools.partial(jax.jit, donate_argnames="slots")
-def insert(slots: Slots, prefix: Slots, place_B, count) -> Slots:
+def insert(slots: CacheSlots, prefix: CacheSlots, place_B, count) -> CacheSlots:
     """Copies the first `count` rows of a prefix into slots: row r overwrites slot `place_B[r]`."""
 
     def put(row, slots):
-        def into(all_slots, of_prefix):
-            of_row = lax.dynamic_slice_in_dim(of_prefix, row, 1, axis=1)
-            return lax.dynamic_update_slice_in_dim(all_slots, of_row, place_B[row], axis=1)
+        def into(all_slots, all_rows):
+            new = lax.dynamic_slice_in_dim(all_rows, row, 1, axis=1)
+            return lax.dynamic_update_slice_in_dim(all_slots, new, place_B[row], axis=1)
 
         cache = Cache(*(x if x is None else into(x, new) for x, new in zip(slots.cache, prefix.cache)))
-        return Slots(cache, *(x_B.at[place_B[row]].set(new_B[row]) for x_B, new_B in zip(slots[1:], prefix[1:])))
+        return CacheSlots(cache, *(x_B.at[place_B[row]].set(new_B[row]) for x_B, new_B in zip(slots[1:], prefix[1:])))
 
     return lax.fori_loop(0, count, put, slots)
 
 
 @functools.partial(jax.jit, static_argnames=("execution", "most", "routing"), donate_argnames="slots")
-def decode(params, slots: Slots, wanted_B, count, end_I, live: Live, *, execution, most, routing):
-    """Takes up to `count` decode steps: reads the last token of each unfinished row and draws the next.
+def decode(params, slots: CacheSlots, continue_B, count, end_I, live: Live, *, execution, most, routing):
+    """Takes up to `count` decode steps: reads the last token of each unfinished row and samples the next.
 
     Stops early once all rows are finished. If `most` is 1, the program has no loop and takes one step.
 
     Args:
         params: as `decoder.split` returns them.
         slots: updated in place.
-        wanted_B: bool; False finishes a row.
+        continue_B: bool; False finishes a row.
         count: int32 scalar, at most `most`.
         end_I: int32, tokens that end a text.
         live: settings of the rows; recorded routing covers all steps, one after the other.
         execution: static.
-        most: steps that `Steps` has room for, static.
-        routing: whether to return `Steps.chosen_SLBK`, static.
+        most: steps that `DecodeResult` has room for, static.
+        routing: whether to return `DecodeResult.chosen_SLBK`, static.
 
     Returns:
-        `Steps`, and the slots.
+        `DecodeResult`, and the slots.
     """
-    architecture, batch = execution.architecture, len(wanted_B)
-    slots = slots._replace(left_B=jnp.where(wanted_B, slots.left_B, 0))
+    architecture, batch = execution.architecture, len(continue_B)
+    slots = slots._replace(left_B=jnp.where(continue_B, slots.left_B, 0))
 
     def goes_on(state):
         steps, slots = state
@@ -174,24 +174,24 @@ def decode(params, slots: Slots, wanted_B, count, end_I, live: Live, *, executio
     def step(state):
         steps, slots = state
         alive_B = slots.left_B > 0
-        policy = live.policy.of_tokens(
+        policy = live.policy.slice_tokens(
             lambda x_LNK: lax.dynamic_slice_in_dim(x_LNK, steps.count * batch, batch, axis=1)
         )
         with jax.named_scope("decode"):
             x_BTD, cache, traffic = decoder.extend(
                 params, slots.cache, slots.token_B[:, None], slots.position_B, alive_B[:, None], policy, execution
             )
-        drawn_B, log_probability_B = _draw(params, x_BTD[:, 0], slots.position_B + 1, live, execution)
+        sampled_B, log_probability_B = _sample(params, x_BTD[:, 0], slots.position_B + 1, live, execution)
         chosen_LBK = traffic.chosen_NK
-        new = (alive_B, drawn_B, log_probability_B, _kept(chosen_LBK), _distinct(traffic.load_E))
+        new = (alive_B, sampled_B, log_probability_B, _kept(chosen_LBK), _distinct(traffic.load_E))
         new += (chosen_LBK if routing else None,)
         recorded = jax.tree.map(lambda all_S, one: all_S.at[steps.count].set(one), tuple(steps[1:]), new)
-        token_B = jnp.where(alive_B, drawn_B, slots.token_B)
-        left_B = _left(slots.left_B, drawn_B, end_I)
-        return Steps(steps.count + 1, *recorded), Slots(cache, token_B, slots.position_B + alive_B, left_B)
+        token_B = jnp.where(alive_B, sampled_B, slots.token_B)
+        left_B = _left(slots.left_B, sampled_B, end_I)
+        return DecodeResult(steps.count + 1, *recorded), CacheSlots(cache, token_B, slots.position_B + alive_B, left_B)
 
     layers, k_max = architecture.decoder.num_moe_layers, execution.k_max
-    steps = Steps(
+    steps = DecodeResult(
         jnp.int32(0),
         jnp.zeros((most, batch), bool),
         jnp.zeros((most, batch), jnp.int32),
@@ -205,14 +205,14 @@ def decode(params, slots: Slots, wanted_B, count, end_I, live: Live, *, executio
     return lax.while_loop(goes_on, step, (steps, slots))
 
 
-def _draw(params, x_BD, position_B, live, execution):
+def _sample(params, x_BD, position_B, live, execution):
     with jax.named_scope("sample"):
         logits_BV = decoder.logits(params, x_BD, execution.kernels.projection)
-        return draw(logits_BV, live.sampling, position_B)
+        return sample_tokens(logits_BV, live.sampling, position_B)
 
 
-def _left(left_B, drawn_B, end_I):
-    ended_B = (drawn_B[:, None] == end_I[None, :]).any(axis=1)
+def _left(left_B, sampled_B, end_I):
+    ended_B = (sampled_B[:, None] == end_I[None, :]).any(axis=1)
     return jnp.where(ended_B, 0, jnp.maximum(left_B - 1, 0))
 
 

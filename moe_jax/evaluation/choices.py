@@ -10,7 +10,7 @@ import numpy as np
 import tokenizers
 
 from moe_jax.evaluation.journal import Journal
-from moe_jax.evaluation.scoring import Batch, score
+from moe_jax.evaluation.scoring import LabeledRows, score
 from moe_jax.model import decoder
 from moe_jax.routing import policies
 from moe_jax.text.corpus import Document
@@ -35,7 +35,7 @@ class Question:
 def make_questions(
     documents: Sequence[Document], tokenizer: tokenizers.Tokenizer, count: int, seed: int = 0
 ) -> list[Question]:
-    """Draws questions from documents, as evenly over them as their lines permit.
+    """Picks questions from documents at random, as evenly over them as their lines permit.
 
     All four lines keep their indentation. Each occurs once in the whole text, which excludes boilerplate such as
     licences. Wrong options come from later lines, as an earlier line would tempt a model that copies what it has read.
@@ -45,7 +45,7 @@ def make_questions(
         documents: the held-out text.
         tokenizer: of the model.
         count: how many questions.
-        seed: of the draw; the same arguments give the same questions.
+        seed: of the random choice; the same arguments give the same questions.
 
     Raises:
         ValueError: the documents have fewer questions.
@@ -56,7 +56,7 @@ def make_questions(
     waiting = [rng.permutation(np.array(document_places, np.int64)).tolist() for document_places in places]
     while any(waiting) and len(questions) < count:
         for number, document in enumerate(documents):
-            question = _draw(document.text, number, places[number], waiting[number], tokenizer, rng)
+            question = _find_question(document.text, number, places[number], waiting[number], tokenizer, rng)
             questions += [] if question is None else [question]
     if len(questions) < count:
         raise ValueError(f"the text has {len(questions)} next-line questions: expected {count}")
@@ -77,7 +77,7 @@ def _places(documents: Sequence[Document]) -> list[list[int]]:
     ]
 
 
-def _draw(text, number, places, waiting, tokenizer, rng) -> Question | None:
+def _find_question(text, number, places, waiting, tokenizer, rng) -> Question | None:
     """Tries the remaining places until one gives a question that fits; None if the document has no more."""
     lines = _lines(text)
     while waiting:
@@ -157,12 +157,12 @@ def is_right(per_byte: np.ndarray) -> np.ndarray:
     return per_byte[..., 0] < per_byte[..., 1:].min(axis=-1)
 
 
-class _LaidOut(NamedTuple):
-    batch: Batch
+class _QuestionRows(NamedTuple):
+    batch: LabeledRows
     option_Y: np.ndarray  # question * OPTIONS + option of each scored label
 
 
-def _lay_out(questions: Sequence[Question], batch_size: int) -> _LaidOut:
+def _lay_out(questions: Sequence[Question], batch_size: int) -> _QuestionRows:
     tokens_BT, positions_BT, segments_BT = np.zeros((3, batch_size, ROW), np.int32)
     source, label, option = [], [], []
     for row, question in enumerate(questions):
@@ -182,4 +182,6 @@ def _lay_out(questions: Sequence[Question], batch_size: int) -> _LaidOut:
             begin += len(ids)
     padding = (0, batch_size * LONGEST_OPTIONS - len(label))
     source_Y, label_Y = (np.pad(np.array(part, np.int32), padding) for part in (source, label))
-    return _LaidOut(Batch(tokens_BT, positions_BT, segments_BT, source_Y, label_Y, len(label)), np.array(option))
+    return _QuestionRows(
+        LabeledRows(tokens_BT, positions_BT, segments_BT, source_Y, label_Y, len(label)), np.array(option)
+    )

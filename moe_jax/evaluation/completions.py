@@ -36,13 +36,13 @@ class Header:
 def make_headers(
     documents: Sequence[Document], tokenizer: tokenizers.Tokenizer, count: int, seed: int = 0
 ) -> list[Header]:
-    """Draws functions from documents, as evenly over them as they permit.
+    """Picks functions from documents at random, as evenly over them as they permit.
 
     Args:
         documents: the held-out text; those that this Python cannot parse are skipped.
         tokenizer: of the model.
         count: how many headers.
-        seed: of the draw; the same arguments give the same headers.
+        seed: of the random choice; the same arguments give the same headers.
 
     Raises:
         ValueError: the documents have fewer headers.

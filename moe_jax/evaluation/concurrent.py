@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from moe_jax.evaluation.scoring import Batch, score
+from moe_jax.evaluation.scoring import LabeledRows, score
 from moe_jax.model import decoder
 from moe_jax.routing import policies
 from moe_jax.routing.selection import distinct_experts
@@ -23,22 +23,22 @@ class Windows(NamedTuple):
     document_J: np.ndarray  # int: index of the document
 
 
-class AtLoad(NamedTuple):
+class ConcurrentScores(NamedTuple):
     """The results of one policy."""
 
     bits_J: np.ndarray  # float64, of each window
     chosen_LJTK: np.ndarray  # int16: the expert of each slot; -1: not kept
 
 
-def cut(documents: Sequence[np.ndarray], tokenizer, context: int, count: int, seed: int) -> Windows:
-    """Cuts documents into full windows, end to end, and draws `count` of them.
+def cut_windows(documents: Sequence[np.ndarray], tokenizer, context: int, count: int, seed: int) -> Windows:
+    """Cuts documents into full windows, end to end, and picks `count` of them at random.
 
     Args:
         documents: ids of each, as `encode_documents` gives them.
         tokenizer: of the model, for the bytes of a window.
         context: T.
         count: of windows.
-        seed: of the draw.
+        seed: of the random choice.
 
     Raises:
         ValueError: there are fewer.
@@ -58,15 +58,15 @@ def cut(documents: Sequence[np.ndarray], tokenizer, context: int, count: int, se
     return Windows(*(np.asarray(part)[order] for part in (np.int32(tokens), sizes, owners)))
 
 
-def read(
+def score_windows(
     params: decoder.Params,
     windows: Windows,
     policy: policies.Policy,
     execution: decoder.Execution,
     rows: int,
     concurrency: int,
-) -> AtLoad:
-    """Reads all windows under one policy.
+) -> ConcurrentScores:
+    """Scores all windows under one policy.
 
     Args:
         params: as `decoder.split` gives them.
@@ -84,11 +84,11 @@ def read(
         source_Y = np.arange(inputs_BT.size, dtype=np.int32)
         positions_BT = np.broadcast_to(np.arange(inputs_BT.shape[1], dtype=np.int32), inputs_BT.shape)
         labels_Y = tokens_BT[:, 1:].reshape(-1)
-        batch = Batch(inputs_BT, positions_BT, np.ones_like(inputs_BT), source_Y, labels_Y, len(source_Y))
+        batch = LabeledRows(inputs_BT, positions_BT, np.ones_like(inputs_BT), source_Y, labels_Y, len(source_Y))
         [scored] = score(params, batch, [live], execution, side_by_side=True, specs=[policy.spec])
         bits.append(scored.nats_Y.reshape(inputs_BT.shape).sum(axis=1, dtype=np.float64) / np.log(2))
         chosen.append(scored.chosen_LBTK.astype(np.int16))
-    return AtLoad(np.concatenate(bits), np.concatenate(chosen, axis=1))
+    return ConcurrentScores(np.concatenate(bits), np.concatenate(chosen, axis=1))
 
 
 def distinct_at(chosen_LJTK: np.ndarray, concurrency: int) -> float:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_jax.engine.cache import length_bucket, round_up
-from moe_jax.evaluation.scoring import Batch, score
+from moe_jax.evaluation.scoring import LabeledRows, score
 from moe_jax.model import decoder
 from moe_jax.routing import policies
 
@@ -118,12 +118,12 @@ def settings_of(policy: policies.Policy, rows: int, execution: decoder.Execution
     return policies.settings([policy] * rows, execution.architecture, execution.k_max)
 
 
-class _LaidOut(NamedTuple):
-    batch: Batch
+class _ContinuationRows(NamedTuple):
+    batch: LabeledRows
     asked_Y: np.ndarray  # the continuation of each label
 
 
-def _lay_out(read, row_of, continuations, rows: int, max_context: int) -> _LaidOut:
+def _lay_out(read, row_of, continuations, rows: int, max_context: int) -> _ContinuationRows:
     """Pads rows to a bucketed length, with empty rows at the end; each continuation ends its row."""
     length = length_bucket(max(map(len, read)), max_context)
     tokens_BT, segments_BT = np.zeros((2, rows, length), np.int32)
@@ -137,4 +137,4 @@ def _lay_out(read, row_of, continuations, rows: int, max_context: int) -> _LaidO
     padding = (0, round_up(max(tokens_BT.size, len(label))) - len(label))
     source_Y, label_Y = (np.pad(np.array(part, np.int32), padding) for part in (source, label))
     asked_Y = np.repeat(np.arange(len(continuations)), [len(ids) for ids in continuations])
-    return _LaidOut(Batch(tokens_BT, positions_BT, segments_BT, source_Y, label_Y, len(label)), asked_Y)
+    return _ContinuationRows(LabeledRows(tokens_BT, positions_BT, segments_BT, source_Y, label_Y, len(label)), asked_Y)

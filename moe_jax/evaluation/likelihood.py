@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_jax.evaluation.journal import Journal
-from moe_jax.evaluation.scoring import Batch, score
+from moe_jax.evaluation.scoring import LabeledRows, score
 from moe_jax.model import decoder
 from moe_jax.routing import policies
 from moe_jax.text.batches import windows
@@ -107,7 +107,7 @@ class _Windows:
         starts = np.concatenate([np.arange(len(tokens_NT)) for tokens_NT, _, _ in cut]) * (context - context // 4)
         self._lengths = np.minimum(context, np.array([len(tokens) - 1 for tokens in documents])[self.owner] - starts)
 
-    def batch(self, first: int, batch_size: int) -> Batch:
+    def batch(self, first: int, batch_size: int) -> LabeledRows:
         """The `batch_size` windows from `first` on, padded with empty rows at the end."""
         rows = slice(first, first + batch_size)
         missing = first + batch_size - min(first + batch_size, len(self.owner))
@@ -118,7 +118,7 @@ class _Windows:
         lengths = np.pad(self._lengths[rows], (0, missing))
         source_Y = np.flatnonzero(scored_BT).astype(np.int32)
         padding = (0, scored_BT.size - len(source_Y))
-        return Batch(
+        return LabeledRows(
             tokens_BT,
             np.broadcast_to(np.arange(context, dtype=np.int32), tokens_BT.shape),
             (np.arange(context)[None] < lengths[:, None]).astype(np.int32),

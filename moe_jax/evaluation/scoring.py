@@ -17,7 +17,7 @@ from moe_jax.routing import policies
 CHUNK = 1024  # labels whose logits are in memory at a time
 
 
-class Batch(NamedTuple):
+class LabeledRows(NamedTuple):
     """Token rows, and the labels to score after which of their positions."""
 
     tokens_BT: np.ndarray  # int32
@@ -76,7 +76,7 @@ def _score_labels(params, x_ND, reference_ND, source_Y, label_Y, num_labels, *, 
 
 def score(
     params: decoder.Params,
-    batch: Batch,
+    batch: LabeledRows,
     settings: Sequence[policies.Settings],
     execution: decoder.Execution,
     reference: int | None = None,
@@ -103,7 +103,7 @@ def score(
     labels = (batch.source_Y, batch.label_Y, batch.num_labels)
 
     def hidden(live):
-        kept = dataclasses.replace(execution, k_max=int(np.max(live.of_BL["k"])))
+        kept = dataclasses.replace(execution, k_max=int(np.max(live.columns_BL["k"])))
         return _hidden(params, *rows, live, execution=kept, side_by_side=side_by_side)
 
     from_reference = None if reference is None else hidden(settings[reference])

@@ -1,7 +1,8 @@
 """Compiles C++ kernels for the CPU with the system's compiler, at first use and for this machine, and caches them.
 
 A kernel is one source file that exports a handler of XLA's foreign function interface, whose headers are part of
-jaxlib. It may have headers of its own beside it; all kernels share `native.h`. `load` gives access to other C++ code.
+jaxlib. It may have headers of its own beside it; all kernels share `native.h`. `open_library` gives access to other
+C++ code.
 """
 
 import ctypes
@@ -36,22 +37,22 @@ def register(source: pathlib.Path, symbol: str) -> str:
     Raises:
         ValueError: there is no compiler, or it refuses the source.
     """
-    handler = getattr(load(source), symbol)
+    handler = getattr(open_library(source), symbol)
     jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(handler), platform="cpu")
     return symbol
 
 
 @functools.cache
-def load(source: pathlib.Path) -> ctypes.CDLL:
+def open_library(source: pathlib.Path) -> ctypes.CDLL:
     """Compiles a source, or takes it from the cache, and loads it.
 
     Raises:
         ValueError: there is no compiler, or it refuses the source.
     """
-    return ctypes.CDLL(str(_library(source)))
+    return ctypes.CDLL(str(_compile(source)))
 
 
-def _library(source: pathlib.Path) -> pathlib.Path:
+def _compile(source: pathlib.Path) -> pathlib.Path:
     """The path of the compiled source; its name in the cache is a hash of everything that it depends on."""
     cxx = compiler()
     if cxx is None:

@@ -58,7 +58,7 @@ class Cache(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Heads:
+class GroupedHeads:
     """Queries, keys and values, normed and rotated."""
 
     query_BTHA: jax.Array
@@ -137,7 +137,7 @@ def heads(
     turn: tuple[jax.Array, jax.Array],
     attention: AttentionConfig,
     norm_eps: float,
-) -> Heads:
+) -> GroupedHeads:
     """Projects to queries, keys and values, norms and rotates them.
 
     Args:
@@ -164,7 +164,7 @@ def heads(
         bound = attention.clip_qkv
         query_BTHA, key_BTGA, value_BTGA = (jnp.clip(x, -bound, bound) for x in (query_BTHA, key_BTGA, value_BTGA))
     query_BTHA, key_BTGA = (rope.rotate(x, turn, attention.rope_interleaved) for x in (query_BTHA, key_BTGA))
-    return Heads(query_BTHA, key_BTGA, value_BTGA, rope.score_scale(attention, attention.head_dim))
+    return GroupedHeads(query_BTHA, key_BTGA, value_BTGA, rope.score_scale(attention, attention.head_dim))
 
 
 def _add(x_BTHA: jax.Array, bias_HA: jax.Array) -> jax.Array:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from moe_jax.config import layers
+from moe_jax.config import layer_order
 from moe_jax.config.architecture import Architecture
-from moe_jax.config.layers import Block, Layer
+from moe_jax.config.layer_order import Block, Layer
 from moe_jax.kernels import chooser
 from moe_jax.kernels.chooser import Kernels
 from moe_jax.model import attention, latent_attention, parameters, rope
@@ -47,7 +47,7 @@ class Decoder(Weights):
                 if not hasattr(owner, module):
                     setattr(owner, module, Weights())
                 owner = getattr(owner, module)
-            setattr(owner, parameter.path.rsplit("/", 1)[-1], parameter.draw(architecture, rngs))
+            setattr(owner, parameter.path.rsplit("/", 1)[-1], parameter.initialize(architecture, rngs))
 
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """float32 logits_BTV of whole texts, with the model's own number of experts; differentiable."""
@@ -128,7 +128,7 @@ def _dense_ffn(weights):
 
 def _moe_ffn(weights, experts, layer: Layer, live, context, execution):
     """A MoE feed-forward; the `Traffic` of a layer with fewer experts than the largest is padded to that size."""
-    most, moe = execution.architecture.moe.num_experts, layers.moe_of(execution.architecture, layer.stack)
+    most, moe = execution.architecture.moe.num_experts, layer_order.moe_of(execution.architecture, layer.stack)
     k_max = min(execution.k_max, moe.num_experts)
 
     def run(x_ND):
@@ -248,7 +248,7 @@ def _whole(
         return x_BTD, seen[0] if len(seen) == 1 else jax.tree.map(lambda *parts: jnp.stack(parts), *seen)
 
     seen = []
-    for block in layers.blocks(architecture):
+    for block in layer_order.blocks(architecture):
         if not block.is_moe:
             for layer in itertools.chain(*map(block.at, range(block.times))):
                 stack = params[layer.stack]
@@ -365,7 +365,7 @@ def extend(
         jnp.zeros((num_moe, batch * length, execution.k_max), jnp.int32),
     )
     carried = x_BTD, cache, nothing
-    for block in layers.blocks(architecture):
+    for block in layer_order.blocks(architecture):
         if block.is_moe:
             carried = lax.fori_loop(0, block.times, functools.partial(one_pass, block), carried)
         else:

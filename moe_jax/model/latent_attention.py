@@ -21,7 +21,7 @@ OUTPUT = "output_DHX"  # the output projection
 
 
 @dataclasses.dataclass(frozen=True)
-class Heads:
+class LatentHeads:
     """Queries, latents and rotary keys, normed and rotated."""
 
     query_BTHA: jax.Array  # position-free channels, then rotated ones
@@ -45,7 +45,7 @@ class Heads:
     def extend(
         self, cache: Cache, layer: jax.Array | int, start_B: jax.Array, implementation: str
     ) -> tuple[jax.Array, Cache]:
-        """Adds several positions of every row to the cache, as `attention.Heads.extend`.
+        """Adds several positions of every row to the cache, as `GroupedHeads.extend`.
 
         Expands the latents of the whole cache.
         """
@@ -67,7 +67,7 @@ class Heads:
     def step(
         self, cache: Cache, layer: jax.Array | int, position_B: jax.Array, implementation: str
     ) -> tuple[jax.Array, Cache]:
-        """Adds one position of every row to the cache and attends over the cache, as `attention.Heads.step`."""
+        """Adds one position of every row to the cache and attends over the cache, as `GroupedHeads.step`."""
         key_up_HAZ, value_up_HXZ = jnp.split(self.up_HOZ, [self.attention.nope_head_dim], axis=1)
         query_BTHA, rotary_BTHA = jnp.split(self.query_BTHA, [self.attention.nope_head_dim], axis=-1)
         query_BTHZ = _einsum("btha,haz->bthz", query_BTHA, key_up_HAZ)
@@ -102,7 +102,7 @@ def heads(
     turn: tuple[jax.Array, jax.Array],
     attention: AttentionConfig,
     norm_eps: float,
-) -> Heads:
+) -> LatentHeads:
     """Projects to queries, latents and rotary keys.
 
     Args:
@@ -126,7 +126,7 @@ def heads(
     rotary_BTGA = rope.rotate(rotary_BTA[:, :, None], turn, attention.rope_interleaved)
 
     up_HOZ = weights["key_value_up_HOZ"]
-    return Heads(
+    return LatentHeads(
         jnp.concatenate([query_BTHA, rotary_BTHA], axis=-1),
         jnp.concatenate([latent_BTGZ, rotary_BTGA], axis=-1),
         up_HOZ.taken() if isinstance(up_HOZ, Stacked) else up_HOZ,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.config import layers
+from moe_jax.config import layer_order
 from moe_jax.config.architecture import Architecture, AttentionConfig
 
 _STACKED = "LEI"
@@ -91,7 +91,7 @@ class Parameter:
         """The number of its elements."""
         return math.prod(self.shape(architecture))
 
-    def draw(self, architecture: Architecture, rngs: nnx.Rngs) -> nnx.Variable:
+    def initialize(self, architecture: Architecture, rngs: nnx.Rngs) -> nnx.Variable:
         """Initial values in float32: normal for a matrix, one for a norm, zero for a bias; letters as metadata."""
         shape = self.shape(architecture)
         if self.kind is not Matrix:
@@ -103,13 +103,13 @@ class Parameter:
 
 def sizes_of(architecture: Architecture, modules: Sequence[str]) -> dict[str, int]:
     """The size of each letter for the parameters of a module, such as ("moe", "experts")."""
-    decoder, attention, stack = architecture.decoder, architecture.attention, modules[0] if modules else layers.MOE
-    moe = layers.moe_of(architecture, stack)
+    decoder, attention, stack = architecture.decoder, architecture.attention, modules[0] if modules else layer_order.MOE
+    moe = layer_order.moe_of(architecture, stack)
     hidden = {"ffn": decoder.dense_hidden, "experts": moe.expert_hidden, "shared": moe.shared_width}
     return {
         "V": decoder.vocab_size,
         "D": decoder.d_model,
-        "L": len(layers.stacks(architecture).get(stack, ())),
+        "L": len(layer_order.stacks(architecture).get(stack, ())),
         "E": moe.num_experts,
         "I": 2,
         "F": hidden.get(modules[-1], 0) if modules else 0,
@@ -223,11 +223,11 @@ TABLE = (
 
 def of(architecture: Architecture) -> list[Parameter]:
     """The parameters of a model; those of MoE layers once for each stack of MoE layers."""
-    moe_stacks = layers.moe_stacks(layers.stacks(architecture))
+    moe_stacks = layer_order.moe_stacks(layer_order.stacks(architecture))
     found = []
     for parameter in TABLE:
         if parameter.present(architecture):
-            within = parameter.path.removeprefix(f"{layers.MOE}/")
+            within = parameter.path.removeprefix(f"{layer_order.MOE}/")
             others = [] if within == parameter.path else [f"{stack}/{within}" for stack in moe_stacks[1:]]
             found += [parameter, *(dataclasses.replace(parameter, path=path) for path in others)]
     return found
@@ -236,7 +236,7 @@ def of(architecture: Architecture) -> list[Parameter]:
 def find(path: Iterable[str]) -> Parameter:
     """The entry for the path of a parameter or of something within it, such as a LoRA factor; KeyError if none."""
     stack, slash, within = "/".join(path).partition("/")
-    kind = layers.kind_of(stack)
+    kind = layer_order.kind_of(stack)
     path = kind + slash + within
     for parameter in TABLE:
         if path.startswith(parameter.path) and path[len(parameter.path) :][:1] in ("", "/"):

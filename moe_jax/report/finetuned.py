@@ -11,10 +11,10 @@ from moe_jax.config.schema import Config
 from moe_jax.evaluation.intervals import paired_ratio, ratio, recovered
 from moe_jax.report.figures import documents_csv, figure, policy_table
 from moe_jax.report.plots import draw_training_curve
-from moe_jax.study.recover import Finished
+from moe_jax.study.recover import Recovered
 
 
-def rows(finished: Finished) -> list[dict[str, Any]]:
+def rows(finished: Recovered) -> list[dict[str, Any]]:
     """The rows of result.json, one for each policy.
 
     `bits_per_byte_increase` is relative to the full model before, `change` to the same policy before, both paired by
@@ -37,7 +37,7 @@ def rows(finished: Finished) -> list[dict[str, Any]]:
     return found
 
 
-def figures(finished: Finished, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def figures(finished: Recovered, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The figures of result.json: of the trained policy and of the run."""
     [own] = [row["figures"] for row in rows if row["policy"] == finished.trained.spec]
     return own | {
@@ -71,7 +71,7 @@ def note(config: Config) -> str:
     )
 
 
-def model_card(config: Config, finished: Finished, table: str) -> str:
+def model_card(config: Config, finished: Recovered, table: str) -> str:
     """MODEL_CARD.md: which model was tuned, how, and with what result."""
     training, objective, tuning = config.training, config.objective, config.finetune
     text, trained = finished.text, finished.trained
@@ -103,7 +103,7 @@ Fine-tuned by `launch/finetune.py` from `{config.model.path}`, so that it does w
 """
 
 
-def write(config: Config, folder: pathlib.Path, finished: Finished, rows: Sequence[dict[str, Any]]) -> None:
+def write(config: Config, folder: pathlib.Path, finished: Recovered, rows: Sequence[dict[str, Any]]) -> None:
     """Writes `documents.csv`, the bits of each document before and after, and the exported model's card and curve."""
     bits = [
         (f"{when} {policy.spec}", one.bits_J)

@@ -53,13 +53,13 @@ def find(path: str | os.PathLike, folder: str | os.PathLike) -> Calibration | No
     """Reads the calibration at `path` or, if that is "", the one in a model's folder; None if there is none.
 
     Raises:
-        ValueError: as `load`.
+        ValueError: as `read`.
     """
     own = pathlib.Path(folder) / NAME
-    return load(path) if path else load(own) if own.exists() else None
+    return read(path) if path else read(own) if own.exists() else None
 
 
-def load(path: str | os.PathLike) -> Calibration:
+def read(path: str | os.PathLike) -> Calibration:
     """Reads a calibration written by `save`.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.config.layers import moe_stacks
+from moe_jax.config.layer_order import moe_stacks
 from moe_jax.routing.selection import Selection
 
 START = 0.05  # initial value: above zero, yet a learning rate of 1e-4 crosses zero within some hundred steps

@@ -80,7 +80,7 @@ class Trace:
         return expert_LBTK
 
 
-def load(path: str | os.PathLike) -> Trace:
+def read(path: str | os.PathLike) -> Trace:
     """Reads a trace written by `save`.
 
     Raises:

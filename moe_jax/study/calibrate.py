@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import layers
+from moe_jax.config import layer_order
 from moe_jax.kernels.expert_ffn.api import swiglu
 from moe_jax.model import decoder
 from moe_jax.model.finite import require_finite
@@ -54,13 +54,13 @@ def measure(params: decoder.Params, tokens_JT: np.ndarray, execution: decoder.Ex
     architecture = execution.architecture
     live = policies.settings([MODEL_OWN] * ROWS, architecture, execution.k_max)
     inputs = jax.jit(decoder.moe_inputs, static_argnums=3)
-    moe_layers = [layer for layer in layers.layers(architecture) if layer.is_moe]
+    moe_layers = [layer for layer in layer_order.layers(architecture) if layer.is_moe]
     ratios, gram_LEE = [[] for _ in moe_layers], np.zeros((len(moe_layers), *[architecture.moe.num_experts] * 2))
     for first in range(0, len(tokens_JT), ROWS):
         x_LND = inputs(params, tokens_JT[first : first + ROWS], live, execution)
         sample = np.linspace(0, x_LND.shape[1] - 1, SAMPLED).astype(int)
         for stack, index, _, column in moe_layers:
-            moe, experts = layers.moe_of(architecture, stack), params[stack]["experts"]
+            moe, experts = layer_order.moe_of(architecture, stack), params[stack]["experts"]
             router = {name: value[index] for name, value in params[stack]["router"].items()}
             with_own_k = dataclasses.replace(moe, k=architecture.k_L[column], k_of_layers=())
             ratios[column].append(np.asarray(_ratios(x_LND[column], router, moe=with_own_k)))

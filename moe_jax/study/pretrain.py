@@ -14,7 +14,7 @@ from moe_jax.routing import policies
 from moe_jax.routing.policies import Policy
 from moe_jax.routing.policies.parse import parse
 from moe_jax.training import loop
-from moe_jax.training.pretraining import Text
+from moe_jax.training.pretraining import PretrainingText
 
 
 class Exported(NamedTuple):
@@ -22,7 +22,7 @@ class Exported(NamedTuple):
 
     compared: Sequence[Policy]
     likelihoods: Sequence[Likelihood]  # of each policy
-    text: Text
+    text: PretrainingText
     xz: float  # bits per byte of the same text by `xz -9e`
     xz_primed: float  # the same, after the compressor has read the training text
     tokens_per_s: float  # in training, median over the run
@@ -39,7 +39,9 @@ def policies_of(config: Config, execution: Execution) -> list[Policy]:
     return compared
 
 
-def export(config: Config, folder: pathlib.Path, text: Text, execution: Execution, params: Params) -> Exported:
+def export(
+    config: Config, folder: pathlib.Path, text: PretrainingText, execution: Execution, params: Params
+) -> Exported:
     """Exports the trained model with its tokenizer to `folder/model`, in bfloat16, and measures the export."""
     begun = checkpoint.begun(config.architecture, text.tokenizer)
     begun.save(folder / "model", params, dtype="bfloat16", replace=True)

@@ -19,38 +19,40 @@ from moe_jax.routing.policies import Policy
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
 from moe_jax.text.batches import Packed
 from moe_jax.training import finetuning, loop, rollouts
-from moe_jax.training.elastic import Draws
-from moe_jax.training.finetuning import Text
+from moe_jax.training.elastic import KSampler
+from moe_jax.training.finetuning import FinetuningText
 
 
-class Plan(NamedTuple):
+class RecoveryPolicies(NamedTuple):
     """The policies of a run, checked against the model before its weights are read."""
 
-    trained: Policy  # to train under; the model's own where k is drawn
+    trained: Policy  # to train under; the model's own where k is sampled
     compared: Sequence[Policy]  # to measure under: the full model first
 
 
-class Finished(NamedTuple):
+class Recovered(NamedTuple):
     """The results of a run, on the reported half of the held-out text."""
 
     trained: Policy
     compared: Sequence[Policy]
     before: Sequence[Likelihood]
     after: Sequence[Likelihood]
-    text: Text
+    text: FinetuningText
     step: int  # the step after which the model was best on the watched half
     steps: int  # steps of the run
     masked_experts: int  # in all layers
     tokens_per_s: float  # median over the run
 
 
-def plan(config: Config, architecture: Architecture, calibration: Calibration | None = None) -> Plan:
+def recovery_policies(
+    config: Config, architecture: Architecture, calibration: Calibration | None = None
+) -> RecoveryPolicies:
     """The policies of a run: the full model, the trained one, and `evaluation.policies`.
 
     Raises:
         ValueError: a policy does not fit the model, or looks at other rows of a decode step; there is nothing to
-            recover, see `finetuning.trained_policy`; k cannot be drawn as configured, see `elastic.Draws`; rows are too
-            short for rollouts; or `evaluation.half` is set.
+            recover, see `finetuning.trained_policy`; k cannot be sampled as configured, see `elastic.KSampler`; rows
+            are too short for rollouts; or `evaluation.half` is set.
     """
     if config.finetune.rollouts and config.training.sequence_length <= rollouts.PROMPT:
         raise ValueError(
@@ -59,7 +61,7 @@ def plan(config: Config, architecture: Architecture, calibration: Calibration | 
         )
     trained = finetuning.trained_policy(config, architecture, calibration)
     if config.finetune.elastic:
-        Draws(config.finetune, architecture, config.training.batch_size, config.run.seed)
+        KSampler(config.finetune, architecture, config.training.batch_size, config.run.seed)
     given = [parse(spec, calibration) for spec in config.evaluation.policies]
     for policy in given:
         if policy.batch_aware:
@@ -71,13 +73,13 @@ def plan(config: Config, architecture: Architecture, calibration: Calibration | 
         raise ValueError(f"evaluation.half = {config.evaluation.half!r}: expected '', the odd half is always reported")
     compared = list(dict.fromkeys([MODEL_OWN, trained, *given]))
     policies.settings(compared, architecture, max(config.policy.k_max, architecture.moe.k))
-    return Plan(trained, compared)
+    return RecoveryPolicies(trained, compared)
 
 
 def measure(
     config: Config,
     params: Params,
-    text: Text,
+    text: FinetuningText,
     compared: Sequence[Policy],
     execution: Execution,
     name: str,
@@ -85,7 +87,7 @@ def measure(
 ) -> list[Likelihood]:
     """The likelihood of the reported half of the held-out text under each policy.
 
-    The progress bar shows `name`. Finished parts are kept in the journal, if there is one.
+    The progress bar shows `name`. Recovered parts are kept in the journal, if there is one.
     """
     documents, context = text.reported.tokens, config.training.sequence_length
     with tqdm(total=num_windows(documents, context), desc=name, unit="window", disable=None) as bar:
@@ -99,11 +101,11 @@ def recover(
     folder: pathlib.Path,
     model: Checkpoint,
     params: Params,
-    text: Text,
-    planned: Plan,
+    text: FinetuningText,
+    run_policies: RecoveryPolicies,
     execution: Execution,
     before: Sequence[Likelihood],
-) -> Finished:
+) -> Recovered:
     """Fine-tunes, exports to `folder/model`, and measures the export; resumes a killed run.
 
     The export has the layout, dtype and family of the original model, and its other files except its calibration and
@@ -116,24 +118,24 @@ def recover(
         model: the model to fine-tune.
         params: its weights.
         text: from `finetuning.prepare_text`.
-        planned: from `plan`.
+        run_policies: from `recovery_policies`.
         execution: of the full model.
-        before: from `measure`, of the plan's policies.
+        before: from `measure`, under `run_policies.compared`.
     """
     if config.finetune.rollouts:
         text = text._replace(packed=_rollouts(config, folder / "rollouts", model, params, text, execution))
-    tuned = finetuning.finetune(config, folder, params, text, planned.trained, execution)
-    own = policies.with_own(planned.trained, model.architecture) or model.architecture
+    tuned = finetuning.finetune(config, folder, params, text, run_policies.trained, execution)
+    own = policies.with_own(run_policies.trained, model.architecture) or model.architecture
     exported = model.of_other_weights().with_architecture(own)
     exported.save(folder / "model", tuned.params, dtype=model.stored_dtype, replace=True)
     params = checkpoint.open(folder / "model").load(config.training.weights)
-    after = measure(config, params, text, planned.compared, execution, "after")
+    after = measure(config, params, text, run_policies.compared, execution, "after")
     speed = loop.median_tokens_per_s(folder)
-    return Finished(*planned, before, after, text, tuned.step, tuned.steps, tuned.masked_experts, speed)
+    return Recovered(*run_policies, before, after, text, tuned.step, tuned.steps, tuned.masked_experts, speed)
 
 
 def _rollouts(
-    config: Config, folder: pathlib.Path, model: Checkpoint, params: Params, text: Text, execution: Execution
+    config: Config, folder: pathlib.Path, model: Checkpoint, params: Params, text: FinetuningText, execution: Execution
 ) -> Packed:
     settings = {"count": config.finetune.rollouts, "seed": config.run.seed, "folder": folder}
     return rollouts.write(params, model.require_tokenizer(), model.end_ids, execution, text.packed, **settings)

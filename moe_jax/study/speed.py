@@ -18,10 +18,10 @@ from moe_jax import memory
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.cost import roofline
 from moe_jax.engine import cache as caches
-from moe_jax.engine.batch import Batch, batch_of, live_of
+from moe_jax.engine.batch import PaddedPrompts, live_of, pad_prompts
 from moe_jax.engine.generate import Engine, steps_at_once
 from moe_jax.engine.request import AnyPolicy, make_requests
-from moe_jax.engine.steps import Live, Slots, Steps
+from moe_jax.engine.steps import CacheSlots, DecodeResult, Live
 from moe_jax.model.decoder import Execution, dtype_of
 from moe_jax.model.finite import require_finite
 from moe_jax.routing import policies
@@ -31,7 +31,7 @@ from moe_jax.routing.trace import Trace
 
 
 @dataclasses.dataclass(frozen=True)
-class Subject:
+class TimedModel:
     """The model that is timed, and its settings.
 
     Attributes:
@@ -54,11 +54,11 @@ class Subject:
         if self.trace is not None and len({*self.execution.architecture.num_experts_L}) > 1:
             raise ValueError("benchmark.trace is of layers that are alike: expected moe.num_experts_of_layers = ()")
 
-    def batch(self, tokens_BT: np.ndarray, max_new_tokens: int) -> Batch:
+    def batch(self, tokens_BT: np.ndarray, max_new_tokens: int) -> PaddedPrompts:
         """Turns rows of tokens into a batch of requests."""
         sampling = dataclasses.replace(self.sampling, max_new_tokens=max_new_tokens)
         prompts = tokens_BT.tolist()
-        return batch_of(
+        return pad_prompts(
             make_requests(prompts, None, self.execution, sampling=sampling, policy=self.policy), self.execution
         )
 
@@ -77,19 +77,19 @@ class Sample:
 
     seconds: float
     step: roofline.Step
-    chosen_LNK: np.ndarray | None = None  # int32, -1: not kept; None unless the subject asks for it
+    chosen_LNK: np.ndarray | None = None  # int32, -1: not kept; None unless the model asks for it
 
 
 class Prefill:
     """A prefill: reads one row of tokens into a new cache and draws the next token."""
 
-    def __init__(self, subject: Subject, tokens_T: np.ndarray):
+    def __init__(self, model: TimedModel, tokens_T: np.ndarray):
         self.name, self.tokens = f"prefill_{len(tokens_T)}", len(tokens_T)
-        self._engine = subject.engine
-        batch = subject.batch(tokens_T[None], 1)
-        replayed_LBTK = subject.replayed(1, self.tokens)
+        self._engine = model.engine
+        batch = model.batch(tokens_T[None], 1)
+        replayed_LBTK = model.replayed(1, self.tokens)
         self._batch = batch._replace(live=_with_replay(batch.live, replayed_LBTK, batch.tokens_BT.shape))
-        self._program = subject.engine.prefill_program(self._batch, subject.execution, subject.routing)
+        self._program = model.engine.prefill_program(self._batch, model.execution, model.routing)
         _require_room(self._program, self.name)
 
     def take(self, most: int) -> list[Sample]:
@@ -116,7 +116,7 @@ class Rows:
         routing: whether samples record the expert of every slot.
     """
 
-    def __init__(self, engine: Engine, execution: Execution, rows: int, slots: Slots, routing: bool = False):
+    def __init__(self, engine: Engine, execution: Execution, rows: int, slots: CacheSlots, routing: bool = False):
         self.count, self.engine, self.execution = rows, engine, execution
         self._slots, self._routing = slots, routing
         self._warm: set[jax.stages.Compiled] = set()
@@ -163,12 +163,12 @@ class Rows:
 
     def _call(
         self, program: jax.stages.Compiled, token_B: np.ndarray, place: int, count: int, live: Live
-    ) -> tuple[float, Steps]:
+    ) -> tuple[float, DecodeResult]:
         """The seconds of each step, from arrays on the host to arrays on the host."""
         alive_B, never_I = np.arange(self.padded) < self.count, np.full_like(self.engine.end_I, -1)
         left_B = np.where(alive_B, count, 0).astype(np.int32)
         at = (np.pad(token_B, (0, self.padded - self.count)), np.full(self.padded, place, np.int32), left_B)
-        slots = jax.block_until_ready(jax.device_put(Slots(self._slots.cache, *at)))
+        slots = jax.block_until_ready(jax.device_put(CacheSlots(self._slots.cache, *at)))
         began = time.perf_counter()
         taken, self._slots = program(self.engine.params, slots, alive_B, np.int32(count), never_I, live)
         taken = jax.device_get(taken)
@@ -179,23 +179,23 @@ class Decode:
     """Decode steps: each reads one token of every row and draws the next.
 
     Args:
-        subject: what is timed.
+        model: what is timed.
         tokens_BT: the prompt of each row, then the token that each later step reads.
         prompt_length: tokens in the cache before the first step.
     """
 
-    def __init__(self, subject: Subject, tokens_BT: np.ndarray, prompt_length: int):
+    def __init__(self, model: TimedModel, tokens_BT: np.ndarray, prompt_length: int):
         rows, length = tokens_BT.shape
         self.name, self.tokens = f"decode_{rows}", rows
-        self._engine, self._tokens_BT, self._place = subject.engine, tokens_BT.astype(np.int32), prompt_length
+        self._engine, self._tokens_BT, self._place = model.engine, tokens_BT.astype(np.int32), prompt_length
         self._seconds = float("inf")  # per step, in the last call
-        batch = subject.batch(tokens_BT[:, :prompt_length], length - prompt_length)
-        self._live, self._replayed_LBTK = batch.live, subject.replayed(rows, length)
+        batch = model.batch(tokens_BT[:, :prompt_length], length - prompt_length)
+        self._live, self._replayed_LBTK = batch.live, model.replayed(rows, length)
         prompt_LBTK = None if self._replayed_LBTK is None else self._replayed_LBTK[:, :, :prompt_length]
         reading = batch._replace(live=_with_replay(batch.live, prompt_LBTK, batch.tokens_BT.shape))
-        _require_room(subject.engine.prefill_program(reading, subject.execution), self.name)
-        _, slots = jax.block_until_ready(subject.engine.prefill(reading, subject.execution))
-        self._rows = Rows(subject.engine, subject.execution, rows, slots, subject.routing)
+        _require_room(model.engine.prefill_program(reading, model.execution), self.name)
+        _, slots = jax.block_until_ready(model.engine.prefill(reading, model.execution))
+        self._rows = Rows(model.engine, model.execution, rows, slots, model.routing)
 
     def take(self, most: int) -> list[Sample]:
         """Takes the next steps of every row in one call: as many as the engine would, at most `most`."""

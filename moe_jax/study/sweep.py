@@ -29,7 +29,7 @@ class Candidate(NamedTuple):
     execution: Execution
 
 
-class Subject(NamedTuple):
+class TimedEngine(NamedTuple):
     """A model whose steps are timed."""
 
     engine: Engine
@@ -88,7 +88,7 @@ def measure_quality(
 
             def compute(candidate=candidate, at=at, together=together):
                 policy, params, execution = candidate
-                seen = concurrent.read(params, windows, policy, execution, side_by_side(together), together)
+                seen = concurrent.score_windows(params, windows, policy, execution, side_by_side(together), together)
                 kept_L = (seen.chosen_LJTK >= 0).sum(axis=3).mean(axis=(1, 2))
                 part = {"bits_J": seen.bits_J, "kept_L": kept_L}
                 for load in at:
@@ -106,7 +106,7 @@ def measure_quality(
 
 
 def measure_speed(
-    subject: Subject,
+    timed: TimedEngine,
     compared: Sequence[policies.Policy],
     qualities: dict[tuple[int, int], dict[str, np.ndarray]],
     config: SweepConfig,
@@ -117,13 +117,13 @@ def measure_speed(
 
     The order of the others is random in each round, so that none always follows the same one.
     """
-    itemsize = dtype_of(subject.engine.params).itemsize
+    itemsize = dtype_of(timed.engine.params).itemsize
     seconds = {load: [] for load in config.concurrencies}
     work = {}
 
     @functools.cache
     def rows_of(load: int) -> speed.Rows:
-        return speed.Rows.of_zeros(subject.engine, subject.execution, load, config.cached_tokens)
+        return speed.Rows.of_zeros(timed.engine, timed.execution, load, config.cached_tokens)
 
     def replay(number: int, rows: int, steps: slice) -> speed.Replay:
         chosen_SLBK = qualities[number, rows]["chosen_SLBK"][steps]
@@ -146,7 +146,7 @@ def measure_speed(
             advance()
     for at, quality in qualities.items():
         recorded = [speed.replayed_step(chosen_LBK, config.cached_tokens) for chosen_LBK in quality["chosen_SLBK"]]
-        works = [roofline.work(subject.execution.architecture, step, itemsize) for step in recorded]
+        works = [roofline.work(timed.execution.architecture, step, itemsize) for step in recorded]
         work[at] = float(np.mean([one.bytes for one in works]))
     return {
         (number, rows): _speed(np.stack(seconds[rows]), number, rows, work[number, rows], qualities[number, rows])

@@ -248,8 +248,8 @@ class HeldOutIndex:
         owners = np.concatenate(
             [self._owners[first + step][first + step < last] for step in range((last - first).max())]
         )
-        of_one = np.bincount(owners, minlength=len(self._sizes)) / self._sizes
-        return float(max(len(shared) / len(hashes), of_one.max()))
+        share_of_each = np.bincount(owners, minlength=len(self._sizes)) / self._sizes
+        return float(max(len(shared) / len(hashes), share_of_each.max()))
 
 
 def _is_in(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Draws the number of experts anew in every training step, so that one model serves every k."""
+"""Samples the number of experts anew in every training step, so that one model serves every k."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +10,11 @@ from moe_jax.routing.policies import Settings
 from moe_jax.routing.policies.parse import MODEL_OWN
 
 
-class Draws:
+class KSampler:
     """Random numbers of experts for each step, row and layer, from `k_min` to the model's own k.
 
-    Matryoshka MoE (arXiv 2509.26520) draws one per layer, which did better there than one for all layers. The draw of
-    a step depends on the seed and the step number only.
+    Matryoshka MoE (arXiv 2509.26520) samples one per layer, which did better there than one for all layers. The numbers
+    of a step depend on the seed and the step number only.
 
     Raises:
         ValueError: `k_min` is above the model's own k, or the number of weights is not the number of values of k.
@@ -33,12 +33,12 @@ class Draws:
             )
         self._shares = weights / weights.sum()
         layers = architecture.decoder.num_moe_layers
-        self._drawn = {"step": (1, 1), "row": (rows, 1), "layer": (rows, layers)}[config.k_drawn_per]
+        self._sampled_shape = {"step": (1, 1), "row": (rows, 1), "layer": (rows, layers)}[config.k_drawn_per]
         self._shape, self._seed = (rows, layers), seed
         self._own = policies.settings([MODEL_OWN] * rows, architecture, most)
 
     def live(self, step: int) -> Settings:
         """The policy settings of a step."""
         random = np.random.default_rng((self._seed, step))
-        k_BL = np.broadcast_to(random.choice(self._numbers, self._drawn, p=self._shares), self._shape)
-        return self._own._replace(of_BL=self._own.of_BL | {"k": jnp.asarray(k_BL, jnp.int32)})
+        k_BL = np.broadcast_to(random.choice(self._numbers, self._sampled_shape, p=self._shares), self._shape)
+        return self._own._replace(columns_BL=self._own.columns_BL | {"k": jnp.asarray(k_BL, jnp.int32)})

@@ -12,7 +12,7 @@ from absl import logging
 
 from moe_jax import memory
 from moe_jax.checkpoint import Checkpoint
-from moe_jax.config import layers
+from moe_jax.config import layer_order
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import Config, TextConfig
 from moe_jax.evaluation import likelihood
@@ -26,7 +26,7 @@ from moe_jax.text.chat import load_renderer
 from moe_jax.text.corpus import Document
 from moe_jax.text.framing import frame_documents, outer_ids
 from moe_jax.training import loop, trainable
-from moe_jax.training.elastic import Draws
+from moe_jax.training.elastic import KSampler
 from moe_jax.training.objective import Teacher
 from moe_jax.training.optimizer import with_selection_bias, without_selection_bias
 from moe_jax.training.step import Fixed, State, make_step, state_of
@@ -34,21 +34,21 @@ from moe_jax.training.step import Fixed, State, make_step, state_of
 FEW_DOCUMENTS = 10  # 95% intervals from resampling cover less with few documents: 89% with 10, 76% with 3
 
 
-class Held(NamedTuple):
+class HeldOut(NamedTuple):
     """Held-out documents and their tokens."""
 
     documents: Sequence[Document]
     tokens: Sequence[np.ndarray]
 
 
-class Text(NamedTuple):
+class FinetuningText(NamedTuple):
     """The training text, packed, and the two halves of the held-out text."""
 
     packed: Packed
     digest: str
     num_documents: int
-    watched: Held  # the even files: they decide which state is best and when to stop
-    reported: Held  # the odd files: results are measured on them
+    watched: HeldOut  # the even files: they decide which state is best and when to stop
+    reported: HeldOut  # the odd files: results are measured on them
 
 
 class Tuned(NamedTuple):
@@ -61,7 +61,7 @@ class Tuned(NamedTuple):
 
 
 def trained_policy(config: Config, architecture: Architecture, calibration=None) -> Policy:
-    """The policy to train under; the model's own where k is drawn.
+    """The policy to train under; the model's own where k is sampled.
 
     Raises:
         ValueError: the policy does not fit the model or looks at other rows of a decode step, or there is nothing to
@@ -86,7 +86,7 @@ def trained_policy(config: Config, architecture: Architecture, calibration=None)
     return policy
 
 
-def prepare_text(config: Config, model: Checkpoint) -> Text:
+def prepare_text(config: Config, model: Checkpoint) -> FinetuningText:
     """Collects the text, holds some of it out, and packs the rest.
 
     Args:
@@ -119,8 +119,8 @@ def prepare_text(config: Config, model: Checkpoint) -> Text:
     logging.info("%d documents, %.2f M tokens", len(documents), packed.num_tokens / 1e6)
     watched, reported = corpora.half(held_out, "even"), corpora.half(held_out, "odd")
     halves = watched, reported[: config.evaluation.documents or None]
-    held = [Held(documents, frame_documents(tokenizer, documents, begin_id, end_id)) for documents in halves]
-    return Text(packed, digest, len(documents), *held)
+    held = [HeldOut(documents, frame_documents(tokenizer, documents, begin_id, end_id)) for documents in halves]
+    return FinetuningText(packed, digest, len(documents), *held)
 
 
 def _documents(text: TextConfig, fraction: float, chat) -> tuple[Sequence[Document], str, Sequence[Document]]:
@@ -166,7 +166,7 @@ def require_memory(config: Config, params: Params) -> None:
     if config.finetune.train == "lora":
         copies_bytes += trainable.num_bytes(params)  # the merged model, for the export
     training = config.training
-    numbers = sum(params[stack]["ffn_norm_LD"].size for stack in layers.moe_stacks(params))
+    numbers = sum(params[stack]["ffn_norm_LD"].size for stack in layer_order.moe_stacks(params))
     batch_bytes = training.batch_size * training.sequence_length * numbers * params["norm_D"].dtype.itemsize
     needed_bytes = copies_bytes + 12 * weights + batch_bytes
     model_bytes = trainable.num_bytes(params)
@@ -190,7 +190,7 @@ def _divided(config: Config, params: Params) -> tuple[Params, Params, dict[str, 
 
 
 def finetune(
-    config: Config, folder: pathlib.Path, params: Params, text: Text, policy: Policy, execution: Execution
+    config: Config, folder: pathlib.Path, params: Params, text: FinetuningText, policy: Policy, execution: Execution
 ) -> Tuned:
     """Runs fine-tuning (see `loop.run`) and returns the state that was best on the watched half.
 
@@ -204,11 +204,11 @@ def finetune(
     """
     training, architecture, rows = config.training, execution.architecture, config.training.batch_size
     if config.finetune.elastic:
-        live = Draws(config.finetune, architecture, rows, config.run.seed).live
+        live = KSampler(config.finetune, architecture, rows, config.run.seed).live
         kept = execution
     else:
         settings = policies.settings([policy] * rows, architecture, execution.k_max)
-        kept = Execution(architecture, int(settings.of_BL["k"].max()), execution.kernels)
+        kept = Execution(architecture, int(settings.columns_BL["k"].max()), execution.kernels)
 
         def live(step: int):
             return settings
@@ -235,7 +235,7 @@ def finetune(
         )
         return float(np.mean([one.bits_J.sum() for one in scored]) / sizes.sum())
 
-    task = loop.Task(
+    task = loop.TrainingTask(
         state_of(trained, {stack: bias_LE + 0 for stack, bias_LE in biases.items()}, training),
         Fixed(frozen, teacher),
         make_step(kept, training, config.objective, lora_scale),
@@ -247,13 +247,13 @@ def finetune(
         patience=config.finetune.patience,
     )
     outcome = loop.run(config, folder, task)
-    best = with_selection_bias(trainable.whole(outcome.state.params, frozen, lora_scale), outcome.state.biases)
-    masks = [best[stack]["router"].get("mask_LE", np.ones(1)) for stack in layers.moe_stacks(best)]
+    best = with_selection_bias(trainable.merge_all(outcome.state.params, frozen, lora_scale), outcome.state.biases)
+    masks = [best[stack]["router"].get("mask_LE", np.ones(1)) for stack in layer_order.moe_stacks(best)]
     masked_experts = sum(int((mask_LE <= 0).sum()) for mask_LE in masks)
     return Tuned(mask.merge(best), outcome.step, outcome.steps, masked_experts)
 
 
-def _digest(text: Text) -> str:
+def _digest(text: FinetuningText) -> str:
     """SHA-256 of the held-out text."""
     found = hashlib.sha256()
     for tokens in (*text.watched.tokens, *text.reported.tokens):
@@ -262,15 +262,15 @@ def _digest(text: Text) -> str:
 
 
 def _judged_by(config: Config, policy: Policy, architecture: Architecture) -> list[Policy]:
-    """The trained policy; where k is drawn, the smallest k, the middle one and the largest."""
+    """The trained policy; where k is sampled, the smallest k, the middle one and the largest."""
     if not config.finetune.elastic:
         return [policy]
     least, most = config.finetune.k_min, architecture.moe.k
     return [parse(f"topk:{k}") for k in sorted({least, (least + most) // 2, most})]
 
 
-def _first_bytes(held: Held, num_bytes: int) -> Held:
+def _first_bytes(held: HeldOut, num_bytes: int) -> HeldOut:
     """The first documents that together reach `num_bytes`."""
     sizes = np.cumsum([len(document.text.encode()) for document in held.documents])
     count = int(np.searchsorted(sizes, num_bytes)) + 1
-    return Held(held.documents[:count], held.tokens[:count])
+    return HeldOut(held.documents[:count], held.tokens[:count])

@@ -34,7 +34,7 @@ _FREE_SETTINGS = ("checkpoint_every", "checkpoints_kept", "log_every")
 _UNUSED_SECTIONS = ("sampling", "evaluation", "benchmark", "sweep")  # sections that training does not read
 
 
-class Task(NamedTuple):
+class TrainingTask(NamedTuple):
     """What a run trains, on what, and how it is evaluated."""
 
     state: State  # before the first step
@@ -147,7 +147,7 @@ def _interruption_deferred() -> Iterator[list[int]]:
         signal.raise_signal(received[0])
 
 
-def _begin(task: Task, checkpoints: Checkpoints, folder: pathlib.Path, stream) -> tuple[State, int, _Best]:
+def _begin(task: TrainingTask, checkpoints: Checkpoints, folder: pathlib.Path, stream) -> tuple[State, int, _Best]:
     """The state, the number of steps done and the best evaluation, from the last checkpoint if there is one."""
     done = checkpoints.latest_step or 0
     if not done:
@@ -163,7 +163,7 @@ def _begin(task: Task, checkpoints: Checkpoints, folder: pathlib.Path, stream) -
     return state, done, _Best(*place["best"])
 
 
-def run(config: Config, folder: pathlib.Path, task: Task) -> Outcome:
+def run(config: Config, folder: pathlib.Path, task: TrainingTask) -> Outcome:
     """Trains to the last step, from the last checkpoint if there is one.
 
     Writes `run.gin`, `checkpoints/`, `best/` and `metrics.jsonl` into the folder. A run that is killed at any moment

@@ -25,7 +25,7 @@ class Teacher(NamedTuple):
     live: Settings
 
 
-class Measured(NamedTuple):
+class BatchMetrics(NamedTuple):
     """What was measured on one batch."""
 
     terms: dict[str, jax.Array]  # float32 scalars before weighting; "loss" is the cross-entropy in nats
@@ -142,7 +142,7 @@ def objective(
     balance_loss: float,
     teacher: Teacher | None = None,
     remat: bool = False,
-) -> tuple[jax.Array, Measured]:
+) -> tuple[jax.Array, BatchMetrics]:
     """The weighted sum of all terms on a packed batch, averaged over its scored tokens.
 
     Args:
@@ -181,7 +181,7 @@ def objective(
         if value is not None:
             terms[name] = value
             total = total + weight * value if weight else total
-    return total, Measured(terms, traffic.load_E)
+    return total, BatchMetrics(terms, traffic.load_E)
 
 
 def _distance(x_ND: jax.Array, teacher_ND: jax.Array, weight_N: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from moe_jax.config import layers
+from moe_jax.config import layer_order
 from moe_jax.config.schema import TrainingConfig
 from moe_jax.model import parameters
 from moe_jax.model.decoder import Params
@@ -80,7 +80,7 @@ def without_selection_bias(params: Params) -> tuple[Params, dict[str, jax.Array]
         The parameters without it, and stack name -> bias_LE for each stack that has one.
     """
     without, biases = dict(params), {}
-    for stack in layers.moe_stacks(params):
+    for stack in layer_order.moe_stacks(params):
         router = dict(params[stack]["router"])
         if "bias_LE" in router:
             biases[stack] = router.pop("bias_LE")

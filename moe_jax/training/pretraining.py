@@ -52,7 +52,7 @@ def require_possible(config: Config) -> None:
     )
 
 
-class Text(NamedTuple):
+class PretrainingText(NamedTuple):
     """The training text, packed, and the held-out text, encoded."""
 
     tokenizer: tokenizers.Tokenizer
@@ -62,7 +62,7 @@ class Text(NamedTuple):
     held_out_tokens: Sequence[np.ndarray]
 
 
-def prepare_text(config: Config, folder: pathlib.Path) -> Text:
+def prepare_text(config: Config, folder: pathlib.Path) -> PretrainingText:
     """Collects the text, and trains a tokenizer unless the configuration names one or the folder has one."""
     held_out = corpora.load_held_out(config.text.held_out)
     corpus = corpora.collect(config.text.sources, held_out)
@@ -83,10 +83,10 @@ def prepare_text(config: Config, folder: pathlib.Path) -> Text:
         )
     packed = pack(encode_documents(tokenizer, corpus.documents), config.training.sequence_length)
     logging.info("%.2f M tokens, rows filled to %.1f%%", packed.num_tokens / 1e6, 100 * packed.fill_fraction)
-    return Text(tokenizer, packed, corpus, held_out, encode_documents(tokenizer, held_out))
+    return PretrainingText(tokenizer, packed, corpus, held_out, encode_documents(tokenizer, held_out))
 
 
-def train(config: Config, folder: pathlib.Path, text: Text, execution: decoder.Execution) -> decoder.Params:
+def train(config: Config, folder: pathlib.Path, text: PretrainingText, execution: decoder.Execution) -> decoder.Params:
     """Trains from scratch (see `loop.run`) and returns the parameters after the last step."""
     training = config.training
     live = policies.settings([MODEL_OWN] * training.batch_size, execution.architecture, execution.k_max)
@@ -96,7 +96,7 @@ def train(config: Config, folder: pathlib.Path, text: Text, execution: decoder.E
     def bits_per_byte(state: State) -> float:
         """Of the first held-out documents, about `training.evaluate_bytes` in all, with the model's own k."""
         [scored] = likelihood.score_documents(
-            state.whole(),
+            state.all_params(),
             text.held_out_tokens[:count],
             [MODEL_OWN],
             execution,
@@ -105,7 +105,7 @@ def train(config: Config, folder: pathlib.Path, text: Text, execution: decoder.E
         )
         return float(scored.bits_J.sum() / sizes[:count].sum())
 
-    task = loop.Task(
+    task = loop.TrainingTask(
         start(execution, training, config.run.seed),
         NOTHING_FIXED,
         make_step(execution, training, config.objective),
@@ -114,4 +114,4 @@ def train(config: Config, folder: pathlib.Path, text: Text, execution: decoder.E
         text.packed,
         {"text.sources": text.corpus.sha256},
     )
-    return loop.run(config, folder, task).state.whole()
+    return loop.run(config, folder, task).state.all_params()

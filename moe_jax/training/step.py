@@ -10,7 +10,7 @@ import optax
 from flax import nnx
 from jax import lax
 
-from moe_jax.config import layers
+from moe_jax.config import layer_order
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.finetuning import ObjectiveConfig
 from moe_jax.config.schema import TrainingConfig
@@ -18,7 +18,7 @@ from moe_jax.model import decoder
 from moe_jax.routing import balance
 from moe_jax.routing.policies import Settings
 from moe_jax.training import optimizer, trainable
-from moe_jax.training.objective import Measured, Teacher, objective
+from moe_jax.training.objective import BatchMetrics, Teacher, objective
 
 
 class State(NamedTuple):
@@ -28,7 +28,7 @@ class State(NamedTuple):
     biases: dict[str, jax.Array]  # stack name -> selection bias bias_LE, for each stack that has one
     optimizer: Any
 
-    def whole(self) -> decoder.Params:
+    def all_params(self) -> decoder.Params:
         """The parameters, selection bias included."""
         return optimizer.with_selection_bias(self.params, self.biases)
 
@@ -45,7 +45,7 @@ Step = Callable[[State, Fixed, dict[str, jax.Array], Settings], tuple[State, dic
 
 
 def start(execution: decoder.Execution, training: TrainingConfig, seed: int) -> State:
-    """The initial state: parameters drawn from the seed, and a fresh optimizer."""
+    """The initial state: random parameters from the seed, and a fresh optimizer."""
     whole = decoder.split(decoder.Decoder(execution.architecture, nnx.Rngs(seed)))
     return state_of(*optimizer.without_selection_bias(whole), training)
 
@@ -67,7 +67,7 @@ def make_step(
     update_rule, architecture = optimizer.make_optimizer(training), execution.architecture
     num_experts_L = np.array(architecture.num_experts_L, np.float32)
 
-    def gradient_of(state: State, fixed: Fixed, batch, live) -> tuple[Measured, decoder.Params]:
+    def gradient_of(state: State, fixed: Fixed, batch, live) -> tuple[BatchMetrics, decoder.Params]:
         def loss(params):
             joined = trainable.join(params, fixed.frozen, lora_scale)
             whole = optimizer.with_selection_bias(joined, state.biases)
@@ -78,7 +78,7 @@ def make_step(
         (_, measured), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
         return measured, _float32(gradient)
 
-    def accumulated(state: State, fixed: Fixed, batch, live) -> tuple[Measured, decoder.Params]:
+    def accumulated(state: State, fixed: Fixed, batch, live) -> tuple[BatchMetrics, decoder.Params]:
         count = training.accumulation
         parts = jax.tree.map(lambda rows: rows.reshape(count, -1, *rows.shape[1:]), batch)
 
@@ -91,7 +91,7 @@ def make_step(
         )
         (measured, gradient), _ = lax.scan(add, nothing, parts)
         mean = jax.tree.map(lambda total: total / count, (measured.terms, gradient))
-        return Measured(mean[0], measured.load_LE), mean[1]
+        return BatchMetrics(mean[0], measured.load_LE), mean[1]
 
     def step(state: State, fixed: Fixed, batch: dict[str, jax.Array], live: Settings):
         compute = gradient_of if training.accumulation == 1 else accumulated
@@ -116,8 +116,8 @@ def make_step(
 
 def _of_stack(load_LE: jax.Array, stack: str, architecture: Architecture) -> jax.Array:
     """The rows of one stack's layers, with the columns of the experts that they have."""
-    columns = [layer.column for layer in layers.layers(architecture) if layer.stack == stack]
-    experts = layers.moe_of(architecture, stack).num_experts
+    columns = [layer.column for layer in layer_order.layers(architecture) if layer.stack == stack]
+    experts = layer_order.moe_of(architecture, stack).num_experts
     return load_LE if len(columns) == len(load_LE) else load_LE[np.array(columns), :experts]
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_jax.config import layers
+from moe_jax.config import layer_order
 from moe_jax.config.finetuning import FinetuneConfig
 from moe_jax.model import parameters
 from moe_jax.model.decoder import Params
@@ -35,7 +35,7 @@ def divide(params: Params, config: FinetuneConfig, dtype: str, seed: int) -> tup
 
     def split(value, path: tuple[str, ...]):
         if isinstance(value, dict):
-            # sorted, so that what is drawn does not depend on the order in which weights were loaded
+            # sorted, so that random factors do not depend on the order in which weights were loaded
             parts = {key: split(part, (*path, key)) for key, part in sorted(value.items())}
             return tuple({key: part[side] for key, part in parts.items() if part[side] is not None} for side in (0, 1))
         key, parameter = next(keys), parameters.find(path)
@@ -51,7 +51,7 @@ def divide(params: Params, config: FinetuneConfig, dtype: str, seed: int) -> tup
 
     trained, frozen = (_without_empty(part) for part in split(params, ()))
     if config.mask:
-        for stack in layers.moe_stacks(params):
+        for stack in layer_order.moe_stacks(params):
             router = trained.setdefault(stack, {}).setdefault("router", {})
             router["mask_LE"] = jnp.full(params[stack]["router"]["weight_LED"].shape[:2], mask.START, jnp.float32)
     return trained, frozen
@@ -85,7 +85,7 @@ def join(trained: Params, frozen: Params, lora_scale: float) -> Params:
     return joined
 
 
-def whole(trained: Params, frozen: Params, lora_scale: float) -> Params:
+def merge_all(trained: Params, frozen: Params, lora_scale: float) -> Params:
     """All parameters as plain arrays; LoRA is merged one layer at a time."""
     return jax.tree.map(
         lambda weight: _merge_layers(weight) if isinstance(weight, LowRank) else weight,

@@ -69,7 +69,7 @@ def test_where_nothing_compiles_numpy_copies_and_says_so(stored, monkeypatch, ca
     def refuse(source):
         raise ValueError("c++ cannot compile copying.cc")
 
-    monkeypatch.setattr(compiled, "load", refuse)
+    monkeypatch.setattr(compiled, "open_library", refuse)
     monkeypatch.setattr(filling, "_copying", filling._copying.__wrapped__)
     np.testing.assert_array_equal(fill(stored, np.float32)["b"], np.arange(COUNT, dtype=np.float32) + 1)
     assert "loading is slower: c++ cannot compile copying.cc" in caplog.text

@@ -34,8 +34,8 @@ def stacked(tensors, turned=False):
         number, matrix, _ = rest.split(".")
         layer = layer.replace("block_sparse_moe", "mlp")
         experts.setdefault(layer, {}).setdefault(int(number), {})[matrix] = x
-    for layer, of_layer in experts.items():
-        each = [of_layer[number] for number in sorted(of_layer)]
+    for layer, tensors in experts.items():
+        each = [tensors[number] for number in sorted(tensors)]
         gate, up, down = ("w1", "w3", "w2") if "w1" in each[0] else ("gate_proj", "up_proj", "down_proj")
         gate_up = np.stack([np.concatenate([one[gate], one[up]]) for one in each])
         both = {"gate_up_proj": gate_up, "down_proj": np.stack([one[down] for one in each])}

@@ -72,7 +72,7 @@ def test_a_part_is_read_without_what_lies_around_it(folder, tmp_path, dtype):
         assert array.dtype == (np.float32 if dtype == "float32" else ml_dtypes.bfloat16)
     for stack in stacks:
         with pytest.raises(ValueError, match="holds NaN"):
-            reading.read(tmp_path, [stack], [[reading.whole(stack)]], None)
+            reading.read(tmp_path, [stack], [[reading.whole_index(stack)]], None)
 
 
 ON_EIGHT = """

@@ -10,7 +10,7 @@ from moe_jax.dispatch import plan as plan_part
 from moe_jax.routing.selection import Selection
 
 
-def draw(num_tokens, k_max, num_experts, keep_share, seed):
+def random_selection(num_tokens, k_max, num_experts, keep_share, seed):
     rng = np.random.default_rng(seed)
     expert_NK = rng.permuted(np.tile(np.arange(num_experts), (num_tokens, 1)), axis=1)[:, :k_max].astype(np.int32)
     keep_NK = rng.random((num_tokens, k_max)) < keep_share
@@ -28,7 +28,7 @@ def draw(num_tokens, k_max, num_experts, keep_share, seed):
 def test_plan(monkeypatch, few_slots, num_tokens, k_max, keep_share, seed):
     monkeypatch.setattr(plan_part, "FEW_SLOTS", few_slots)
     num_experts = 8
-    selection = draw(num_tokens, k_max, num_experts, keep_share, seed)
+    selection = random_selection(num_tokens, k_max, num_experts, keep_share, seed)
     plan = plan_part.plan(selection, num_experts)
     expert_S, keep_S = (np.asarray(part).reshape(-1) for part in (selection.expert_NK, selection.keep_NK))
 

@@ -2,10 +2,8 @@
 
 import re
 
-import pytest
-
 from tests.documents import written
-from tests.documents.written import DOCUMENTS, ROOT
+from tests.documents.written import ROOT
 
 MOST_BYTES = 9216  # of the README: two minutes of reading
 COLAB = "https://colab.research.google.com/github/moe-jax/moe_jax/blob/main/"

@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.engine import batch, cache, generate, steps
-from moe_jax.engine.batch import batch_of, plan_of
+from moe_jax.engine.batch import group_by_length, pad_prompts
 from moe_jax.engine.generate import Engine
 from moe_jax.engine.request import execution_of, make_requests, policy_of_each
 from moe_jax.engine.stopping import StoppingText
@@ -71,9 +71,9 @@ def best_continuation(params, ids, k, count):
     best, log_probability = [], []
     live = policies.settings([parse(f"topk:{k}")], EXECUTION.architecture, EXECUTION.k_max)
     for at in range(len(ids), len(ids) + count):
-        of_next_V = np.asarray(log_probabilities(params, padded_BT, live)[0, at - 1])
-        best.append(int(of_next_V.argmax()))
-        log_probability.append(of_next_V.max())
+        log_V = np.asarray(log_probabilities(params, padded_BT, live)[0, at - 1])
+        best.append(int(log_V.argmax()))
+        log_probability.append(log_V.max())
         padded_BT[0, at] = best[-1]
     return tuple(best), log_probability
 
@@ -133,11 +133,11 @@ def test_a_long_prompt_beside_short_ones_pads_none_of_them(params, engine, monke
     prompts = [[1, 2, 3], [4] * 26, [5, 6], [7] * 25, [8]]
     settings = {"policy": ["topk:3", None, "opportunistic:2", "topk:2", "opportunistic:2"], "max_new_tokens": 6}
     expected, together = run(engine, prompts, **settings)
-    assert len(plan_of(requests(prompts, **settings), EXECUTION).groups) == 1
+    assert len(group_by_length(requests(prompts, **settings), EXECUTION).groups) == 1
     monkeypatch.setattr(cache, "CHUNK", 32)
     monkeypatch.setattr(cache, "SHORTEST", 4)
-    plan = plan_of(requests(prompts, **settings), EXECUTION)
-    assert plan == (8, 32, (((1, 3), (2, 32, 32)), ((0, 2, 4), (4, 4, 4))))
+    grouping = group_by_length(requests(prompts, **settings), EXECUTION)
+    assert grouping == (8, 32, (((1, 3), (2, 32, 32)), ((0, 2, 4), (4, 4, 4))))
     got, apart = run(Engine(params, tiny_model.tokenizer(), end_ids=()), prompts, **settings)
     for one, other in zip(got, expected, strict=True):
         assert (one.ids, one.experts_per_token) == (other.ids, other.experts_per_token)
@@ -149,8 +149,8 @@ def test_no_group_reads_more_tokens_at_once_than_memory_is_for(engine, monkeypat
     monkeypatch.setattr(batch, "MOST_TOKENS", 32)
     monkeypatch.setattr(cache, "SHORTEST", 4)
     asked = requests([[number] * 5 for number in range(1, 8)], max_new_tokens=2)
-    plan = plan_of(asked, EXECUTION)
-    assert plan == (8, 8, (((0, 1, 2, 3), (4, 8, 8)), ((4, 5, 6), (4, 8, 8))))
+    grouping = group_by_length(asked, EXECUTION)
+    assert grouping == (8, 8, (((0, 1, 2, 3), (4, 8, 8)), ((4, 5, 6), (4, 8, 8))))
     got = engine.run(asked, EXECUTION).completions
     for request, completion in zip(asked, got, strict=True):
         [alone] = engine.run([request], EXECUTION).completions
@@ -188,13 +188,13 @@ def test_a_stop_string_ends_a_row_before_the_next_step(engine, monkeypatch):
 
 
 def test_routing_is_handed_over_to_who_asks(engine):
-    read = batch_of(requests(policy="topk:3"), EXECUTION)
+    read = pad_prompts(requests(policy="topk:3"), EXECUTION)
     program = engine.prefill_program(read, EXECUTION, routing=True)
-    drawn, _ = program(engine.params, read.tokens_BT, read.length_B, read.budget_B, engine.end_I, read.live)
-    chosen_LBTK = np.asarray(drawn.chosen_LNK).reshape(2, *read.tokens_BT.shape, -1)
+    result, _ = program(engine.params, read.tokens_BT, read.length_B, read.budget_B, engine.end_I, read.live)
+    chosen_LBTK = np.asarray(result.chosen_LNK).reshape(2, *read.tokens_BT.shape, -1)
     kept_B = [np.count_nonzero(chosen_LBTK[:, row] >= 0) for row in range(4)]
-    assert kept_B == drawn.kept_B.tolist() == [2 * 3 * length for length in read.length_B]
-    assert int(drawn.distinct) == sum(len(np.unique(of_layer[of_layer >= 0])) for of_layer in chosen_LBTK)
+    assert kept_B == result.kept_B.tolist() == [2 * 3 * length for length in read.length_B]
+    assert int(result.distinct) == sum(len(np.unique(chosen_BTK[chosen_BTK >= 0])) for chosen_BTK in chosen_LBTK)
     assert engine.prefill(read, EXECUTION)[0].chosen_LNK is None
 
 
@@ -204,7 +204,7 @@ def test_a_longer_prompt_is_no_longer_program(params):
     execution = execution_of(architecture)
 
     def lines(length):
-        read = batch_of(requests([[1] * length], execution=execution, max_new_tokens=1), execution)
+        read = pad_prompts(requests([[1] * length], execution=execution, max_new_tokens=1), execution)
         given = (params, read.tokens_BT, read.length_B, read.budget_B, np.zeros(0, np.int32), read.live)
         static = {"execution": execution, "memory": read.shape.memory, "chunk": cache.CHUNK, "routing": False}
         return len(steps.prefill.lower(*given, **static).as_text().splitlines())

@@ -4,11 +4,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_jax.engine.sampling import Sampling, draw
+from moe_jax.engine.sampling import Sampling, sample_tokens
 
 LOGITS_V = np.log(np.array([0.05, 0.4, 0.1, 0.3, 0.15])).astype(np.float32)
 NO_CUT = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
-jitted = jax.jit(draw)
+jitted = jax.jit(sample_tokens)
 
 
 def sampling(batch, temperature=0.0, top_k=0, top_p=1.0, seed=0):
@@ -16,14 +16,14 @@ def sampling(batch, temperature=0.0, top_k=0, top_p=1.0, seed=0):
     return Sampling(*(np.broadcast_to(np.asarray(value, dtype), batch) for value, dtype in fields))
 
 
-def drawn(logits_BV, position=7, **settings):
+def sampled(logits_BV, position=7, **settings):
     batch = len(logits_BV)
     token_B, log_probability_B = jitted(logits_BV, sampling(batch, **settings), np.full(batch, position, np.int32))
     return np.asarray(token_B), np.asarray(log_probability_B)
 
 
 def probabilities(logits_V, temperature, top_k, top_p):
-    """What tokens should be drawn with, by the definition: temperature, then top-k, then top-p."""
+    """What tokens should be sampled with, by the definition: temperature, then top-k, then top-p."""
     scaled_V = logits_V.astype(np.float64) / temperature
     share_V = np.exp(scaled_V - scaled_V.max())
     order = np.argsort(-share_V, kind="stable")[: top_k or None]
@@ -36,7 +36,7 @@ def probabilities(logits_V, temperature, top_k, top_p):
 
 def test_temperature_zero_takes_the_best_token_and_the_lower_of_equals():
     logits_BV = np.array([[0, 3, 1, 3], [2, 0, 5, 1]], np.float32)
-    token_B, log_probability_B = drawn(logits_BV, top_k=3, top_p=0.5)
+    token_B, log_probability_B = sampled(logits_BV, top_k=3, top_p=0.5)
     assert token_B.tolist() == [1, 2]
     expected = logits_BV.max(axis=1) - np.log(np.exp(logits_BV).sum(axis=1))
     np.testing.assert_allclose(log_probability_B, expected, rtol=1e-6)
@@ -58,13 +58,13 @@ def test_temperature_zero_takes_the_best_token_and_the_lower_of_equals():
     ids=str,
 )
 def test_tokens_come_as_often_as_they_should(settings):
-    draws = 20000
-    token_B, log_probability_B = drawn(np.tile(LOGITS_V, (draws, 1)), seed=np.arange(draws), **settings)
-    wanted_V = probabilities(LOGITS_V, **settings)
+    count = 20000
+    token_B, log_probability_B = sampled(np.tile(LOGITS_V, (count, 1)), seed=np.arange(count), **settings)
+    expected_V = probabilities(LOGITS_V, **settings)
     counts_V = np.bincount(token_B, minlength=5)
-    deviation_V = np.sqrt(draws * wanted_V * (1 - wanted_V))
-    assert (counts_V[wanted_V == 0] == 0).all()
-    assert (np.abs(counts_V - draws * wanted_V) <= 4.5 * deviation_V).all()
+    deviation_V = np.sqrt(count * expected_V * (1 - expected_V))
+    assert (counts_V[expected_V == 0] == 0).all()
+    assert (np.abs(counts_V - count * expected_V) <= 4.5 * deviation_V).all()
     np.testing.assert_allclose(log_probability_B, LOGITS_V[token_B], rtol=1e-5)  # whatever the settings
 
 
@@ -73,28 +73,28 @@ def test_a_row_draws_the_same_wherever_it_stands():
     logits_BV = random.standard_normal((8, 50)).astype(np.float32)
     seed_B = np.arange(8)
     temperature_B = np.array([0, 1, 2, 0.5, 1, 0, 1, 3])
-    token_B, _ = drawn(logits_BV, temperature=temperature_B, seed=seed_B)
+    token_B, _ = sampled(logits_BV, temperature=temperature_B, seed=seed_B)
     order = random.permutation(8)
-    shuffled_B, _ = drawn(logits_BV[order], temperature=temperature_B[order], seed=seed_B[order])
+    shuffled_B, _ = sampled(logits_BV[order], temperature=temperature_B[order], seed=seed_B[order])
     np.testing.assert_array_equal(shuffled_B, token_B[order])
     for row in range(8):
-        alone_B, _ = drawn(logits_BV[row : row + 1], temperature=temperature_B[row], seed=row)
+        alone_B, _ = sampled(logits_BV[row : row + 1], temperature=temperature_B[row], seed=row)
         assert alone_B[0] == token_B[row]
 
 
 def test_seed_and_position_make_the_draw():
     logits_BV = np.zeros((1, 4096), np.float32)
-    first, again = (drawn(logits_BV, temperature=1.0, seed=3)[0][0] for _ in range(2))
+    first, again = (sampled(logits_BV, temperature=1.0, seed=3)[0][0] for _ in range(2))
     assert first == again
-    assert first != drawn(logits_BV, temperature=1.0, seed=4)[0][0]
-    assert first != drawn(logits_BV, temperature=1.0, seed=3, position=8)[0][0]
-    assert drawn(logits_BV, temperature=1.0, seed=2**32 - 1)[0][0] < 4096
+    assert first != sampled(logits_BV, temperature=1.0, seed=4)[0][0]
+    assert first != sampled(logits_BV, temperature=1.0, seed=3, position=8)[0][0]
+    assert sampled(logits_BV, temperature=1.0, seed=2**32 - 1)[0][0] < 4096
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-4])
 def test_a_tiny_temperature_is_as_good_as_none(temperature):
     logits_BV = np.array([[80.0, 100.0, 99.0, -np.inf]], np.float32)
-    assert drawn(logits_BV, temperature=temperature)[0].tolist() == [1]
+    assert sampled(logits_BV, temperature=temperature)[0].tolist() == [1]
 
 
 @given(
@@ -107,6 +107,6 @@ def test_a_tiny_temperature_is_as_good_as_none(temperature):
 def test_no_token_is_drawn_that_the_cuts_leave_out(levels, temperature, top_k, top_p, seed):
     """With distinct logits the tokens that remain are known exactly, up to rounding at the edge of top-p."""
     logits_V = np.array(levels, np.float32) / 8 + np.arange(6, dtype=np.float32) / 64
-    token_B, _ = drawn(logits_V[None], temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    token_B, _ = sampled(logits_V[None], temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     generous_V = probabilities(logits_V, temperature, top_k, min(1.0, top_p + 1e-5))
     assert generous_V[token_B[0]] > 0

@@ -1,4 +1,4 @@
-"""Windows at a load against decoding them step by step, each group of rows by itself."""
+"""Windows scored together against decoding them step by step, each group of rows by itself."""
 
 import jax
 import jax.numpy as jnp
@@ -54,9 +54,9 @@ def decoded(tokens_BT, policy):
 
 @pytest.mark.parametrize("concurrency", [1, 2, 4])
 @pytest.mark.parametrize("spec", SPECS)
-def test_a_load_is_decoding_step_by_step(spec, concurrency):
+def test_windows_together_are_decoding_step_by_step(spec, concurrency):
     policy, given = parse(spec, CALIBRATION), windows()
-    got = concurrent.read(PARAMS, given, policy, EXECUTION, rows=4, concurrency=concurrency)
+    got = concurrent.score_windows(PARAMS, given, policy, EXECUTION, rows=4, concurrency=concurrency)
     groups = [given.tokens_JT[first : first + concurrency] for first in range(0, 8, concurrency)]
     bits, chosen = zip(*(decoded(group, policy) for group in groups))
     np.testing.assert_allclose(got.bits_J, np.concatenate(bits), rtol=1e-5)
@@ -66,12 +66,12 @@ def test_a_load_is_decoding_step_by_step(spec, concurrency):
 
 def test_the_set_is_never_formed_over_the_tokens_of_a_row():
     """At concurrency 1 the set of a step is the row's own; over the tokens of a prefill it would be nearly all."""
-    seen = concurrent.read(PARAMS, windows(), parse("opportunistic:2"), EXECUTION, rows=4, concurrency=1)
+    seen = concurrent.score_windows(PARAMS, windows(), parse("opportunistic:2"), EXECUTION, rows=4, concurrency=1)
     assert ((seen.chosen_LJTK >= 0).sum(axis=3) == 2).all()
 
 
 def test_distinct_experts_are_counted_over_the_rows_of_a_step():
-    seen = concurrent.read(PARAMS, windows(), parse("topk:3"), EXECUTION, rows=4, concurrency=4)
+    seen = concurrent.score_windows(PARAMS, windows(), parse("topk:3"), EXECUTION, rows=4, concurrency=4)
     expected = [
         len({int(e) for row in range(first, first + 4) for e in seen.chosen_LJTK[layer, row, at]})
         for layer in range(2)
@@ -94,17 +94,17 @@ def test_windows_are_full_and_know_their_bytes():
     texts = [tiny_model.TEXT, "Zoë took a walk; " * 20, "short"]
     documents = [np.array([0, *tokenizer.encode(text).ids], np.int32) for text in texts]
     count = sum((len(ids) - 1) // LENGTH for ids in documents)
-    cut = concurrent.cut(documents, tokenizer, LENGTH, count, seed=0)
+    cut = concurrent.cut_windows(documents, tokenizer, LENGTH, count, seed=0)
     assert cut.tokens_JT.shape == (count, LENGTH + 1)
     for document, ids in enumerate(documents):
-        of_document = cut.document_J == document
+        own = cut.document_J == document
         full = (len(ids) - 1) // LENGTH * LENGTH
-        assert of_document.sum() == full // LENGTH
-        assert cut.bytes_J[of_document].sum() == len(tokenizer.decode(ids[1 : full + 1].tolist()).encode())
-        starts = sorted(map(tuple, cut.tokens_JT[of_document].tolist()))
+        assert own.sum() == full // LENGTH
+        assert cut.bytes_J[own].sum() == len(tokenizer.decode(ids[1 : full + 1].tolist()).encode())
+        starts = sorted(map(tuple, cut.tokens_JT[own].tolist()))
         assert starts == sorted(tuple(ids[at : at + LENGTH + 1].tolist()) for at in range(0, full, LENGTH))
     with pytest.raises(ValueError, match=rf"has {count} full windows of 8 tokens: expected at least {count + 1}"):
-        concurrent.cut(documents, tokenizer, LENGTH, count + 1, seed=0)
+        concurrent.cut_windows(documents, tokenizer, LENGTH, count + 1, seed=0)
 
 
 @pytest.mark.parametrize("begins", [True, False])
@@ -112,7 +112,7 @@ def test_the_bytes_of_windows_add_up_where_the_decoder_strips_the_head_of_a_text
     tokenizer = chained_model.sentencepiece_like()
     ids = np.array(tokenizer.encode("be be c ha be" * 4, add_special_tokens=begins).ids)
     ends = range(0, len(ids), 5)
-    found = concurrent.cut([ids], tokenizer, 5, len(ends) - 1, seed=0)
+    found = concurrent.cut_windows([ids], tokenizer, 5, len(ends) - 1, seed=0)
     read = [len(tokenizer.decode(ids[: end + 1].tolist())) for end in ends]
     assert sorted(found.bytes_J.tolist()) == sorted(np.diff(read).tolist())
     assert found.bytes_J.sum() == read[-1] - (0 if begins else len("be"))

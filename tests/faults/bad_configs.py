@@ -1,4 +1,4 @@
-"""Draws configurations that are wrong, each for a reason that is known before anything reads it.
+"""Random configurations that are wrong, each for a reason that is known before anything reads it.
 
 Only the names of settings come from the schema: the tables below list by hand which values are out of range, and why a
 combination is impossible. A few good lines surround the bad one.
@@ -313,18 +313,18 @@ def _examples(strategy: strategies.SearchStrategy[BadConfig], count: int) -> lis
 
     @hypothesis.settings(max_examples=count, database=None, phases=[hypothesis.Phase.generate])
     @hypothesis.given(strategy)
-    def draw(config):
+    def collect(config):
         if config not in found:
             found.append(config)
 
-    draw()
+    collect()
     random.Random(count).shuffle(found)  # the first are the simplest
     return found
 
 
-def drawn(count: int) -> list[BadConfig]:
+def sample(count: int) -> list[BadConfig]:
     """`count` different configurations, equally many of each kind, and the same at every call."""
-    of_each = -(-count // len(KINDS))
-    by_kind = [_examples(strategy, 5 * of_each + 15) for strategy in KINDS.values()]
-    assert min(map(len, by_kind)) >= of_each, "draw more of each kind"
-    return [found[turn] for turn in range(of_each) for found in by_kind][:count]
+    each_count = -(-count // len(KINDS))
+    by_kind = [_examples(strategy, 5 * each_count + 15) for strategy in KINDS.values()]
+    assert min(map(len, by_kind)) >= each_count, "sample more of each kind"
+    return [found[turn] for turn in range(each_count) for found in by_kind][:count]

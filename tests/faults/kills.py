@@ -56,7 +56,7 @@ def storm(
         flags: without --out.
         out: its output folder.
         kills: how many.
-        within_s: what an undisturbed run takes; moments are drawn evenly from all of it, starting and exporting
+        within_s: what an undisturbed run takes; moments are spread evenly over all of it, starting and exporting
             included. Where a run ends before its moment, another one follows: a launcher started again on a finished
             folder has nothing to lose either.
         seed: of the moments.
@@ -105,6 +105,10 @@ def figures(out: pathlib.Path) -> list[dict[str, Any]]:
     """The figures of result.json, of every row, less what a clock says."""
     result = json.loads((out / "result.json").read_text())
     return [
-        {name: figure for name, figure in of.items() if figure["unit"] != "s" and not figure["unit"].endswith("/s")}
-        for of in (result["figures"], *(row["figures"] for row in result["rows"]))
+        {
+            name: figure
+            for name, figure in figures.items()
+            if figure["unit"] != "s" and not figure["unit"].endswith("/s")
+        }
+        for figures in (result["figures"], *(row["figures"] for row in result["rows"]))
     ]

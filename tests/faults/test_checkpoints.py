@@ -34,12 +34,12 @@ def damaged(folders, one, folder):
 def no_arrays(monkeypatch):
     """Whoever moves anything to a device fails."""
 
-    def unwanted(*arguments, **options):
+    def refuse(*arguments, **options):
         raise AssertionError("an array is made")
 
-    monkeypatch.setattr(jax, "device_put", unwanted)
+    monkeypatch.setattr(jax, "device_put", refuse)
     before = len(jax.live_arrays())
-    yield unwanted
+    yield refuse
     assert len(jax.live_arrays()) == before
 
 

@@ -37,14 +37,14 @@ def refused_by_launchers(tmp_path, no_jax, configs):
 
 
 def test_twenty_wrong_configurations_are_refused_before_jax_is_imported(tmp_path, no_jax):
-    configs = bad_configs.drawn(20)
+    configs = bad_configs.sample(20)
     assert len({config.reason for config in configs}) > 12
     assert refused_by_launchers(tmp_path, no_jax, configs) == []
 
 
 @pytest.mark.slow
 def test_two_hundred_wrong_configurations_are_refused_before_jax_is_imported(tmp_path, no_jax):
-    assert refused_by_launchers(tmp_path, no_jax, bad_configs.drawn(200)) == []
+    assert refused_by_launchers(tmp_path, no_jax, bad_configs.sample(200)) == []
 
 
 @pytest.mark.parametrize("kind", bad_configs.KINDS)

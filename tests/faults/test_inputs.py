@@ -53,7 +53,7 @@ def test_a_cache_that_cannot_be_written_is_only_said(model, tmp_path, monkeypatc
 
 @pytest.fixture(scope="module")
 def read_prompts():
-    module = launcher_module.load("infer")
+    module = launcher_module.import_launcher("infer")
 
     def read(*arguments):
         with flagsaver.flagsaver():

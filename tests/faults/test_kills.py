@@ -22,7 +22,7 @@ def undisturbed(training_flags, finetuning_flags, model, sources, tmp_path_facto
     """Launcher -> its flags, the folder of a run that nothing disturbed, and the seconds that it took."""
     done = {}
 
-    def of(launcher):
+    def run(launcher):
         if launcher not in done:
             loading = [f"--set=model.path={model}", "--set=model.dtype=float32"]
             flags = {
@@ -51,7 +51,7 @@ def undisturbed(training_flags, finetuning_flags, model, sources, tmp_path_facto
             done[launcher] = flags, folder / "out", seconds
         return done[launcher]
 
-    return of
+    return run
 
 
 @pytest.mark.slow

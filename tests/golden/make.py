@@ -36,7 +36,7 @@ def make(name: str) -> None:
         write(path / "ours", VARIANTS[name], seed=1)
         fields = json.loads((path / "ours" / "config.json").read_text())
         (path / "ours" / "config.json").write_text(json.dumps(fields | SAID_OTHERWISE.get(name, {})))
-        model = peer.load(transformers, path / "ours")
+        model = peer.load_model(transformers, path / "ours")
         tokens_BT = peer.clear_tokens(model, architecture, SHAPE)
         logits_BTV, _ = peer.logits(model, tokens_BT, np.ones(SHAPE, bool), architecture.moe)
         model.to(torch.bfloat16).save_pretrained(path / "theirs")  # the weights are numbers of bfloat16

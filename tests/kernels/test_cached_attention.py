@@ -22,7 +22,7 @@ CASES = {
 LAYERS, LAYER, SCALE = 3, 1, 0.3
 
 
-def draw(case, dtype):
+def random_inputs(case, dtype):
     rows, memory, heads, kv_heads, key_channels, value_channels = CASES[case]
     rng = np.random.default_rng(0)
 
@@ -59,13 +59,13 @@ def assert_agrees(got, expected, dtype):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_mixes_and_extends_as_the_plain_loop(implementation, case, dtype):
-    given = draw(case, dtype)
+    given = random_inputs(case, dtype)
     assert_agrees(run(implementation, *given), reference.forward(*given), dtype)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_the_first_position_sees_itself_alone(implementation):
-    query, key, value, *rest = draw("grouped", "float32")
+    query, key, value, *rest = random_inputs("grouped", "float32")
     rest[3] = np.zeros(len(query), int)
     mixed, _, _ = run(implementation, query, key, value, *rest)
     np.testing.assert_allclose(mixed, np.repeat(value, 4, axis=1), rtol=1e-6)
@@ -74,7 +74,7 @@ def test_the_first_position_sees_itself_alone(implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_what_a_row_does_not_see_is_not_read(implementation):
     """Later positions, other layers: poison there would spread if it were multiplied, even by zero."""
-    query, key, value, keys, values, layer, position, *rest = draw("longer_than_a_block", "float32")
+    query, key, value, keys, values, layer, position, *rest = random_inputs("longer_than_a_block", "float32")
     position = np.minimum(position, 100)
     keys, values = (np.array(cache) for cache in (keys, values))
     clean = reference.forward(query, key, value, keys, values, layer, position, *rest)[0]
@@ -88,7 +88,7 @@ def test_what_a_row_does_not_see_is_not_read(implementation):
 
 def test_caches_of_a_loop_are_extended_in_place():
     """Handing them on costs no copy: the compiled program allocates nothing of their size."""
-    query, key, value, keys, values, _, position, *rest = draw("longer_than_a_block", "bfloat16")
+    query, key, value, keys, values, _, position, *rest = random_inputs("longer_than_a_block", "bfloat16")
 
     def steps(keys, values, position):
         def step(layer, carried):

@@ -25,7 +25,7 @@ CASES = {
     "several_segments": (2, 150, 2, 1, 16, 16, "several", 4),
     "prefix_segments": (3, 150, 2, 1, 16, 16, "prefix", 4),
     "padding": (3, 140, 2, 2, 16, 16, "padding", 4),
-    "segments_in_any_order": (2, 150, 2, 1, 16, 16, "drawn", 4),
+    "segments_in_any_order": (2, 150, 2, 1, 16, 16, "random", 4),
     "more_heads_than_a_piece": (1, 70, 7, 1, 16, 16, "one", 4),
     "narrow_values": (1, 70, 3, 3, 192, 128, "one", 4),
     "wide_values": (1, 70, 2, 1, 6, 50, "several", 4),
@@ -37,7 +37,7 @@ CASES = {
     "from_a_block_on": (2, 200, 4, 2, 16, 16, "one", 4),
     "every_row_from_elsewhere": (3, 300, 6, 3, 16, 24, "prefix", 4),
     "from_within_a_long_block": (1, 700, 2, 1, 16, 16, "several", 4),
-    "one_query_of_many_keys": (2, 150, 2, 1, 16, 16, "drawn", 4),
+    "one_query_of_many_keys": (2, 150, 2, 1, 16, 16, "random", 4),
 }
 # positions of queries, and the first of each row, where queries are fewer than keys; "every_row_from_elsewhere" has its
 # first row in one block of 64 more than it would fill
@@ -54,7 +54,7 @@ ROUNDED = 2**-22  # of a score, which is float32: shares are off by as much
 
 def segments(kind, rows, length):
     rng = np.random.default_rng(1)
-    if kind == "drawn":
+    if kind == "random":
         return rng.integers(-1, 4, (rows, length)).astype(np.int32)
     segments_BM = np.ones((rows, length), np.int32)
     for row in range(rows):
@@ -69,7 +69,7 @@ def segments(kind, rows, length):
     return segments_BM
 
 
-def draw(case, dtype):
+def random_inputs(case, dtype):
     rows, length, heads, kv_heads, key_channels, value_channels, kind, score = CASES[case]
     queries, start = QUERIES.get(case, (length, (0,) * rows))
     rng = np.random.default_rng(0)
@@ -114,7 +114,7 @@ def plain(*given):
 )
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_mixes_and_has_the_gradients_of_the_plain_loop(implementation, case, dtype):
-    given = draw(case, dtype)
+    given = random_inputs(case, dtype)
     for name, got, expected in zip(("mixed", "query", "key", "value"), run(implementation, *given), plain(*given)):
         assert got.dtype == jnp.dtype(dtype) and got.shape == expected.shape
         allowed = TOLERANCE[dtype] + ROUNDED * CASES[case][-1]
@@ -124,7 +124,7 @@ def test_mixes_and_has_the_gradients_of_the_plain_loop(implementation, case, dty
 
 @pytest.mark.parametrize("case", ["prefix_segments", "every_row_from_elsewhere"])
 def test_the_plain_loop_has_the_gradients_of_a_dense_softmax(case):
-    query, key, value, segments_BM, start_B, scale, grad = draw(case, "float32")
+    query, key, value, segments_BM, start_B, scale, grad = random_inputs(case, "float32")
     position_BT = start_B[:, None] + np.arange(query.shape[1])[None, :]
     segment_BT1 = np.take_along_axis(segments_BM, position_BT, axis=1)[:, :, None]
     seen_BTM = (segment_BT1 == segments_BM[:, None, :]) | (segments_BM < 0)[:, None, :]
@@ -146,7 +146,7 @@ def test_the_plain_loop_has_the_gradients_of_a_dense_softmax(case):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_parts_of_the_queries_get_what_all_get_together(implementation, dtype):
     """Each part after keys that go on beyond it."""
-    query, key, value, segments_BM, start_B, scale, grad = draw("several_blocks", dtype)
+    query, key, value, segments_BM, start_B, scale, grad = random_inputs("several_blocks", dtype)
     whole, *_ = run(implementation, query, key, value, segments_BM, start_B, scale, grad)
     for begin, end in ((0, 100), (100, 357), (357, 512)):
         part = (query[:, begin:end], key, value, segments_BM, start_B + begin, scale, grad[:, begin:end])
@@ -159,21 +159,21 @@ def test_parts_of_the_queries_get_what_all_get_together(implementation, dtype):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_keys_after_the_last_query_change_nothing(implementation):
-    query, key, value, segments_BM, start_B, scale, grad = draw("every_row_from_elsewhere", "float32")
+    query, key, value, segments_BM, start_B, scale, grad = random_inputs("every_row_from_elsewhere", "float32")
     unseen_BM = np.arange(key.shape[1])[None, :] >= start_B[:, None] + query.shape[1]
     key_2, value_2 = (jnp.where(unseen_BM[:, :, None, None], 100 * x + 1, x) for x in (key, value))
     once = run(implementation, query, key, value, segments_BM, start_B, scale, grad)
     again = run(implementation, query, key_2, value_2, segments_BM, start_B, scale, grad)
     for one, other in zip(once, again):
         np.testing.assert_array_equal(one, other)
-    for of_keys in again[2:]:
-        assert unseen_BM.any() and not np.asarray(of_keys)[unseen_BM].any()
+    for key_grad in again[2:]:
+        assert unseen_BM.any() and not np.asarray(key_grad)[unseen_BM].any()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_what_a_position_does_not_see_changes_nothing_bit_for_bit(implementation):
     """Other segments and later positions, from which no gradient comes back either."""
-    query, key, value, segments_BM, start_B, scale, grad = draw("several_segments", "float32")
+    query, key, value, segments_BM, start_B, scale, grad = random_inputs("several_segments", "float32")
     at = 90
     seen_BM = (segments_BM == segments_BM[:, at : at + 1]) & (np.arange(segments_BM.shape[1]) <= at)[None]
     assert seen_BM.sum(axis=1).min() > 1 and seen_BM.sum(axis=1).max() < at
@@ -184,14 +184,14 @@ def test_what_a_position_does_not_see_changes_nothing_bit_for_bit(implementation
     np.testing.assert_array_equal(once[0][:, at], again[0][:, at])
     for one, other in zip(once[1:], again[1:]):
         np.testing.assert_array_equal(one, other)
-    for of_keys in again[2:]:
-        assert not np.asarray(of_keys)[~seen_BM].any()
+    for key_grad in again[2:]:
+        assert not np.asarray(key_grad)[~seen_BM].any()
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_blocks_of_later_positions_are_not_multiplied(implementation):
     """What is no number there would leave its mark, even times a share of zero."""
-    query, key, value, segments_BM, start_B, scale, grad = draw("several_blocks", "float32")
+    query, key, value, segments_BM, start_B, scale, grad = random_inputs("several_blocks", "float32")
     value = value.at[:, 384:].set(np.nan)
     mixed, query_grad, _, _ = run(
         implementation, query, key, value, segments_BM, start_B, scale, grad.at[:, 384:].set(0)
@@ -203,19 +203,19 @@ def test_blocks_of_later_positions_are_not_multiplied(implementation):
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_score_that_is_no_number_is_not_hidden(implementation):
     """Training that diverges has to be seen."""
-    query, key, value, segments_BM, start_B, scale, grad = draw("not_a_multiple_of_the_block", "float32")
+    query, key, value, segments_BM, start_B, scale, grad = random_inputs("not_a_multiple_of_the_block", "float32")
     for bad in (np.nan, np.inf):
         mixed, *grads = run(
             implementation, query.at[0, 150, 1, 0].set(bad), key, value, segments_BM, start_B, scale, grad
         )
         is_nan = np.isnan(mixed)
         assert is_nan[0, 150, 1].all() and is_nan.sum() == is_nan[0, 150, 1].size
-        assert all(np.isnan(of_input).any() for of_input in grads)
+        assert all(np.isnan(grad).any() for grad in grads)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_inputs_of_several_dtypes(implementation):
-    query, key, value, segments_BM, start_B, scale, grad = draw("one_segment", "float32")
+    query, key, value, segments_BM, start_B, scale, grad = random_inputs("one_segment", "float32")
     value, grad = value.astype("bfloat16"), grad.astype("bfloat16")
     mixed, *grads = run(implementation, query, key, value, segments_BM, start_B, scale, grad)
     assert [x.dtype.name for x in (mixed, *grads)] == ["bfloat16", "float32", "float32", "bfloat16"]
@@ -262,7 +262,7 @@ def test_a_longer_sequence_is_no_longer_program(implementation):
 
 def digest():
     """Of results and gradients of many pieces of work, and the threads that there may be."""
-    given = draw("prefix_segments", "float32")
+    given = random_inputs("prefix_segments", "float32")
     rows = [jnp.concatenate([x] * 4) for x in given[:5]]
     results = run("native", *rows, given[5], jnp.concatenate([given[6]] * 4))
     bits = b"".join(np.asarray(x).tobytes() for x in results)

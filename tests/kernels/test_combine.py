@@ -10,7 +10,7 @@ from moe_jax.kernels.combine.api import combine, spread
 N, K, D = 13, 3, 8
 
 
-def draw(seed=0):
+def random_inputs(seed=0):
     rng = np.random.default_rng(seed)
     position_NK = rng.permutation(N * K).reshape(N, K).astype(np.int32)
     token_S = np.empty(N * K, np.int32)
@@ -22,7 +22,7 @@ def draw(seed=0):
 
 
 def test_forward():
-    x_ND, out_SD, weight_NK, token_S, position_NK = draw()
+    x_ND, out_SD, weight_NK, token_S, position_NK = random_inputs()
     np.testing.assert_array_equal(jax.jit(spread)(x_ND, token_S, position_NK), reference.spread(x_ND, token_S))
     got = jax.jit(combine)(out_SD, weight_NK, token_S, position_NK)
     np.testing.assert_allclose(got, reference.combine(out_SD, weight_NK, position_NK), rtol=1e-6, atol=1e-6)
@@ -30,7 +30,7 @@ def test_forward():
 
 def test_gradients_are_those_of_the_definition():
     """Both are linear in the arrays and bilinear with the weight, so one-hot arguments would read off the matrix."""
-    x_ND, out_SD, weight_NK, token_S, position_NK = draw()
+    x_ND, out_SD, weight_NK, token_S, position_NK = random_inputs()
     rng = np.random.default_rng(1)
     rows_grad_SD = rng.standard_normal(out_SD.shape).astype(np.float32)
     _, pull = jax.vjp(lambda x: spread(x, token_S, position_NK), jnp.asarray(x_ND))
@@ -42,11 +42,11 @@ def test_gradients_are_those_of_the_definition():
     y_grad_ND = rng.standard_normal(x_ND.shape).astype(np.float32)
     _, pull = jax.vjp(lambda out, weight: combine(out, weight, token_S, position_NK), jnp.asarray(out_SD), weight_NK)
     out_grad_SD, weight_grad_NK = pull(jnp.asarray(y_grad_ND))
-    wanted_out, wanted_weight = np.zeros_like(out_SD), np.zeros_like(weight_NK)
+    expected_out, expected_weight = np.zeros_like(out_SD), np.zeros_like(weight_NK)
     for token in range(N):
         for slot in range(K):
             row = position_NK[token, slot]
-            wanted_out[row] += weight_NK[token, slot] * y_grad_ND[token]
-            wanted_weight[token, slot] = out_SD[row] @ y_grad_ND[token]
-    np.testing.assert_allclose(out_grad_SD, wanted_out, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(weight_grad_NK, wanted_weight, rtol=1e-5, atol=1e-5)
+            expected_out[row] += weight_NK[token, slot] * y_grad_ND[token]
+            expected_weight[token, slot] = out_SD[row] @ y_grad_ND[token]
+    np.testing.assert_allclose(out_grad_SD, expected_out, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(weight_grad_NK, expected_weight, rtol=1e-5, atol=1e-5)

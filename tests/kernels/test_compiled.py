@@ -25,33 +25,33 @@ def source(tmp_path):
 
 
 def test_a_source_is_compiled_once(cache, source):
-    first = compiled._library(source)
+    first = compiled._compile(source)
     written = first.stat().st_mtime_ns
-    assert compiled._library(source) == first and first.stat().st_mtime_ns == written
+    assert compiled._compile(source) == first and first.stat().st_mtime_ns == written
     assert list(cache.iterdir()) == [first]
 
 
 def test_another_source_header_or_processor_is_another_library(cache, source, monkeypatch):
-    libraries = [compiled._library(source)]
+    libraries = [compiled._compile(source)]
     source.write_text(source.read_text() + "// changed\n")
-    libraries.append(compiled._library(source))
+    libraries.append(compiled._compile(source))
     source.with_suffix(".h").write_text("constexpr int kAnswer = 2;\n")
-    libraries.append(compiled._library(source))
+    libraries.append(compiled._compile(source))
     monkeypatch.setattr(compiled, "_processor", lambda: "another")
-    libraries.append(compiled._library(source))
+    libraries.append(compiled._compile(source))
     assert len(set(libraries)) == len(list(cache.iterdir())) == 4
 
 
 def test_a_cache_that_cannot_be_written_costs_the_compilation_alone(source, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
-    assert compiled._library(source).exists()
+    assert compiled._compile(source).exists()
 
 
 def test_a_source_that_does_not_compile_is_refused_in_one_line(cache, tmp_path):
     wrong = tmp_path / "wrong.cc"
     wrong.write_text("int f( { return 1; }\n")
     with pytest.raises(ValueError, match=r"cannot compile wrong\.cc: .*error: ") as refusal:
-        compiled._library(wrong)
+        compiled._compile(wrong)
     assert len(str(refusal.value).splitlines()) == 1
     assert list(cache.iterdir()) == []
 
@@ -59,7 +59,7 @@ def test_a_source_that_does_not_compile_is_refused_in_one_line(cache, tmp_path):
 def test_without_a_compiler_nothing_is_compiled(source, monkeypatch):
     monkeypatch.setattr(compiled, "compiler", lambda: None)
     with pytest.raises(ValueError, match="needs a C"):
-        compiled._library(source)
+        compiled._compile(source)
 
 
 def test_what_the_kernel_has_no_code_for_is_refused():

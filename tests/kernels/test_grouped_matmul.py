@@ -29,7 +29,7 @@ LAYERS, D, F = 3, 24, 40
 ON_A_CPU = [name for name in IMPLEMENTATIONS if name != "pallas_gpu"]  # its own tests interpret it
 
 
-def draw(num_rows, num_experts, dtype, seed=0):
+def random_inputs(num_rows, num_experts, dtype, seed=0):
     rng = np.random.default_rng(seed)
     rows = rng.standard_normal((num_rows, D)).astype(dtype)
     weights = rng.standard_normal((LAYERS, num_experts, F, D)).astype(dtype)
@@ -48,7 +48,7 @@ def assert_close(got, expected, dtype):
 @pytest.mark.parametrize("implementation", ON_A_CPU)
 def test_forward(implementation, case, dtype):
     num_rows, sizes = CASES[case]
-    rows, weights, _ = draw(num_rows, len(sizes), jnp.dtype(dtype))
+    rows, weights, _ = random_inputs(num_rows, len(sizes), jnp.dtype(dtype))
     sizes = np.asarray(sizes, np.int32)
     for layer in (0, 2):
         got = jax.jit(grouped_matmul, static_argnums=4)(rows, weights, sizes, layer, implementation)
@@ -58,7 +58,7 @@ def test_forward(implementation, case, dtype):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_native_hands_out_its_float32_sums(dtype):
-    rows, weights, _ = draw(33, 4, jnp.dtype(dtype))
+    rows, weights, _ = random_inputs(33, 4, jnp.dtype(dtype))
     sizes = np.array([3, 0, 20, 9], np.int32)
     got = native.forward(rows, weights, sizes, 1, jnp.float32)
     assert got.dtype == jnp.float32
@@ -67,14 +67,14 @@ def test_native_hands_out_its_float32_sums(dtype):
 
 
 def test_native_refuses_rows_of_another_depth():
-    rows, weights, _ = draw(4, 4, jnp.dtype("float32"))
+    rows, weights, _ = random_inputs(4, 4, jnp.dtype("float32"))
     half = rows.shape[1] // 2
     with pytest.raises(ValueError, match=rf"rows of {half} numbers, but weights of shape \("):
         native.forward(rows[:, :half], weights, np.ones(4, np.int32), 1)
 
 
 def test_native_refuses_an_output_of_another_half():
-    rows, weights, _ = draw(4, 4, jnp.dtype("float32"))
+    rows, weights, _ = random_inputs(4, 4, jnp.dtype("float32"))
     with pytest.raises(jax.errors.JaxRuntimeError, match="expected an output of float32, or of the type of the rows"):
         native.forward(rows, weights, np.ones(4, np.int32), 1, jnp.bfloat16).block_until_ready()
 
@@ -94,7 +94,7 @@ def test_native_packs_what_fills_no_block(columns, depth, dtype):
 @pytest.mark.parametrize("implementation", ON_A_CPU)
 def test_gradients(implementation, case):
     num_rows, sizes = CASES[case]
-    rows, weights, out_grad = draw(num_rows, len(sizes), np.float32)
+    rows, weights, out_grad = random_inputs(num_rows, len(sizes), np.float32)
     sizes = np.asarray(sizes, np.int32)
 
     def gradients(rows, weights, out_grad):
@@ -102,13 +102,13 @@ def test_gradients(implementation, case):
         return pull(out_grad)
 
     rows_grad, weights_grad = jax.jit(gradients)(rows, weights, out_grad)
-    wanted_rows_grad, wanted_weights_grad = reference.backward(rows, weights, sizes, 1, out_grad)
-    assert_close(rows_grad, wanted_rows_grad, "float32")
-    assert_close(weights_grad, wanted_weights_grad, "float32")
+    expected_rows_grad, expected_weights_grad = reference.backward(rows, weights, sizes, 1, out_grad)
+    assert_close(rows_grad, expected_rows_grad, "float32")
+    assert_close(weights_grad, expected_weights_grad, "float32")
 
 
 def test_reference_gradient_is_that_of_its_forward():
-    rows, weights, out_grad = (part.astype(np.float64) for part in draw(12, 4, np.float32))
+    rows, weights, out_grad = (part.astype(np.float64) for part in random_inputs(12, 4, np.float32))
     sizes, layer, step = np.array([3, 0, 5, 2]), 1, 1e-3
 
     def value(rows, weights):
@@ -145,7 +145,7 @@ def test_blocks_cover_every_kept_row_once(sizes, spare):
 @pytest.mark.parametrize("implementation", ["native", "blocked"])
 def test_rows_and_experts_without_work_are_not_touched(implementation):
     """Poison in what nobody asked for would spread if it were read: NaN times zero is NaN."""
-    rows, weights, _ = draw(32, 4, np.float32)
+    rows, weights, _ = random_inputs(32, 4, np.float32)
     sizes = np.array([6, 0, 9, 0], np.int32)
     rows[15:] = np.nan
     weights[:, [1, 3]] = np.nan

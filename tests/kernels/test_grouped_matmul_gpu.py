@@ -34,7 +34,7 @@ def interpreted():
         yield
 
 
-def draw(num_rows, num_experts, dtype=jnp.bfloat16):
+def random_inputs(num_rows, num_experts, dtype=jnp.bfloat16):
     rng = np.random.default_rng(num_rows)
     shapes = (num_rows, D), (LAYERS, num_experts, F, D), (num_rows, F)
     return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
@@ -54,7 +54,7 @@ def exact(*arrays):
 def test_forward(case, interpreted):
     """Poison where nothing may be read would spread: NaN times zero is NaN."""
     num_rows, sizes, tiles = CASES[case]
-    rows, weights, _ = draw(num_rows, len(sizes))
+    rows, weights, _ = random_inputs(num_rows, len(sizes))
     sizes = np.asarray(sizes, np.int32)
     rows = rows.at[sizes.sum() :].set(jnp.nan)
     weights = weights.at[:, sizes == 0].set(jnp.nan)
@@ -67,7 +67,7 @@ def test_forward(case, interpreted):
 @new_enough
 def test_gated(interpreted):
     num_rows, sizes, _ = CASES["skewed"]
-    rows, weights, _ = draw(num_rows, 2 * len(sizes))
+    rows, weights, _ = random_inputs(num_rows, 2 * len(sizes))
     weights = weights.reshape(LAYERS, len(sizes), 2, F, D)
     call = jax.jit(functools.partial(pallas_gpu.gated, tiles=TWO_WARPGROUPS, num_cores=2))
     got = call(rows, weights, jnp.asarray(sizes, jnp.int32), jnp.int32(1))
@@ -80,7 +80,7 @@ def test_gated(interpreted):
 @pytest.mark.parametrize("case", ["skewed", "dropped_rows"])
 def test_gradients(case, interpreted):
     num_rows, sizes, tiles = CASES[case]
-    rows, weights, out_grad = draw(num_rows, len(sizes))
+    rows, weights, out_grad = random_inputs(num_rows, len(sizes))
     call = jax.jit(functools.partial(pallas_gpu.backward, tiles=tiles, num_cores=2))
     got = call(rows, weights, jnp.asarray(sizes, jnp.int32), jnp.int32(1), out_grad)
     rows, weights, out_grad = exact(rows, weights, out_grad)
@@ -93,7 +93,7 @@ def test_tiles_hold_every_row_once():
     @functools.partial(jax.jit, static_argnums=(1, 2))
     def every_tile(sizes_E, num_rows, size):
         def at(tile):
-            return pallas_gpu_rows.tile_at([of_T[tile] for of_T in cut], tile, 4, num_rows, size)
+            return pallas_gpu_rows.tile_at([column_T[tile] for column_T in cut], tile, 4, num_rows, size)
 
         cut = pallas_gpu_rows.row_tiles(sizes_E, num_rows, size)
         return jax.vmap(at)(jnp.arange(pallas_gpu_rows.most_tiles(4, num_rows, size)))
@@ -112,7 +112,7 @@ def test_tiles_hold_every_row_once():
 
 
 def test_what_the_kernels_lack_is_refused_in_one_line(monkeypatch):
-    rows, weights, _ = draw(8, 2)
+    rows, weights, _ = random_inputs(8, 2)
     sizes = jnp.asarray([3, 5], jnp.int32)
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
     with pytest.raises(ValueError, match=r"expected rows and weights in bfloat16 or float16, got \{'float32'\}"):

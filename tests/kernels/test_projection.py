@@ -21,7 +21,7 @@ CASES = {
 LAYERS = 3
 
 
-def draw(case, dtype, stack_dtype=None):
+def random_inputs(case, dtype, stack_dtype=None):
     x, layer, contracted = CASES[case]
     rng = np.random.default_rng(0)
     stack = rng.standard_normal((LAYERS, *layer))
@@ -42,7 +42,7 @@ def assert_close(got, expected, dtype):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_forward(implementation, case, dtype):
-    x, stack, contracted = draw(case, dtype)
+    x, stack, contracted = random_inputs(case, dtype)
     for layer in (0, 2):
         expected = reference.forward(x, stack, layer, contracted)
         for out_dtype in (dtype, "float32"):
@@ -53,19 +53,19 @@ def test_forward(implementation, case, dtype):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_a_wider_stack_is_not_rounded(implementation):
-    x, stack, contracted = draw("to_heads", "bfloat16", "float32")
+    x, stack, contracted = random_inputs("to_heads", "bfloat16", "float32")
     got = run(x, stack, 1, contracted, jnp.dtype("float32"), implementation)
     assert_close(got, reference.forward(x, stack, 1, contracted), "float32")
 
 
 def test_gradient():
-    x, stack, contracted = draw("to_heads", "float32")
+    x, stack, contracted = random_inputs("to_heads", "float32")
     out_grad = np.random.default_rng(1).standard_normal((2, 3, 4, 5))
 
     def loss(x, stack):
         return (projection(x, stack, 1, contracted, x.dtype, "xla") * out_grad).sum()
 
-    of_x, of_stack = jax.grad(loss, (0, 1))(x, stack)
-    assert_close(of_x, np.einsum("btha,had->btd", out_grad, np.asarray(stack[1], np.float64)), "float32")
-    assert_close(of_stack[1], np.einsum("btha,btd->had", out_grad, np.asarray(x, np.float64)), "float32")
-    assert not of_stack[0].any() and not of_stack[2].any()
+    x_grad, stack_grad = jax.grad(loss, (0, 1))(x, stack)
+    assert_close(x_grad, np.einsum("btha,had->btd", out_grad, np.asarray(stack[1], np.float64)), "float32")
+    assert_close(stack_grad[1], np.einsum("btha,btd->had", out_grad, np.asarray(x, np.float64)), "float32")
+    assert not stack_grad[0].any() and not stack_grad[2].any()

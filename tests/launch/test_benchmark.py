@@ -37,7 +37,7 @@ CASES = ("decode_1", "decode_4", "prefill_16")
 @pytest.fixture(scope="module")
 def benchmark():
     """The launcher as a module."""
-    return launcher_module.load("benchmark")
+    return launcher_module.import_launcher("benchmark")
 
 
 @pytest.fixture
@@ -147,13 +147,13 @@ def test_a_checkpoint_reads_held_out_text(main, tmp_path):
     ],
 )
 def test_what_cannot_run_is_refused_before_anything_is_measured(main, monkeypatch, settings, message):
-    def unwanted(*arguments):
+    def refuse(*arguments):
         raise AssertionError("something was measured, or weights were made")
 
     from moe_jax.study import random_model
 
-    monkeypatch.setattr(hardware, "Probe", unwanted)
-    monkeypatch.setattr(random_model, "random_params", unwanted)
+    monkeypatch.setattr(hardware, "Probe", refuse)
+    monkeypatch.setattr(random_model, "random_params", refuse)
     with pytest.raises(ValueError, match=message.replace("(", r"\(")) as caught:
         main(**settings)
     assert len(str(caught.value).splitlines()) == 1

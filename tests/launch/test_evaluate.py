@@ -63,8 +63,8 @@ def test_details_add_up_to_the_table(done):
     for row in rows:
         bits = sum(float(one[row["policy"]]) for one in documents) / sum(int(one["bytes"]) for one in documents)
         assert bits == pytest.approx(row["figures"]["bits_per_byte"]["value"], abs=1e-6)
-        of_layers = [[int(slots) for slots in slots_E] for spec, _, *slots_E in loads if spec == row["policy"]]
-        uneven = max(max(load) * len(load) / sum(load) for load in of_layers)
+        slots_LE = [[int(slots) for slots in slots_E] for spec, _, *slots_E in loads if spec == row["policy"]]
+        uneven = max(max(load) * len(load) / sum(load) for load in slots_LE)
         assert uneven == pytest.approx(row["figures"]["expert_load_max_over_mean"]["value"])
 
 

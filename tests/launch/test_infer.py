@@ -36,7 +36,7 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def infer():
     """The launcher as a module."""
-    return launcher_module.load("infer")
+    return launcher_module.import_launcher("infer")
 
 
 @pytest.fixture
@@ -144,15 +144,15 @@ def test_an_interruption_saves_what_is_done(main, capsys, tmp_path, monkeypatch)
     from moe_jax.engine import generate
 
     taken = []
-    take = generate.Row.take
+    append = generate.RunningRequest.append
 
     def interrupted(self, *arguments):
         taken.append(self)
         if len(taken) == 4:
             raise KeyboardInterrupt
-        return take(self, *arguments)
+        return append(self, *arguments)
 
-    monkeypatch.setattr(generate.Row, "take", interrupted)
+    monkeypatch.setattr(generate.RunningRequest, "append", interrupted)
     with pytest.raises(KeyboardInterrupt):
         main("--prompt=The")
     completion = json.loads((tmp_path / "out" / "completions.jsonl").read_text())
@@ -186,10 +186,10 @@ def test_what_cannot_run_is_refused_before_the_weights_are_read(
 ):
     from moe_jax.checkpoint import reading
 
-    def unwanted(*arguments):
+    def refuse(*arguments):
         raise AssertionError("the weights were read")
 
-    monkeypatch.setattr(reading, "read", unwanted)
+    monkeypatch.setattr(reading, "read", refuse)
     monkeypatch.chdir(tmp_path)
     pathlib.Path("binary").write_bytes(b"a\xff\xfe")
     pathlib.Path("zeros").write_bytes(b"ab\0")

@@ -59,13 +59,13 @@ def test_every_policy_has_a_point_at_every_load(done):
     assert [(row["concurrency"], row["policy"]) for row in rows] == [
         (load, spec) for load in (1, 4) for spec in ("model", *POLICIES)
     ]
-    of = {(row["policy"], row["concurrency"]): row["figures"] for row in rows}
-    assert of["topk:8", 4]["bits_per_byte_increase"] == {"value": 0, "unit": "1", "ci95": [0, 0]}
-    assert of["topk:3", 4]["experts_per_token"]["value"] == 3
-    assert of["opportunistic:2", 1]["experts_per_token"]["value"] == 2
-    assert of["opportunistic:2", 4]["experts_per_token"]["value"] > 4
-    assert 3 < of["topk:3", 4]["distinct_experts_per_layer_step"]["value"] <= 12
-    assert of["topk:3", 4]["bytes"]["value"] < of["model", 4]["bytes"]["value"]
+    figures = {(row["policy"], row["concurrency"]): row["figures"] for row in rows}
+    assert figures["topk:8", 4]["bits_per_byte_increase"] == {"value": 0, "unit": "1", "ci95": [0, 0]}
+    assert figures["topk:3", 4]["experts_per_token"]["value"] == 3
+    assert figures["opportunistic:2", 1]["experts_per_token"]["value"] == 2
+    assert figures["opportunistic:2", 4]["experts_per_token"]["value"] > 4
+    assert 3 < figures["topk:3", 4]["distinct_experts_per_layer_step"]["value"] <= 12
+    assert figures["topk:3", 4]["bytes"]["value"] < figures["model", 4]["bytes"]["value"]
     assert {path.name for path in out.iterdir()} == {"result.json", "config.gin", "frontier.csv", "frontier.html"}
     assert "opportunistic:2" in (out / "frontier.html").read_text() and "| 4 | 0.5% |" in printed.stdout
 

@@ -56,7 +56,7 @@ def test_chunks_from_any_start_equal_the_whole_sequence(kind, kernels):
     live = policies.settings([parse(f"topk:{k}") for k in (8, 2, 5, 1)], architecture, 8)
     execution = decoder.Execution(architecture, 8, kernels)
     tokens_BT = np.random.default_rng(0).integers(0, 512, (4, 25), dtype=np.int32)
-    wanted_BTV = whole(params, tokens_BT, live, execution=execution)
+    expected_BTV = whole(params, tokens_BT, live, execution=execution)
     cache, rows = caches.allocate(architecture, 4, 25, jnp.float32), np.arange(4)[:, None]
 
     def read(start_B, length, valid_B):
@@ -67,7 +67,7 @@ def test_chunks_from_any_start_equal_the_whole_sequence(kind, kernels):
             params, cache, tokens_BT[rows, place_BT], start_B, valid_BT, live, execution=execution
         )
         for row, valid_T in enumerate(valid_BT):
-            assert_close(logits_BTV[row, valid_T], wanted_BTV[row, place_BT[row, valid_T]])
+            assert_close(logits_BTV[row, valid_T], expected_BTV[row, place_BT[row, valid_T]])
 
     for start_B in (None, np.zeros(4, np.int32)):
         read(start_B, 8, FIRST_B)

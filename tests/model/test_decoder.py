@@ -125,8 +125,8 @@ def test_a_moe_layer_equals_a_loop_over_all_experts(variant):
     experts = stack["experts"]
     parts = {name: stack[name] for name in ("router", "shared") if name in stack}
     weights = {
-        part: {name.replace("_L", "_"): weight[layer] for name, weight in of_part.items()}
-        for part, of_part in parts.items()
+        part: {name.replace("_L", "_"): weight[layer] for name, weight in weights.items()}
+        for part, weights in parts.items()
     }
     if moe.shared_gate:
         weights["shared_gate_D"] = stack["shared_gate_LD"][layer]
@@ -147,25 +147,25 @@ def test_a_moe_layer_equals_a_loop_over_all_experts(variant):
 
     y_ND, traffic = run(x_ND, weights, experts, settings)
     weights |= {"gate_up_EIFD": experts["gate_up_LEIFD"][layer], "down_EDF": experts["down_LEDF"][layer]}
-    wanted_ND, load_E = reference_moe(x_ND, weights, moe, np.where(valid_N, k_B[row_N], 0))
-    assert_close(y_ND, wanted_ND)
+    expected_ND, load_E = reference_moe(x_ND, weights, moe, np.where(valid_N, k_B[row_N], 0))
+    assert_close(y_ND, expected_ND)
     np.testing.assert_array_equal(traffic.load_E, load_E)
 
 
 def test_cached_decode_equals_the_whole_sequence():
     """A ragged batch, a policy per row: after the prompts, one token at a time."""
     tokens_BT, length_B, settings = tokens(4, 16), np.array([8, 2, 5, 7], np.int32), live(8, 2, 5, 1)
-    wanted_BTV, _ = whole(tokens_BT, settings)
+    expected_BTV, _ = whole(tokens_BT, settings)
     valid_BT = np.arange(8)[None, :] < length_B[:, None]
     prompts_BT = np.where(valid_BT, tokens_BT[:, :8], 511)
     cache = caches.allocate(UNTIED, 4, 16, jnp.float32)
     logits_BTV, cache, _ = extend(PARAMS, cache, prompts_BT, np.zeros(4, np.int32), valid_BT, settings)
     for row, length in enumerate(length_B):
-        assert_close(logits_BTV[row, :length], wanted_BTV[row, :length])
+        assert_close(logits_BTV[row, :length], expected_BTV[row, :length])
     rows, alive_BT = np.arange(4), np.ones((4, 1), bool)
     for at_B in (length_B + step for step in range(8)):
         logits_BTV, cache, _ = extend(PARAMS, cache, tokens_BT[rows, at_B][:, None], at_B, alive_BT, settings)
-        assert_close(logits_BTV[:, 0], wanted_BTV[rows, at_B])
+        assert_close(logits_BTV[:, 0], expected_BTV[rows, at_B])
 
 
 def test_a_finished_row_keeps_no_experts_and_disturbs_nobody():
@@ -199,14 +199,14 @@ def test_requests_of_different_k_get_what_each_gets_alone():
 
 def test_a_rows_logits_depend_on_neither_padding_nor_neighbours():
     tokens_BT = tokens(1, 11)
-    wanted_BTV, _ = whole(tokens_BT, live(8))
+    expected_BTV, _ = whole(tokens_BT, live(8))
     for seed in (1, 2):
         crowd_BT = tokens(4, 16, seed)
         crowd_BT[2, :11] = tokens_BT
         segments_BT = np.ones_like(crowd_BT)
         segments_BT[2, 11:] = 0
         got_BTV, _ = whole(crowd_BT, live(3, 8, 8, 1), segments_BT)
-        assert_close(got_BTV[2, :11], wanted_BTV[0])
+        assert_close(got_BTV[2, :11], expected_BTV[0])
 
 
 def test_segments_do_not_see_each_other():

@@ -40,16 +40,16 @@ def test_cached_decode_of_a_ragged_batch_equals_the_whole_sequence(name, kernels
         x_BTD, cache, _ = decoder.extend(params, cache, tokens_BT, start_B, valid_BT, live, execution)
         return decoder.logits(params, x_BTD), cache
 
-    wanted_BTV, length_B, rows = whole(params, tokens_BT), np.array([8, 2, 5, 7], np.int32), np.arange(4)
+    expected_BTV, length_B, rows = whole(params, tokens_BT), np.array([8, 2, 5, 7], np.int32), np.arange(4)
     valid_BT = np.arange(8)[None, :] < length_B[:, None]
     cache = caches.allocate(architecture, 4, 16, jnp.float32)
     prompts_BT = np.where(valid_BT, tokens_BT[:, :8], 63)
     logits_BTV, cache = extend(params, cache, prompts_BT, np.zeros(4, np.int32), valid_BT)
     for row, length in enumerate(length_B):
-        assert_close(logits_BTV[row, :length], wanted_BTV[row, :length])
+        assert_close(logits_BTV[row, :length], expected_BTV[row, :length])
     for at_B in (length_B + step for step in range(8)):
         logits_BTV, cache = extend(params, cache, tokens_BT[rows, at_B][:, None], at_B, np.ones((4, 1), bool))
-        assert_close(logits_BTV[:, 0], wanted_BTV[rows, at_B])
+        assert_close(logits_BTV[:, 0], expected_BTV[rows, at_B])
 
 
 def test_the_cache_holds_one_latent_and_one_rotary_key_of_a_position():

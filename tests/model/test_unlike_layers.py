@@ -13,7 +13,7 @@ import moe_jax
 from moe_jax import checkpoint
 from moe_jax.checkpoint import huggingface
 from moe_jax.checkpoint.families import FAMILIES
-from moe_jax.config import layers
+from moe_jax.config import layer_order
 from moe_jax.config.architecture import Architecture, MoEConfig
 from moe_jax.conversion import convert
 from moe_jax.engine import cache as caches
@@ -80,10 +80,10 @@ def settings_of(policy, execution):
 
 
 def test_the_stacks_are_of_layers_that_are_alike(model):
-    assert layers.stacks(ARCHITECTURE) == {"dense": (1,), "moe": [0, 2, 4], "moe_3": [3, 5]}
+    assert layer_order.stacks(ARCHITECTURE) == {"dense": (1,), "moe": [0, 2, 4], "moe_3": [3, 5]}
     shapes = {stack: model.params[stack]["router"]["weight_LED"].shape for stack in ("moe", "moe_3")}
     assert shapes == {"moe": (3, 12, 24), "moe_3": (2, 3, 24)}
-    passes = [(len(block.layers), block.times) for block in layers.blocks(ARCHITECTURE)]
+    passes = [(len(block.layers), block.times) for block in layer_order.blocks(ARCHITECTURE)]
     assert passes == [(1, 1), (1, 1), (2, 2)]
 
 
@@ -96,16 +96,16 @@ def test_a_pattern_with_several_layers_of_one_stack(tmp_path):
     trunk = dataclasses.replace(ARCHITECTURE.decoder, num_dense_layers=2, dense_layers=(2, 5))
     moe = dataclasses.replace(ARCHITECTURE.moe, num_experts=6, k=2, num_experts_of_layers=(), k_of_layers=())
     architecture = Architecture(trunk, ARCHITECTURE.attention, moe)
-    assert [(len(block.layers), block.times) for block in layers.blocks(architecture)] == [(3, 2)]
+    assert [(len(block.layers), block.times) for block in layer_order.blocks(architecture)] == [(3, 2)]
     folder = write(tmp_path / "model", Variant("qwen3_moe", architecture), dtype="float32")
     model, tensors = moe_jax.load(folder, dtype="float32"), safetensors.numpy.load_file(folder / "model.safetensors")
-    wanted_BTV = plain({name: jnp.asarray(one) for name, one in tensors.items()}, (2,) * 4, architecture)
-    assert_close(model.logits(TOKENS_BT), wanted_BTV)
+    expected_BTV = plain({name: jnp.asarray(one) for name, one in tensors.items()}, (2,) * 4, architecture)
+    assert_close(model.logits(TOKENS_BT), expected_BTV)
     execution = execution_of(architecture)
     live = policies.settings([MODEL_OWN] * ROWS, architecture, execution.k_max)
     rows = TOKENS_BT, POSITIONS_BT, np.ones_like(TOKENS_BT)
     x_BTD, _ = jax.jit(lambda params: decoder.hidden(params, *rows, live, execution))(model.params)
-    assert_close(decoder.logits(model.params, x_BTD), wanted_BTV)
+    assert_close(decoder.logits(model.params, x_BTD), expected_BTV)
 
 
 @pytest.mark.parametrize("k", [1, 5])
@@ -115,7 +115,7 @@ def test_a_layer_with_fewer_experts_than_a_policy_asks_for_keeps_all_of_them(mod
 
 
 def test_prompts_in_chunks_and_decode(model, tensors):
-    wanted_BTV, execution = plain(tensors, K_L), execution_of(ARCHITECTURE)
+    expected_BTV, execution = plain(tensors, K_L), execution_of(ARCHITECTURE)
     live = settings_of(MODEL_OWN, execution)
 
     @jax.jit
@@ -128,7 +128,7 @@ def test_prompts_in_chunks_and_decode(model, tensors):
     cache, at = caches.allocate(ARCHITECTURE, ROWS, LENGTH, jnp.float32), 0
     for count in (5, 5, 1, 1, 1):
         got, cache, traffic = extend(model.params, cache, TOKENS_BT[:, at : at + count], np.full(ROWS, at, np.int32))
-        assert_close(got, wanted_BTV[:, at : at + count])
+        assert_close(got, expected_BTV[:, at : at + count])
         at += count
         np.testing.assert_array_equal(traffic.load_E.sum(axis=1), np.array(K_L) * ROWS * count)
         assert not np.asarray(traffic.load_E)[MISSING_LE].any()
@@ -165,8 +165,8 @@ def test_no_policy_chooses_an_expert_that_a_layer_lacks(model):
     assert not calibration.similarity_LEE[MISSING_LE].any()
     own = [calibration.similarity_LEE[layer, :experts, :experts] for layer, experts in enumerate(EXPERTS_L)]
     assert all(np.allclose(np.diag(similarity_EE), 1, atol=1e-5) for similarity_EE in own)
-    of_step = "opportunistic:1", "budget:5", "reroute:1,-1", "capacity:0.5", "capacity:0.5,overflow=next"
-    specs = [*(f"topk:8+{spec}" for spec in of_step), "median", "mass:0.5", "schedule:8,2,8,1"]
+    step_wise = "opportunistic:1", "budget:5", "reroute:1,-1", "capacity:0.5", "capacity:0.5,overflow=next"
+    specs = [*(f"topk:8+{spec}" for spec in step_wise), "median", "mass:0.5", "schedule:8,2,8,1"]
     rows = np.repeat(np.arange(len(specs)), ROWS)
     live = policies.settings([parse(specs[row], calibration) for row in rows], ARCHITECTURE, execution.k_max)
     sequences = (np.tile(every_BT, (len(specs), 1)) for every_BT in (TOKENS_BT, POSITIONS_BT, np.ones_like(TOKENS_BT)))
@@ -175,9 +175,9 @@ def test_no_policy_chooses_an_expert_that_a_layer_lacks(model):
     assert (chosen_LBTK < np.array(EXPERTS_L)[:, None, None, None]).all()
     assert not np.asarray(traffic.load_E)[MISSING_LE].any()
     for number, spec in enumerate(specs):
-        of_spec_LBTK = chosen_LBTK[:, rows == number]
-        assert (of_spec_LBTK >= 0).any(axis=(1, 2, 3)).all(), spec
-        ordered = np.sort(np.where(of_spec_LBTK < 0, -1 - np.arange(of_spec_LBTK.shape[-1]), of_spec_LBTK))
+        own_LBTK = chosen_LBTK[:, rows == number]
+        assert (own_LBTK >= 0).any(axis=(1, 2, 3)).all(), spec
+        ordered = np.sort(np.where(own_LBTK < 0, -1 - np.arange(own_LBTK.shape[-1]), own_LBTK))
         assert (np.diff(ordered) > 0).all(), f"{spec} chose an expert twice"
 
 

@@ -5,7 +5,7 @@ import numpy as np
 GAP = 1e-4  # a choice between scores nearer than this may rightly fall either way
 
 
-def load(transformers, path, **options):
+def load_model(transformers, path, **options):
     """Loads with the peer, and accepts no missing, unexpected or mismatched tensor."""
     import torch
 

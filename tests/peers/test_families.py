@@ -50,7 +50,7 @@ def load_peer(transformers, path, **options):
     if fields["model_type"] == "kimi_k2":
         (path / "config.json").write_text(json.dumps(fields | {"model_type": "deepseek_v3"}))
     try:
-        return peer.load(transformers, path, **options)
+        return peer.load_model(transformers, path, **options)
     finally:
         (path / "config.json").write_text(json.dumps(fields))
 
@@ -62,13 +62,13 @@ def assert_same_logits(ours, model, architecture, k=None):
     tokens_BT = random.integers(0, architecture.decoder.vocab_size, (8, length), dtype=np.int32)
     valid_BT = np.arange(length) < np.array([48, 7, 1, 40] * 2)[:, None]
     tokens_BT[~valid_BT] = 0
-    wanted_BTV, clear_BT = peer.logits(model, tokens_BT, valid_BT, architecture.moe, k)
+    expected_BTV, clear_BT = peer.logits(model, tokens_BT, valid_BT, architecture.moe, k)
     policy = None if k is None else moe_jax.policies.parse(f"topk:{k}")
     got_BTV = np.asarray(ours.logits(tokens_BT, policy=policy, k_max=k or 0))
-    assert got_BTV.dtype == np.float32 and got_BTV.shape == wanted_BTV.shape
+    assert got_BTV.dtype == np.float32 and got_BTV.shape == expected_BTV.shape
     compared_BT = clear_BT & valid_BT
     assert compared_BT.sum() > valid_BT.sum() / 3
-    got, expected = got_BTV[compared_BT], wanted_BTV[compared_BT]
+    got, expected = got_BTV[compared_BT], expected_BTV[compared_BT]
     assert np.linalg.norm(got - expected) <= TOLERANCE * np.linalg.norm(expected)
 
 
@@ -130,7 +130,7 @@ def test_gradients(transformers, tiny, fewer):
     k = architecture.moe.k - fewer
     model = load_peer(transformers, path, num_experts_per_tok=k)
     tokens_BT = peer.clear_tokens(model, architecture, (3, 10), k)
-    wanted_of = gradients_of_the_peer(model, tokens_BT)
+    expected_of = gradients_of_the_peer(model, tokens_BT)
     execution = execution_of(architecture, k)
     live = policies.settings([parse(f"topk:{k}")] * 3, architecture, k)
     given_BT = tokens_BT[:, :-1]  # nothing is to follow the last token
@@ -150,7 +150,7 @@ def test_gradients(transformers, tiny, fewer):
             continue
         expected = np.zeros_like(ours)
         for name, index in rule.placements(architecture):
-            expected[index] = wanted_of(name).reshape(expected[index].shape)
+            expected[index] = expected_of(name).reshape(expected[index].shape)
         if rule.parameter == "moe/router/weight_LED" and k == 1 and architecture.moe.normalize:
             # one expert has all the weight, whatever the router says: both are rounding alone
             assert max(np.linalg.norm(ours), np.linalg.norm(expected)) < 1e-6

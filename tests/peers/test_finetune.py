@@ -36,7 +36,7 @@ def tuned(request, tmp_path_factory):
     overrides = tiny_training.finetuning_overrides(sources, folder / "model", **FEW)
     (folder / "out").mkdir()
     run = command.Command("finetune", read_config(None, overrides), folder / "out", False, io.StringIO())
-    launcher_module.load("finetune").main(run)
+    launcher_module.import_launcher("finetune").main(run)
     return variant.architecture, folder
 
 
@@ -44,18 +44,18 @@ def test_its_loss_is_that_of_what_was_exported(transformers, tuned):
     """Over tokens whose experts were clearly chosen; with as many experts as before it is another."""
     architecture, folder = tuned
     assert json.loads((folder / "out" / "model" / "config.json").read_text())["num_experts_per_tok"] == 3
-    ours, model = moe_jax.load(folder / "out" / "model"), peer.load(transformers, folder / "out" / "model")
+    ours, model = moe_jax.load(folder / "out" / "model"), peer.load_model(transformers, folder / "out" / "model")
     text = (folder / "sources" / "train" / "cmd.py").read_text()
     tokens_BT = np.array(ours.tokenizer.encode(text).ids[: 16 * 33], np.int32).reshape(16, 33)
     given_BT, labels_BT = tokens_BT[:, :-1], tokens_BT[:, 1:]
-    wanted_BTV, clear_BT = peer.logits(model, given_BT, np.ones(given_BT.shape, bool), architecture.moe, 3)
+    expected_BTV, clear_BT = peer.logits(model, given_BT, np.ones(given_BT.shape, bool), architecture.moe, 3)
     assert clear_BT.mean() > 0.5
 
     def loss(logits_BTV):
         share_BTV = np.asarray(jax.nn.log_softmax(logits_BTV))
         return -np.take_along_axis(share_BTV, labels_BT[..., None], axis=2)[..., 0][clear_BT].mean()
 
-    assert loss(ours.logits(given_BT)) == pytest.approx(loss(wanted_BTV), rel=TOLERANCE)
-    assert loss(ours.logits(given_BT, policy="topk:4", k_max=4)) != pytest.approx(loss(wanted_BTV), rel=1e-4)
+    assert loss(ours.logits(given_BT)) == pytest.approx(loss(expected_BTV), rel=TOLERANCE)
+    assert loss(ours.logits(given_BT, policy="topk:4", k_max=4)) != pytest.approx(loss(expected_BTV), rel=1e-4)
     before = moe_jax.load(folder / "model").logits(given_BT, policy="topk:3")
-    assert loss(wanted_BTV) < loss(before) - 0.01, "nothing was learnt"
+    assert loss(expected_BTV) < loss(before) - 0.01, "nothing was learnt"

@@ -164,7 +164,7 @@ def both(request, adapt):
 
     k = request.param
     theirs = HFLM(
-        pretrained=peer.load(transformers, DEMO, num_experts_per_tok=k),
+        pretrained=peer.load_model(transformers, DEMO, num_experts_per_tok=k),
         tokenizer=transformers.AutoTokenizer.from_pretrained(DEMO),
         batch_size=1,
         device="cpu",

@@ -91,12 +91,12 @@ def assert_same_logits(ours, model, vocab_size, policy=None):
     valid_BT = np.arange(12) < np.array([12, 7, 1, 10] * 4)[:, None]
     tokens_BT[~valid_BT] = 0
     k = model.config.num_experts_per_tok
-    wanted_BTV, clear_BT = peer.logits(model, tokens_BT, valid_BT, ours.architecture.moe, k)
+    expected_BTV, clear_BT = peer.logits(model, tokens_BT, valid_BT, ours.architecture.moe, k)
     got_BTV = np.asarray(ours.logits(tokens_BT, policy=policy))
-    assert got_BTV.dtype == np.float32 and got_BTV.shape == wanted_BTV.shape
+    assert got_BTV.dtype == np.float32 and got_BTV.shape == expected_BTV.shape
     compared_BT = clear_BT & valid_BT
     assert compared_BT.sum() > valid_BT.sum() / 2
-    got, expected = got_BTV[compared_BT], wanted_BTV[compared_BT]
+    got, expected = got_BTV[compared_BT], expected_BTV[compared_BT]
     assert np.linalg.norm(got - expected) <= TOLERANCE * np.linalg.norm(expected)
     assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
 
@@ -113,12 +113,12 @@ def tiny(request, tmp_path_factory):
 def test_logits_of_what_we_write(transformers, tiny):
     path, architecture = tiny
     ours = moe_jax.load(path, dtype="float32")
-    assert_same_logits(ours, peer.load(transformers, path), architecture.decoder.vocab_size)
+    assert_same_logits(ours, peer.load_model(transformers, path), architecture.decoder.vocab_size)
 
 
 def test_logits_with_fewer_experts(transformers, tiny):
     path, architecture = tiny
-    ours, model = moe_jax.load(path, dtype="float32"), peer.load(transformers, path, num_experts_per_tok=4)
+    ours, model = moe_jax.load(path, dtype="float32"), peer.load_model(transformers, path, num_experts_per_tok=4)
     vocab_size = architecture.decoder.vocab_size
     assert_same_logits(ours, model, vocab_size, policy=moe_jax.policies.parse("topk:4"))
     with pytest.raises(AssertionError):
@@ -133,7 +133,7 @@ def test_logits_of_what_transformers_writes(transformers, tmp_path):
     transformers.Glm4MoeForCausalLM(config).save_pretrained(tmp_path / "model")
     assert checkpoint.open(tmp_path / "model").architecture == VARIANTS["groups"]
     ours = moe_jax.load(tmp_path / "model", dtype="float32")
-    assert_same_logits(ours, peer.load(transformers, tmp_path / "model"), VARIANTS["groups"].decoder.vocab_size)
+    assert_same_logits(ours, peer.load_model(transformers, tmp_path / "model"), VARIANTS["groups"].decoder.vocab_size)
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
@@ -168,7 +168,7 @@ def test_dtypes_of_the_peer(transformers, tiny):
 def test_logits_of_the_demo(transformers, k):
     architecture = checkpoint.open(DEMO).architecture
     assert architecture.moe.k == 8
-    ours, model = moe_jax.load(DEMO, dtype="float32"), peer.load(transformers, DEMO, num_experts_per_tok=k)
+    ours, model = moe_jax.load(DEMO, dtype="float32"), peer.load_model(transformers, DEMO, num_experts_per_tok=k)
     policy = None if k == 8 else moe_jax.policies.parse(f"topk:{k}")
     assert_same_logits(ours, model, architecture.decoder.vocab_size, policy)
 
@@ -189,7 +189,7 @@ def test_bits_per_byte_of_the_demo(transformers, k):
     import torch
 
     ours = moe_jax.load(DEMO, dtype="float32")
-    model = peer.load(transformers, DEMO, num_experts_per_tok=k)
+    model = peer.load_model(transformers, DEMO, num_experts_per_tok=k)
     documents = sorted(load_held_out(DEMO.parent / "text"), key=lambda one: len(one.text))[:250:50]
     tokens, sizes = encode_documents(ours.tokenizer, documents), [len(one.text.encode()) for one in documents]
     context = ours.architecture.decoder.max_context

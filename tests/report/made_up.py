@@ -42,8 +42,8 @@ def frontier(num_layers: int = 5, policies: dict = POLICIES, loads: tuple = LOAD
             if policy.partition(":")[0] in OF_THE_BATCH:
                 mix = 1 - rows**-0.5
                 kept, relative, share = FULL + (kept - FULL) * mix, relative * mix, 1 + (share - 1) * mix
-            shares_L, of_policy = _shares(policy, num_layers), np.random.default_rng(number)
-            quality = _quality(kept, relative, _distinct(kept, rows) * share, shares_L, of_policy)
+            shares_L, random = _shares(policy, num_layers), np.random.default_rng(number)
+            quality = _quality(kept, relative, _distinct(kept, rows) * share, shares_L, random)
             speed = _speed(quality.distinct_experts, rows, random)
             rival = None if policy in UNIFORM else Rival("model", FULL, quality.increase)
             points.append(Point(policy, rival is None, rows, quality, speed, rival))

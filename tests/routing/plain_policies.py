@@ -99,7 +99,7 @@ def reroute(rows, kept, k0, least, similarity):
 def ask(weights, requests, served, room):
     """Experts take the heaviest of those who ask, while there is room; among equals the earlier row."""
     for b, expert in sorted(requests, key=lambda request: (-weights[request[0]][request[1]], request[0])):
-        if sum(expert in of_row for of_row in served.values()) < room:
+        if sum(expert in experts for experts in served.values()) < room:
             served[b].append(expert)
 
 

@@ -13,7 +13,7 @@ from moe_jax.config.architecture import MoEConfig
 from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies import registry
-from moe_jax.routing.policies.columns import Model, PerLayer, constant, per_layer
+from moe_jax.routing.policies.columns import ModelFacts, PerLayer, constant, per_layer
 from moe_jax.routing.policies.kind import Kind, RowWise, StepWise
 from moe_jax.routing.policies.parse import parse
 from moe_jax.routing.policies.step import holds
@@ -116,10 +116,10 @@ def test_a_new_kind_is_named_in_errors(registered, spec, message):
 
 def test_a_new_kind_is_bound_where_it_belongs(registered):
     without, having = bound("topk:2"), bound("topk:2", "crowd:2", "at_least:0.5/0.25")
-    assert having.of_BL.keys() - without.of_BL.keys() == {"crowd"}  # row-wise columns are always there
-    assert np.asarray(having.of_BL["at_least"]).tolist() == [[0, 0], [0, 0], [0.5, 0.25]]
-    assert np.asarray(having.of_BL["crowd"]).tolist() == [[0, 0], [2, 2], [0, 0]]
-    assert (without.table_of.keys(), having.table_of.keys()) == (set(), {"crowd"})
+    assert having.columns_BL.keys() - without.columns_BL.keys() == {"crowd"}  # row-wise columns are always there
+    assert np.asarray(having.columns_BL["at_least"]).tolist() == [[0, 0], [0, 0], [0.5, 0.25]]
+    assert np.asarray(having.columns_BL["crowd"]).tolist() == [[0, 0], [2, 2], [0, 0]]
+    assert (without.tables.keys(), having.tables.keys()) == (set(), {"crowd"})
     with pytest.raises(ValueError, match=r"at_least:0.1/0.2/0.3: 3 numbers; expected one, or one for each"):
         bound("at_least:0.1/0.2/0.3")
 
@@ -161,7 +161,7 @@ def test_one_more_kind_compares_no_weights_again(monkeypatch):
 def test_columns_are_as_a_kind_says(kind):
     layers = 3 if kind.name == "layers" else 4
     calibration = Calibration(np.full(layers, 0.5, np.float32), np.zeros((layers, E, E), np.float32), np.zeros(1))
-    model = Model(layers, E, 4, True, calibration)
+    model = ModelFacts(layers, E, 4, True, calibration)
     [part] = parse(kind.form).parts
     assert isinstance(part, kind) and part.spec == kind.form
     [owner] = [one for one in registry.KINDS if {*one.sets} & {*kind.sets} and one.neutral(model)]

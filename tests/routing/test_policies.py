@@ -246,17 +246,17 @@ def test_renormalisation_with_fewer_and_more_static_slots(normalize, rule, k_max
     ],
 )
 def test_k_of_each_layer(spec, expected):
-    assert np.asarray(bound([spec]).of_BL["k"]).tolist() == [expected]
+    assert np.asarray(bound([spec]).columns_BL["k"]).tolist() == [expected]
 
 
 def test_a_schedule_is_linear_between_its_ends_and_rounds_halves_up():
     live = policies.settings([parse("schedule:6,8,2,4")], tiny_model.layers_of(MoEConfig(num_experts=E, k=8), 11), 8)
-    assert np.asarray(live.of_BL["k"]).tolist() == [[6, 7, 7, 8, 8, 7, 6, 5, 4, 3, 2]]
+    assert np.asarray(live.columns_BL["k"]).tolist() == [[6, 7, 7, 8, 8, 7, 6, 5, 4, 3, 2]]
 
 
 def test_thresholds_may_differ_by_layer():
-    assert np.asarray(bound(["ratio:0.5/0.25/0.125"]).of_BL["ratio"]).tolist() == [[0.5, 0.25, 0.125]]
-    np.testing.assert_allclose(bound(["median:scale=0.5"]).of_BL["ratio"], [[0.15, 0.25, 0.35]])
+    assert np.asarray(bound(["ratio:0.5/0.25/0.125"]).columns_BL["ratio"]).tolist() == [[0.5, 0.25, 0.125]]
+    np.testing.assert_allclose(bound(["median:scale=0.5"]).columns_BL["ratio"], [[0.15, 0.25, 0.35]])
 
 
 @pytest.mark.parametrize("spec", [*SPECS, *NEUTRAL, "ratio:0.5/0.25/0.125,min=2", *(kind.form for kind in KINDS)])

@@ -73,7 +73,7 @@ def test_what_cannot_be_replayed_is_refused(experts, k, message):
 def test_saved_and_loaded(tmp_path):
     trace = random_trace()
     traces.save(tmp_path / "a.npz", trace)
-    loaded = traces.load(tmp_path / "a.npz")
+    loaded = traces.read(tmp_path / "a.npz")
     assert loaded.num_experts == 16
     np.testing.assert_array_equal(loaded.expert_LJTK, trace.expert_LJTK)
 
@@ -91,12 +91,12 @@ def test_saved_and_loaded(tmp_path):
 def test_what_is_no_trace_is_refused(tmp_path, write):
     write(tmp_path / "a.npz")
     with pytest.raises(ValueError, match=r"benchmark.trace = '.*a.npz': .*expected") as caught:
-        traces.load(tmp_path / "a.npz")
+        traces.read(tmp_path / "a.npz")
     assert len(str(caught.value).splitlines()) == 1
 
 
 def test_the_shipped_trace_is_small_and_whole():
-    trace = traces.load(SHIPPED)
+    trace = traces.read(SHIPPED)
     assert SHIPPED.stat().st_size < 300_000
     assert (trace.num_experts, trace.expert_LJTK.shape) == (64, (5, 64, 128, 8))
     ascending = np.sort(trace.expert_LJTK, axis=3)
@@ -123,8 +123,8 @@ def test_the_policy_takes_the_given_experts_at_the_routers_weights():
     keep_NK = np.array([[1, 1, 1], [1, 1, 1], [1, 1, 0], [0, 0, 0]], bool)  # the last is padding
     np.testing.assert_array_equal(selection.keep_NK, keep_NK)
     mix_NK = np.where(keep_NK, np.take_along_axis(MIX_NE, given_NK, axis=1), 0)
-    wanted_NK = mix_NK / np.maximum(mix_NK.sum(axis=1, keepdims=True), 1e-20)
-    np.testing.assert_allclose(selection.weight_NK, wanted_NK, rtol=1e-6)
+    expected_NK = mix_NK / np.maximum(mix_NK.sum(axis=1, keepdims=True), 1e-20)
+    np.testing.assert_allclose(selection.weight_NK, expected_NK, rtol=1e-6)
 
 
 def test_a_token_without_a_recording_is_routed_as_ever():
@@ -150,9 +150,9 @@ def test_a_part_of_the_tokens_replays_its_part(kept):
         context = Context(jnp.int32(1), jnp.array([0, 0, 1, 1])[tokens], jnp.ones(4, bool)[tokens], 0)
         return select(routing, settings, context, MOE, 3)
 
-    def of_chunk(x_LNK):
+    def slice_chunk(x_LNK):
         return x_LNK[:, 1:3]
 
-    for part, whole in zip(selected(replayed.of_tokens(of_chunk), 1, 3), selected(replayed, 0, 4), strict=True):
+    for part, whole in zip(selected(replayed.slice_tokens(slice_chunk), 1, 3), selected(replayed, 0, 4), strict=True):
         np.testing.assert_array_equal(part, whole[1:3])
-    assert live.of_tokens(of_chunk) is live
+    assert live.slice_tokens(slice_chunk) is live

@@ -42,8 +42,8 @@ def test_ratios_and_likeness_equal_plain_loops(measured, monkeypatch):
     inputs = [moe_inputs(rows, monkeypatch) for rows in (first, second)]
     for layer in range(2):
         ratios, outputs = [], []
-        for of_rows in inputs:
-            x_ND = np.float64(of_rows[layer].reshape(8, -1, 64)[:, :12].reshape(96, 64))
+        for rows in inputs:
+            x_ND = np.float64(rows[layer].reshape(8, -1, 64)[:, :12].reshape(96, 64))
             mix_NE = 1 / (1 + np.exp(-x_ND @ stack["router"]["weight_LED"][layer].T))
             score_NE = mix_NE + stack["router"]["bias_LE"][layer]
             for mix, score in zip(mix_NE, score_NE):
@@ -56,8 +56,8 @@ def test_ratios_and_likeness_equal_plain_loops(measured, monkeypatch):
         assert found.median_ratio_L[layer] == pytest.approx(np.median(ratios), rel=1e-5)
         laid_ED = np.concatenate(outputs, axis=1)
         norm_E = np.linalg.norm(laid_ED, axis=1)
-        wanted_EE = laid_ED @ laid_ED.T / norm_E[:, None] / norm_E
-        np.testing.assert_allclose(found.similarity_LEE[layer], wanted_EE, atol=1e-5)
+        expected_EE = laid_ED @ laid_ED.T / norm_E[:, None] / norm_E
+        np.testing.assert_allclose(found.similarity_LEE[layer], expected_EE, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
@@ -103,7 +103,7 @@ def test_damaged_files_are_refused(measured, tmp_path, damage):
     elif damage == "lacking":
         np.savez(path, median_ratio_L=found.median_ratio_L)
     with pytest.raises(ValueError, match=r"policy\.calibration = ") as refusal:
-        calibrations.load(path)
+        calibrations.read(path)
     assert "\n" not in str(refusal.value)
 
 

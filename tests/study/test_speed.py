@@ -48,8 +48,8 @@ def load_of(experts):
 @pytest.mark.parametrize(("policy", "k"), [("model", 8), ("topk:3", 3)])
 @pytest.mark.parametrize("rows", [1, 3, 4])
 def test_each_decode_step_wakes_the_experts_of_the_next_recorded_token(engine, trace, monkeypatch, policy, k, rows):
-    subject = speed.Subject(engine, EXECUTION, policy, SamplingConfig(), trace, routing=True)
-    case = speed.Decode(subject, tokens(rows, 9), prompt_length=5)
+    model = speed.TimedModel(engine, EXECUTION, policy, SamplingConfig(), trace, routing=True)
+    case = speed.Decode(model, tokens(rows, 9), prompt_length=5)
     monkeypatch.setattr(speed, "steps_at_once", lambda seconds, most: 3)
     samples = case.take(4) + case.take(4)
     assert len(samples) == 4
@@ -65,8 +65,8 @@ def test_each_decode_step_wakes_the_experts_of_the_next_recorded_token(engine, t
 @pytest.mark.parametrize(("policy", "k"), [("model", 8), ("topk:3", 3)])
 @pytest.mark.parametrize("length", [16, 21])
 def test_a_prefill_wakes_the_experts_of_its_tokens(engine, trace, policy, k, length):
-    subject = speed.Subject(engine, EXECUTION, policy, SamplingConfig(), trace, routing=True)
-    [sample] = speed.Prefill(subject, tokens(1, length)[0]).take(1)
+    model = speed.TimedModel(engine, EXECUTION, policy, SamplingConfig(), trace, routing=True)
+    [sample] = speed.Prefill(model, tokens(1, length)[0]).take(1)
     expert_LBTK = trace.replay(LAYERS, 16, 8, 1, length)
     wanted_LE = np.stack([load_of(of_layer[..., :k]) for of_layer in expert_LBTK])
     np.testing.assert_array_equal([load_of(of_layer[of_layer >= 0]) for of_layer in sample.chosen_LNK], wanted_LE)
@@ -75,8 +75,10 @@ def test_a_prefill_wakes_the_experts_of_its_tokens(engine, trace, policy, k, len
 
 def test_a_prefill_in_chunks_wakes_the_experts_of_its_tokens(engine, trace, monkeypatch):
     monkeypatch.setattr(caches, "CHUNK", 8)
-    subject = speed.Subject(Engine(engine.params, None, ()), EXECUTION, "topk:3", SamplingConfig(), trace, routing=True)
-    [sample] = speed.Prefill(subject, tokens(1, 21)[0]).take(1)
+    model = speed.TimedModel(
+        Engine(engine.params, None, ()), EXECUTION, "topk:3", SamplingConfig(), trace, routing=True
+    )
+    [sample] = speed.Prefill(model, tokens(1, 21)[0]).take(1)
     expert_LBTK = trace.replay(LAYERS, 16, 8, 1, 21)
     np.testing.assert_array_equal(sample.chosen_LNK[:, :21, :3], expert_LBTK[:, 0, :, :3])
     assert sample.step.kept_slots == 21 * 3 * LAYERS
@@ -88,7 +90,7 @@ def test_decode_steps_are_those_of_the_engine(engine, monkeypatch):
     sampling = SamplingConfig(max_new_tokens=8)
     ran = engine.run(make_requests(prompts, None, EXECUTION, sampling=sampling), EXECUTION)
     tokens_BT = np.array([prompt + list(one.ids) for prompt, one in zip(prompts, ran.completions)])
-    case = speed.Decode(speed.Subject(engine, EXECUTION, None, SamplingConfig()), tokens_BT, prompt_length=5)
+    case = speed.Decode(speed.TimedModel(engine, EXECUTION, None, SamplingConfig()), tokens_BT, prompt_length=5)
     monkeypatch.setattr(speed, "steps_at_once", lambda seconds, most: 3)
     drawn = []
     call = case._rows._call
@@ -117,8 +119,8 @@ def test_policies_on_the_same_rows_wake_the_experts_recorded_for_each_step(engin
 
 
 def test_cases_take_turns(engine):
-    subject = speed.Subject(engine, EXECUTION, None, SamplingConfig())
-    cases = [speed.Prefill(subject, tokens(1, 16)[0]), speed.Decode(subject, tokens(2, 12), prompt_length=4)]
+    model = speed.TimedModel(engine, EXECUTION, None, SamplingConfig())
+    cases = [speed.Prefill(model, tokens(1, 16)[0]), speed.Decode(model, tokens(2, 12), prompt_length=4)]
     samples = {case.name: [] for case in cases}
     for number in (1, 2, 3):
         for case, taken in zip(cases, speed.take_turns(cases, [1, 2])):
@@ -127,8 +129,8 @@ def test_cases_take_turns(engine):
 
 
 def test_a_timing_sets_medians_beside_floors(engine):
-    subject = speed.Subject(engine, EXECUTION, "topk:4", SamplingConfig())
-    case = speed.Decode(subject, tokens(2, 12), prompt_length=4)
+    model = speed.TimedModel(engine, EXECUTION, "topk:4", SamplingConfig())
+    case = speed.Decode(model, tokens(2, 12), prompt_length=4)
     steps = [roofline.Step([n, n], [1, 1], 2 * 4 * LAYERS, 6 * LAYERS) for n in (4, 5, 6)]
     samples = [speed.Sample(seconds, step) for seconds, step in zip((0.002, 0.004, 0.010), steps)]
     machine = roofline.Machine(1e9, 1e30)
@@ -144,11 +146,11 @@ def test_a_timing_sets_medians_beside_floors(engine):
 
 
 def test_a_program_beyond_the_memory_is_refused(engine, monkeypatch):
-    subject = speed.Subject(engine, EXECUTION, None, SamplingConfig())
+    model = speed.TimedModel(engine, EXECUTION, None, SamplingConfig())
     monkeypatch.setattr(caches, "require_memory", lambda *arguments: None)
     monkeypatch.setattr(memory, "device_bytes", lambda: 1)
     with pytest.raises(ValueError, match=r"prefill_16 needs 0.0 GB of memory, 0.0 GB available: expected fewer"):
-        speed.Prefill(subject, tokens(1, 16)[0])
+        speed.Prefill(model, tokens(1, 16)[0])
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
@@ -180,8 +182,8 @@ def test_random_weights_beyond_the_memory_are_refused(monkeypatch):
 
 @pytest.mark.parametrize("kind", ["prefill", "decode"])
 def test_steps_whose_numbers_are_not_finite_are_not_timed(engine, monkeypatch, kind):
-    subject = speed.Subject(engine, EXECUTION, "model", SamplingConfig())
-    case = speed.Prefill(subject, tokens(1, 5)[0]) if kind == "prefill" else speed.Decode(subject, tokens(3, 9), 5)
+    model = speed.TimedModel(engine, EXECUTION, "model", SamplingConfig())
+    case = speed.Prefill(model, tokens(1, 5)[0]) if kind == "prefill" else speed.Decode(model, tokens(3, 9), 5)
     if kind == "prefill":
         program = case._program
         monkeypatch.setattr(case, "_program", lambda *given: (made_of_nan(program(*given)[0]), None))

@@ -15,7 +15,7 @@ def finetune(model, sources, out, **settings):
     """Calls the launcher's main; returns the output folder."""
     config = read_config(None, tiny_training.finetuning_overrides(sources, model, **settings))
     out.mkdir(exist_ok=True)
-    launcher_module.load("finetune").main(command.Command("finetune", config, out, False, io.StringIO()))
+    launcher_module.import_launcher("finetune").main(command.Command("finetune", config, out, False, io.StringIO()))
     return out
 
 

@@ -112,23 +112,23 @@ def test_what_is_reported_is_what_the_two_models_give(done, model, sources):
     with open(done.out / "documents.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["name"] for line in lines] == [document.name for document in reported]
-    of_policies = {"model": MODEL_OWN, "topk:3": parse("topk:3"), "topk:1": parse("topk:1")}
+    compared = {"model": MODEL_OWN, "topk:3": parse("topk:3"), "topk:1": parse("topk:1")}
     sizes = [int(line["bytes"]) for line in lines]
     rows = figures_of(done.out)
-    for when, folder, compared, suffix in (
-        ("before", model, of_policies, "_before"),
+    for when, folder, policies, suffix in (
+        ("before", model, compared, "_before"),
         ("after", done.out / "model", {"topk:3": MODEL_OWN, "topk:1": parse("topk:1")}, ""),
     ):
         tokens = encode_documents(load_tokenizer(folder), reported)
         loaded = moe_jax.load(folder)
         options = {"context": 32, "batch_size": 16}
         scored = score_documents(
-            loaded.params, tokens, list(compared.values()), execution_of(loaded.architecture), **options
+            loaded.params, tokens, list(policies.values()), execution_of(loaded.architecture), **options
         )
-        for name, likelihood in zip(compared, scored):
-            told = [float(line[f"{when} {name}"]) for line in lines]
-            np.testing.assert_allclose(told, likelihood.bits_J, rtol=1e-5)
-            assert rows[name]["bits_per_byte" + suffix]["value"] == pytest.approx(sum(told) / sum(sizes), rel=1e-6)
+        for name, likelihood in zip(policies, scored):
+            written = [float(line[f"{when} {name}"]) for line in lines]
+            np.testing.assert_allclose(written, likelihood.bits_J, rtol=1e-5)
+            assert rows[name]["bits_per_byte" + suffix]["value"] == pytest.approx(sum(written) / sum(sizes), rel=1e-6)
 
 
 def test_the_k_of_the_policy_is_the_exported_models_own(done, tmp_path):
@@ -166,8 +166,8 @@ def test_lora_changes_attention_and_the_experts_that_got_tokens(model, sources, 
     assert not any(name.endswith(f".{IDLE}") for name in routed)
     # which others no token chose hangs on the text; test_trainable.py compares them one by one
     assert 0.8 * 2 * (tiny_model.ARCHITECTURE.moe.num_experts - 1) <= len(routed)
-    of_routed = {name for name in names if ".experts." in name and name.rsplit(".", 2)[0] in routed}
-    assert changed == adapted | of_routed
+    routed_experts = {name for name in names if ".experts." in name and name.rsplit(".", 2)[0] in routed}
+    assert changed == adapted | routed_experts
     assert figures_of(out)["topk:3"]["change"]["value"] < -0.01
 
 

@@ -34,7 +34,7 @@ def run(folder, judged, **settings):
 
     state = State({"w": np.zeros(1, np.float32)}, None, None)
     packed = pack([np.arange(4, dtype=np.int32)] * 8, 4)
-    task = loop.Task(state, NOTHING_FIXED, step, lambda number: None, judge, packed, {}, keep_best=True)
+    task = loop.TrainingTask(state, NOTHING_FIXED, step, lambda number: None, judge, packed, {}, keep_best=True)
     return loop.run(config, folder, task)
 
 

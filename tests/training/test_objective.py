@@ -128,10 +128,10 @@ def gradient_under(spec, config, params, teacher_params=None, remat=False, balan
 
     @jax.jit
     def both(params, teacher, batch):
-        def of(params):
+        def loss(params):
             return objective.objective(params, batch, live, execution, config, balance_loss, teacher, remat)
 
-        return jax.value_and_grad(of, has_aux=True)(params)
+        return jax.value_and_grad(loss, has_aux=True)(params)
 
     (total, measured), gradient = both(params, teacher, batch_of())
     return float(total), measured, gradient
@@ -160,8 +160,8 @@ def test_padding_and_the_teacher_get_no_gradient():
     def loss(params, other, batch):
         return objective.objective(params, batch, live, execution, config, 0.0, Teacher(other, live))[0]
 
-    gradient, of_teacher = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, other, batch_of())
-    assert norm(of_teacher) == 0 and norm(gradient) > 0
+    gradient, teacher_gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, other, batch_of())
+    assert norm(teacher_gradient) == 0 and norm(gradient) > 0
     changed = batch_of()
     changed["labels_BT"] = np.where(changed["segments_BT"] == 0, 7, changed["labels_BT"])
     assert float(jax.jit(loss)(params, other, batch_of())) == float(jax.jit(loss)(params, other, changed))

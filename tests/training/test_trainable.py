@@ -60,7 +60,7 @@ def trained(config, steps=1, training=TRAINING, latent=False):
     state = state_of(parts, {stack: bias_LE + 0 for stack, bias_LE in biases.items()}, training)
     for _ in range(steps):
         state, _ = step(state, Fixed(frozen, None), batch_of(architecture, ROWS * training.accumulation), live)
-    after = trainable.whole(state.params, frozen, scale)
+    after = trainable.merge_all(state.params, frozen, scale)
     return dict(flattened(without)), dict(flattened(after)), state
 
 
@@ -117,7 +117,7 @@ def test_lora_reaches_every_routed_expert_that_a_token_went_to():
 def test_lora_begins_as_the_model_itself():
     params = jax.tree.map(jnp.asarray, without_selection_bias(random_params())[0])
     parts, frozen = trainable.divide(params, FinetuneConfig(train="lora"), "float32", seed=0)
-    whole = trainable.whole(parts, frozen, 2.0)
+    whole = trainable.merge_all(parts, frozen, 2.0)
     assert changed(dict(flattened(params)), dict(flattened(whole))) == set()
 
 
@@ -127,7 +127,7 @@ def test_lora_merged_is_lora_applied_to_what_passes():
     params = jax.tree.map(jnp.asarray, without_selection_bias(random_params())[0])
     parts, frozen = trainable.divide(params, FinetuneConfig(train="lora", lora_rank=3), "float32", seed=0)
     parts = jax.tree.map(lambda leaf: leaf + random.standard_normal(leaf.shape).astype(np.float32) / 10, parts)
-    merged = trainable.whole(parts, frozen, 1.7)
+    merged = trainable.merge_all(parts, frozen, 1.7)
 
     def check(weight, part, whole, num_inputs):
         inputs = weight.shape[-num_inputs:]
@@ -157,7 +157,7 @@ def test_hidden_reads_unmerged_lora_as_the_merged_model():
     batch = batch_of(ARCHITECTURE)
     rows = batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"]
     found = []
-    for whole in (trainable.join(parts, frozen, 2.0), trainable.whole(parts, frozen, 2.0)):
+    for whole in (trainable.join(parts, frozen, 2.0), trainable.merge_all(parts, frozen, 2.0)):
         whole = trainable.join({}, whole, 2.0)
         whole = with_selection_bias(whole, biases)
         found.append(decoder.hidden(whole, *rows, live, execution)[0])

@@ -53,13 +53,13 @@ def test_a_step_balances_every_stack_by_the_experts_that_it_has_and_adapts_it():
     for stack, columns in COLUMNS.items():
         bias_LE, own_LE = np.asarray(biases[stack], np.float64), load_LE[columns][:, : biases[stack].shape[1]]
         moved_LE = bias_LE + RATE * np.sign(own_LE.mean(axis=1, keepdims=True) - own_LE)
-        wanted_LE = moved_LE - moved_LE.mean(axis=1, keepdims=True)
-        np.testing.assert_allclose(state.biases[stack], wanted_LE, atol=1e-6)
+        expected_LE = moved_LE - moved_LE.mean(axis=1, keepdims=True)
+        np.testing.assert_allclose(state.biases[stack], expected_LE, atol=1e-6)
         assert np.any(state.params[stack]["experts"]["down_LEDF"]["up"])
     worst = max(load_E[:count].max() / load_E[:count].mean() for load_E, count in zip(load_LE, EXPERTS_L, strict=True))
     np.testing.assert_allclose(metrics["load_max_over_mean"], worst, rtol=1e-5)
 
-    whole = with_selection_bias(trainable.whole(state.params, frozen, 1.0), state.biases)
+    whole = with_selection_bias(trainable.merge_all(state.params, frozen, 1.0), state.biases)
     for stack in COLUMNS:
         whole[stack]["router"]["mask_LE"] = whole[stack]["router"]["mask_LE"].at[:, 0].set(-1.0)
     merged = mask.merge(whole)

@@ -57,8 +57,8 @@ def forward(query_BTHA, key_BMGA, value_BMGX, segments_BM, start_B, scale):
             return new_max_BGQT, sum_BGQT, factor_BGQT[..., None] * mixed_BGQTX + new_BGQTX
 
         shape = queries.query_BGQTA.shape[:-1]
-        nothing = jnp.full(shape, HIDDEN), jnp.zeros(shape), jnp.zeros((*shape, value_BMGX.shape[-1]))
-        max_BGQT, sum_BGQT, mixed_BGQTX = lax.fori_loop(0, _blocks_seen(queries, keys), add, nothing)
+        initial = jnp.full(shape, HIDDEN), jnp.zeros(shape), jnp.zeros((*shape, value_BMGX.shape[-1]))
+        max_BGQT, sum_BGQT, mixed_BGQTX = lax.fori_loop(0, _blocks_seen(queries, keys), add, initial)
         return None, ((mixed_BGQTX / sum_BGQT[..., None]).astype(value_BMGX.dtype), max_BGQT + jnp.log(sum_BGQT))
 
     _, (mixed, log_sum_exp) = lax.scan(mix, None, queries)
@@ -73,7 +73,7 @@ def backward(
     queries, keys = _in_blocks(query_BTHA, key_BMGA, value_BMGX, segments_BM, start_B, BLOCK)
     delta_BTH = jnp.einsum("bthx,bthx->bth", mixed_BTHX, mixed_grad_BTHX, preferred_element_type=jnp.float32)
 
-    def pull(key_grads, given):
+    def block_gradients(key_grads, given):
         queries, mixed_grad_BGQTX, delta_BGQT1, log_sum_exp_BGQT1 = given
 
         def add(index, so_far):
@@ -84,24 +84,24 @@ def backward(
             score_grad_BGQTM = scale * share_BGQTM * (share_grad_BGQTM - delta_BGQT1)
             score_grad_BGQTM = score_grad_BGQTM.astype(query_BTHA.dtype)
             query_grad_BGQTA += _product("bgqtm,bgma->bgqta", score_grad_BGQTM, block.key_BGMA)
-            of_block = (
+            new_grads = (
                 _product("bgqtm,bgqta->bgma", score_grad_BGQTM, queries.query_BGQTA),
                 _product("bgqtm,bgqtx->bgmx", share_BGQTM.astype(mixed_grad_BTHX.dtype), mixed_grad_BGQTX),
             )
-            return query_grad_BGQTA, *(_added(grad, index, new) for grad, new in zip(key_grads, of_block))
+            return query_grad_BGQTA, *(_added(grad, index, new) for grad, new in zip(key_grads, new_grads))
 
-        nothing = jnp.zeros(queries.query_BGQTA.shape)
-        query_grad_BGQTA, *key_grads = lax.fori_loop(0, _blocks_seen(queries, keys), add, (nothing, *key_grads))
+        zeros = jnp.zeros(queries.query_BGQTA.shape)
+        query_grad_BGQTA, *key_grads = lax.fori_loop(0, _blocks_seen(queries, keys), add, (zeros, *key_grads))
         return tuple(key_grads), query_grad_BGQTA.astype(query_BTHA.dtype)
 
     count, _, kv_heads, _, block, _ = queries.query_BGQTA.shape
     given = (
-        _of_queries(mixed_grad_BTHX, count, block, kv_heads),
-        _of_queries(delta_BTH[..., None], count, block, kv_heads),
-        _of_queries(jnp.swapaxes(log_sum_exp_BHT, 1, 2)[..., None], count, block, kv_heads),
+        _query_blocks(mixed_grad_BTHX, count, block, kv_heads),
+        _query_blocks(delta_BTH[..., None], count, block, kv_heads),
+        _query_blocks(jnp.swapaxes(log_sum_exp_BHT, 1, 2)[..., None], count, block, kv_heads),
     )
-    nothing = jnp.zeros(keys.key_BGMA.shape), jnp.zeros(keys.value_BGMX.shape)
-    key_grads, query_grad = lax.scan(pull, nothing, (queries, *given))
+    zeros = jnp.zeros(keys.key_BGMA.shape), jnp.zeros(keys.value_BGMX.shape)
+    key_grads, query_grad = lax.scan(block_gradients, zeros, (queries, *given))
     key_grad_BMGA, value_grad_BMGX = (_joined(x[:, :, :, None], key_BMGA.shape[1]) for x in key_grads)
     query_grad_BTHA = _joined(query_grad, query_BTHA.shape[1])
     return query_grad_BTHA, key_grad_BMGA.astype(key_BMGA.dtype), value_grad_BMGX.astype(value_BMGX.dtype)
@@ -119,7 +119,7 @@ def _in_blocks(query_BTHA, key_BMGA, value_BMGX, segments_BM, start_B, longest: 
     position_BT = jnp.minimum(start_B[:, None] + jnp.arange(count * block)[None, :], memory - 1)
     segment_BT = jnp.take_along_axis(segments_BM, position_BT, axis=1)
     places = (_split(x, count, block) for x in (segment_BT, position_BT))
-    return _Queries(_of_queries(query_BTHA, count, block, kv_heads), *places), keys
+    return _Queries(_query_blocks(query_BTHA, count, block, kv_heads), *places), keys
 
 
 def _even(length: int, longest: int) -> tuple[int, int]:
@@ -135,7 +135,7 @@ def _split(x_BT, count: int, block: int) -> jax.Array:
     return jnp.moveaxis(x_BT.reshape(batch, count, block, *rest), 1, 0)
 
 
-def _of_queries(x_BTHA, count: int, block: int, kv_heads: int) -> jax.Array:
+def _query_blocks(x_BTHA, count: int, block: int, kv_heads: int) -> jax.Array:
     """[B, T, H, A] as [count, B, G, Q, block, A]."""
     split = _split(x_BTHA, count, block)
     split = split.reshape(*split.shape[:3], kv_heads, -1, split.shape[-1])
@@ -144,8 +144,8 @@ def _of_queries(x_BTHA, count: int, block: int, kv_heads: int) -> jax.Array:
 
 def _joined(blocks, length: int) -> jax.Array:
     """[count, B, G, Q, block, A] as [B, T, H, A], without the padding of the last block."""
-    count, batch, kv_heads, of_kv_head, block, width = blocks.shape
-    x_BTHA = blocks.transpose(1, 0, 4, 2, 3, 5).reshape(batch, count * block, kv_heads * of_kv_head, width)
+    count, batch, kv_heads, queries_per_key, block, width = blocks.shape
+    x_BTHA = blocks.transpose(1, 0, 4, 2, 3, 5).reshape(batch, count * block, kv_heads * queries_per_key, width)
     return x_BTHA[:, :length]
 
 

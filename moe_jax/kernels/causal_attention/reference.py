@@ -34,8 +34,8 @@ def _queries(query_BTHA, key_BMGA, segments_BM, start_B):
     batch, length, heads, _ = query_BTHA.shape
     for b in range(batch):
         for t in range(length):
-            at, of_row_M = start_B[b] + t, segments_BM[b]
-            seen_M = [m for m in range(at + 1) if of_row_M[m] == of_row_M[at] or of_row_M[m] < 0]
+            at, segment_M = start_B[b] + t, segments_BM[b]
+            seen_M = [m for m in range(at + 1) if segment_M[m] == segment_M[at] or segment_M[m] < 0]
             for h in range(heads):
                 yield b, t, h, h * key_BMGA.shape[2] // heads, seen_M
 

@@ -20,21 +20,21 @@ def _multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, transposed: bool):
     groups = tiles.busy_groups(group_sizes_E)
     contract = ((1,), (0 if transposed else 1,)), ((), ())
 
-    def of_expert(i, out):
+    def multiply_expert(i, out):
         first, last = groups.first_E[i], groups.last_E[i]
         weight = lax.dynamic_slice(weights_LEFD, (layer, groups.expert_E[i], 0, 0), (1, 1, *matrix))[0, 0]
 
-        def of_block(number, out):
+        def multiply_block(number, out):
             start, own = tiles.block(first, last, number, size, num_rows)
             rows = lax.dynamic_slice_in_dim(rows_SX, start, size)
             new = lax.dot_general(rows, weight, contract, preferred_element_type=jnp.float32).astype(out.dtype)
             new = jnp.where(own, new, lax.dynamic_slice_in_dim(out, start, size))
             return lax.dynamic_update_slice_in_dim(out, new, start, 0)
 
-        return lax.fori_loop(0, tiles.num_blocks(first, last, size), of_block, out)
+        return lax.fori_loop(0, tiles.num_blocks(first, last, size), multiply_block, out)
 
     out = jnp.zeros((num_rows, matrix[1 if transposed else 0]), rows_SX.dtype)
-    return lax.fori_loop(0, groups.count, of_expert, out)
+    return lax.fori_loop(0, groups.count, multiply_expert, out)
 
 
 def forward(rows_SD, weights_LEFD, group_sizes_E, layer):
@@ -50,20 +50,20 @@ def _weights_gradient(rows_SD, group_sizes_E, out_grad_SF) -> jax.Array:
     matrix = (out_grad_SF.shape[1], rows_SD.shape[1])
     contract = ((0,), (0,)), ((), ())
 
-    def of_expert(i, grad_EFD):
+    def expert_gradient(i, grad_EFD):
         first, last = groups.first_E[i], groups.last_E[i]
 
-        def of_block(number, grad_FD):
+        def add_block(number, grad_FD):
             start, own = tiles.block(first, last, number, size, num_rows)
             rows = jnp.where(own, lax.dynamic_slice_in_dim(rows_SD, start, size), 0)
             out_grad = jnp.where(own, lax.dynamic_slice_in_dim(out_grad_SF, start, size), 0)
             return grad_FD + lax.dot_general(out_grad, rows, contract, preferred_element_type=jnp.float32)
 
         blocks = tiles.num_blocks(first, last, size)
-        grad_FD = lax.fori_loop(0, blocks, of_block, jnp.zeros(matrix, jnp.float32))
+        grad_FD = lax.fori_loop(0, blocks, add_block, jnp.zeros(matrix, jnp.float32))
         return lax.dynamic_update_slice(grad_EFD, grad_FD[None], (groups.expert_E[i], 0, 0))
 
-    return lax.fori_loop(0, groups.count, of_expert, jnp.zeros((num_experts, *matrix), jnp.float32))
+    return lax.fori_loop(0, groups.count, expert_gradient, jnp.zeros((num_experts, *matrix), jnp.float32))
 
 
 def backward(rows_SD, weights_LEFD, group_sizes_E, layer, out_grad_SF):

@@ -73,8 +73,8 @@ def backward(rows_SD, weights_LEFD, group_sizes_E, layer, out_grad_SF):
     """As `reference.backward`."""
     layout = _lay_out(group_sizes_E, rows_SD.shape[0])
     rows_grad_SD = _multiply(out_grad_SF, weights_LEFD, layout, layer, "brf,bfd->brd")
-    of_blocks = (_to_blocks(out_grad_SF, layout), _to_blocks(rows_SD, layout))
-    grad_BFD = jnp.einsum("brf,brd->bfd", *of_blocks, preferred_element_type=jnp.float32)
+    blocks = (_to_blocks(out_grad_SF, layout), _to_blocks(rows_SD, layout))
+    grad_BFD = jnp.einsum("brf,brd->bfd", *blocks, preferred_element_type=jnp.float32)
     belongs_EB = jnp.arange(group_sizes_E.shape[0])[:, None] == layout.expert_B[None]
     exact = lax.Precision.HIGHEST  # a product with ones and zeros is an exact sum
     grad_EFD = jnp.einsum("eb,bfd->efd", belongs_EB.astype(jnp.float32), grad_BFD, precision=exact)

@@ -41,13 +41,13 @@ def _transforms(dtype):
     return plgpu.TilingTransform((8, width)), plgpu.SwizzleTransform(_SWIZZLE_BYTES)
 
 
-def _ring(shape: _Shape, piece, load, rows_of, columns_of, store):
+def _ring(shape: _Shape, piece, load_block, rows_of, columns_of, store):
     """The kernel: what every streaming multiprocessor does.
 
     Args:
         shape: what is static.
         piece: from the number of a piece of the output to (its number of blocks in depth, what the others take).
-        load: loads block `block` of a piece into a slot and arrives at its barrier.
+        load_block: copies block `block` of a piece into a slot and arrives at its barrier.
         rows_of: from a slot to the left operand of one warpgroup.
         columns_of: from a slot to the right operand.
         store: stores a warpgroup's sums.
@@ -65,20 +65,20 @@ def _ring(shape: _Shape, piece, load, rows_of, columns_of, store):
         def _load():
             plgpu.set_max_registers(40, action="decrease")
 
-            def of_piece(number, step):
+            def load_piece(number, step):
                 blocks, at = piece(core + number * shape.num_cores)
 
-                def of_block(block, step):
+                def load_next(block, step):
                     @pl.when(step >= stages)
                     def _free():
                         plgpu.barrier_wait(empty.at[slot(step)])
 
-                    load(at, block, slot(step), full.at[slot(step)])
+                    load_block(at, block, slot(step), full.at[slot(step)])
                     return step + 1
 
-                return lax.fori_loop(0, blocks, of_block, step)
+                return lax.fori_loop(0, blocks, load_next, step)
 
-            steps = lax.fori_loop(0, mine, of_piece, jnp.int32(0))
+            steps = lax.fori_loop(0, mine, load_piece, jnp.int32(0))
 
             @pl.loop(lax.max(steps - stages, jnp.int32(0)), steps)
             def _drain(step):
@@ -88,11 +88,11 @@ def _ring(shape: _Shape, piece, load, rows_of, columns_of, store):
         def _multiply():
             plgpu.set_max_registers(232, action="increase")
 
-            def of_piece(number, step):
+            def multiply_piece(number, step):
                 blocks, at = piece(core + number * shape.num_cores)
 
                 def accumulate(sums):
-                    def of_block(block, step):
+                    def multiply_next(block, step):
                         plgpu.barrier_wait(full.at[slot(step)])
                         plgpu.wgmma(sums, rows_of(slot(step), warpgroup), columns_of(slot(step)))
                         plgpu.wgmma_wait(1)
@@ -103,7 +103,7 @@ def _ring(shape: _Shape, piece, load, rows_of, columns_of, store):
 
                         return step + 1
 
-                    last = lax.fori_loop(0, blocks, of_block, step)
+                    last = lax.fori_loop(0, blocks, multiply_next, step)
                     plgpu.wgmma_wait(0)
 
                     @pl.when(blocks > 0)
@@ -116,7 +116,7 @@ def _ring(shape: _Shape, piece, load, rows_of, columns_of, store):
                 store(at, warpgroup, sums)
                 return step + blocks
 
-            lax.fori_loop(0, mine, of_piece, jnp.int32(0))
+            lax.fori_loop(0, mine, multiply_piece, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
 
     return kernel
@@ -216,7 +216,7 @@ def multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, tiles, num_cores, t
             )
             return blocks, (layer[0] * num_experts + group, start, begin, end, column)
 
-        def load(at, block, slot, barrier):
+        def load_block(at, block, slot, barrier):
             matrix, start, _, end, column = at
             deep = pl.ds(block * tiles.depth, tiles.depth)
             wide = pl.ds(column, out_columns)
@@ -255,7 +255,9 @@ def multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, tiles, num_cores, t
             def _store_rows():
                 _store(shape, out_smem, out_gmem, start + row, begin, end, column, warpgroup, sums)
 
-        _ring(shape, piece, load, rows_of, columns_of, store)(jnp.int32(num_tiles * shape.column_tiles), full, empty)
+        _ring(shape, piece, load_block, rows_of, columns_of, store)(
+            jnp.int32(num_tiles * shape.column_tiles), full, empty
+        )
 
     scratch = _scratch(shape, (tiles.rows, tiles.depth), columns_block, 3 if gated else 2)
     out = jax.ShapeDtypeStruct((num_rows, width), rows_SX.dtype)
@@ -308,7 +310,7 @@ def weights_gradient(rows_SD, group_sizes_E, out_grad_SF, *, tiles, num_cores):
             blocks = lax.select(last > first, blocks, jnp.int32(0))
             return blocks, (expert, row, column, base, blocks)
 
-        def load(at, block, slot, barrier):
+        def load_block(at, block, slot, barrier):
             expert, row, column, base, blocks = at
 
             def copy(grad_gmem, rows_gmem, start):
@@ -336,7 +338,7 @@ def weights_gradient(rows_SD, group_sizes_E, out_grad_SF, *, tiles, num_cores):
             _store(shape, out_smem, out_gmem.at[expert], row, 0, _WARPGROUP_ROWS, column, warpgroup, sums)
 
         num_pieces = jnp.int32(num_experts * down_tiles * shape.column_tiles)
-        _ring(shape, piece, load, rows_of, columns_of, store)(num_pieces, full, empty)
+        _ring(shape, piece, load_block, rows_of, columns_of, store)(num_pieces, full, empty)
 
     scratch = _scratch(shape, (tiles.depth, tiles.rows), (tiles.depth, tiles.columns), 2)
     out = jax.ShapeDtypeStruct((num_experts, d_out, d_model), rows_SD.dtype)

@@ -10,18 +10,18 @@ ALIGNMENT = 8  # rows: copies into swizzled shared memory start at a multiple
 
 
 class _RowTiles(NamedTuple):
-    """Tiles of rows: of the groups in order, then of the rows that belong to nobody; some hold no row."""
+    """Tiles of rows: of the groups in order, then of the rows of no group; some tiles are empty."""
 
-    group_T: jax.Array  # int32: whose rows; the number of experts for nobody's
+    group_T: jax.Array  # int32: the group; the number of experts for rows of no group
     first_tile_T: jax.Array  # int32: first tile of the group
     first_T: jax.Array  # int32: first row of the group
-    size_T: jax.Array  # int32: rows of the group; 0 for nobody
+    size_T: jax.Array  # int32: rows of the group; 0 for rows of no group
 
 
 def most_tiles(num_experts: int, num_rows: int, size: int) -> int:
     """How many tiles of rows there may be."""
     busy = min(num_experts, num_rows)
-    if num_rows + ALIGNMENT - 1 <= size:  # a group is one tile, and so is nobody
+    if num_rows + ALIGNMENT - 1 <= size:  # each group fits in one tile, and so do the rows of no group
         return busy + 1
     return (num_rows + busy * (ALIGNMENT - 1)) // size + busy + 2
 
@@ -38,7 +38,7 @@ def row_tiles(group_sizes_E, num_rows: int, size: int) -> _RowTiles:
     here_TE = ~over_TE & (last_tile_E[None] - tiles_E[None] <= tile_T[:, None])
     ones_E = jnp.ones_like(tiles_E)
     sums = [(over_TE, ones_E), (over_TE, tiles_E), (over_TE, group_sizes_E), (here_TE, group_sizes_E)]
-    terms = tuple(jnp.where(where_TE, of_E[None], 0).astype(jnp.int32) for where_TE, of_E in sums)
+    terms = tuple(jnp.where(where_TE, value_E[None], 0).astype(jnp.int32) for where_TE, value_E in sums)
     zero = jnp.int32(0)
 
     def add(left, right):
@@ -55,7 +55,7 @@ def tile_at(entry, tile, num_experts: int, num_rows: int, size: int):
         entry: the tile's row of the table.
         tile: its number.
         num_experts: number of groups.
-        num_rows: of all groups and of nobody.
+        num_rows: all rows, those of no group included.
         size: rows of a tile.
     """
     group, first_tile, first, rows = entry

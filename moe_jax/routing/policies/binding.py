@@ -9,7 +9,7 @@ import numpy as np
 
 from moe_jax.config.architecture import Architecture
 from moe_jax.routing.policies import registry
-from moe_jax.routing.policies.columns import Model, model_of
+from moe_jax.routing.policies.columns import ModelFacts, model_facts
 from moe_jax.routing.policies.kind import Kind, StepWise
 from moe_jax.routing.policies.policy import Policy
 
@@ -21,12 +21,12 @@ class Settings(NamedTuple):
     whose policy does not use a kind has the kind's neutral settings.
     """
 
-    of_BL: dict[str, jax.Array]
+    columns_BL: dict[str, jax.Array]
     group_B: jax.Array  # int32: rows with the same number act together in step-wise kinds
-    table_of: dict[str, jax.Array]  # by the name of a kind, see `StepWise.table`
+    tables: dict[str, jax.Array]  # by the name of a kind, see `StepWise.table`
     own_k_L: jax.Array | None = None  # int32: the model's own k of each MoE layer, where they differ
 
-    def of_tokens(self, part: Callable[[jax.Array], jax.Array]) -> Self:
+    def slice_tokens(self, part: Callable[[jax.Array], jax.Array]) -> Self:
         """The settings for some of a step's tokens: the same, since they belong to requests. See `Replayed`."""
         return self
 
@@ -50,32 +50,32 @@ def settings(
             calibration that is missing.
     """
     number_of = {policy: number for number, policy in enumerate(dict.fromkeys(policies))}
-    models = {policy: model_of(architecture, policy.calibration) for policy in number_of}
+    models = {policy: model_facts(architecture, policy.calibration) for policy in number_of}
     columns = {policy: policy.columns(model) for policy, model in models.items()}
     there = [kind for kind in registry.KINDS if _is_there(kind, number_of)]
     model = models[policies[0]]
     neutral = {name: column_L for kind in there for name, column_L in zip(kind.sets, kind.neutral(model))}
     columns = {policy: neutral | own for policy, own in columns.items()}
-    for policy, of_policy in columns.items():
-        if of_policy["k"].max() > k_max:
+    for policy, own in columns.items():
+        if own["k"].max() > k_max:
             raise ValueError(
                 f"policy.spec = {policy.spec!r}: expected 1 to {k_max} experts in every layer; more need a larger "
                 "policy.k_max"
             )
-    of_BL = {name: jnp.asarray(np.stack([columns[policy][name] for policy in policies])) for name in neutral}
+    columns_BL = {name: jnp.asarray(np.stack([columns[policy][name] for policy in policies])) for name in neutral}
     if group_B is None:
         group_B = [number_of[policy] for policy in policies]
     tables = {kind.name: _table(kind, models) for kind in there if issubclass(kind, StepWise)}
-    table_of = {name: jnp.asarray(table) for name, table in tables.items() if table is not None}
+    tables = {name: jnp.asarray(table) for name, table in tables.items() if table is not None}
     own_k_L = jnp.asarray(architecture.k_L, jnp.int32) if architecture.moe.k_of_layers else None
-    return Settings(of_BL, jnp.asarray(group_B, jnp.int32), table_of, own_k_L)
+    return Settings(columns_BL, jnp.asarray(group_B, jnp.int32), tables, own_k_L)
 
 
 def _is_there(kind: type[Kind], policies: Sequence[Policy]) -> bool:
     return not issubclass(kind, StepWise) or any(isinstance(part, kind) for policy in policies for part in policy.parts)
 
 
-def _table(kind: type[StepWise], models: dict[Policy, Model]) -> np.ndarray | None:
+def _table(kind: type[StepWise], models: dict[Policy, ModelFacts]) -> np.ndarray | None:
     """The kind's table, from the calibration of the first policy that uses it."""
     return next(
         kind.table(model) for policy, model in models.items() if any(isinstance(part, kind) for part in policy.parts)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax.routing.policies.columns import Columns, Model, constant, require_counts
+from moe_jax.routing.policies.columns import Columns, ModelFacts, constant, require_counts
 from moe_jax.routing.policies.kind import StepWise
 from moe_jax.routing.policies.step import anyone, filled, holds
 from moe_jax.routing.selection import Routing, Slots
@@ -28,12 +28,12 @@ class Budget(StepWise):
     def __post_init__(self):
         require_counts(self.m, self.floor)
 
-    def columns(self, model: Model) -> Columns:
+    def columns(self, model: ModelFacts) -> Columns:
         """The size of the set, and the number of each row's best experts that are always in it."""
         return constant(model, self.m), constant(model, self.floor)
 
     @classmethod
-    def neutral(cls, model: Model) -> Columns:
+    def neutral(cls, model: ModelFacts) -> Columns:
         """A set of all experts."""
         return constant(model, model.num_experts), constant(model, 1)
 

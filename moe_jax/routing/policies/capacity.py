@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_jax.routing.policies.columns import Columns, Model, PerLayer, constant, per_layer, require_between
+from moe_jax.routing.policies.columns import Columns, ModelFacts, PerLayer, constant, per_layer, require_between
 from moe_jax.routing.policies.kind import StepWise
 from moe_jax.routing.policies.step import filled
 from moe_jax.routing.selection import Routing, Slots
@@ -34,12 +34,12 @@ class Capacity(StepWise):
         if self.overflow not in OVERFLOW:
             raise ValueError(f"expected overflow = {' or '.join(OVERFLOW)}")
 
-    def columns(self, model: Model) -> Columns:
+    def columns(self, model: ModelFacts) -> Columns:
         """Gamma of each layer, and the index in `OVERFLOW`."""
         return per_layer(model, self.gamma), constant(model, OVERFLOW.index(self.overflow))
 
     @classmethod
-    def neutral(cls, model: Model) -> Columns:
+    def neutral(cls, model: ModelFacts) -> Columns:
         """An infinite capacity."""
         return constant(model, np.inf, np.float32), constant(model, 0)
 
@@ -49,9 +49,9 @@ class Capacity(StepWise):
         num_experts, offers_B = routing.score_NE.shape[1], overflow_B == OVERFLOW.index("next")
         experts_1E = jnp.arange(num_experts)[None]
         asked_BKE = (slots.expert_NK[:, :, None] == experts_1E[None]) & slots.keep_NK[:, :, None]
-        asked_BE, wanted_B = asked_BKE.any(axis=1), slots.keep_NK.sum(axis=1)
+        asked_BE, kept_B = asked_BKE.any(axis=1), slots.keep_NK.sum(axis=1)
         weight_BE = jnp.where(asked_BE, (asked_BKE * slots.mix_NK[:, :, None]).sum(axis=1), routing.mix_NE)
-        share_B = gamma_B * (same_BB * wanted_B[None]).sum(axis=1) / num_experts
+        share_B = gamma_B * (same_BB * kept_B[None]).sum(axis=1) / num_experts
         room_B = jnp.ceil(share_B - 1e-5)  # minus a rounding error, which must not add a row
         earlier_BB = jnp.tri(len(same_BB), k=-1, dtype=bool)
 
@@ -68,16 +68,16 @@ class Capacity(StepWise):
         def ask(rank, served_BE):
             expert_B = order_BE[:, rank]
 
-            def of_expert(value_BE):
+            def at_expert(value_BE):
                 return jnp.take_along_axis(value_BE, expert_B[:, None], axis=1)[:, 0]
 
-            short_B = offers_B & (served_BE.sum(axis=1) < wanted_B) & (rank < 2 * wanted_B)
-            asks_B = short_B & ~of_expert(asked_BE) & (of_expert(routing.score_NE) > -jnp.inf)
-            mix_B = of_expert(weight_BE)
+            short_B = offers_B & (served_BE.sum(axis=1) < kept_B) & (rank < 2 * kept_B)
+            asks_B = short_B & ~at_expert(asked_BE) & (at_expert(routing.score_NE) > -jnp.inf)
+            mix_B = at_expert(weight_BE)
             rival_BB = same_BB & asks_B[None] & (expert_B[:, None] == expert_B[None])
             place_B = (rival_BB & ahead(mix_B[:, None], mix_B[None], earlier_BB)).sum(axis=1)
             taken_BE = same_BB.astype(jnp.float32) @ served_BE.astype(jnp.float32)
-            taken_B = of_expert(taken_BE) + place_B < room_B
+            taken_B = at_expert(taken_BE) + place_B < room_B
             return served_BE | ((asks_B & taken_B)[:, None] & (expert_B[:, None] == experts_1E))
 
         overflowed_B = offers_B & (dropped.keep_NK != slots.keep_NK).any(axis=1)

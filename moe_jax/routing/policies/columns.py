@@ -12,7 +12,7 @@ PerLayer = tuple[float, ...]  # one number for all MoE layers, or one for each
 Columns = tuple[np.ndarray, ...]  # each [L], in the order of `Kind.sets`
 
 
-class Model(NamedTuple):
+class ModelFacts(NamedTuple):
     """The facts that a policy needs of the model that it is bound to."""
 
     num_layers: int  # MoE layers
@@ -34,7 +34,7 @@ class Model(NamedTuple):
         return self.calibration
 
 
-def model_of(architecture: Architecture, calibration: Calibration | None) -> Model:
+def model_facts(architecture: Architecture, calibration: Calibration | None) -> ModelFacts:
     """Collects the facts that policies need.
 
     Raises:
@@ -43,7 +43,7 @@ def model_of(architecture: Architecture, calibration: Calibration | None) -> Mod
     moe, num_layers = architecture.moe, architecture.decoder.num_moe_layers
     if calibration is not None and calibration.similarity_LEE.shape != (num_layers, moe.num_experts, moe.num_experts):
         raise ValueError("policy.calibration is of a model with other layers or experts")
-    return Model(num_layers, moe.num_experts, moe.k, moe.normalize, calibration, moe.k_of_layers)
+    return ModelFacts(num_layers, moe.num_experts, moe.k, moe.normalize, calibration, moe.k_of_layers)
 
 
 def require_counts(*values: int) -> None:
@@ -58,12 +58,12 @@ def require_between(low: float, high: float, values: PerLayer) -> None:
         raise ValueError(f"expected numbers from {low:g}" + (f" to {high:g}" if math.isfinite(high) else " on"))
 
 
-def constant(model: Model, value: int | float, dtype: type = np.int32) -> np.ndarray:
+def constant(model: ModelFacts, value: int | float, dtype: type = np.int32) -> np.ndarray:
     """[L]: the same setting in every layer."""
     return np.full(model.num_layers, value, dtype)
 
 
-def per_layer(model: Model, values: PerLayer) -> np.ndarray:
+def per_layer(model: ModelFacts, values: PerLayer) -> np.ndarray:
     """float32 [L], from one number for all layers or one for each.
 
     Raises:

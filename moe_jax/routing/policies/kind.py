@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from moe_jax.routing.policies.by_weight import ByWeight
-from moe_jax.routing.policies.columns import Columns, Model, PerLayer
+from moe_jax.routing.policies.columns import Columns, ModelFacts, PerLayer
 from moe_jax.routing.selection import Routing, Slots
 
 
@@ -66,12 +66,12 @@ class Kind:
                 words.append(f"{field.name}={text}")
         return ":".join([self.name, ",".join(words)]) if words else self.name
 
-    def columns(self, model: Model) -> Columns:
+    def columns(self, model: ModelFacts) -> Columns:
         """The settings of each MoE layer; ValueError if they do not fit the model."""
         raise NotImplementedError
 
     @classmethod
-    def neutral(cls, model: Model) -> Columns:
+    def neutral(cls, model: ModelFacts) -> Columns:
         """Settings with which the kind changes nothing; () if another kind gives them for the same columns."""
         return ()
 
@@ -109,7 +109,7 @@ class StepWise(Kind):
         raise NotImplementedError
 
     @staticmethod
-    def table(model: Model) -> np.ndarray | None:
+    def table(model: ModelFacts) -> np.ndarray | None:
         """An array [L, ...] of the model, shared by all rows; None if the kind needs none."""
         return None
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from moe_jax.routing.policies.columns import Columns, Model, constant, require_between, require_counts
+from moe_jax.routing.policies.columns import Columns, ModelFacts, constant, require_between, require_counts
 from moe_jax.routing.policies.kind import Kind
 from moe_jax.routing.policies.ratio import Ratio
 
@@ -25,7 +25,7 @@ class Median(Kind):
         require_between(0, float("inf"), (self.scale,))
         require_counts(self.min)
 
-    def columns(self, model: Model) -> Columns:
+    def columns(self, model: ModelFacts) -> Columns:
         """The threshold of each layer, and the number of slots that are always kept; ValueError without calibration."""
         t_L = np.minimum(self.scale * model.calibrated().median_ratio_L, 1.0).astype(np.float32)
         return t_L, constant(model, self.min)

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from moe_jax.routing.policies.columns import Columns, Model, constant, require_counts
+from moe_jax.routing.policies.columns import Columns, ModelFacts, constant, require_counts
 from moe_jax.routing.policies.kind import StepWise
 from moe_jax.routing.policies.step import anyone, filled, holds
 from moe_jax.routing.selection import Routing, Slots
@@ -23,12 +23,12 @@ class Opportunistic(StepWise):
     def __post_init__(self):
         require_counts(self.k0)
 
-    def columns(self, model: Model) -> Columns:
+    def columns(self, model: ModelFacts) -> Columns:
         """The number of a row's best experts that enter the set."""
         return (constant(model, self.k0),)
 
     @classmethod
-    def neutral(cls, model: Model) -> Columns:
+    def neutral(cls, model: ModelFacts) -> Columns:
         """All experts of a row enter the set."""
         return (constant(model, model.num_experts),)
 

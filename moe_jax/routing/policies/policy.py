@@ -6,7 +6,7 @@ import numpy as np
 
 from moe_jax.config.architecture import Architecture
 from moe_jax.routing.calibration import Calibration
-from moe_jax.routing.policies.columns import Model, model_of
+from moe_jax.routing.policies.columns import ModelFacts, model_facts
 from moe_jax.routing.policies.kind import Kind, StepWise
 
 
@@ -28,7 +28,7 @@ class Policy:
         """Whether what a row keeps in a decode step depends on the other rows."""
         return any(isinstance(part, StepWise) for part in self.parts)
 
-    def columns(self, model: Model) -> dict[str, np.ndarray]:
+    def columns(self, model: ModelFacts) -> dict[str, np.ndarray]:
         """The columns that the parts set, [L] each, by name.
 
         Raises:
@@ -49,7 +49,7 @@ def fixed_k(policy: Policy, architecture: Architecture) -> np.ndarray | None:
     Raises:
         ValueError: the policy does not fit the model.
     """
-    model = model_of(architecture, policy.calibration)
+    model = model_facts(architecture, policy.calibration)
     columns = {"k": model.own_k_L} | policy.columns(model)
     k_L = columns.pop("k")
     return None if columns else k_L
@@ -76,6 +76,6 @@ def with_own(policy: Policy, architecture: Architecture) -> Architecture | None:
         return None
     if k_L.max() <= architecture.moe.num_experts:  # else the architecture refuses it
         k_L = np.minimum(k_L, architecture.num_experts_L)  # a layer with fewer experts keeps all
-    of_layers = () if (k_L == k_L[0]).all() else tuple(map(int, k_L))
-    moe = dataclasses.replace(architecture.moe, k=int(k_L.max()), k_of_layers=of_layers)
+    k_of_layers = () if (k_L == k_L[0]).all() else tuple(map(int, k_L))
+    moe = dataclasses.replace(architecture.moe, k=int(k_L.max()), k_of_layers=k_of_layers)
     return dataclasses.replace(architecture, moe=moe)

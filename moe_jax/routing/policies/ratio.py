@@ -8,7 +8,7 @@ import numpy as np
 from moe_jax.routing.policies.by_weight import ByWeight
 from moe_jax.routing.policies.columns import (
     Columns,
-    Model,
+    ModelFacts,
     PerLayer,
     constant,
     per_layer,
@@ -34,12 +34,12 @@ class Ratio(RowWise):
         require_between(0, 1, self.t)
         require_counts(self.min)
 
-    def columns(self, model: Model) -> Columns:
+    def columns(self, model: ModelFacts) -> Columns:
         """The threshold of each layer, and the number of slots that are always kept."""
         return per_layer(model, self.t), constant(model, self.min)
 
     @classmethod
-    def neutral(cls, model: Model) -> Columns:
+    def neutral(cls, model: ModelFacts) -> Columns:
         """A threshold of 0, which keeps all slots."""
         return constant(model, 0, np.float32), constant(model, 1)
 

@@ -9,11 +9,11 @@ from moe_jax.routing.policies.opportunistic import Opportunistic
 from moe_jax.routing.policies.ratio import Ratio
 from moe_jax.routing.policies.renormalize import Renormalize
 from moe_jax.routing.policies.reroute import Reroute
-from moe_jax.routing.policies.schedule import Layers, ModelOwn, Schedule, TopK
+from moe_jax.routing.policies.schedule import ModelOwn, Schedule, TopK, TopKPerLayer
 
 # In the order in which they act, and in which a spec lists them.
 KINDS: tuple[type[Kind], ...] = (
-    *(ModelOwn, TopK, Schedule, Layers),
+    *(ModelOwn, TopK, Schedule, TopKPerLayer),
     *(Ratio, Median, Mass),
     *(Opportunistic, Budget, Reroute, Capacity),
     Renormalize,

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config.architecture import MoEConfig
-from moe_jax.routing.policies.columns import Columns, Model, constant
+from moe_jax.routing.policies.columns import Columns, ModelFacts, constant
 from moe_jax.routing.policies.kind import Kind
 from moe_jax.routing.selection import Selection, Slots
 
@@ -27,12 +27,12 @@ class Renormalize(Kind):
         if self.to not in RULES:
             raise ValueError(f"expected one of {', '.join(RULES)}")
 
-    def columns(self, model: Model) -> Columns:
+    def columns(self, model: ModelFacts) -> Columns:
         """The index of the rule."""
         return (constant(model, RULES.index(self.to)),)
 
     @classmethod
-    def neutral(cls, model: Model) -> Columns:
+    def neutral(cls, model: ModelFacts) -> Columns:
         """The model's own rule."""
         return (constant(model, RULES.index("one" if model.normalize else "none")),)
 

@@ -21,7 +21,7 @@ class Replayed(NamedTuple):
     expert_LNK: jax.Array  # int32; -1: the router's own choice
     keep_LNK: jax.Array | None = None  # bool; None: as the policy decides
 
-    def of_tokens(self, part: Callable[[jax.Array], jax.Array]) -> Self:
+    def slice_tokens(self, part: Callable[[jax.Array], jax.Array]) -> Self:
         """The settings for some of the step's tokens; `part` selects them from an [L, N, K]."""
         return Replayed(self.settings, *jax.tree.map(part, (self.expert_LNK, self.keep_LNK)))
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_jax.routing.policies.columns import (
     Columns,
-    Model,
+    ModelFacts,
     PerLayer,
     constant,
     per_layer,
@@ -37,18 +37,18 @@ class Reroute(StepWise):
         require_counts(self.k0)
         require_between(-1, float("inf"), self.s)
 
-    def columns(self, model: Model) -> Columns:
+    def columns(self, model: ModelFacts) -> Columns:
         """The slots of a row that are never replaced, and the least similarity; ValueError without calibration."""
         model.calibrated()
         return constant(model, self.k0), per_layer(model, self.s)
 
     @classmethod
-    def neutral(cls, model: Model) -> Columns:
+    def neutral(cls, model: ModelFacts) -> Columns:
         """No slot is replaced, and no expert is similar enough."""
         return constant(model, model.num_experts), constant(model, np.inf, np.float32)
 
     @staticmethod
-    def table(model: Model) -> np.ndarray:
+    def table(model: ModelFacts) -> np.ndarray:
         """float32 similarity_LEE."""
         return model.calibrated().similarity_LEE
 

@@ -5,7 +5,7 @@ from typing import Self
 
 import numpy as np
 
-from moe_jax.routing.policies.columns import Columns, Model, constant, require_counts
+from moe_jax.routing.policies.columns import Columns, ModelFacts, constant, require_counts
 from moe_jax.routing.policies.kind import Kind, value_of
 
 
@@ -15,12 +15,12 @@ class ModelOwn(Kind):
 
     name, form, sets = "model", "model", ("k",)
 
-    def columns(self, model: Model) -> Columns:
+    def columns(self, model: ModelFacts) -> Columns:
         """Slots to keep in each layer."""
         return (model.own_k_L,)
 
     @classmethod
-    def neutral(cls, model: Model) -> Columns:
+    def neutral(cls, model: ModelFacts) -> Columns:
         """The model's own k, for a policy without a part that sets k."""
         return (model.own_k_L,)
 
@@ -35,7 +35,7 @@ class TopK(Kind):
     def __post_init__(self):
         require_counts(self.k)
 
-    def columns(self, model: Model) -> Columns:
+    def columns(self, model: ModelFacts) -> Columns:
         """Slots to keep in each layer."""
         return (constant(model, self.k),)
 
@@ -57,7 +57,7 @@ class Schedule(Kind):
     def __post_init__(self):
         require_counts(self.b, self.h, self.e, self.p)
 
-    def columns(self, model: Model) -> Columns:
+    def columns(self, model: ModelFacts) -> Columns:
         """Slots to keep in each layer; ValueError if layer p is not between the first and the last."""
         last = model.num_layers - 1
         if self.p >= last:
@@ -67,7 +67,7 @@ class Schedule(Kind):
 
 
 @dataclasses.dataclass(frozen=True)
-class Layers(Kind):
+class TopKPerLayer(Kind):
     """`layers:k,k,...`: the best k experts, one k for each MoE layer in order."""
 
     name, form, sets = "layers", "layers:8,8,4", ModelOwn.sets
@@ -86,7 +86,7 @@ class Layers(Kind):
         """The text that parses to this part."""
         return f"{self.name}:" + ",".join(map(str, self.k_L))
 
-    def columns(self, model: Model) -> Columns:
+    def columns(self, model: ModelFacts) -> Columns:
         """Slots to keep in each layer; ValueError if the model has another number of MoE layers."""
         if len(self.k_L) != model.num_layers:
             raise ValueError(

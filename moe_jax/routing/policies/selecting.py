@@ -41,7 +41,7 @@ def select(routing: Routing, live: Settings | Replayed, context: Context, moe: M
         own_sum_N = jnp.where(is_own_K[None, :], mix_NK, 0.0).sum(axis=1)
 
     def columns_N(kind: type[Kind]) -> list[jax.Array]:
-        return [settings.of_BL[name][context.row_N, context.layer] for name in kind.sets]
+        return [settings.columns_BL[name][context.row_N, context.layer] for name in kind.sets]
 
     [k_N], [rule_N] = columns_N(ModelOwn), columns_N(Renormalize)
     keep_NK = (jnp.arange(k_max)[None, :] < k_N[:, None]) & context.valid_N[:, None]
@@ -59,15 +59,15 @@ def select(routing: Routing, live: Settings | Replayed, context: Context, moe: M
 def _step_wise(slots: Slots, routing: Routing, settings: Settings, context: Context) -> Slots:
     """Applies the step-wise kinds in use to each decode step separately."""
     there = {
-        kind: [settings.of_BL[name][:, context.layer] for name in kind.sets]
+        kind: [settings.columns_BL[name][:, context.layer] for name in kind.sets]
         for kind in registry.KINDS
-        if issubclass(kind, StepWise) and settings.of_BL.keys() >= {*kind.sets}
+        if issubclass(kind, StepWise) and settings.columns_BL.keys() >= {*kind.sets}
     }
     if not context.steps or not there:
         return slots
     for kind, columns in there.items():
-        if kind.name in settings.table_of:
-            columns.append(settings.table_of[kind.name][context.layer])
+        if kind.name in settings.tables:
+            columns.append(settings.tables[kind.name][context.layer])
     alike_BB = settings.group_B[:, None] == settings.group_B[None, :]
 
     def one_step(slots: Slots, routing: Routing, valid_B: jax.Array) -> Slots:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_jax.config import layers
+from moe_jax.config import layer_order
 from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 
 
@@ -33,31 +33,31 @@ def made(pattern):
     ],
 )
 def test_what_repeats_is_a_loop(pattern, found):
-    blocks = layers.blocks(made(pattern))
+    blocks = layer_order.blocks(made(pattern))
     assert [(len(block.layers), block.times) for block in blocks] == found
 
 
 @given(st.lists(st.sampled_from([0, 4, 6, 8]), min_size=1, max_size=20).filter(any))
 def test_blocks_are_all_layers_in_order_each_at_its_place(pattern):
     architecture = made(pattern)
-    passes = (block.at(time) for block in layers.blocks(architecture) for time in range(block.times))
+    passes = (block.at(time) for block in layer_order.blocks(architecture) for time in range(block.times))
     run = list(itertools.chain(*passes))
     assert [layer.number for layer in run] == list(range(len(pattern)))
     assert [layer.column for layer in run if layer.is_moe] == list(range(len(pattern) - pattern.count(0)))
-    stacks = layers.stacks(architecture)
+    stacks = layer_order.stacks(architecture)
     assert sorted(itertools.chain(*stacks.values())) == list(range(len(pattern)))
     for layer, experts in zip(run, pattern, strict=True):
         assert stacks[layer.stack][layer.index] == layer.number
-        assert layer.is_moe == bool(experts) == (layers.kind_of(layer.stack) == layers.MOE)
+        assert layer.is_moe == bool(experts) == (layer_order.kind_of(layer.stack) == layer_order.MOE)
         if experts:
-            assert layers.moe_of(architecture, layer.stack).num_experts == experts
+            assert layer_order.moe_of(architecture, layer.stack).num_experts == experts
 
 
 @given(st.integers(0, 5), st.integers(1, 5))
 def test_a_prefix_may_be_said_by_its_length_alone(dense, moe):
     by_length = Architecture(DecoderConfig(num_layers=dense + moe, num_dense_layers=dense))
-    assert layers.layers(by_length) == layers.layers(made([0] * dense + [8] * moe))
-    assert layers.blocks(by_length) == layers.blocks(made([0] * dense + [8] * moe))
+    assert layer_order.layers(by_length) == layer_order.layers(made([0] * dense + [8] * moe))
+    assert layer_order.blocks(by_length) == layer_order.blocks(made([0] * dense + [8] * moe))
 
 
 @pytest.mark.parametrize(
