@@ -78,11 +78,11 @@ def prepare(run: command.Command):
     from moe_jax.study.speed import TimedModel
 
     config = run.config
-    opened = None
+    opened, dtype = None, "float32" if config.model.dtype == "auto" else config.model.dtype
     if config.model.path:
         opened, execution = run.open_model()
     else:
-        execution = run.execution_of(config.architecture)
+        execution = run.execution_of(config.architecture, dtype)
     architecture = execution.architecture
     policy = parse(config.policy.spec, None if opened is None else opened.calibration)
     make_requests([[0]], None, execution, sampling=config.sampling, policy=policy)  # checks the settings
@@ -102,7 +102,6 @@ def prepare(run: command.Command):
         engine, routing = run.load(opened).engine, "the model's own, on held-out text"
     else:
         tokens_of = random_tokens(architecture.decoder.vocab_size, config.run.seed)
-        dtype = "float32" if config.model.dtype == "auto" else config.model.dtype
         with run.timed("load"):
             engine = Engine(random_params(architecture, dtype, config.run.seed), None, ())
     return TimedModel(engine, execution, policy, config.sampling, trace), tokens_of, routing

@@ -26,7 +26,7 @@ def main(run: command.Command) -> None:
     config = run.config
     held_out = config.text.held_out and str(command.in_repository(config.text.held_out, "text.held_out"))
     found = dataclasses.replace(config, text=dataclasses.replace(config.text, held_out=held_out))
-    opened, execution = run.open_model()
+    opened, execution = run.open_model(dtype=run.config.training.weights)
     execution = dataclasses.replace(execution, k_max=max(execution.k_max, opened.architecture.moe.k))
     run_policies = recover.recovery_policies(config, opened.architecture, opened.calibration)
     loop.require_same_run(config, run.out)

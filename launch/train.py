@@ -21,7 +21,7 @@ def main(run: command.Command) -> None:
     from moe_jax.training import loop, pretraining
 
     config = run.config
-    execution = run.execution_of(config.architecture)
+    execution = run.execution_of(config.architecture, config.training.weights)
     pretrain.policies_of(config, execution)  # checks them before hours of training
     pretraining.require_possible(config)
     loop.require_same_run(config, run.out)

@@ -71,7 +71,7 @@ class Model:
         if tokens_BT.min() < 0 or tokens_BT.max() >= trunk.vocab_size:
             wrong = tokens_BT.min() if tokens_BT.min() < 0 else tokens_BT.max()
             raise ValueError(f"tokens_BT has the token {wrong}: expected 0 to {trunk.vocab_size - 1}")
-        execution = execution_of(self.architecture, k_max)
+        execution = execution_of(self.architecture, k_max, dtype=decoder.experts_dtype(self.params).name)
         policy_B = policy_of_each(policy, batch, self.calibration)
         rows = caches.round_up(batch)
         padding = ((0, rows - batch), (0, caches.length_bucket(length, trunk.max_context) - length))
@@ -127,7 +127,7 @@ class Model:
             raise ValueError("the model's folder has no tokenizer.json: expected one, to generate text")
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         sampling = SamplingConfig(max_new_tokens, temperature, top_k, top_p, stop)
-        execution = execution_of(self.architecture, k_max)
+        execution = execution_of(self.architecture, k_max, dtype=decoder.experts_dtype(self.params).name)
         settings = {"sampling": sampling, "policy": policy, "seed": seed, "calibration": self.calibration}
         requests = make_requests(prompts, self.tokenizer, execution, **settings)
         return self.engine.run(requests, execution, on_text).completions

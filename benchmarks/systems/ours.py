@@ -27,14 +27,15 @@ class System:
         from moe_jax import command
         from moe_jax.config.schema import SamplingConfig
         from moe_jax.engine.request import execution_of
-        from moe_jax.model.decoder import dtype_of
+        from moe_jax.model.decoder import dtype_of, experts_dtype
         from moe_jax.study import speed
 
         if keep_compiled:
             command.configure_jax()
         self._speed = speed
         self._model = moe_jax.load(folder)
-        self._execution = execution_of(self._model.architecture)
+        weights = experts_dtype(self._model.params)
+        self._execution = execution_of(self._model.architecture, dtype=weights.name)
         self._timed = speed.TimedModel(self._model.engine, self._execution, "model", SamplingConfig())
         self._cases = {}
         self._dtype = dtype_of(self._model.params)

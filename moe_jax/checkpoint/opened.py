@@ -67,6 +67,12 @@ class Checkpoint:
         self._fetch_weights()
         return huggingface.most_common(read_tables(self.folder) if self.table is None else self.table).name
 
+    @property
+    def expected_dtype(self) -> str:
+        """`stored_dtype`, but as config.json states it where the weights would have to be fetched first."""
+        stated = self.config.get("dtype") or self.config.get("torch_dtype")
+        return stated if stated and self.fetch is not None else self.stored_dtype
+
     def _fetch_weights(self) -> None:
         if self.fetch is not None:
             self.fetch()

@@ -49,24 +49,28 @@ class Command:
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
-    def open_model(self, *, calibrated: bool = True) -> "tuple[checkpoint.Checkpoint, decoder.Execution]":
+    def open_model(
+        self, *, calibrated: bool = True, dtype: str = ""
+    ) -> "tuple[checkpoint.Checkpoint, decoder.Execution]":
         """Opens the model of `model.path` and checks it against the configuration, without reading weights.
 
         Args:
             calibrated: whether to read the calibration of `policy.calibration`, or of the model's folder.
+            dtype: in which the weights will be loaded; "": `model.dtype`.
         """
         from moe_jax import checkpoint
 
         calibration = self.config.policy.calibration if calibrated else None
         opened = checkpoint.open(folders.in_repository(self.config.model.path), calibration=calibration)
         _refuse_other_shape(self.config, opened.architecture)
-        return opened, self.execution_of(opened.architecture)
+        dtype = dtype or self.config.model.dtype
+        return opened, self.execution_of(opened.architecture, opened.expected_dtype if dtype == "auto" else dtype)
 
-    def execution_of(self, architecture: Architecture) -> "decoder.Execution":
-        """How a model of this architecture runs here; the chosen implementations go into the result."""
+    def execution_of(self, architecture: Architecture, dtype: str) -> "decoder.Execution":
+        """How a model runs here, its weights in `dtype`; the chosen implementations go into the result."""
         from moe_jax.engine.request import execution_of
 
-        execution = execution_of(architecture, self.config.policy.k_max, self.config.kernels)
+        execution = execution_of(architecture, self.config.policy.k_max, self.config.kernels, dtype)
         self.implementations |= execution.implementations
         return execution
 

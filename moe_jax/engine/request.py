@@ -30,13 +30,16 @@ class Request:
     max_new_tokens: int  # as asked for, at most what the context leaves
 
 
-def execution_of(architecture: Architecture, k_max: int = 0, kernels: KernelsConfig | None = None) -> Execution:
+def execution_of(
+    architecture: Architecture, k_max: int = 0, kernels: KernelsConfig | None = None, dtype: str = "float32"
+) -> Execution:
     """The static settings of the programs that run a model here.
 
     Args:
         architecture: of the model.
         k_max: static slots per token; 0: the model's own k.
-        kernels: the implementation of each operation; None: by platform.
+        kernels: the implementation of each operation; None: by platform, device and model.
+        dtype: of the routed experts' weights; some kernels are for 16 bits only.
 
     Raises:
         ValueError: the router cannot choose `k_max` experts, or an implementation is unknown or does not run here.
@@ -45,7 +48,8 @@ def execution_of(architecture: Architecture, k_max: int = 0, kernels: KernelsCon
     reachable = moe.num_experts // moe.num_groups * moe.num_groups_kept
     if not 0 <= operator.index(k_max) <= reachable:
         raise ValueError(f"policy.k_max = {k_max}: expected 0 (the model's own {moe.k}) to {reachable} experts")
-    resolved = chooser.resolve(jax.default_backend(), dataclasses.asdict(kernels or KernelsConfig()))
+    asked = dataclasses.asdict(kernels or KernelsConfig())
+    resolved = chooser.resolve(jax.default_backend(), architecture, dtype, asked)
     return Execution(architecture, k_max or moe.k, resolved)
 
 

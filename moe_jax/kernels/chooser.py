@@ -1,11 +1,17 @@
-"""Chooses the implementation of each operation: by name, or for the platform."""
+"""Chooses the implementation of each operation: by name, or for the platform, the device and the model.
 
-from collections.abc import Mapping
+A module of an implementation may say where it runs: `PLATFORM`, if on one alone; and `lacks(architecture, dtype)`, the
+reason why it cannot run this model here, or "".
+"""
+
+import functools
+import types
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from absl import logging
 
-from moe_jax.kernels import compiled
+from moe_jax.config.architecture import Architecture
 from moe_jax.kernels.cached_attention import api as cached_attention
 from moe_jax.kernels.causal_attention import api as causal_attention
 from moe_jax.kernels.grouped_matmul import api as grouped_matmul
@@ -22,18 +28,17 @@ class Kernels(NamedTuple):
 
 
 OPERATIONS = Kernels(grouped_matmul, projection, cached_attention, causal_attention)._asdict()
-NATIVE = "native"  # C++
-_ONLY_ON = {NATIVE: "cpu", "pallas_gpu": "gpu"}
-_STAND_INS = {"padded": "on a Hopper GPU, with weights in 16 bits, 'pallas_gpu' moves a third of the bytes"}
 
 
-def resolve(platform: str, asked: Mapping[str, str] | None = None) -> Kernels:
+def resolve(platform: str, architecture: Architecture, dtype: str, asked: Mapping[str, str] | None = None) -> Kernels:
     """Chooses an implementation of every operation.
 
-    "auto" takes the operation's `BY_PLATFORM`; on a CPU without a C++ compiler its `WITHOUT_COMPILER`, with a warning.
+    "auto" takes the first of the operation's `BY_PLATFORM` that runs here, and says why an earlier one does not.
 
     Args:
         platform: "cpu", "gpu" or "tpu".
+        architecture: of the model.
+        dtype: of the routed experts' weights.
         asked: by operation, the name of an implementation or "auto"; missing operations are "auto".
 
     Raises:
@@ -43,28 +48,36 @@ def resolve(platform: str, asked: Mapping[str, str] | None = None) -> Kernels:
     asked = asked or {}
     if unknown := sorted(asked.keys() - OPERATIONS.keys()):
         raise ValueError(f"kernels.{unknown[0]}: expected one of {', '.join(OPERATIONS)}")
-    return Kernels(*(_resolve(name, asked.get(name, "auto"), platform) for name in OPERATIONS))
+
+    def lacks(implementation: types.ModuleType) -> str:
+        only = getattr(implementation, "PLATFORM", platform)
+        if only != platform:
+            return f"runs on {only.upper()}s only, not on {platform!r}"
+        return implementation.lacks(architecture, dtype) if hasattr(implementation, "lacks") else ""
+
+    return Kernels(*(_resolve(name, asked.get(name, "auto"), platform, lacks) for name in OPERATIONS))
 
 
-def _resolve(operation: str, name: str, platform: str) -> str:
+def _resolve(operation: str, name: str, platform: str, lacks: Callable[[types.ModuleType], str]) -> str:
     api, given = OPERATIONS[operation], f"kernels.{operation} = {name!r}"
+    known = ", ".join(api.IMPLEMENTATIONS)
+    if name not in ("auto", *api.IMPLEMENTATIONS):
+        raise ValueError(f"{given}: expected auto or one of {known}")
+    if name == "auto" and platform not in api.BY_PLATFORM:
+        raise ValueError(f"{given}: nothing is written for {platform!r}; name one of {known}")
+    reasons = {one: lacks(module) for one, module in api.IMPLEMENTATIONS.items()}
+    candidates = api.BY_PLATFORM.get(platform, api.BY_PLATFORM["cpu"])
+    runs = next(one for one in candidates if not reasons[one])
     if name == "auto":
-        if platform not in api.BY_PLATFORM:
-            raise ValueError(
-                f"{given}: nothing is written for {platform!r}; name one of {', '.join(api.IMPLEMENTATIONS)}"
-            )
-        name = api.BY_PLATFORM[platform]
-        if name == NATIVE and compiled.compiler() is None:
-            logging.log_first_n(logging.WARNING, "no C++ compiler (c++) on PATH: kernels are plain JAX, and slower", 1)
-            name = api.WITHOUT_COMPILER
-        if name in _STAND_INS:
-            logging.log_first_n(logging.WARNING, "kernels.%s is %r: %s", 1, operation, name, _STAND_INS[name])
-        return name
-    if name not in api.IMPLEMENTATIONS:
-        raise ValueError(f"{given}: expected auto or one of {', '.join(api.IMPLEMENTATIONS)}")
-    if (only := _ONLY_ON.get(name, platform)) != platform:
-        other = api.BY_PLATFORM.get(platform, api.WITHOUT_COMPILER)
-        raise ValueError(f"{given}: runs on {only.upper()}s only, not on {platform!r}; {other} would run")
-    if name == NATIVE and compiled.compiler() is None:
-        raise ValueError(f"{given}: needs a C++ compiler (c++) on PATH; {api.WITHOUT_COMPILER} would run")
+        for better in candidates[: candidates.index(runs)]:
+            _warn(f"kernels.{operation} is {runs!r}, which is slower: {better!r} {reasons[better]}")
+        return runs
+    if reasons[name]:
+        raise ValueError(f"{given}: {reasons[name]}; {runs} would run")
     return name
+
+
+@functools.cache
+def _warn(message: str) -> None:
+    """Once for each message: a choice is made for every batch of requests."""
+    logging.warning("%s", message)

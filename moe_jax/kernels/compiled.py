@@ -19,6 +19,7 @@ import jax
 import jaxlib.version
 
 from moe_jax import files
+from moe_jax.config.architecture import Architecture
 
 _SHARED = pathlib.Path(__file__).with_name("native.h")
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
@@ -28,6 +29,11 @@ _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-w")
 def compiler() -> str | None:
     """The C++ compiler named by the environment (CXX) or found on PATH; None if there is none."""
     return next(filter(None, map(shutil.which, filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")))), None)
+
+
+def lacks(architecture: Architecture, dtype: str) -> str:
+    """Why compiled kernels do not run here; "" if they do."""
+    return "" if compiler() else "needs a C++ compiler (c++) on PATH"
 
 
 @functools.cache

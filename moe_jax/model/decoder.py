@@ -52,10 +52,11 @@ class Decoder(Weights):
     def __call__(self, tokens_BT: jax.Array) -> jax.Array:
         """float32 logits_BTV of whole texts, with the model's own number of experts; differentiable."""
         architecture, (batch, length) = self.architecture, tokens_BT.shape
-        execution = Execution(architecture, architecture.moe.k, chooser.resolve(jax.default_backend()))
+        params = split(self)
+        kernels = chooser.resolve(jax.default_backend(), architecture, experts_dtype(params).name)
+        execution = Execution(architecture, architecture.moe.k, kernels)
         live = policies.settings([MODEL_OWN] * batch, architecture, architecture.moe.k)
         positions_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
-        params = split(self)
         x_BTD, _ = hidden(params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT), live, execution)
         return logits(params, x_BTD)
 
@@ -85,6 +86,12 @@ def dtype_of(params: Params) -> jnp.dtype:
     Products with wider weights run in the weights' dtype; their results are rounded to this one.
     """
     return min((leaf.dtype for leaf in jax.tree.leaves(params)), key=lambda dtype: dtype.itemsize)
+
+
+def experts_dtype(params: Params) -> jnp.dtype:
+    """The dtype of the routed experts' weights."""
+    stacks = [part for part in params.values() if isinstance(part, dict)]
+    return next(stack["experts"]["down_LEDF"].dtype for stack in stacks if "experts" in stack)
 
 
 def _one_layer(weights: Params, modules: tuple[str, ...], layer: jax.Array | int, projection: str = "") -> Params:

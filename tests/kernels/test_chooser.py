@@ -1,26 +1,86 @@
 """Implementations are chosen by platform, named in every result, and refused in one line where they cannot run."""
 
+import types
+
+import jax
 import pytest
 
 from moe_jax.config.schema import KernelsConfig
 from moe_jax.engine.request import execution_of
 from moe_jax.kernels import chooser, compiled
-from moe_jax.kernels.chooser import Kernels, resolve
+from moe_jax.kernels.chooser import Kernels
 from tests import tiny_model
 
 PLAIN = Kernels("blocked", "xla", "xla", "blocked")
+ON_A_GPU = Kernels("padded", "xla", "xla", "blocked")
+TINY = tiny_model.ARCHITECTURE
+FOR_HOPPER = tiny_model.changed(decoder={"d_model": 128}, moe={"expert_hidden": 64})
+
+
+def resolve(platform, asked=None, architecture=TINY, dtype="float32"):
+    return chooser.resolve(platform, architecture, dtype, asked)
+
+
+@pytest.fixture(autouse=True)
+def say_everything():
+    chooser._warn.cache_clear()
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """A machine whose first device says that it is a Hopper GPU; none is needed to choose."""
+    pretend(monkeypatch, "9.0")
+
+
+def pretend(monkeypatch, capability):
+    device = types.SimpleNamespace(compute_capability=capability, core_count=132)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
 
 
 def test_auto_resolves_by_platform():
     assert resolve("cpu") == Kernels("native", "native", "native", "native")
-    assert resolve("gpu") == Kernels("padded", "xla", "xla", "blocked")
+    assert resolve("gpu") == ON_A_GPU
     assert resolve("tpu") == Kernels("ragged_dot", "xla", "xla", "blocked")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_auto_takes_the_hopper_kernels_where_they_run(hopper, caplog, dtype):
+    assert resolve("gpu", architecture=FOR_HOPPER, dtype=dtype) == ON_A_GPU._replace(grouped_matmul="pallas_gpu")
+    assert not caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture", "dtype", "reason"),
+    [
+        ("8.0", FOR_HOPPER, "bfloat16", "needs a Hopper GPU (compute capability 9.0), not 8.0"),
+        ("9.0", FOR_HOPPER, "float32", "multiplies bfloat16 and float16, not float32"),
+        ("9.0", TINY, "bfloat16", "needs matrices in multiples of 64 by 64, not 24 by 64"),
+    ],
+)
+def test_auto_says_why_the_hopper_kernels_do_not_run(monkeypatch, caplog, capability, architecture, dtype, reason):
+    pretend(monkeypatch, capability)
+    for _ in range(2):
+        assert resolve("gpu", architecture=architecture, dtype=dtype) == ON_A_GPU
+    assert caplog.messages == [f"kernels.grouped_matmul is 'padded', which is slower: 'pallas_gpu' {reason}"]
+    with pytest.raises(ValueError) as refusal:
+        resolve("gpu", {"grouped_matmul": "pallas_gpu"}, architecture, dtype)
+    assert str(refusal.value) == f"kernels.grouped_matmul = 'pallas_gpu': {reason}; padded would run"
+
+
+def test_an_old_jax_has_no_hopper_kernels(hopper, monkeypatch):
+    monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
+    with pytest.raises(ValueError, match=r"needs jax 0\.11 or newer, not .*; padded would run"):
+        resolve("gpu", {"grouped_matmul": "pallas_gpu"}, FOR_HOPPER, "bfloat16")
 
 
 def test_without_a_compiler_a_cpu_runs_plain_jax_and_says_so(monkeypatch, caplog):
     monkeypatch.setattr(compiled, "compiler", lambda: None)
     assert resolve("cpu") == PLAIN
-    assert resolve("gpu") == Kernels("padded", "xla", "xla", "blocked")
+    lacks = "which is slower: 'native' needs a C++ compiler (c++) on PATH"
+    expected = [f"kernels.{operation} is {name!r}, {lacks}" for operation, name in PLAIN._asdict().items()]
+    assert caplog.messages == expected
 
 
 def test_one_operation_is_named_and_the_others_stay():

@@ -5,8 +5,7 @@ import jax
 from moe_jax.kernels.cached_attention import native, xla
 
 IMPLEMENTATIONS = {"native": native, "xla": xla}
-BY_PLATFORM = {"cpu": "native", "gpu": "xla", "tpu": "xla"}
-WITHOUT_COMPILER = "xla"
+BY_PLATFORM = {"cpu": ("native", "xla"), "gpu": ("xla",), "tpu": ("xla",)}  # the best first
 
 
 def cached_attention(

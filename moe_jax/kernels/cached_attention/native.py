@@ -8,6 +8,7 @@ import numpy as np
 
 from moe_jax.kernels import compiled
 
+PLATFORM, lacks = "cpu", compiled.lacks
 _SOURCE = pathlib.Path(__file__).with_suffix(".cc")
 
 

@@ -7,8 +7,7 @@ import jax
 from moe_jax.kernels.causal_attention import blocked, native
 
 IMPLEMENTATIONS = {"native": native, "blocked": blocked}
-BY_PLATFORM = {"cpu": "native", "gpu": "blocked", "tpu": "blocked"}
-WITHOUT_COMPILER = "blocked"
+BY_PLATFORM = {"cpu": ("native", "blocked"), "gpu": ("blocked",), "tpu": ("blocked",)}  # the best first
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))

@@ -13,8 +13,7 @@ IMPLEMENTATIONS = {
     "ragged_dot": ragged_dot,
     "pallas_gpu": pallas_gpu,
 }
-BY_PLATFORM = {"cpu": "native", "gpu": "padded", "tpu": "ragged_dot"}
-WITHOUT_COMPILER = "blocked"
+BY_PLATFORM = {"cpu": ("native", "blocked"), "gpu": ("pallas_gpu", "padded"), "tpu": ("ragged_dot",)}  # the best first
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

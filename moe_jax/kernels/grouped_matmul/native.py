@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from moe_jax.kernels import compiled
 from moe_jax.kernels.grouped_matmul import blocked
 
+PLATFORM, lacks = "cpu", compiled.lacks
 _SOURCE = pathlib.Path(__file__).with_suffix(".cc")
 
 

@@ -10,6 +10,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax.config.architecture import Architecture
+
+PLATFORM = "gpu"
+_CAPABILITY = "9.0"
 _NUM_CORES = 132  # streaming multiprocessors of an H100 or H200, used if there is no device to ask
 _WIDTH = 64  # numbers in a swizzled row of 128 bytes; both axes of a matrix must be multiples
 
@@ -33,24 +37,33 @@ def choose_tiles(num_rows: int, num_experts: int) -> Tiles:
     return MANY if num_rows > 64 * num_experts else FEW
 
 
+def lacks(architecture: Architecture, dtype: str) -> str:
+    """Why the kernels cannot run a model's experts on this device; "" if they can."""
+    return _lacks(dtype, (architecture.moe.expert_hidden, architecture.decoder.d_model))
+
+
+def _lacks(dtype: str, widths: tuple[int, int]) -> str:
+    if jax.__version_info__ < (0, 11):
+        return f"needs jax 0.11 or newer, not {jax.__version__}"
+    if jax.default_backend() == "gpu" and jax.devices()[0].compute_capability != _CAPABILITY:
+        return f"needs a Hopper GPU (compute capability {_CAPABILITY}), not {jax.devices()[0].compute_capability}"
+    if dtype not in ("bfloat16", "float16"):
+        return f"multiplies bfloat16 and float16, not {dtype}"
+    if any(size % _WIDTH for size in widths):
+        return f"needs matrices in multiples of {_WIDTH} by {_WIDTH}, not {widths[0]} by {widths[1]}"
+    return ""
+
+
 def _settings(rows_SX, weights_LEFD, tiles: Tiles, num_cores: int | None) -> dict:
     """Checks that the kernels can run, and returns their settings.
 
     Raises:
-        ValueError: jax is too old, or the kernels lack the dtype or the shape.
+        ValueError: they cannot.
     """
-    dtypes = {str(rows_SX.dtype), str(weights_LEFD.dtype)}
-    if jax.__version_info__ < (0, 11):
-        raise ValueError(f"pallas_gpu: expected jax 0.11 or newer, got {jax.__version__}; padded runs on any")
-    if dtypes not in ({"bfloat16"}, {"float16"}):
-        raise ValueError(
-            f"pallas_gpu: expected rows and weights in bfloat16 or float16, got {dtypes}; padded takes any"
-        )
-    if any(size % _WIDTH for size in weights_LEFD.shape[-2:]):
-        shape = weights_LEFD.shape[-2:]
-        raise ValueError(
-            f"pallas_gpu: expected matrices in multiples of {_WIDTH} by {_WIDTH}, got {shape}; padded takes any"
-        )
+    if rows_SX.dtype != weights_LEFD.dtype:
+        raise ValueError(f"pallas_gpu: rows are {rows_SX.dtype}, weights {weights_LEFD.dtype}: expected one dtype")
+    if reason := _lacks(str(weights_LEFD.dtype), weights_LEFD.shape[-2:]):
+        raise ValueError(f"pallas_gpu {reason}; padded would run")
     if num_cores is None:
         num_cores = jax.devices()[0].core_count if jax.default_backend() == "gpu" else _NUM_CORES
     return {"tiles": tiles, "num_cores": num_cores}

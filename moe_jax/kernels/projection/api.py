@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from moe_jax.kernels.projection import native, xla
 
 IMPLEMENTATIONS = {"native": native, "xla": xla}
-BY_PLATFORM = {"cpu": "native", "gpu": "xla", "tpu": "xla"}
-WITHOUT_COMPILER = "xla"
+BY_PLATFORM = {"cpu": ("native", "xla"), "gpu": ("xla",), "tpu": ("xla",)}  # the best first
 
 
 def projection(

@@ -4,7 +4,10 @@ import math
 
 import jax.numpy as jnp
 
+from moe_jax.kernels import compiled
 from moe_jax.kernels.grouped_matmul import native as grouped_matmul
+
+PLATFORM, lacks = "cpu", compiled.lacks
 
 
 def forward(x, stack, layer, contracted, dtype):
