@@ -1,4 +1,4 @@
-"""Implementations are chosen by platform, named in every result, and refused in one line where they cannot run."""
+"""Implementations are chosen by platform, named in every result, and refused in one line if they cannot run."""
 
 import pytest
 
@@ -17,13 +17,13 @@ def test_auto_resolves_by_platform():
     assert resolve("tpu") == Kernels("ragged_dot", "xla", "xla", "blocked")
 
 
-def test_without_a_compiler_a_cpu_runs_plain_jax_and_says_so(monkeypatch, caplog):
+def test_without_a_compiler_a_cpu_runs_plain_jax_with_a_warning(monkeypatch, caplog):
     monkeypatch.setattr(compiled, "compiler", lambda: None)
     assert resolve("cpu") == PLAIN
     assert resolve("gpu") == Kernels("padded", "xla", "xla", "blocked")
 
 
-def test_one_operation_is_named_and_the_others_stay():
+def test_one_operation_can_be_set_by_itself():
     for name in ("blocked", "padded", "ragged_dot"):
         assert resolve("cpu", {"grouped_matmul": name}) == resolve("cpu")._replace(grouped_matmul=name)
     assert resolve("cpu", PLAIN._asdict()) == PLAIN

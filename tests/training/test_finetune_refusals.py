@@ -1,4 +1,4 @@
-"""What launch/finetune.py refuses before it trains: in one line, with nothing left behind."""
+"""Errors of launch/finetune.py before it trains: one line, and no files remain."""
 
 import os
 import shutil
@@ -44,7 +44,7 @@ WITHOUT_LANGUAGE = {"objective.language_model": 0.0, "objective.distillation": 1
     ],
 )
 def test_refused_before_the_weights_are_read(model, sources, tmp_path, settings, says):
-    """The model's weights are gone: whoever reads them says another thing. Nothing is left behind."""
+    """The model has no weights, so reading them would give another error. No files remain."""
     shape = tmp_path / "shape"
     shutil.copytree(model, shape)
     os.remove(shape / "model.safetensors")
@@ -63,7 +63,7 @@ def test_refused_before_the_weights_are_read(model, sources, tmp_path, settings,
     ],
 )
 def test_a_process_ends_with_one_line_and_status_2(model, sources, tmp_path, settings, says):
-    """As above, and before JAX is imported where the configuration alone says it (`faults/test_configs.py`)."""
+    """As above; errors of the configuration itself come before JAX is imported (`faults/test_configs.py`)."""
     flags = [f"--set={override}" for override in tiny_training.finetuning_overrides(sources, model, **settings)]
     ended = launched.run("finetune", *flags, "--out=out", folder=tmp_path)
     assert launched.not_refused(ended, says) == ""
@@ -97,13 +97,13 @@ def test_a_damaged_line_is_named(model, sources, tmp_path):
 
 
 class Memory(NamedTuple):
-    """As psutil tells it."""
+    """The fields of psutil's result."""
 
     available: int
 
 
 def test_what_does_not_fit_in_memory_is_refused(model, sources, tmp_path, monkeypatch):
-    """Counted by hand: a copy, gradients and two moments of what trains, and every layer's input."""
+    """Counted by hand: a copy, gradients and two moments of the trained weights, and every layer's input."""
     weights = sum(tensor.size for name, tensor in load_file(model / "model.safetensors").items() if "bias" not in name)
     routers = 2 * 16 * 64
     batch_bytes = 4 * 4 * 32 * 2 * 64
