@@ -47,10 +47,10 @@ def test_an_error_in_generation_holds_the_finished_text(overflowing):
     def on_text(index, piece):
         pieces[index] += piece
 
-    with pytest.raises(ValueError, match=r"of token \d+ after prompt [12], 'topk:1': not finite") as said:
+    with pytest.raises(ValueError, match=r"of token \d+ after prompt [12], 'topk:1': not finite") as raised:
         overflowing.generate(["ab", "hello there"], max_new_tokens=9, policy="topk:1", on_text=on_text)
-    assert "\n" not in str(said.value)
-    made = said.value.completions
+    assert "\n" not in str(raised.value)
+    made = raised.value.completions
     assert [one.text for one in made] == [pieces[0], pieces[1]] and {one.finish_reason for one in made} == {None}
     assert all(np.isfinite(one.log_probabilities).all() for one in made)
 

@@ -232,13 +232,13 @@ def test_documents_are_held_out_if_none_are_given(model, sources, tmp_path):
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(model, sources, tmp_path):
     out = tmp_path / "out"
     settings = {"training.learning_rate": 1e25, "training.checkpoint_every": 1, "training.evaluate_every": 12}
-    with pytest.raises(ValueError, match=r"step \d+ is not finite .* lower training.learning_rate") as said:
+    with pytest.raises(ValueError, match=r"step \d+ is not finite .* lower training.learning_rate") as raised:
         finetune(model, sources, out, **settings)
-    assert len(str(said.value).splitlines()) == 1
+    assert len(str(raised.value).splitlines()) == 1
     checkpoints = Checkpoints(out / "checkpoints", 2)
     last = checkpoints.latest_step
     checkpoints.close()
-    assert 1 <= last < 12 and f"the last good checkpoint is that of step {last};" in str(said.value)
+    assert 1 <= last < 12 and f"the last good checkpoint is that of step {last};" in str(raised.value)
     assert not (out / "model").exists() and not (out / "result.json").exists()
 
 
@@ -249,9 +249,9 @@ def refused(done, model, sources, monkeypatch):
 
     def refused(says, model=model, **settings):
         before = {path: path.stat().st_mtime_ns for path in done.out.rglob("*")}
-        with pytest.raises(ValueError, match=says) as said:
+        with pytest.raises(ValueError, match=says) as raised:
             finetune(model, sources, done.out, **(tiny_training.TAUGHT | settings))
-        assert len(str(said.value).splitlines()) == 1
+        assert len(str(raised.value).splitlines()) == 1
         assert {path: path.stat().st_mtime_ns for path in done.out.rglob("*")} == before
 
     return refused

@@ -75,10 +75,10 @@ def test_text_shorter_than_a_batch_is_refused(model, sources, tmp_path):
     write_lines(path, texts(1, 50))
     with pytest.raises(
         ValueError, match=r"text.sources has \d+ tokens, \d rows .* expected at least the 32 rows"
-    ) as said:
+    ) as raised:
         more = {"training.batch_size": 8, "training.accumulation": 4}
         finetune(model, sources, tmp_path / "out", **{"text.sources": (str(path),)}, **more)
-    assert len(str(said.value).splitlines()) == 1
+    assert len(str(raised.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -121,7 +121,9 @@ def test_what_does_not_fit_in_memory_is_refused(model, sources, tmp_path, monkey
         with pytest.raises(ValueError, match=rf"finetune.train = '{name}' needs .* GB available: expected fewer"):
             finetuning.require_memory(config[name], params)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"needs [\d,.]+ GB beside the model's [\d,.]+, [\d,.]+ GB available") as said:
+    with pytest.raises(
+        ValueError, match=r"needs [\d,.]+ GB beside the model's [\d,.]+, [\d,.]+ GB available"
+    ) as raised:
         rows = {"training.batch_size": 10**8}
         finetuning.require_memory(read_config(None, tiny_training.finetuning_overrides(sources, model, **rows)), params)
-    assert len(str(said.value).splitlines()) == 1
+    assert len(str(raised.value).splitlines()) == 1
