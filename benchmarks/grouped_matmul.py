@@ -40,7 +40,7 @@ def main(run: command.Command) -> None:
     matrix_bytes = d_model * moe.expert_hidden * weights_LEFD.dtype.itemsize
 
     def sizes(tokens, k):
-        """Rows per expert, drawn anew each time: small cases must not find their weights in a cache."""
+        """Rows per expert, other ones each time: small cases must not find their weights in a cache."""
         experts = np.concatenate([rng.choice(moe.num_experts, k, replace=False) for _ in range(tokens)])
         return jnp.asarray(np.bincount(experts, minlength=moe.num_experts), jnp.int32)
 

@@ -1,4 +1,4 @@
-"""A tiny Qwen3-MoE whose greedy continuation is known, and tokenizers alike in kind to those of published models."""
+"""A tiny Qwen3-MoE whose greedy continuation is known, and tokenizers like those of published models."""
 
 import itertools
 import json
@@ -19,7 +19,7 @@ ARCHITECTURE = Architecture(
 
 
 def byte_level():
-    """Every byte a token, in the order of its characters; then three special tokens: 256, 257 and 258."""
+    """One token for each byte, in the order of its characters, then three special tokens: 256, 257 and 258."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = tokenizers.Tokenizer(models.BPE(vocab={one: number for number, one in enumerate(alphabet)}, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -29,7 +29,7 @@ def byte_level():
 
 
 def sentencepiece_like():
-    """As Mixtral's: words begin with U+2581, the decoder strips one space at the head, other characters are bytes."""
+    """Like Mixtral's: words begin with U+2581, the decoder strips one leading space, other characters are bytes."""
     words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdeh"]
     vocab = {word: number for number, word in enumerate(words)}
     merges = [("▁", "b"), ("▁b", "e"), ("▁", "c")]
@@ -46,11 +46,11 @@ def sentencepiece_like():
 
 
 def params(chain=(), gain=0.0):
-    """Weights whose best continuation of chain[i] is chain[i + 1]: the residual stream is all but the embedding.
+    """Weights for which chain[i + 1] is the best continuation of chain[i]: the residual stream is almost the embedding.
 
     Args:
         chain: token ids, each at most once before another one.
-        gain: of what attention and experts add; 0: they add nothing.
+        gain: scale of what attention and experts add to the residual stream; 0: nothing.
     """
     random = np.random.default_rng(0)
     flat = {

@@ -1,4 +1,4 @@
-"""Chat templates alike in what they use to those of published models, and what each makes of one message."""
+"""Chat templates that use the same features as published ones, and what each renders from one message."""
 
 CHATML = """{%- if tools %}
     {{- '<|im_start|>system\\n' + (tools | tojson) + '<|im_end|>\\n' }}

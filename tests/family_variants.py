@@ -1,4 +1,4 @@
-"""Small architectures of every family that take every branch, and random parameters in which each part has a say."""
+"""Small architectures of every family that cover every branch, and random parameters that all affect the logits."""
 
 import dataclasses
 from typing import NamedTuple
@@ -39,7 +39,7 @@ YARN = {"yarn_factor": 8.0, "yarn_original_context": 16, "yarn_beta_fast": 4.0, 
 
 
 class Variant(NamedTuple):
-    """A shape of one family."""
+    """An architecture of one family."""
 
     model_type: str
     architecture: Architecture
@@ -56,7 +56,7 @@ def _variant(model_type, attention, moe, trunk=(), attention_changes=(), moe_cha
     )
 
 
-_NO_DENSE = {"dense_hidden": DecoderConfig().dense_hidden}  # of families that cannot say it
+_NO_DENSE = {"dense_hidden": DecoderConfig().dense_hidden}  # of families that have no such field
 _OLMOE = {"head_dim": 8, "qk_norm": True, "qk_norm_span": "all"}
 _QWEN2 = {"num_shared_experts": 1, "shared_gate": True}
 _V2 = {"num_shared_experts": 2, "group_score": "best"}
@@ -142,7 +142,7 @@ VARIANTS = {
     ),
     "glm4_moe_yarn": _variant("glm4_moe", GROUPED, SIGMOID, {}, {**YARN, "rope_fraction": 0.5, "qk_norm": True}),
 }
-# Those whose logits, as transformers gives them, are kept in tests/golden: every family, and every branch of each.
+# Variants whose logits by transformers are in tests/golden: every family, and every branch of each.
 GOLDEN = (
     *("olmoe", "qwen2_moe", "qwen3_moe_yarn", "mixtral", "deepseek_v2", "deepseek_v2_lite", "deepseek_v3"),
     *("moonlight", "kimi_k2", "glm4_moe"),
@@ -151,7 +151,7 @@ GOLDEN = (
 
 
 def random_params(variant: Variant, seed: int = 0):
-    """Numbers that bfloat16 holds, which keep activations near one and give norms and biases a say."""
+    """Values that bfloat16 represents exactly, which keep activations near one; norms and biases affect the logits."""
     random = np.random.default_rng(seed)
     flat = {}
     for rule in FAMILIES[variant.model_type].rules(variant.architecture):
@@ -163,7 +163,7 @@ def random_params(variant: Variant, seed: int = 0):
         elif rule.parameter != "embedding_VD":
             x = x * rule.stored_shape(variant.architecture)[-1] ** -0.5
         if "query" in rule.parameter or "key" in rule.parameter:
-            x = x * 1.5  # uneven attention: its scale and its positions show
+            x = x * 1.5  # uneven attention, so that its scale and positions matter
         flat[rule.parameter] = x.astype(ml_dtypes.bfloat16).astype(np.float32)
     return huggingface.nested(flat)
 

@@ -1,4 +1,4 @@
-"""A hub of a few folders, served on the loopback: the endpoints that huggingface_hub asks, and no more."""
+"""A hub of a few folders, served on the loopback: the endpoints that huggingface_hub uses, and no more."""
 
 import contextlib
 import hashlib
@@ -17,10 +17,10 @@ class SmallHub:
 
     Attributes:
         folders: name of a repository -> its folder.
-        revisions: what may be asked for.
-        sent: names of files whose bytes were asked for, in order.
-        cut: file -> number of its bytes after which the connection is closed.
-        status: of every answer, where it is not 200.
+        revisions: the known revisions.
+        sent: names of the files that were requested, in order.
+        cut: file -> number of bytes after which the connection is closed.
+        status: status of every answer.
     """
 
     def __init__(self, folders):
@@ -46,7 +46,7 @@ class SmallHub:
         self._thread.start()
 
     def close(self):
-        """Twice is as good as once."""
+        """May be called twice."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -116,7 +116,7 @@ def _digest(path):
 
 @contextlib.contextmanager
 def serving(folders):
-    """A small hub that ends with the block."""
+    """Runs a small hub until the block ends."""
     hub = SmallHub(folders)
     try:
         yield hub

@@ -38,7 +38,7 @@ def assert_close(got, expected):
     assert np.abs(got - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
-def test_the_public_names_are_there_and_importing_them_is_cheap():
+def test_the_public_names_exist_and_importing_them_is_cheap():
     code = (
         "import sys, moe_jax, moe_jax.command, moe_jax.config.gin\n"
         "assert set(moe_jax.__all__) <= set(dir(moe_jax))\n"
@@ -53,7 +53,7 @@ def test_the_public_names_are_there_and_importing_them_is_cheap():
         _ = moe_jax.lod
 
 
-def test_logits_depend_on_neither_padding_nor_neighbours_nor_their_policies(model):
+def test_logits_depend_on_neither_padding_nor_other_rows_nor_their_policies(model):
     policy = ["topk:2", moe_jax.policies.parse("topk:8"), None]
     logits_BTV = model.logits(TOKENS_BT, policy=policy)
     assert (logits_BTV.dtype, logits_BTV.shape) == (np.float32, (3, 14, 512))
@@ -72,7 +72,7 @@ def test_logits_and_completions_agree(model):
     np.testing.assert_allclose(completion.log_probabilities, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_generate_hands_all_it_is_given_to_the_engine(model):
+def test_generate_passes_all_arguments_to_the_engine(model):
     settings = {"max_new_tokens": 8, "temperature": 2.0, "top_k": 400, "top_p": 0.99, "seed": 2}
 
     def made(**changed):
@@ -104,7 +104,7 @@ def test_generate_hands_all_it_is_given_to_the_engine(model):
     ],
     ids=str,
 )
-def test_logits_refuse_what_they_cannot_score(model, tokens_BT, settings, expected):
+def test_logits_refuse_bad_tokens(model, tokens_BT, settings, expected):
     with pytest.raises(ValueError, match=expected):
         model.logits(tokens_BT, **settings)
 
@@ -121,7 +121,7 @@ def test_logits_refuse_what_they_cannot_score(model, tokens_BT, settings, expect
     ],
     ids=str,
 )
-def test_generate_refuses_settings_that_mean_nothing(model, settings, expected):
+def test_generate_refuses_bad_settings(model, settings, expected):
     with pytest.raises(ValueError, match=expected):
         model.generate(["The"], **{"max_new_tokens": 1, **settings})
 
@@ -159,7 +159,7 @@ def test_a_model_without_a_tokenizer_gives_logits_alone(model, folder, tmp_path)
         moe_jax.load(tmp_path / "nowhere")
 
 
-def test_jax_takes_the_memory_over_in_which_weights_are_read(folder, monkeypatch):
+def test_jax_uses_the_memory_into_which_weights_are_read(folder, monkeypatch):
     places = []
 
     def reading(*arguments):
@@ -190,7 +190,7 @@ def test_no_weight_in_half_precision_is_widened_or_copied_out_of_its_stack():
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * layer
 
 
-# a model whose continuation is known
+# a model with a known continuation
 
 
 @pytest.mark.parametrize(

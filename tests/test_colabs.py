@@ -21,7 +21,7 @@ each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
 
 def code_of(notebook):
-    """The code cells, less the lines that IPython hands to a shell."""
+    """The code cells, without lines for the shell."""
     sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     return [re.sub(r"^!.*$", "", source, flags=re.MULTILINE) for source in sources]
 
@@ -38,7 +38,7 @@ def test_it_runs_and_shows_an_image(path, tmp_path):
         "PYTHONPATH": str(ROOT),
         "TMPDIR": str(tmp_path),
         "IPYTHONDIR": str(tmp_path / "ipython"),
-        "JUPYTER_DATA_DIR": str(tmp_path / "jupyter"),  # the kernel of this interpreter, not one of the user's
+        "JUPYTER_DATA_DIR": str(tmp_path / "jupyter"),  # this interpreter's kernel, not one of the user's
         "JAX_COMPILATION_CACHE_DIR": os.environ.get("JAX_COMPILATION_CACHE_DIR", str(caches)),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
@@ -48,7 +48,7 @@ def test_it_runs_and_shows_an_image(path, tmp_path):
         client.execute(env=environment)
     finally:
         outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
-        print(*(output.text for output in outputs if output.output_type == "stream"))  # of a launcher that failed
+        print(*(output.text for output in outputs if output.output_type == "stream"))  # the error of a failed launcher
     assert any("image/png" in output.get("data", {}) for output in outputs)
     assert [output.text for output in outputs if output.get("name") == "stderr"] == []
 
@@ -64,7 +64,7 @@ def test_it_is_committed_without_outputs_and_paths_of_a_machine(path):
 
 
 @each
-def test_it_defines_nothing_and_wants_only_what_is_installed(path):
+def test_it_defines_nothing_and_needs_only_installed_packages(path):
     nodes = [node for source in code_of(nbformat.read(path, as_version=4)) for node in ast.walk(ast.parse(source))]
     assert not [node for node in nodes if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda))]
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
@@ -73,7 +73,7 @@ def test_it_defines_nothing_and_wants_only_what_is_installed(path):
 
 
 @each
-def test_its_badge_and_its_first_cell_name_one_address(path):
+def test_its_badge_and_its_first_cell_name_the_same_address(path):
     notebook = nbformat.read(path, as_version=4)
     install, short = code_of(notebook)[:2]
     [repository] = re.findall(r'^REPOSITORY = "https://github.com/(.+)"$', install, flags=re.MULTILINE)
@@ -82,5 +82,5 @@ def test_its_badge_and_its_first_cell_name_one_address(path):
     assert short == 'SHORT = bool(os.environ.get("MOE_JAX_SHORT"))'
 
 
-def test_all_install_alike():
+def test_all_install_in_the_same_way():
     assert len({code_of(nbformat.read(path, as_version=4))[0] for path in NOTEBOOKS}) == 1

@@ -1,4 +1,4 @@
-"""Conversion between layouts of checkpoints: bit-identical where nothing is cast, refused where it cannot be said."""
+"""Conversion between layouts of checkpoints: bit-identical if nothing is cast, refused if impossible."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ def test_orbax_and_back_is_bit_identical(folder, tmp_path):
 
 
 @pytest.mark.parametrize("layout", conversion.LAYOUTS)
-def test_dtype_and_k_by_either_way(folder, tmp_path, layout):
+def test_dtype_and_k_through_both_layouts(folder, tmp_path, layout):
     conversion.convert(folder, tmp_path / "new", layout=layout, dtype="float32", policy="topk:3")
     conversion.convert(tmp_path / "new", tmp_path / "back", shard_bytes=10_000)
     assert len(list((tmp_path / "back").glob("model-*.safetensors"))) > 2
@@ -46,7 +46,7 @@ def test_dtype_and_k_by_either_way(folder, tmp_path, layout):
     assert {array.dtype.name for array in jax.tree.leaves(params)} == {"float32"}
 
 
-def test_logits_are_those_of_the_policy(folder, tmp_path):
+def test_logits_equal_those_of_the_policy(folder, tmp_path):
     conversion.convert(folder, tmp_path / "three", policy="topk:3", dtype="float32")
     tokens_BT = np.random.default_rng(0).integers(0, 512, (2, 9), dtype=np.int32)
     given = moe_jax.load(folder, dtype="float32")
@@ -57,7 +57,7 @@ def test_logits_are_those_of_the_policy(folder, tmp_path):
 
 @pytest.fixture
 def run_folder(tmp_path):
-    """What a training run leaves: its configuration, tokenizer and checkpoints."""
+    """The folder of a training run: its configuration, tokenizer and checkpoints."""
     folder = tmp_path / "run"
     sections = {"decoder": tiny_model.ARCHITECTURE.decoder, "attention": tiny_model.ARCHITECTURE.attention}
     config = moe_jax.read_config(None, ["training.sequence_length=32"])
@@ -100,7 +100,7 @@ def test_the_last_checkpoint_of_a_run(run_folder, tmp_path):
         ({"dtype": "int8"}, "dtype = 'int8'"),
     ],
 )
-def test_what_cannot_be_said_is_refused_and_nothing_written(folder, tmp_path, options, words):
+def test_impossible_conversions_are_refused_and_write_nothing(folder, tmp_path, options, words):
     with pytest.raises(ValueError, match=words):
         conversion.convert(folder, tmp_path / "out", **options)
     assert list(tmp_path.iterdir()) == []
@@ -113,7 +113,7 @@ def test_another_k_in_each_layer_goes_through_both_layouts(folder, tmp_path, lay
     assert moe_jax.load(tmp_path / "back").architecture == tiny_model.changed(moe={"k_of_layers": (8, 4)})
 
 
-def test_nothing_is_overwritten_and_damage_is_told(folder, tmp_path):
+def test_nothing_is_overwritten_and_damage_is_reported(folder, tmp_path):
     with pytest.raises(ValueError, match="nothing is overwritten"):
         conversion.convert(folder, folder)
     conversion.convert(folder, tmp_path / "orbax", layout="orbax")

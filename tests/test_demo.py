@@ -1,4 +1,4 @@
-"""The shipped model: what it is said to be, and that it does what it was trained for."""
+"""The shipped model: it is as described, and does what it was trained for."""
 
 import csv
 import pathlib
@@ -45,7 +45,7 @@ def test_it_compresses_held_out_text_better_than_xz_and_worse_with_fewer_experts
 
 
 def test_measured_bits_are_those_of_this_model(model):
-    """`benchmarks/results/evaluate_demo` was measured on these weights: some of its documents are scored again."""
+    """`benchmarks/results/evaluate_demo` was measured on these weights; some of its documents are scored again."""
     with open(ROOT / "benchmarks" / "results" / "evaluate_demo" / "documents.csv", newline="") as file:
         lines = list(csv.DictReader(file))[::40]
     documents = load_held_out(ROOT / "assets" / "text")[::40]

@@ -12,7 +12,7 @@ def entries(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_write_atomically_replaces_and_leaves_nothing_beside(tmp_path):
+def test_write_atomically_replaces_and_leaves_no_other_file(tmp_path):
     path = tmp_path / "new" / "result.json"
     files.write_atomically(path, b"old")
     files.write_atomically(path, "neu: \u00e9\n")
@@ -43,7 +43,7 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch, function):
     assert entries(tmp_path) == ["a"]
 
 
-def test_write_onto_a_folder_is_refused_and_leaves_nothing_beside(tmp_path):
+def test_writing_onto_a_folder_is_refused_and_leaves_no_other_file(tmp_path):
     (tmp_path / "a").mkdir()
     with pytest.raises(IsADirectoryError):
         files.write_atomically(tmp_path / "a", b"new")

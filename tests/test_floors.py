@@ -1,4 +1,4 @@
-"""The house holds: imports point down, and each file states its subject."""
+"""The order of packages: imports point down, and each file states its subject."""
 
 import ast
 import pathlib
@@ -27,12 +27,12 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 
 def room_of(path):
-    """The part of the house that a file belongs to: the package or module directly below `moe_jax`."""
+    """The package or module directly below `moe_jax` that a file belongs to."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def imported_rooms(tree, package):
-    """The rooms that code in `package` (dotted) imports, wherever in the file; `import moe_jax` is its `__init__`."""
+    """The packages that code in `package` (dotted) imports anywhere; `import moe_jax` is its `__init__`."""
     names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -46,7 +46,7 @@ def imported_rooms(tree, package):
 
 
 def violations(room, tree, package):
-    """What breaks the rule in a file of `room`. The modules of the top floor are one package: the rule spares them."""
+    """The imports in a file of package `room` that break the rule, which exempts the modules of the top floor."""
     found = []
     for imported in sorted(imported_rooms(tree, package) - {room}):
         if (room, imported) in SIDEWAYS:
@@ -94,7 +94,7 @@ def test_the_rule_itself(room, source, refused):
 
 
 def test_launchers_hold_no_preamble_twice():
-    """Three statements in a row, imports left out, stand in one launcher alone: what is shared is in `command/`."""
+    """No two launchers share three consecutive statements, apart from imports."""
     seen = {}
     for path in sorted((ROOT / "launch").glob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):

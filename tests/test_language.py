@@ -1,16 +1,20 @@
-"""How this project writes: words that it avoids, since each made a reader stumble, and the form of docstrings."""
+"""The words that this project does not write, names that mean one thing, and the form of docstrings."""
 
 import ast
+import collections
 import itertools
 import pathlib
 import re
 
 import pytest
 
-HOMEMADE = ("so many", "quickly told", "an even cut", "says nothing", "whoever comes late")
+HOMEMADE = (
+    *("so many", "quickly told", "an even cut", "say nothing", "says nothing", "whoever", "nobody's", "anew"),
+    *("there and back", "have a say", "has a say", "of one's own", "alike in", "goes along", "storm of kills"),
+)
 IN_STRINGS = ("wanted",)  # fine as a part of a name, not in what a user reads: say "expected"
 ROOT = pathlib.Path(__file__).parents[1]
-FOLDERS = ("moe_jax", "launch", "configs", "docs", "benchmarks", "colabs")
+FOLDERS = ("moe_jax", "launch", "configs", "docs", "benchmarks", "colabs", "tests")
 KINDS = {".py", ".md", ".gin", ".sh", ".cc", ".h", ".ipynb"}
 FILES = [ROOT / "README.md"]
 FILES += sorted(
@@ -19,10 +23,21 @@ FILES += sorted(
     for path in (ROOT / folder).rglob("*")
     if path.suffix in KINDS and not path.is_relative_to(ROOT / "benchmarks" / "results")
 )
+FILES.remove(pathlib.Path(__file__))  # it has the words
+# Every definition of a name that had several meanings; `load` reads the weights of a model.
+DEFINED = {
+    "load": {"load", "Checkpoint.load", "Command.load"},
+    "Model": {"Model"},
+    "Batch": {"Batch"},
+    "Subject": set(),
+    "Layers": set(),
+    "draw": set(),
+}
+SAME_INTERFACE = {"System"}  # one class in each module of benchmarks/systems
 
 
 def occurrences(text, phrases):
-    """The phrases that a text has as whole words, in any case; a phrase may run on to the next line of a comment."""
+    """The phrases in a text as whole words, ignoring case; a phrase may continue on the next line of a comment."""
     between = r"[\s#/*]+"
     return [one for one in phrases if re.search(rf"\b{one.replace(' ', between)}\b", text, re.IGNORECASE)]
 
@@ -37,7 +52,7 @@ def strings(source):
 
 
 def homemade(text, is_python):
-    """The words of a file that are not for this project."""
+    """The words of a file that this project does not write."""
     return occurrences(text, HOMEMADE) + (occurrences(strings(text), IN_STRINGS) if is_python else [])
 
 
@@ -81,3 +96,42 @@ def test_docstring_sections_are_indented_by_four_spaces():
     found = {str(path.relative_to(ROOT)): sections_otherwise_indented(path.read_text()) for path in sources}
     assert {name: lines for name, lines in found.items() if lines} == {}
     assert sections_otherwise_indented('def f(a):\n    """F.\n\n    Args:\n      a: b.\n    """') == ["f: Args:"]
+
+
+def definitions(source):
+    """The qualified names of all classes and functions in Python code, with their nodes."""
+    found = []
+
+    def visit(node, outer):
+        for child in ast.iter_child_nodes(node):
+            name = outer
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                name = f"{outer}.{child.name}".lstrip(".")
+                found.append((name, child))
+            visit(child, name)
+
+    visit(ast.parse(source), "")
+    return found
+
+
+CODE = {path: definitions(path.read_text()) for path in FILES if path.suffix == ".py"}
+
+
+@pytest.mark.parametrize("name", DEFINED)
+def test_a_name_has_one_meaning(name):
+    found = [qualified for defined in CODE.values() for qualified, _ in defined if qualified.rpartition(".")[2] == name]
+    assert sorted(found) == sorted(DEFINED[name])
+
+
+def test_no_two_classes_have_one_name():
+    places = collections.defaultdict(list)
+    for path, defined in CODE.items():
+        for name, node in defined:
+            if isinstance(node, ast.ClassDef) and not path.is_relative_to(ROOT / "tests"):
+                places[node.name].append(f"{path.relative_to(ROOT)}: {name}")
+    assert {name: found for name, found in places.items() if len(found) > 1 and name not in SAME_INTERFACE} == {}
+
+
+def test_definitions_are_found_in_classes_and_functions():
+    source = "class A:\n    def load(self):\n        def draw(): ...\nif True:\n    async def load(): ..."
+    assert [name for name, _ in definitions(source)] == ["A", "A.load", "A.load.draw", "load"]

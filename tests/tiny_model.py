@@ -1,4 +1,4 @@
-"""A model of a few thousand random weights, alike in structure to real ones, for tests of all floors."""
+"""A model of a few thousand random weights, with the structure of real ones, for all tests."""
 
 import dataclasses
 import functools
@@ -27,12 +27,12 @@ def changed(architecture=ARCHITECTURE, **sections):
 
 
 def layers_of(moe, num_layers):
-    """An architecture of MoE layers alone, for what looks at nothing else."""
+    """An architecture with only MoE layers, for tests that need nothing else."""
     return Architecture(DecoderConfig(num_layers=num_layers, num_dense_layers=0), AttentionConfig(), moe)
 
 
 def random_params(architecture=ARCHITECTURE, seed=0):
-    """Weights that keep activations near one, with norms and biases that have a say."""
+    """Weights that keep activations near one, with norms and biases that matter."""
     random = np.random.default_rng(seed)
     shapes = jax.eval_shape(lambda: split(Decoder(architecture, nnx.Rngs(0))))
 
@@ -53,7 +53,7 @@ def random_params(architecture=ARCHITECTURE, seed=0):
 
 @functools.cache
 def tokenizer():
-    """Trained on a sentence: 320 tokens, 257 of them the bytes and `<|endoftext|>`."""
+    """A tokenizer trained on a sentence: 320 tokens, of which 257 are the bytes and `<|endoftext|>`."""
     words = [f"{a}{b}" for a in "bcdfglmnprst" for b in ("ake", "ing", "ound", "ly")]
     return train_tokenizer([TEXT, " ".join(words)], 320)
 

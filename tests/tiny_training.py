@@ -1,4 +1,4 @@
-"""A training run of a few seconds, alike in structure to real ones, for tests of all that can happen to it."""
+"""A training run of a few seconds, with the structure of real ones, for tests of failures and kills."""
 
 import json
 import lzma
@@ -63,12 +63,12 @@ def write_sources(folder: pathlib.Path) -> pathlib.Path:
 
 
 def overrides(sources: pathlib.Path, **more) -> list[str]:
-    """What --set takes: the small run on these sources, with some settings changed."""
+    """Overrides for --set: the small run on these sources, with some settings changed."""
     return [f"{name}={value!r}" for name, value in (SMALL | _folders(sources) | more).items()]
 
 
 def finetuning_overrides(sources: pathlib.Path, model: pathlib.Path, **more) -> list[str]:
-    """The same of a short fine-tuning of a model, such as `tiny_model.write_model` makes."""
+    """Overrides for a short fine-tuning of a model, such as `tiny_model.write_model` makes."""
     settings = FINETUNING | _folders(sources) | {"model.path": str(model)} | more
     return [f"{name}={value!r}" for name, value in settings.items()]
 

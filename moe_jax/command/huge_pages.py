@@ -1,4 +1,4 @@
-"""Huge pages for memory that is allocated anew in every step."""
+"""Huge pages for memory that is allocated again in every step."""
 
 import os
 import platform

@@ -1,4 +1,4 @@
-"""Samples the number of experts anew in every training step, so that one model serves every k."""
+"""Samples the number of experts in every training step, so that one model serves every k."""
 
 import jax.numpy as jnp
 import numpy as np

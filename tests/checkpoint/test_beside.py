@@ -1,4 +1,4 @@
-"""What lies beside a model's weights goes along where the model is saved, converted or tuned."""
+"""The files beside a model's weights are kept when the model is saved, converted or tuned."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ GENERATION = {
     "pad_token_id": 7,
     "transformers_version": "4.51.0",
 }
-FIELDS = {  # of published files, which change nothing that runs here
+FIELDS = {  # fields of published files that change nothing here
     "torch_dtype": "bfloat16",
     "initializer_range": 0.02,
     "attention_dropout": 0.0,
@@ -54,7 +54,7 @@ def write(path, data):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """As published models lie in their folders, with a calibration."""
+    """A folder like that of a published model, with a calibration."""
     folder = tiny_model.write_model(tmp_path_factory.mktemp("models") / "tiny", dtype="bfloat16", token_ids={})
     for name, data in {**FILES, **LEFT}.items():
         write(folder / name, data)
@@ -111,7 +111,7 @@ def test_files_and_fields_survive(folder, tmp_path, way, dtype):
 
 
 @pytest.mark.parametrize("way", WAYS[1:])
-def test_another_k_is_said_and_takes_the_calibration_away(folder, tmp_path, way):
+def test_another_k_is_written_and_drops_the_calibration(folder, tmp_path, way):
     out = way(folder, tmp_path / "out", policy="topk:3")
     fields = json.loads((out / "config.json").read_text())
     assert fields["num_experts_per_tok"] == 3 and fields["router_aux_loss_coef"] == 0.001
@@ -121,14 +121,14 @@ def test_another_k_is_said_and_takes_the_calibration_away(folder, tmp_path, way)
     assert "num_experts_per_tok_of_layers" not in json.loads((again / "config.json").read_text())
 
 
-def test_a_quantised_checkpoint_is_no_longer_said_to_be_one(folder):
+def test_a_dequantised_checkpoint_has_no_quantization_config(folder):
     texts = huggingface.config_texts(
         {"hidden_size": 4}, np.dtype(np.float32), {}, {"quantization_config": {"quant_method": "fp8"}, "a": 1}, {}
     )
     assert json.loads(texts["config.json"]) == {"a": 1, "hidden_size": 4, "dtype": "float32"}
 
 
-def test_a_large_file_is_left_behind_with_a_word(folder, tmp_path, monkeypatch, caplog):
+def test_a_large_file_is_not_copied_with_a_warning(folder, tmp_path, monkeypatch, caplog):
     copy = shutil.copytree(folder, tmp_path / "copy")
     write(copy / "corpus.txt", b"x" * 500_000)
     monkeypatch.setattr(beside, "LARGEST_BYTES", 400_000)
@@ -136,7 +136,7 @@ def test_a_large_file_is_left_behind_with_a_word(folder, tmp_path, monkeypatch, 
     assert "corpus.txt has more than" in caplog.text
 
 
-def test_new_weights_leave_measurements_and_pages_behind(folder):
+def test_new_weights_drop_the_calibration_and_the_pages_about_the_old_ones(folder):
     files = checkpoint.open(folder).of_other_weights().files
     assert {"LICENSE", "modeling_tiny.py", "tokenizer.json"} <= files.keys()
     assert not {"README.md", calibrations.NAME} & files.keys()

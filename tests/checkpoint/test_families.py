@@ -1,4 +1,4 @@
-"""Every family: config.json there and back, rules that name what the decoder owns, and what is refused by name."""
+"""Every family: config.json round trips, rules name the decoder's parameters, unsupported fields are refused."""
 
 import dataclasses
 import json
@@ -66,7 +66,7 @@ def test_rules_name_what_the_decoder_owns(name):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_what_is_written_is_read(tmp_path, name):
+def test_a_written_folder_is_read(tmp_path, name):
     write(tmp_path / "model", VARIANTS[name])
     opened = checkpoint.open(tmp_path / "model")
     architecture, params = opened.architecture, opened.read("float32")
@@ -115,7 +115,7 @@ def test_prediction_layers_and_computed_frequencies_are_skipped(tmp_path, caplog
         ({"num_hidden_layers": 0}, ["decoder.num_layers"]),
     ],
 )
-def test_what_asks_for_something_else_is_refused_by_name(model_type, fields, words):
+def test_unsupported_settings_are_refused_by_name(model_type, fields, words):
     with pytest.raises(ValueError) as refused:
         FAMILIES[model_type].architecture(fields_of(model_type, **fields))
     assert all(word in str(refused.value) for word in words) and "\n" not in str(refused.value)
@@ -155,13 +155,13 @@ def test_what_asks_for_something_else_is_refused_by_name(model_type, fields, wor
         ("kimi_k2", {"num_nextn_predict_layers": -1}, ["num_nextn_predict_layers", "-1"]),
     ],
 )
-def test_what_one_family_refuses(model_type, fields, words):
+def test_settings_that_one_family_refuses(model_type, fields, words):
     with pytest.raises(ValueError) as refused:
         FAMILIES[model_type].architecture(fields_of(model_type, **fields))
     assert all(word in str(refused.value) for word in words) and "\n" not in str(refused.value)
 
 
-def test_what_leaves_the_computation_as_it_is_passes():
+def test_settings_that_change_nothing_are_accepted():
     """Published Qwen files name a window that they do not use."""
     family, architecture = FAMILIES["qwen3_moe"], VARIANTS["qwen3_moe"].architecture
     fields = fields_of("qwen3_moe", sliding_window=4096, max_window_layers=28, use_sliding_window=False)
@@ -191,7 +191,7 @@ def test_fields_that_newer_libraries_add_change_nothing(model_type, fields):
 
 
 def test_rotations_by_kind_of_layer():
-    """As transformers 5 writes them where a family could have several kinds."""
+    """The format of transformers 5 for families that may have several kinds."""
     plain = fields_of("qwen3_moe")
     nested = plain | {"rope_parameters": {"full_attention": plain["rope_parameters"]}}
     nested = {name: x for name, x in nested.items() if name != "rope_theta"}
@@ -202,7 +202,7 @@ def test_rotations_by_kind_of_layer():
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe_yarn", "deepseek_v2_lite", "deepseek_v3", "kimi_k2"])
-def test_the_scale_of_yarn_may_be_said(name):
+def test_the_scale_of_yarn_may_be_given(name):
     model_type, architecture = VARIANTS[name]
     fields = FAMILIES[model_type].config_json(architecture)
     own = rope.turn_scale(architecture.attention)
@@ -239,7 +239,7 @@ def test_dense_layers_may_be_listed_and_groups_be_null():
     ids=str,
 )
 def test_any_layer_may_be_dense(model_type, fields, dense):
-    """As the models' own code decides it, and there and back."""
+    """Decided as in the models' own code, and kept in a round trip."""
     family = FAMILIES[model_type]
     architecture = family.architecture(fields_of(model_type, num_hidden_layers=6, **fields))
     decoder = architecture.decoder
@@ -254,7 +254,7 @@ def test_any_layer_may_be_dense(model_type, fields, dense):
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_an_architecture_of_another_family_is_not_written(model_type):
-    """Every other family's shape is either refused by name, or comes back as it was."""
+    """The shape of every other family is refused by name, or comes back unchanged."""
     family, refused = FAMILIES[model_type], 0
     for architecture in [*(variant.architecture for variant in VARIANTS.values()), Architecture()]:
         try:

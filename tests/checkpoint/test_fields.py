@@ -1,4 +1,4 @@
-"""Every field of a config.json that is read, in every family: left out, or of a wrong type."""
+"""Every field of config.json that is read, in every family, is left out once and given values of wrong types."""
 
 import functools
 import json
@@ -12,7 +12,7 @@ from moe_jax.checkpoint.quantization import blocks_of
 from tests.family_variants import VARIANTS
 
 WRONG = ("x", "", ["x"], [[]], {"x": 1}, {}, 1.5, float("nan"), float("inf"), True, False, 0, -1, 10**400, 10**9)
-# null says something else than leaving out does: a projection without a latent; no groups
+# null differs from leaving out: a projection without a latent; no groups
 NULL_IS_SAID = ("q_lora_rank", "n_group", "topk_group")
 # A default that does not fit the rest is named as the setting that it became.
 SETTINGS = {
@@ -21,14 +21,14 @@ SETTINGS = {
     "n_group": ("moe.num_groups", "moe.num_groups_kept"),
     "topk_group": ("moe.num_groups_kept",),
 }
-# The objects within, and what they may hold beside what is written.
+# Nested objects, and the fields that they may have beside those that we write.
 WITHIN = {"rope_parameters": ("attention_factor", "truncate"), "rope_scaling": ("attention_factor", "truncate")}
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 
 
 class Asked(dict):
-    """Remembers what was asked of it."""
+    """Records which fields are read."""
 
     def __init__(self, fields):
         super().__init__(fields)
@@ -55,7 +55,7 @@ def fields_of(variant):
 
 
 def asked_of(fields):
-    """What the readers ask for, one after the other."""
+    """The fields that the readers ask for, in order."""
     asked = Asked(fields)
     family = FAMILIES[asked["model_type"]]
     base.with_numbers_of_layers(family.architecture(asked), asked)
@@ -66,13 +66,13 @@ def asked_of(fields):
 
 
 def said(fields):
-    """All that the readers make of the fields."""
+    """Everything that the readers derive from the fields."""
     family, architecture = huggingface.describe(fields)
     return architecture, family.skipped(fields), beside.token_ids_of(fields, {})
 
 
 def refusal(fields):
-    """The one line that the fields are refused with; "" where they are not. Any other exception is a fault."""
+    """The error message if the fields are refused, else "". Any other exception is a bug."""
     try:
         said(fields)
     except ValueError as error:
@@ -86,7 +86,7 @@ def is_named(line, *names):
 
 
 def could_be_meant(model_type, path, value):
-    """Whether a value is of a type that a field has in some variant of its family."""
+    """Whether a value has a type that the field has in some variant of its family."""
     if path in beside.TOKEN_IDS:
         return type(value) is int
     known = {type(value_at(fields_of(one), path)) for one in VARIANTS.values() if one.model_type == model_type}
@@ -94,14 +94,14 @@ def could_be_meant(model_type, path, value):
 
 
 def value_at(fields, path):
-    """What a field holds, of the file or of an object in it; None where there is none."""
+    """The value of a field, of the file or of an object in it; None if there is none."""
     name, *key = path.split(".")
     value = fields.get(name)
     return value.get(key[0]) if key and value else value
 
 
 def changes(fields, name):
-    """(what is changed, the fields without a value there, the fields with one)."""
+    """(the name of the change, fields without the value, fields with another one)."""
     yield name, {key: x for key, x in fields.items() if key != name}, lambda value: fields | {name: value}
     inner = fields.get(name)
     if name in WITHIN and inner:
@@ -140,10 +140,10 @@ def test_a_value_of_a_wrong_type_is_named(variant):
         for path, without, with_value in changes(fields, name):
             for wrong in WRONG:
                 if could_be_meant(variant.model_type, path, wrong):
-                    refusal(with_value(wrong))  # by what it says, if at all
+                    refusal(with_value(wrong))  # by its value, if at all
                 elif line := refusal(with_value(wrong)):
                     faults += [] if is_named(line, path) else [f"{path} = {str(wrong)[:20]}: {line}"]
                 elif refusal(without) or said(with_value(wrong)) != said(without):
-                    # what changes nothing may be said: that there is no bias, no window
+                    # values that change nothing are accepted: no bias, no window
                     faults.append(f"{path} = {str(wrong)[:20]} is taken")
     assert faults == []

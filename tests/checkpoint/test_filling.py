@@ -1,4 +1,4 @@
-"""Filling arrays from stored tensors: what goes wrong between the table and the last byte."""
+"""Filling arrays from stored tensors, and what can go wrong between the table and the last byte."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import pytest
 from moe_jax.checkpoint import filling, safetensors_file
 from moe_jax.kernels import compiled
 
-COUNT = 3_000_000  # more than one piece
+COUNT = 3_000_000  # more than one chunk
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def test_every_piece_arrives_in_aligned_memory(stored, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_each_place_of_a_line_is_copied_and_checked(dtype):
+def test_every_position_in_a_cache_line_is_copied_and_checked(dtype):
     dtype, bits = np.dtype(dtype), filling.EXPONENTS[np.dtype(dtype)][0]
     numbers = np.arange(1, 300).astype(dtype)
     for first in (0, 1, 7):
@@ -65,7 +65,7 @@ def test_a_file_that_was_cut_since_its_table_was_read(stored):
         fill(stored, np.float32)
 
 
-def test_where_nothing_compiles_numpy_copies_and_says_so(stored, monkeypatch, caplog):
+def test_without_a_compiler_numpy_copies_with_a_warning(stored, monkeypatch, caplog):
     def refuse(source):
         raise ValueError("c++ cannot compile copying.cc")
 
@@ -81,7 +81,7 @@ def test_another_number_of_values_is_refused(stored):
         filling.fill([filling.Source("a", stored["a"], array)])
 
 
-def test_nothing_and_numbers_alone(tmp_path):
+def test_empty_arrays_and_scalars(tmp_path):
     shapes = {"none": (np.dtype(np.float32), (0, 3)), "one": (np.dtype(np.float32), ())}
     arrays = [np.zeros((0, 3), np.float32), np.ones((), np.float32)]
     safetensors_file.write_file(tmp_path / "a.safetensors", shapes, arrays)

@@ -1,4 +1,4 @@
-"""Names of a hub, against a small one on the loopback: fetched, found in the cache, refused in one line."""
+"""Models of a hub, from a small server on the loopback: fetched, found in the cache, refused in one line."""
 
 import os
 import pathlib
@@ -23,7 +23,7 @@ SHARDS = {f"model-0000{n}-of-00004.safetensors" for n in (1, 2, 3, 4)}
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A model in one file, one in shards, and what is not to be fetched."""
+    """A model in one file, one in shards, and files that must not be fetched."""
     models = tmp_path_factory.mktemp("models")
     one = tiny_model.write_model(models / "one")
     tiny_model.write_model(models / "shards", shard_bytes=300_000)
@@ -46,7 +46,7 @@ def hub(folders, tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
         template = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between one try and the next
+        monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between two tries
         yield hub
 
 
@@ -61,7 +61,7 @@ def refusal(name):
 @pytest.mark.parametrize("name", ["tiny/one", "tiny/shards@main", f"tiny/one@{small_hub.COMMIT}"])
 def test_a_name_is_fetched_once(hub, folders, name):
     opened = checkpoint.open(name)
-    assert set(hub.sent) - {"model.safetensors.index.json"} == SMALL  # nothing large before it is expected
+    assert set(hub.sent) - {"model.safetensors.index.json"} == SMALL  # no weights before they are needed
     loaded = opened.load()
     weights = SHARDS | {"model.safetensors.index.json"} if "shards" in name else {"model.safetensors"}
     assert sorted(hub.sent) == sorted(SMALL | weights)
@@ -96,13 +96,13 @@ def test_the_cache_serves_when_the_hub_does_not(hub, monkeypatch, caplog, how):
         ("tiny/bare", "tiny/bare at main has no config.json"),
     ],
 )
-def test_what_a_hub_does_not_have_is_refused_by_name(hub, name, words):
+def test_a_model_that_the_hub_does_not_have_is_refused_by_name(hub, name, words):
     assert words in refusal(name)
     assert not hub.sent
 
 
-def test_what_was_fetched_in_part_goes_on(hub, folders, monkeypatch):
-    """A connection that ends early, and a process that is gone before the rest came."""
+def test_a_partial_download_is_resumed(hub, folders, monkeypatch):
+    """After a connection that ended early, and in another process."""
     broken = "model-00002-of-00004.safetensors"
     hub.cut = {broken: 100_000}
     assert f"tiny/shards: {broken} cannot be fetched" in refusal("tiny/shards")
@@ -136,7 +136,7 @@ def test_launchers_take_a_name(folders, tmp_path):
         assert last.startswith("error: model.path = 'tiny/one' is not a folder") and "HF_HUB_OFFLINE is set" in last
         mistaken = launched("infer.py", "--prompt=The", "--set=policy.spec=tpok:2")
         assert mistaken.returncode == 2 and "did you mean" in mistaken.stderr.splitlines()[-1]
-        assert set(hub.sent) == SMALL  # a mistake is told before the weights are fetched
+        assert set(hub.sent) == SMALL  # a mistake is reported before weights are fetched
         converted = launched("convert.py", "--out=out")
     assert converted.returncode == 0, converted.stderr
     written, given = (path / "model.safetensors" for path in (tmp_path / "out" / "model", folders["tiny/one"]))

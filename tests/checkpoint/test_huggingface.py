@@ -1,4 +1,4 @@
-"""Reading a folder in Hugging Face layout: what was written comes back, and every tensor has its published name."""
+"""Folders in Hugging Face layout: a round trip keeps everything, and every tensor has its published name."""
 
 import json
 
@@ -84,7 +84,7 @@ def test_round_trip_is_bitwise(tmp_path, architecture, dtype):
         np.testing.assert_array_equal(bits(read[name]), bits(array), err_msg=name)
 
 
-def test_every_tensor_lies_where_the_published_name_says(folder):
+def test_every_tensor_has_its_published_name_and_layout(folder):
     """Against the format's own library, tensor by tensor, with the layouts written out by hand."""
     params = random_params(TINY, np.float32)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")

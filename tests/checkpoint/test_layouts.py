@@ -1,4 +1,4 @@
-"""Layouts beside the published one: read to the same parameters, or refused by what they are."""
+"""Other layouts than the published one: read to the same parameters, or refused by name."""
 
 import json
 
@@ -24,7 +24,7 @@ def edited(folder, change):
 
 
 def stacked(tensors, turned=False):
-    """All experts of a layer in two tensors, as transformers 5 holds them; `turned`: as some others do."""
+    """All experts of a layer in two tensors, as in transformers 5; `turned`: inputs first, as in some others."""
     made, experts = {}, {}
     for name, x in tensors.items():
         if ".experts." not in name:
@@ -71,12 +71,12 @@ def test_experts_in_one_tensor(tmp_path, model_type):
     )
 
 
-def test_experts_stored_inputs_first_are_refused_as_that(tmp_path):
+def test_experts_stored_inputs_first_are_refused_by_name(tmp_path):
     folder = edited(write(tmp_path / "model", VARIANTS["qwen3_moe"]), lambda tensors: stacked(tensors, turned=True))
     assert "gate_up_proj has shape (16, 32, 24): config.json asks for (16, 24, 32): its matrices" in refusal(folder)
 
 
-def test_one_layer_in_another_layout_is_told_by_its_names(tmp_path):
+def test_one_layer_in_another_layout_is_named(tmp_path):
     def some(tensors):
         mixed = stacked(tensors)
         return {name: x for name, x in tensors.items() if "layers.1." not in name} | {
@@ -88,7 +88,7 @@ def test_one_layer_in_another_layout_is_told_by_its_names(tmp_path):
     assert "2 unknown: model.layers.1.mlp.experts.down_proj" in message
 
 
-NAMES = {  # how the names of the trunk begin, and that of the head
+NAMES = {  # prefixes of the names of the decoder, and of the head
     "without model.": ("", "lm_head.weight"),
     "within a model that sees": ("language_model.model.", "language_model.lm_head.weight"),
     "as in transformers 5": ("model.language_model.", "lm_head.weight"),
@@ -108,14 +108,14 @@ def renamed(start, head):
 
 @pytest.mark.parametrize("case", NAMES)
 @pytest.mark.parametrize("name", ["qwen3_moe", TIED])
-def test_names_that_begin_otherwise(tmp_path, caplog, case, name):
+def test_names_with_other_prefixes(tmp_path, caplog, case, name):
     folder = edited(write(tmp_path / "model", VARIANTS[name]), renamed(*NAMES[case]))
     assert_same_parameters(folder, VARIANTS[name])
     assert f"{NAMES[case][0]}embed_tokens.weight and others are read as model.embed_tokens.weight" in caplog.text
 
 
 def test_prediction_layers_are_skipped_under_other_names(tmp_path):
-    """Those have an embedding of their own."""
+    """They have their own embedding."""
 
     def change(tensors):
         extra = {"model.layers.3.embed_tokens.weight": tensors["model.embed_tokens.weight"]}
@@ -127,7 +127,7 @@ def test_prediction_layers_are_skipped_under_other_names(tmp_path):
     assert_same_parameters(folder, VARIANTS["deepseek_v3"])
 
 
-def test_what_stands_beside_a_language_model_is_named(tmp_path):
+def test_other_parts_beside_a_language_model_are_named(tmp_path):
     def change(tensors):
         extra = {"vision_tower.blocks.0.norm.weight": np.ones(4, np.float32)}
         return renamed("language_model.model.", "language_model.lm_head.weight")(tensors) | extra
@@ -153,7 +153,7 @@ def test_two_tensors_of_one_name_are_refused(tmp_path):
     assert "is one of two tensors that would be lm_head.weight" in refusal(folder)
 
 
-def test_a_model_without_its_head_is_called_that(tmp_path):
+def test_a_model_without_a_head_is_refused_by_name(tmp_path):
     def change(tensors):
         return {name.removeprefix("model."): x for name, x in tensors.items() if name != "lm_head.weight"}
 
@@ -161,7 +161,7 @@ def test_a_model_without_its_head_is_called_that(tmp_path):
     assert refusal(folder).endswith("1 missing: lm_head.weight; this is a model without its output head")
 
 
-def test_a_language_model_within_another_configuration_is_called_that(tmp_path):
+def test_a_nested_language_model_is_refused_by_name(tmp_path):
     folder = write(tmp_path / "model", VARIANTS["deepseek_v3"])
     inner = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({"model_type": "kimi_vl", "text_config": inner}))
@@ -172,7 +172,7 @@ def test_a_language_model_within_another_configuration_is_called_that(tmp_path):
     assert 'model_type = "llava": supported: ' in refusal(folder)
 
 
-# integers, which are no weights
+# integers, which are not weights
 
 INTEGERS = [(np.int64, "I64"), (np.int32, "I32"), (np.uint8, "U8"), (np.bool_, "BOOL")]
 
@@ -187,7 +187,7 @@ def test_a_tensor_of_integers_is_named(tmp_path, dtype, code):
     assert checkpoint.open(folder).stored_dtype == "bfloat16"
 
 
-def test_a_weight_in_integers_is_refused_as_that(tmp_path):
+def test_a_weight_of_integers_is_refused_by_name(tmp_path):
     folder = edited(
         write(tmp_path / "model", VARIANTS["qwen3_moe"]),
         lambda tensors: tensors | {"model.norm.weight": np.ones(32, np.int8)},

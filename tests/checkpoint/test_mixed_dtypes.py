@@ -1,4 +1,4 @@
-"""Checkpoints whose tensors have different dtypes: as stored, nothing rounded, and every use of them runs."""
+"""Checkpoints whose tensors have different dtypes: kept as stored, nothing rounded, and everything runs."""
 
 import ml_dtypes
 import numpy as np
@@ -35,19 +35,21 @@ MIXTURES = {
 
 
 def mixed(folder, family, parts, narrow=ml_dtypes.bfloat16):
-    """A folder whose tensors are float32 where their name has one of the parts, and narrow elsewhere."""
+    """A folder whose tensors are float32 if their name has one of the parts, and narrow otherwise."""
     write(folder, VARIANTS[family], dtype="float32")
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     for name, tensor in tensors.items():
         wide = "embed_tokens" not in name if parts is None else any(part in name for part in parts)
-        tensors[name] = tensor * np.float32(1.001) if wide else tensor.astype(narrow)  # no half precision holds those
+        tensors[name] = (
+            tensor * np.float32(1.001) if wide else tensor.astype(narrow)
+        )  # values that no half precision holds
     safetensors.numpy.save_file(tensors, folder / "model.safetensors")
     tiny_model.save_tokenizer(tiny_model.tokenizer(), folder, 64)
     return folder
 
 
 @pytest.mark.parametrize("case", MIXTURES)
-def test_what_is_stored_wider_stays_so(tmp_path, case):
+def test_wider_tensors_stay_wider(tmp_path, case):
     family, parts, wide = MIXTURES[case]
     folder = mixed(tmp_path / "model", family, parts)
     found, expected = (
@@ -69,7 +71,7 @@ def test_a_mixture_runs(tmp_path, case):
     [made] = model.generate([TOKENS_BT[0].tolist()], max_new_tokens=3)
     likely = model.logits(np.array([[*TOKENS_BT[0], *made.ids]] * 2))[0, 8:11]
     short_of_best = likely.max(axis=1) - likely[np.arange(3), list(made.ids)]
-    assert short_of_best.max() < 0.02 * np.abs(likely).max()  # prefill and decode step read the same weights
+    assert short_of_best.max() < 0.02 * np.abs(likely).max()  # prefill and decode read the same weights
 
 
 def test_a_float32_head_is_not_rounded(tmp_path):
@@ -80,7 +82,7 @@ def test_a_float32_head_is_not_rounded(tmp_path):
     np.testing.assert_allclose(x_BTD, rounded, atol=1e-5)  # bfloat16 activations times the head as it is stored
 
 
-def test_two_kinds_of_halves_meet_in_float32(tmp_path):
+def test_bfloat16_and_float16_become_float32(tmp_path):
     folder = mixed(tmp_path / "model", "qwen3_moe", ["nothing"])
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].astype(np.float16)
@@ -89,7 +91,7 @@ def test_two_kinds_of_halves_meet_in_float32(tmp_path):
     assert params["norm_D"].dtype == np.float32 and params["embedding_VD"].dtype == ml_dtypes.bfloat16
 
 
-def test_what_is_narrower_than_most_is_widened(tmp_path):
+def test_tensors_narrower_than_most_are_widened(tmp_path):
     folder = mixed(tmp_path / "model", "qwen3_moe", None)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     params = checkpoint.open(folder).read()

@@ -1,4 +1,4 @@
-"""Block-scaled FP8: read as a plain loop says, in every dtype, and refused where scales and tensors do not fit."""
+"""Block-scaled FP8: read as by a plain loop, in every dtype, and refused if scales and tensors do not fit."""
 
 import json
 
@@ -14,13 +14,13 @@ from moe_jax.checkpoint.quantization import blocks_of
 from moe_jax.checkpoint.safetensors_file import read_table
 from tests.checkpoint.tiny_folder import TINY, edit_config, edit_tensors, flattened, random_params, refusal, shard
 
-ROWS, COLUMNS = 7, 5  # of a block: no size of the model is a multiple of either
+ROWS, COLUMNS = 7, 5  # of a block: no dimension of the model is a multiple of either
 PUBLISHED = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 DOWN = "model.layers.3.mlp.experts.5.down_proj.weight"
 
 
 def plain_loop(tensor, scale, rows, columns):
-    """float32, number by number."""
+    """The values in float32, one by one."""
     expected = np.empty(tensor.shape, np.float32)
     for row in range(tensor.shape[0]):
         for column in range(tensor.shape[1]):
@@ -29,7 +29,7 @@ def plain_loop(tensor, scale, rows, columns):
 
 
 def quantize(folder, rows=ROWS, columns=COLUMNS, scale_dtype=np.float32):
-    """Stores the projections as random FP8 with random scales; returns what each is to be read as, in float32."""
+    """Stores the projections as random FP8 with random scales; returns the expected values in float32."""
     random = np.random.default_rng(0)
     tensors, expected = safetensors.numpy.load_file(folder / "model.safetensors"), {}
     for name, tensor in list(tensors.items()):
@@ -47,7 +47,7 @@ def quantize(folder, rows=ROWS, columns=COLUMNS, scale_dtype=np.float32):
 
 
 def load_file(path):
-    """As the format's own library, which gives NumPy no floats of eight bits."""
+    """Reads like the format's own library, which cannot give 8-bit floats to NumPy."""
     data = path.read_bytes()
     return {
         name: np.frombuffer(data, one.dtype, one.nbytes // one.dtype.itemsize, one.start).reshape(one.shape).copy()
@@ -63,7 +63,7 @@ def folder(tmp_path):
 
 
 def as_stored(params):
-    """Tensors by name, as `write_checkpoint` would spell them."""
+    """Tensors by the names that `write_checkpoint` gives them."""
     flat = flattened(params)
     return {
         name: flat[rule.parameter][index].reshape(rule.stored_shape(TINY))
@@ -75,7 +75,7 @@ def as_stored(params):
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float32", "float16"])
 @pytest.mark.parametrize(("rows", "columns"), [(ROWS, COLUMNS), (8, 16), (128, 128)])
 def test_values_are_those_of_a_plain_loop(folder, monkeypatch, dtype, rows, columns):
-    monkeypatch.setattr(filling, "_CHECKED_BYTES", 200)  # so that pieces begin within blocks
+    monkeypatch.setattr(filling, "_CHECKED_BYTES", 200)  # so that chunks begin within blocks
     expected = quantize(folder, rows, columns)
     read = as_stored(checkpoint.open(folder).read(dtype))
     for name, values in expected.items():
@@ -85,7 +85,7 @@ def test_values_are_those_of_a_plain_loop(folder, monkeypatch, dtype, rows, colu
     assert read["model.norm.weight"].dtype == np.dtype("bfloat16" if dtype == "auto" else dtype)
 
 
-def test_a_part_is_that_of_the_whole(folder):
+def test_a_part_equals_that_part_of_the_whole(folder):
     quantize(folder)
     opened = checkpoint.open(folder)
     expected = flattened(opened.read("float32"))

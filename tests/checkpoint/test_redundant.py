@@ -15,7 +15,7 @@ TIED, YARN = VARIANTS["olmoe_few_kv_heads"], VARIANTS["qwen3_moe_yarn"]
 
 
 def with_tensors(folder, variant, change):
-    """A folder with some tensors more."""
+    """A folder with additional tensors."""
     write(folder, variant)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     safetensors.numpy.save_file(tensors | change(tensors), folder / "model.safetensors")
@@ -70,7 +70,7 @@ DISAGREE = {
 
 
 @pytest.mark.parametrize("case", AGREE)
-def test_what_agrees_is_passed_over(tmp_path, case, monkeypatch):
+def test_tensors_that_agree_are_ignored(tmp_path, case, monkeypatch):
     monkeypatch.setattr(redundant, "_ROWS", 10)  # of 64
     variant, change = AGREE[case]
     opened = checkpoint.open(with_tensors(tmp_path / "more", variant, change))
@@ -85,7 +85,7 @@ def test_what_agrees_is_passed_over(tmp_path, case, monkeypatch):
 
 
 @pytest.mark.parametrize("case", DISAGREE)
-def test_what_does_not_agree_is_refused(tmp_path, case, monkeypatch):
+def test_tensors_that_disagree_are_refused(tmp_path, case, monkeypatch):
     monkeypatch.setattr(redundant, "_ROWS", 10)
     variant, change, words = DISAGREE[case]
     with pytest.raises(ValueError, match=words) as refused:

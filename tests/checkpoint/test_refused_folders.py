@@ -1,4 +1,4 @@
-"""Folders that are refused: what is missing, damaged or of another kind is named in one line."""
+"""Folders that are refused: one line names what is missing, damaged or of another kind."""
 
 import json
 
@@ -40,7 +40,7 @@ from tests.checkpoint.tiny_folder import (
         ({"first_k_dense_replace": 4}, ["decoder.num_dense_layers"]),
     ],
 )
-def test_config_json_that_asks_for_something_else_is_refused_by_name(folder, fields, words):
+def test_unsupported_settings_of_config_json_are_refused_by_name(folder, fields, words):
     edit_config(folder, **fields)
     message = refusal(folder)
     for word in ["config.json", *words]:

@@ -1,4 +1,4 @@
-"""Parts of parameters: each is read alone, and devices get their own, of either layout."""
+"""Shards of parameters: each is read by itself, and devices get their own, in both layouts."""
 
 import json
 import os
@@ -23,7 +23,7 @@ def folder(tmp_path_factory):
     return tiny_model.write_model(tmp_path_factory.mktemp("models") / "tiny", dtype="bfloat16")
 
 
-# path -> the part that is expected, and how the bytes around it are found by the names of tensors
+# path -> the part to read, and how to find the bytes around it by the names of tensors
 PARTS = {
     "moe/experts/gate_up_LEIFD": np.s_[0:2, 4:8, 0:2, 8:16, 0:64],
     "moe/experts/down_LEDF": np.s_[1:2, 4:8, 0:64, 8:16],
@@ -35,7 +35,7 @@ PARTS = {
 
 
 def poisoned(name, tensor):
-    """The tensor with NaN wherever none of `PARTS` lies, by its published name."""
+    """The tensor of that published name, with NaN outside `PARTS`."""
     kept = np.zeros(tensor.shape, bool)
     if ".mlp.experts." in name:
         layer, expert = int(name.split(".")[2]), int(name.split(".experts.")[1].split(".")[0])
@@ -55,7 +55,7 @@ def poisoned(name, tensor):
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
-def test_a_part_is_read_without_what_lies_around_it(folder, tmp_path, dtype):
+def test_a_part_is_read_without_the_bytes_around_it(folder, tmp_path, dtype):
     expected = dict(huggingface.flattened(checkpoint.open(folder).read(dtype)))
     for path in folder.iterdir():
         if path.suffix == ".json":
@@ -122,5 +122,5 @@ def test_each_of_eight_devices_holds_its_own(folder):
     assert done.returncode == 0, done.stderr
     read_bytes = json.loads(done.stdout)
     copied, whole = read_bytes[folders[0]]
-    assert copied == whole  # every number once, however many devices hold it
+    assert copied == whole  # every value once, however many devices hold it
     assert read_bytes[folders[1]][0] == 0  # mapped

@@ -1,4 +1,4 @@
-"""The stacked layout: mapped where it lies, the same numbers, and refused where it is not what was written."""
+"""The stacked layout: memory-mapped, the same values, and refused if it is not what was written."""
 
 import json
 import pathlib
@@ -33,7 +33,7 @@ def folder(published):
 
 
 def places_in(path):
-    """Where a file is mapped in this process."""
+    """The addresses at which a file is mapped in this process."""
     lines = pathlib.Path("/proc/self/maps").read_text().splitlines()
     ends = [line.split()[0].split("-") for line in lines if line.endswith(str(path))]
     return [range(*(int(end, 16) for end in pair)) for pair in ends]
@@ -61,8 +61,8 @@ def test_a_program_that_may_overwrite_its_arguments_leaves_the_file_alone(folder
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_every_family_goes_there_and_back(tmp_path, name):
-    """Shapes of few numbers: what fills the gaps between them is read by the format's own library too."""
+def test_every_family_survives_a_round_trip(tmp_path, name):
+    """With small tensors, so that there is padding; the format's own library reads that too."""
     published = write(tmp_path / "published", VARIANTS[name])
     conversion.convert(published, tmp_path / "stacked", layout="stacked")
     opened, given = checkpoint.open(tmp_path / "stacked"), checkpoint.open(published)
@@ -108,7 +108,7 @@ def cut(length):
 
 
 def change_head(folder):
-    """Two parameters of one shape exchanged: each check but that of the digest passes."""
+    """Exchanges two parameters of one shape: every check but the digest passes."""
     path = folder / "stacked.safetensors"
     one, other = b'"moe/attention_norm_LD"', b'"moe/ffn_norm_LD"      '
     data = path.read_bytes().replace(one, b'"?"').replace(other.strip(), one).replace(b'"?"', other.strip())
@@ -142,7 +142,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_what_is_not_as_it_was_written_is_refused_when_it_is_opened(folder, tmp_path, name):
+def test_a_changed_file_is_refused_when_it_is_opened(folder, tmp_path, name):
     damage, words = DAMAGES[name]
     copy = pathlib.Path(shutil.copytree(folder, tmp_path / "copy"))
     damage(copy)
@@ -151,7 +151,7 @@ def test_what_is_not_as_it_was_written_is_refused_when_it_is_opened(folder, tmp_
     assert str(copy) in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_what_cannot_be_written_is_refused(published, tmp_path):
+def test_parameters_that_cannot_be_written_are_refused(published, tmp_path):
     opened = checkpoint.open(published)
     params = opened.read()
     for change, words in (

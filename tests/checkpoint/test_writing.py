@@ -1,4 +1,4 @@
-"""Writing a folder in Hugging Face layout: what lies in it, and what is not written."""
+"""Writing a folder in Hugging Face layout: its contents, and what is refused."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ from tests.checkpoint.tiny_folder import (
 )
 
 
-def test_auto_writes_what_it_is_given_and_dtypes_convert(tmp_path):
+def test_auto_keeps_dtypes_and_others_convert(tmp_path):
     params = random_params(TINY, np.dtype(ml_dtypes.bfloat16))
     huggingface.write_checkpoint(tmp_path / "model", TINY, huggingface.nested(params), dtype="auto")
     assert json.loads((tmp_path / "model/config.json").read_text())["dtype"] == "bfloat16"
@@ -34,7 +34,7 @@ def test_auto_writes_what_it_is_given_and_dtypes_convert(tmp_path):
 @pytest.mark.parametrize(
     ("setting", "value"), [("score", "softmax"), ("selection_bias", False)], ids=["score", "selection_bias"]
 )
-def test_an_architecture_that_the_family_lacks_is_not_written(tmp_path, setting, value):
+def test_an_architecture_that_the_family_cannot_express_is_refused(tmp_path, setting, value):
     architecture = dataclasses.replace(TINY, moe=dataclasses.replace(TINY.moe, **{setting: value}))
     params = huggingface.nested(random_params(TINY, np.float32))
     with pytest.raises(ValueError, match=rf"moe\.{setting}.*glm4_moe"):
@@ -84,7 +84,7 @@ def test_a_write_that_fails_leaves_nothing(tmp_path, folder, monkeypatch):
     checkpoint.open(folder).read()
 
 
-def test_params_that_do_not_fit_the_architecture_are_not_written(tmp_path):
+def test_params_that_do_not_fit_the_architecture_are_refused(tmp_path):
     params = random_params(TINY, np.float32)
     for change, words in (
         ({"norm_D": np.zeros(15, np.float32)}, r"norm_D has shape \(15,\).*\(16,\)"),
@@ -99,7 +99,7 @@ def test_params_that_do_not_fit_the_architecture_are_not_written(tmp_path):
     assert not pathlib.Path(tmp_path / "model").exists()
 
 
-def test_jax_arrays_are_written_as_numpy_ones_are(tmp_path):
+def test_jax_arrays_are_written_like_numpy_arrays(tmp_path):
     params = random_params(PLAIN, np.dtype(ml_dtypes.bfloat16))
     arrays = {name: jnp.asarray(array) for name, array in params.items()}
     huggingface.write_checkpoint(tmp_path / "jax", PLAIN, huggingface.nested(arrays))

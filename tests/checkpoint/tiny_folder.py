@@ -1,4 +1,4 @@
-"""A tiny checkpoint of GLM's family in Hugging Face layout, and what breaks one."""
+"""A tiny checkpoint of GLM's family in Hugging Face layout, and functions that change one."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ PLAIN = Architecture(
 
 
 def random_params(architecture, dtype):
-    """A flat tree of normal numbers, the router's bias in float32."""
+    """Normal random numbers by path, the router's bias in float32."""
     random = np.random.default_rng(0)
     return {
         rule.parameter: random.standard_normal(rule.shape(architecture)).astype(np.float32 if rule.float32 else dtype)
@@ -85,7 +85,7 @@ def shard(folder, parts=3):
 
 
 def refusal(folder, **options):
-    """The one line that reading `folder` is refused with."""
+    """The error message with which `folder` is refused."""
     with pytest.raises(ValueError) as caught:
         checkpoint.open(folder).read(**options)
     message = str(caught.value)

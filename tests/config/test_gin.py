@@ -204,7 +204,7 @@ VALUES = {
 
 @strategies.composite
 def configs(draw):
-    """Any configuration that can be written, whatever the schema would say of its values."""
+    """Any configuration that can be written, even if the schema would refuse its values."""
     config = object.__new__(schema.Config)
     for section, section_type in typing.get_type_hints(schema.Config).items():
         drawn = object.__new__(section_type)
@@ -225,7 +225,7 @@ def test_written_gin_reads_back_equal(tmp_path, config):
                 patch.setattr(section_type, "__post_init__", lambda self: None)
         read = gin.read_config(path)
     assert read == config
-    assert repr(read) == repr(config)  # equality alone takes 1 for 1.0 and for True
+    assert repr(read) == repr(config)  # 1 == 1.0 == True, so compare the text too
 
 
 @hypothesis.settings(max_examples=300, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])

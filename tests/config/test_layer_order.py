@@ -12,7 +12,7 @@ from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderCo
 
 
 def made(pattern):
-    """An architecture by one number per layer: 0 is dense, others are experts."""
+    """An architecture from one number per layer: 0 for a dense layer, else its number of experts."""
     dense, experts = [n for n, e in enumerate(pattern) if not e], tuple(e for e in pattern if e)
     places = {"num_dense_layers": len(dense), "dense_layers": tuple(dense)}
     moe = MoEConfig(num_experts=max(experts), k=1, num_experts_of_layers=experts)
@@ -32,13 +32,13 @@ def made(pattern):
         ([8, 7, 6, 5], [(1, 1)] * 4),
     ],
 )
-def test_what_repeats_is_a_loop(pattern, found):
+def test_a_repeating_pattern_becomes_a_loop(pattern, found):
     blocks = layer_order.blocks(made(pattern))
     assert [(len(block.layers), block.times) for block in blocks] == found
 
 
 @given(st.lists(st.sampled_from([0, 4, 6, 8]), min_size=1, max_size=20).filter(any))
-def test_blocks_are_all_layers_in_order_each_at_its_place(pattern):
+def test_blocks_hold_all_layers_in_order(pattern):
     architecture = made(pattern)
     passes = (block.at(time) for block in layer_order.blocks(architecture) for time in range(block.times))
     run = list(itertools.chain(*passes))
@@ -54,7 +54,7 @@ def test_blocks_are_all_layers_in_order_each_at_its_place(pattern):
 
 
 @given(st.integers(0, 5), st.integers(1, 5))
-def test_a_prefix_may_be_said_by_its_length_alone(dense, moe):
+def test_a_dense_prefix_may_be_given_by_its_length(dense, moe):
     by_length = Architecture(DecoderConfig(num_layers=dense + moe, num_dense_layers=dense))
     assert layer_order.layers(by_length) == layer_order.layers(made([0] * dense + [8] * moe))
     assert layer_order.blocks(by_length) == layer_order.blocks(made([0] * dense + [8] * moe))
@@ -73,7 +73,7 @@ def test_a_prefix_may_be_said_by_its_length_alone(dense, moe):
         ("moe", {"num_experts_of_layers": (64, 32, 32), "num_groups": 4, "num_groups_kept": 2}, "moe.num_groups = 4"),
     ],
 )
-def test_what_does_not_fit_is_refused_in_one_line(section, settings, words):
+def test_settings_that_do_not_fit_are_refused_in_one_line(section, settings, words):
     architecture = Architecture(DecoderConfig(num_layers=4))
     with pytest.raises(ValueError) as refused:
         changed = dataclasses.replace(getattr(architecture, section), **settings)

@@ -6,7 +6,7 @@ from moe_jax.cost.roofline import Machine
 
 
 def test_the_best_attempt_counts(monkeypatch):
-    """A clock that ticks by itself: attempts that seem to take 9, 8 and 7 seconds."""
+    """With a fake clock, on which the attempts take 9, 8 and 7 seconds."""
     spans = [(100 * attempt, 100 * attempt + 9 - attempt) for attempt in range(hardware.ATTEMPTS)]
     ticks = iter(np.ravel(spans).tolist())
     monkeypatch.setattr(hardware.time, "perf_counter", lambda: next(ticks))

@@ -1,6 +1,6 @@
-"""Parameters of the published models, total and active, against what their publishers say; nothing is allocated.
+"""Parameters of the published models, total and active, against their publishers' figures; nothing is allocated.
 
-Publishers print few digits, and each counts in his own way. A row says which embeddings its active figure includes;
+Publishers print few digits and count in different ways. A row says which embeddings its active figure includes;
 where a figure differs from ours by more than 1%, it has to be ours as printed to its digits: rounded, or cut off.
 """
 
@@ -34,13 +34,13 @@ PUBLISHED = {
     # 3.35 with both embeddings: the card cuts off.
     "qwen3_30b_a3b": Published("qwen3_moe", "30.5", "3.3", 2, 2, "card of Qwen/Qwen3-30B-A3B"),
     "qwen3_235b_a22b": Published("qwen3_moe", "235", "22", 2, 2, "card of Qwen/Qwen3-235B-A22B"),
-    # The active figures of DeepSeek leave the input embedding out: a token looks one row of it up.
+    # DeepSeek's active figures leave out the input embedding, of which a token reads one row.
     "deepseek_v2_lite": Published("deepseek_v2", "15.7", "2.4", 2, 1, "arXiv 2405.04434, appendix B"),
     "deepseek_v2": Published("deepseek_v2", "236", "21", 2, 1, "arXiv 2405.04434, abstract"),
     # 671 leaves out the 14 of the multi-token prediction module; 36.6 is "including 0.9B for the output Head".
     "deepseek_v3": Published("deepseek_v3", "671", "36.6", 2, 1, "README_WEIGHTS.md of deepseek-ai/DeepSeek-V3-Base"),
     "moonlight_16b_a3b": Published("deepseek_v3", "15.29", "2.24", 0, 0, "arXiv 2502.16982: without embeddings"),
-    # The card says 1 T, the report 1.04 T, 1.3% more than the files hold: here stands the hub's count of those.
+    # The card says 1 T, the report 1.04 T, 1.3% more than the files hold: this is the hub's count of the files.
     "kimi_k2": Published("kimi_k2", "1026.5", "32.6", 2, 2, "files of moonshotai/Kimi-K2-Instruct; arXiv 2507.20534"),
     # The report leaves both embeddings out.
     "glm_4_5_air": Published("glm4_moe", "106", "12", 0, 0, "arXiv 2508.06471, table 1"),

@@ -1,4 +1,4 @@
-"""The formulas against the arrays of real decoders, against XLA's own count, and against a count by hand."""
+"""The formulas against the arrays of real decoders, against XLA's own count, and against counts by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -58,20 +58,20 @@ def test_active_parameters_leave_out_the_experts_that_are_not_chosen():
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
-def test_a_step_that_wakes_every_expert_reads_every_array_once_and_the_cache(architecture):
+def test_a_step_that_uses_every_expert_reads_every_array_once_and_the_cache(architecture):
     trunk, moe = architecture.decoder, architecture.moe
     step = roofline.Step([5, 9], [1, 1], 2 * trunk.num_moe_layers * moe.k, trunk.num_moe_layers * moe.num_experts)
     weights = count(shapes_of(architecture))
     if not trunk.tie_embeddings:
-        weights -= (trunk.vocab_size - 2) * trunk.d_model  # of the embedding, two rows
-    # 7 + 7 positions before the step, and one written for each row: as many as two rows of 8 positions hold
+        weights -= (trunk.vocab_size - 2) * trunk.d_model  # two rows of the embedding
+    # 7 + 7 positions before the step and one new one per row: two rows of 8 positions
     cache = count(jax.eval_shape(lambda: caches.allocate(architecture, 2, 8, jnp.float32)))
     assert roofline.work(architecture, step, 4).bytes == 4 * (weights + cache)
     assert roofline.work(architecture, step, 2).bytes == 2 * (weights + cache)
 
 
 def test_by_hand():
-    """A model whose parts have sizes that no other part has; bytes of float16, and operations."""
+    """A model in which no two parts have the same size; bytes of float16, and operations."""
     architecture = Architecture(
         DecoderConfig(vocab_size=100, d_model=8, num_layers=2, num_dense_layers=1, dense_hidden=12, max_context=64),
         AttentionConfig(num_heads=6, num_kv_heads=2, head_dim=4, qk_norm=True),
@@ -134,7 +134,7 @@ def test_latent_attention_by_hand():
 )
 @pytest.mark.parametrize(("start", "length"), [(31, 1), (0, 16)])
 def test_operations_are_those_that_xla_counts(start, length, attention):
-    """With one expert nothing is routed, and XLA's count of a step exceeds the formula by its small parts alone."""
+    """With one expert nothing is routed, and XLA's count exceeds the formula only by small operations."""
     architecture = Architecture(
         DecoderConfig(vocab_size=1024, d_model=256, num_layers=4, num_dense_layers=3, dense_hidden=640, max_context=32),
         attention,
@@ -159,7 +159,7 @@ def test_operations_are_those_that_xla_counts(start, length, attention):
     assert 1 <= lowered.cost_analysis()["flops"] / work.flops < 1.05
 
 
-def test_the_floor_is_the_slower_of_moving_and_computing():
+def test_the_floor_is_the_longer_of_moving_and_computing():
     machine = roofline.Machine(bytes_per_s=10.0, flops_per_s=100.0)
     assert roofline.floor_s(roofline.Work(bytes=20, flops=100), machine) == 2
     assert roofline.floor_s(roofline.Work(bytes=20, flops=300), machine) == 3
@@ -167,7 +167,7 @@ def test_the_floor_is_the_slower_of_moving_and_computing():
 
 def test_distinct_experts_of_independent_tokens():
     assert roofline.expected_distinct(64, 8, 1) == 8
-    assert roofline.expected_distinct(64, 8, 2) == 15  # the second finds an eighth of its experts taken
+    assert roofline.expected_distinct(64, 8, 2) == 15  # of the second token's experts an eighth is already counted
     random = np.random.default_rng(0)
     drawn = [len(set(np.concatenate([random.permutation(16)[:3] for _ in range(6)]).tolist())) for _ in range(4000)]
     assert np.mean(drawn) == pytest.approx(roofline.expected_distinct(16, 3, 6), abs=0.1)

@@ -1,4 +1,4 @@
-"""The plan sorts kept slots by expert, loses none, and is undone by its own positions."""
+"""The plan sorts kept slots by expert, loses none, and its positions invert it."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -32,7 +32,7 @@ def test_plan(monkeypatch, few_slots, num_tokens, k_max, keep_share, seed):
     plan = plan_part.plan(selection, num_experts)
     expert_S, keep_S = (np.asarray(part).reshape(-1) for part in (selection.expert_NK, selection.keep_NK))
 
-    # the order, written out: a plain stable sort of kept slots by expert, then the dropped ones
+    # the expected order: a plain stable sort of kept slots by expert, then the dropped ones
     expected = sorted(range(num_tokens * k_max), key=lambda s: (not keep_S[s], expert_S[s] if keep_S[s] else 0, s))
     np.testing.assert_array_equal(plan.token_S, np.array(expected) // k_max)
     np.testing.assert_array_equal(np.argsort(np.asarray(plan.position_NK).reshape(-1)), expected)

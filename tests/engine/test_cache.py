@@ -22,7 +22,7 @@ def test_a_shape_holds_every_request():
     assert cache.shape_of([500] * 9, [12] * 9, 512) == (16, 512, 512)
 
 
-def test_long_prompts_are_whole_chunks_for_which_the_cache_has_room():
+def test_long_prompts_are_whole_chunks_that_fit_in_the_cache():
     chunk = cache.CHUNK
     assert cache.shape_of([chunk], [9], 16 * chunk) == (1, chunk, 2 * chunk)
     assert cache.shape_of([chunk + 1, 7], [9] * 2, 16 * chunk) == (2, 2 * chunk, 2 * chunk)
@@ -43,5 +43,5 @@ def test_a_cache_beyond_the_memory_is_refused(monkeypatch):
         ValueError, match=r"4 prompts with up to 64 tokens needs 0.0 GB of memory, 0.0 GB available: expected fewer"
     ):
         cache.require_memory(tiny_model.ARCHITECTURE, [(4, 64)], jnp.float32)
-    with pytest.raises(ValueError, match="the cache of 2 prompts with up to 64 tokens needs"):  # and a prefix beside it
+    with pytest.raises(ValueError, match="the cache of 2 prompts with up to 64 tokens needs"):  # and a prefix too
         cache.require_memory(tiny_model.ARCHITECTURE, [(2, 64), (4, 64)], jnp.float32)

@@ -1,4 +1,4 @@
-"""Generation against its plain definition: score the whole sequence anew for every token, and take the best."""
+"""Generation against its plain definition: score the whole sequence again for every token, and take the best."""
 
 import itertools
 import math
@@ -35,7 +35,7 @@ def engine(params):
 
 @pytest.fixture
 def compilations():
-    """A list that grows with every program that XLA compiles."""
+    """A list that grows by one for each program that XLA compiles."""
     seen = []
 
     def listen(event, duration, **kwargs):
@@ -65,7 +65,7 @@ def log_probabilities(params, tokens_BT, live):
 
 
 def best_continuation(params, ids, k, count):
-    """The best tokens and their log-probabilities, the whole sequence scored anew for each."""
+    """The best tokens and their log-probabilities; the whole sequence is scored again for each."""
     padded_BT = np.zeros((1, 32), np.int32)
     padded_BT[0, : len(ids)] = ids
     best, log_probability = [], []
@@ -90,11 +90,11 @@ def test_greedy_completions_are_the_best_tokens_of_the_whole_sequence(engine, pa
         assert (completion.finish_reason, completion.experts_per_token) == ("length", k)
     assert measured.prefill_tokens == sum(len(request.ids) for request in requests())
     assert (measured.decode_steps, measured.decode_tokens) == (11, 33)
-    assert measured.kept_slots == 11 * (2 + 8 + 5)  # nothing for the fourth row
+    assert measured.kept_slots == 11 * (2 + 8 + 5)  # none for the fourth row
 
 
 def test_within_a_bucket_nothing_compiles(engine, compilations):
-    execution = execution_of(tiny_model.ARCHITECTURE, k_max=10)  # that no other test has compiled for
+    execution = execution_of(tiny_model.ARCHITECTURE, k_max=10)  # which no other test compiles for
 
     def compiled_by(*args, **kwargs):
         before = len(compilations)
@@ -106,7 +106,9 @@ def test_within_a_bucket_nothing_compiles(engine, compilations):
     assert compiled_by(prompts, policy="topk:2") == (0, 2)
     assert compiled_by(prompts, policy=["layers:1,10", "topk:8", "model"]) == (0, 5.5)
     assert compiled_by(prompts, policy=["mass:0.7+renormalize:none", "ratio:0.5,min=2", "layers:1,3"])[0] == 0
-    assert compiled_by(prompts, policy=["opportunistic:2", "topk:3", "opportunistic:2"])[0] == 2  # another kind
+    assert (
+        compiled_by(prompts, policy=["opportunistic:2", "topk:3", "opportunistic:2"])[0] == 2
+    )  # another kind of policy
     assert compiled_by(prompts, policy=["mass:0.5+opportunistic:1", "opportunistic:4", "ratio:0.3"])[0] == 0
     assert compiled_by(prompts, temperature=0.7, top_k=5, top_p=0.9, seed=[1, 2, 3], stop=("x",)) == (0, 8)
     assert compiled_by([*prompts, [4] * 16], max_new_tokens=16) == (0, 8)
@@ -114,7 +116,7 @@ def test_within_a_bucket_nothing_compiles(engine, compilations):
 
 
 def test_a_prompt_read_in_chunks_is_continued_as_one_read_at_once(params, engine, monkeypatch):
-    """Prompts that end within every chunk and at the end of one, a policy for each, and a row without a request."""
+    """Prompts that end in each chunk and at the end of one, each with its own policy, and a row without a request."""
     prompts = [list(range(5, 5 + length)) for length in (3, 26, 16)]
     settings = {"policy": ["topk:3", None, "layers:2,5"], "max_new_tokens": 6}
     expected, at_once = run(engine, prompts, **settings)
@@ -129,7 +131,7 @@ def test_a_prompt_read_in_chunks_is_continued_as_one_read_at_once(params, engine
 
 
 def test_a_long_prompt_beside_short_ones_pads_none_of_them(params, engine, monkeypatch):
-    """Read in groups and put into slots, all draw what they drew when they were read together."""
+    """Prompts that are read in groups and inserted into slots give the same tokens as when read together."""
     prompts = [[1, 2, 3], [4] * 26, [5, 6], [7] * 25, [8]]
     settings = {"policy": ["topk:3", None, "opportunistic:2", "topk:2", "opportunistic:2"], "max_new_tokens": 6}
     expected, together = run(engine, prompts, **settings)
@@ -157,8 +159,8 @@ def test_no_group_reads_more_tokens_at_once_than_memory_is_for(engine, monkeypat
         assert completion.ids == alone.ids
 
 
-def test_several_steps_in_a_call_draw_what_single_ones_do(engine, params, monkeypatch):
-    """Rows that end at a token and at their limit within a call; batch-aware, so a row too many would show."""
+def test_several_steps_in_a_call_give_the_tokens_of_single_steps(engine, params, monkeypatch):
+    """Rows end at a token and at their limit within a call; the policy is batch-aware, so a row too many would show."""
     whole = run(engine, temperature=1.0, policy="opportunistic:1").completions
     ending = Engine(params, tiny_model.tokenizer(), end_ids=[whole[2].ids[2]])
     settings = {"temperature": 1.0, "policy": "opportunistic:1"}
@@ -169,13 +171,13 @@ def test_several_steps_in_a_call_draw_what_single_ones_do(engine, params, monkey
 
     one, five = by(1), by(5)
     assert {completion.finish_reason for completion in one.completions} == {"length", "end"}
-    assert repr(five.completions) == repr(one.completions)  # where nothing was decoded, NaN is not itself
+    assert repr(five.completions) == repr(one.completions)  # NaN, where nothing was decoded, does not equal itself
     for name in ("decode_steps", "decode_tokens", "kept_slots", "distinct_experts"):
         assert getattr(five.measured, name) == getattr(one.measured, name)
 
 
 def test_a_stop_string_ends_a_row_before_the_next_step(engine, monkeypatch):
-    """Only the host finds it; what is drawn after it is nobody's, and others' experts are counted without it."""
+    """Only the host finds it; tokens sampled after it are dropped, and other rows' experts are counted without them."""
     monkeypatch.setattr(generate, "steps_at_once", lambda seconds, most: 8)
     stop = run(engine, ["The"], max_new_tokens=16).completions[0].text[4:6]
     (alone,), measured = run(engine, ["The"], max_new_tokens=16, stop=(stop,))
@@ -187,7 +189,7 @@ def test_a_stop_string_ends_a_row_before_the_next_step(engine, monkeypatch):
     assert beside[0].ids == alone.ids and set(calls) == {1}
 
 
-def test_routing_is_handed_over_to_who_asks(engine):
+def test_routing_is_returned_on_request(engine):
     read = pad_prompts(requests(policy="topk:3"), EXECUTION)
     program = engine.prefill_program(read, EXECUTION, routing=True)
     result, _ = program(engine.params, read.tokens_BT, read.length_B, read.budget_B, engine.end_I, read.live)
@@ -198,7 +200,7 @@ def test_routing_is_handed_over_to_who_asks(engine):
     assert engine.prefill(read, EXECUTION)[0].chosen_LNK is None
 
 
-def test_a_longer_prompt_is_no_longer_program(params):
+def test_a_longer_prompt_does_not_make_a_longer_program(params):
     context = 16 * cache.CHUNK
     architecture = tiny_model.changed(decoder={"max_context": context})
     execution = execution_of(architecture)
@@ -212,7 +214,7 @@ def test_a_longer_prompt_is_no_longer_program(params):
     assert lines(context - 1) <= 1.05 * lines(2 * cache.CHUNK)
 
 
-def test_a_request_draws_the_same_beside_others_and_alone(engine):
+def test_a_request_samples_the_same_tokens_alone_and_in_a_batch(engine):
     settings = {"temperature": 1.3, "top_k": 50, "top_p": 0.95}
     policy, seed = ["topk:3", "topk:8", "topk:1"], [5, 6, 7]
     together = run(engine, policy=policy, seed=seed, **settings).completions
@@ -222,7 +224,9 @@ def test_a_request_draws_the_same_beside_others_and_alone(engine):
         assert alone.ids == together[index].ids == backwards[2 - index].ids
     begun = [*requests()[1].ids, *together[1].ids[:3]]
     (rest,) = run(engine, [begun], policy[1], seed[1], **settings, max_new_tokens=9).completions
-    assert rest.ids == together[1].ids[3:]  # a draw depends on its place in the text, not on what was the prompt
+    assert (
+        rest.ids == together[1].ids[3:]
+    )  # a sample depends on its position in the text, not on where the prompt ended
     others = run(engine, policy=policy, seed=[8, 9, 10], **settings).completions
     assert all(one.ids != other.ids for one, other in zip(together, others))
 
@@ -243,11 +247,11 @@ def test_completions_end_at_a_stop_string_the_end_of_text_or_the_limit(engine, p
     assert [one.text for one in completions] == ["".join(parts) for parts in pieces]
     assert all(itertools.chain(*pieces))  # no empty pieces
     assert measured.decode_tokens == sum(len(one.ids) for one in completions) - 3
-    assert measured.kept_slots == 8 * measured.decode_tokens  # finished rows keep none
+    assert measured.kept_slots == 8 * measured.decode_tokens  # finished rows keep no experts
 
 
 def cut(ids, stop, end_id):
-    """What is left of a completion that nothing ended early."""
+    """The part of an unstopped completion that remains."""
     text, shown = StoppingText(tiny_model.tokenizer(), [stop]), ""
     for count, token in enumerate(ids, start=1):
         shown += text.flush() if token == end_id else text.push(token)
@@ -308,7 +312,7 @@ def test_what_cannot_run_is_refused_before_it_does(arguments, expected):
 
 
 @pytest.mark.parametrize("k_max", [-1, 9])
-def test_k_max_stays_within_what_the_groups_leave(k_max):
+def test_k_max_stays_within_the_experts_of_the_kept_groups(k_max):
     grouped = tiny_model.changed(moe={"num_groups": 4, "num_groups_kept": 2})
     assert execution_of(grouped, 8).k_max == execution_of(grouped).k_max == 8
     with pytest.raises(ValueError, match=r"expected 0 \(the model's own 8\) to 8 experts"):

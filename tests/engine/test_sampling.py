@@ -23,7 +23,7 @@ def sampled(logits_BV, position=7, **settings):
 
 
 def probabilities(logits_V, temperature, top_k, top_p):
-    """What tokens should be sampled with, by the definition: temperature, then top-k, then top-p."""
+    """The probabilities by definition: temperature, then top-k, then top-p."""
     scaled_V = logits_V.astype(np.float64) / temperature
     share_V = np.exp(scaled_V - scaled_V.max())
     order = np.argsort(-share_V, kind="stable")[: top_k or None]
@@ -34,7 +34,7 @@ def probabilities(logits_V, temperature, top_k, top_p):
     return out_V / out_V.sum()
 
 
-def test_temperature_zero_takes_the_best_token_and_the_lower_of_equals():
+def test_temperature_zero_takes_the_best_token_and_the_lowest_id_of_a_tie():
     logits_BV = np.array([[0, 3, 1, 3], [2, 0, 5, 1]], np.float32)
     token_B, log_probability_B = sampled(logits_BV, top_k=3, top_p=0.5)
     assert token_B.tolist() == [1, 2]
@@ -57,7 +57,7 @@ def test_temperature_zero_takes_the_best_token_and_the_lower_of_equals():
     ],
     ids=str,
 )
-def test_tokens_come_as_often_as_they_should(settings):
+def test_tokens_are_sampled_as_often_as_expected(settings):
     count = 20000
     token_B, log_probability_B = sampled(np.tile(LOGITS_V, (count, 1)), seed=np.arange(count), **settings)
     expected_V = probabilities(LOGITS_V, **settings)
@@ -68,7 +68,7 @@ def test_tokens_come_as_often_as_they_should(settings):
     np.testing.assert_allclose(log_probability_B, LOGITS_V[token_B], rtol=1e-5)  # whatever the settings
 
 
-def test_a_row_draws_the_same_wherever_it_stands():
+def test_a_row_samples_the_same_token_at_any_place_in_the_batch():
     random = np.random.default_rng(0)
     logits_BV = random.standard_normal((8, 50)).astype(np.float32)
     seed_B = np.arange(8)
@@ -82,7 +82,7 @@ def test_a_row_draws_the_same_wherever_it_stands():
         assert alone_B[0] == token_B[row]
 
 
-def test_seed_and_position_make_the_draw():
+def test_the_sample_depends_on_seed_and_position():
     logits_BV = np.zeros((1, 4096), np.float32)
     first, again = (sampled(logits_BV, temperature=1.0, seed=3)[0][0] for _ in range(2))
     assert first == again
@@ -92,7 +92,7 @@ def test_seed_and_position_make_the_draw():
 
 
 @pytest.mark.parametrize("temperature", [1e-30, 1e-45, 1e-4])
-def test_a_tiny_temperature_is_as_good_as_none(temperature):
+def test_a_tiny_temperature_is_greedy(temperature):
     logits_BV = np.array([[80.0, 100.0, 99.0, -np.inf]], np.float32)
     assert sampled(logits_BV, temperature=temperature)[0].tolist() == [1]
 
@@ -104,7 +104,7 @@ def test_a_tiny_temperature_is_as_good_as_none(temperature):
     st.sampled_from([0.01, 0.3, 0.7, 0.95, 1.0]),
     st.integers(0, 2**32 - 1),
 )
-def test_no_token_is_drawn_that_the_cuts_leave_out(levels, temperature, top_k, top_p, seed):
+def test_no_excluded_token_is_sampled(levels, temperature, top_k, top_p, seed):
     """With distinct logits the tokens that remain are known exactly, up to rounding at the edge of top-p."""
     logits_V = np.array(levels, np.float32) / 8 + np.arange(6, dtype=np.float32) / 64
     token_B, _ = sampled(logits_V[None], temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)

@@ -1,4 +1,4 @@
-"""Next-line choice: questions that are what they claim, and answers against one sequence per option."""
+"""Next-line choice: valid questions, and scores against one sequence per option."""
 
 import jax
 import numpy as np

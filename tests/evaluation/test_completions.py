@@ -54,10 +54,10 @@ TOP, METHOD = Header(0, (), "def f(x):\n    ", 0), Header(0, (), "    def f(x):\
     [
         (TOP, "return x\n", True, True),
         (TOP, "return (x\n", True, False),
-        (TOP, "return x\n\n\ndef g(:\n", True, True),  # what follows the function is not judged
-        (TOP, "return x\n    if x", False, True),  # half a line is not judged where the budget ran out
+        (TOP, "return x\n\n\ndef g(:\n", True, True),  # text after the function is not judged
+        (TOP, "return x\n    if x", False, True),  # an incomplete last line is not judged if the budget ran out
         (TOP, "return x\n    if x", True, False),
-        (TOP, "return x", False, False),  # nothing left
+        (TOP, "return x", False, False),  # an empty body
         (TOP, "if x:\n        y = 1\n    return", True, True),
         (TOP, "if x:\n    return", True, False),
         (METHOD, "return x\n\n    def g(self:\n", True, True),
@@ -67,7 +67,7 @@ TOP, METHOD = Header(0, (), "def f(x):\n    ", 0), Header(0, (), "    def f(x):\
         (TOP, "x = '\0'\n", True, False),
     ],
 )
-def test_bodies_are_judged_to_their_end(header, text, finished, expected):
+def test_which_bodies_parse(header, text, finished, expected):
     assert parses(header, text, finished) is expected
 
 

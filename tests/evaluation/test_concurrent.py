@@ -54,7 +54,7 @@ def decoded(tokens_BT, policy):
 
 @pytest.mark.parametrize("concurrency", [1, 2, 4])
 @pytest.mark.parametrize("spec", SPECS)
-def test_windows_together_are_decoding_step_by_step(spec, concurrency):
+def test_windows_together_equal_decoding_step_by_step(spec, concurrency):
     policy, given = parse(spec, CALIBRATION), windows()
     got = concurrent.score_windows(PARAMS, given, policy, EXECUTION, rows=4, concurrency=concurrency)
     groups = [given.tokens_JT[first : first + concurrency] for first in range(0, 8, concurrency)]
@@ -64,7 +64,7 @@ def test_windows_together_are_decoding_step_by_step(spec, concurrency):
     np.testing.assert_array_equal(got.chosen_LJTK, chosen_LJTK)
 
 
-def test_the_set_is_never_formed_over_the_tokens_of_a_row():
+def test_the_set_of_experts_is_not_formed_over_the_tokens_of_a_row():
     """At concurrency 1 the set of a step is the row's own; over the tokens of a prefill it would be nearly all."""
     seen = concurrent.score_windows(PARAMS, windows(), parse("opportunistic:2"), EXECUTION, rows=4, concurrency=1)
     assert ((seen.chosen_LJTK >= 0).sum(axis=3) == 2).all()
@@ -82,14 +82,14 @@ def test_distinct_experts_are_counted_over_the_rows_of_a_step():
     assert concurrent.distinct_at(seen.chosen_LJTK, 1) == 3
 
 
-def test_steps_to_replay_are_those_of_groups():
+def test_replayed_steps_are_those_of_groups():
     chosen_LJTK = np.arange(2 * 8 * LENGTH * 3).reshape(2, 8, LENGTH, 3)
     steps_SLBK = concurrent.steps_of(chosen_LJTK, 4, 4)
     for number, (group, at) in enumerate([(0, 1), (1, 3), (0, 5), (1, 7)]):
         np.testing.assert_array_equal(steps_SLBK[number], chosen_LJTK[:, group * 4 : group * 4 + 4, at])
 
 
-def test_windows_are_full_and_know_their_bytes():
+def test_windows_are_full_and_count_their_bytes():
     tokenizer = tiny_model.tokenizer()
     texts = [tiny_model.TEXT, "Zoë took a walk; " * 20, "short"]
     documents = [np.array([0, *tokenizer.encode(text).ids], np.int32) for text in texts]
@@ -108,7 +108,7 @@ def test_windows_are_full_and_know_their_bytes():
 
 
 @pytest.mark.parametrize("begins", [True, False])
-def test_the_bytes_of_windows_add_up_where_the_decoder_strips_the_head_of_a_text(begins):
+def test_the_bytes_of_windows_add_up_where_the_decoder_strips_a_leading_space(begins):
     tokenizer = chained_model.sentencepiece_like()
     ids = np.array(tokenizer.encode("be be c ha be" * 4, add_special_tokens=begins).ids)
     ends = range(0, len(ids), 5)

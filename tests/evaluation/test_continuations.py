@@ -19,7 +19,7 @@ def model(tmp_path_factory):
 
 
 def one_by_one(model, pair, policy):
-    """The same of one pair, from all logits of its row."""
+    """The result for one pair, from all logits of its row."""
     ids = [*pair.context_ids, *pair.continuation_ids][-(CONTEXT + 1) :]
     logits_TV = model.logits(np.array([ids[:-1]]), policy=policy)[0].astype(np.float64)
     log_TV = logits_TV - np.log(np.exp(logits_TV).sum(axis=1, keepdims=True))
@@ -29,7 +29,7 @@ def one_by_one(model, pair, policy):
 
 
 def random_pairs(model):
-    """Of all lengths, some too long, some alike but for the last token, some written greedily."""
+    """Pairs of all lengths: some too long, some equal but for the last token, some generated greedily."""
     random = np.random.default_rng(0)
     lengths = [(1, 1), (1, CONTEXT), (5, 3), (CONTEXT, 1), (CONTEXT, 5), (90, 2), (15, 1), (16, 1), (7, 20), (3, 2)]
     pairs = [Pair(*(random.integers(0, 320, count).tolist() for count in both)) for both in lengths]
@@ -55,7 +55,7 @@ def test_scores_of_all_lengths(model, spec):
 
 @pytest.fixture
 def shapes(monkeypatch):
-    """Of the batches that are scored: rows and labels."""
+    """The shapes of the batches that are scored: rows and labels."""
     seen = []
 
     def score(params, batch, *rest, **options):
@@ -94,7 +94,7 @@ def test_pairs_that_cannot_be_scored(model, pair, words):
         score_continuations(model.params, [pair], parse("model"), execution_of(model.architecture), batch_size=4)
 
 
-def test_nothing_asked(model):
+def test_no_pairs(model):
     assert score_continuations(model.params, [], parse("model"), execution_of(model.architecture), batch_size=4) == []
 
 

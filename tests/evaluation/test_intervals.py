@@ -1,4 +1,4 @@
-"""Intervals mean what they say, on known distributions and on the measured figures of the shipped model."""
+"""Intervals cover as often as stated, on known distributions and on the measured figures of the shipped model."""
 
 import csv
 import pathlib
@@ -12,7 +12,7 @@ RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results" / "evalua
 
 
 def test_intervals_cover():
-    """Documents drawn from a known distribution: 95% intervals hold its mean about 95 times in 100."""
+    """Documents sampled from a known distribution: 95% intervals contain its mean about 95 times in 100."""
     rng = np.random.default_rng(0)
     held = 0
     for trial in range(100):
@@ -23,7 +23,7 @@ def test_intervals_cover():
     assert 88 <= held <= 99
 
 
-def test_paired_differences_cancel_what_documents_share():
+def test_pairing_cancels_the_spread_between_documents():
     rng = np.random.default_rng(0)
     reference, sizes = rng.uniform(1e3, 1e5, size=50), np.full(50, 1e4)
     worse = paired_ratio(reference * 1.02, reference)
@@ -35,14 +35,14 @@ def test_paired_differences_cancel_what_documents_share():
     assert unpaired.ci95[1] - unpaired.ci95[0] > 1.0
 
 
-def test_documents_that_say_nothing_are_left_out():
+def test_documents_without_questions_are_left_out():
     part, whole = np.array([3.0, 1.0, 0.0, 0.0]), np.array([4.0, 2.0, 0.0, 0.0])
     assert ratio(part, whole) == ratio(part[:2], whole[:2])
 
 
 @pytest.mark.parametrize("policy", [f"topk:{k}" for k in range(8, 0, -1)])
-def test_intervals_of_half_the_held_out_files_hold_the_figure_of_all(policy):
-    """20 halves drawn anew: the interval stated for a half holds the figure of all files at least 17 times."""
+def test_intervals_of_half_the_held_out_files_contain_the_figure_of_all(policy):
+    """20 random halves: the interval of a half contains the figure of all files at least 17 times."""
     with open(RESULTS / "documents.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     bits, sizes, first = (np.array([float(line[name]) for line in lines]) for name in (policy, "bytes", "topk:8"))
@@ -57,7 +57,7 @@ def test_intervals_of_half_the_held_out_files_hold_the_figure_of_all(policy):
     assert len(lines) == 304 and held >= 17 and held_paired >= 17
 
 
-def test_recovered_is_the_share_of_the_loss_that_is_gone():
+def test_recovered_is_the_share_of_the_loss_won_back():
     rng = np.random.default_rng(0)
     full = rng.uniform(1e3, 1e5, size=50)
     before, after = full * 1.04, full * 1.01

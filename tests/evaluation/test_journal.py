@@ -1,4 +1,4 @@
-"""Parts are computed once, never taken for those of another measurement, and refused where they are damaged."""
+"""Parts are computed once, never used for another measurement, and refused if damaged."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,7 @@ def test_another_measurement_has_parts_of_its_own(tmp_path):
     assert not tmp_path.exists()
 
 
-def test_what_fails_leaves_nothing(tmp_path):
+def test_a_failed_part_leaves_no_file(tmp_path):
     with pytest.raises(AssertionError):
         Journal(tmp_path, {}).once("a", never)
     assert not any(tmp_path.rglob("*.npz"))

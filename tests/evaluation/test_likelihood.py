@@ -36,7 +36,7 @@ def jitted_hidden():
 
 
 def probabilities(params, tokens, policy):
-    """Of the next token after every token but the last of one unpadded sequence."""
+    """Probabilities of the next token after every token but the last, for one unpadded sequence."""
     live = policies.settings([policy], ARCHITECTURE, 3)
     inputs = np.asarray(tokens[:-1])[None]
     positions = np.arange(inputs.shape[1])[None]
@@ -46,7 +46,7 @@ def probabilities(params, tokens, policy):
 
 
 def bits_of_window(params, tokens, policy):
-    """Bits of every token of one unpadded sequence but the first."""
+    """Bits of every token but the first, for one unpadded sequence."""
     probability_TV = probabilities(params, tokens, policy)
     return [-np.log2(probability[label]) for probability, label in zip(probability_TV, tokens[1:])]
 
@@ -62,7 +62,7 @@ def score(params, *specs, **options):
 
 
 def windows(tokens):
-    """The first window whole, then windows that overlap by a quarter, which they leave unscored: (window, unscored)."""
+    """The first window, then windows that overlap by a quarter, which is not scored: (window, unscored)."""
     quarter = CONTEXT // 4
     starts = range(CONTEXT - quarter, len(tokens) - 1 - quarter, CONTEXT - quarter)
     return [(tokens[: CONTEXT + 1], 0)] + [(tokens[start : start + CONTEXT + 1], quarter) for start in starts]
@@ -104,7 +104,7 @@ def test_chunks_of_labels_change_nothing(params, monkeypatch):
 def test_a_finished_batch_is_not_computed_again(params, tmp_path):
     whole = score(params, "model", "topk:1", reference=0)
     with_journal = score(params, "model", "topk:1", reference=0, journal=Journal(tmp_path, {}))
-    dead = jax.tree.map(np.zeros_like, params)  # what is read from the journal no longer needs weights
+    dead = jax.tree.map(np.zeros_like, params)  # parts in the journal need no weights
     (tmp_path / Journal(tmp_path, {}).name / "windows-000003.npz").unlink()
     again = score(params, "model", "topk:1", reference=0, journal=Journal(tmp_path, {}))
     read = score(dead, "model", "topk:1", reference=0, journal=Journal(tmp_path, {}))
@@ -122,7 +122,7 @@ def test_xz():
 
 
 def test_long_windows_are_read_fewer_at_a_time(params, monkeypatch):
-    """And give what they give together."""
+    """The results are the same."""
     documents = [np.arange(40, dtype=np.int32) % 50 for _ in range(3)]
     settings = {"context": 16, "batch_size": 4}
     compared = [parse("topk:2")]

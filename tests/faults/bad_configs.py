@@ -1,4 +1,4 @@
-"""Random configurations that are wrong, each for a reason that is known before anything reads it.
+"""Random configurations that are wrong, each for a known reason.
 
 Only the names of settings come from the schema: the tables below list by hand which values are out of range, and why a
 combination is impossible. A few good lines surround the bad one.
@@ -12,7 +12,7 @@ import random
 import hypothesis
 from hypothesis import strategies
 
-# What a file can be instead of text.
+# What a path can be other than a text file.
 FOLDER, PIPE, ENDLESS, LOOP, HUGE = "folder", "pipe", "endless", "loop", "huge"
 SCALARS = {
     "int": ["decoder.num_layers", "moe.k", "attention.num_heads", "sampling.top_k", "training.steps", "policy.k_max"],
@@ -106,14 +106,14 @@ names = strategies.text("abcdefghijklmnopqrstuvwxyz_", min_size=1, max_size=12)
 
 @dataclasses.dataclass(frozen=True)
 class BadConfig:
-    """Files by name (text, bytes, or one of the kinds above), overrides, and why they must be refused."""
+    """Files by name (text, bytes, or one of the kinds above), overrides, and the reason for refusing them."""
 
     reason: str
     files: tuple[tuple[str, str | bytes], ...] = ()
     overrides: tuple[str, ...] = ()
     config: str = "main.gin"  # what --config gets; "": nothing
 
-    def __repr__(self) -> str:  # some hold a hundred thousand characters
+    def __repr__(self) -> str:  # some have a hundred thousand characters
         files = ", ".join(f"{name}: {content[:60]!r}" for name, content in self.files[:3])
         return f"BadConfig({self.reason}; {files}; {[override[:60] for override in self.overrides]})"
 
@@ -132,7 +132,7 @@ class BadConfig:
                     path.symlink_to(path.name)
                 case "huge":
                     with open(path, "wb") as file:
-                        file.truncate(10**12)  # of zeros, and of no blocks
+                        file.truncate(10**12)  # zeros that take no disk space
                 case _:
                     path.write_bytes(content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content)
 
@@ -158,7 +158,7 @@ def placed(draw, bad: str, reason: str, also_as_override: bool = True) -> BadCon
 
 @strategies.composite
 def unknown_names(draw):
-    """A section or a field that is nobody's: `zz` stands in no name of the schema."""
+    """An unknown section or field: no name of the schema contains `zz`."""
     section, field, unknown = draw(strategies.sampled_from(sorted(KIND_OF))).split(".") + [draw(names) + "zz"]
     name = draw(strategies.sampled_from([f"{unknown}.{field}", f"{section}.{unknown}", f"{unknown}.{unknown}"]))
     return draw(placed(f"{name} = 1", f"nothing is called {name}"))
@@ -174,7 +174,7 @@ def wrong_types(draw):
 
 @strategies.composite
 def out_of_range(draw):
-    """A value that the setting's meaning excludes, whatever the others are."""
+    """A value outside the setting's range."""
     setting = draw(strategies.sampled_from(sorted(OUT_OF_RANGE)))
     literal = draw(strategies.sampled_from(OUT_OF_RANGE[setting]))
     return draw(placed(f"{setting} = {literal}", f"{setting} is out of range"))
@@ -182,20 +182,20 @@ def out_of_range(draw):
 
 @strategies.composite
 def impossible(draw):
-    """Values that are each possible, and not together."""
+    """Values that are possible by themselves but not together."""
     return draw(placed(*draw(strategies.sampled_from(IMPOSSIBLE))))
 
 
 @strategies.composite
 def broken_grammar(draw):
-    """Text that is not of gin's grammar, or of the parts of it that are taken."""
+    """Text outside gin's grammar, or outside the part of it that we accept."""
     line = draw(strategies.sampled_from(BROKEN_LINES))
     return draw(placed(line, "not the grammar", also_as_override=False))
 
 
 @strategies.composite
 def bad_includes(draw):
-    """Cycles, chains and crowds of files, and what is included though it is no file."""
+    """Cycles and chains of includes, very many includes, and includes of things that are not files."""
     kind = draw(strategies.sampled_from(["cycle", "missing", "chain", "crowd", FOLDER, PIPE, ENDLESS, LOOP, HUGE]))
     reason, length = f"include: {kind}", draw(strategies.integers(1, 5))
     included = [(f"f{i}.gin", f"include 'f{i + 1}.gin'\n") for i in range(length)]
@@ -212,7 +212,7 @@ def bad_includes(draw):
 
 @strategies.composite
 def bad_macros(draw):
-    """Macros that are not defined, defined by themselves, never used, or that grow without bound."""
+    """Macros that are undefined, circular, unused, or that grow without bound."""
     name = draw(names).upper()
     length, last = draw(strategies.integers(0, 4)), f"{name}_0"
     chain = "".join(f"{name}_{i} = %{name}_{i + 1}\n" for i in range(length))
@@ -236,7 +236,7 @@ def bad_macros(draw):
 
 @strategies.composite
 def huge_values(draw):
-    """Numbers that no array holds, brackets that no parser ends, and lines of a hundred thousand characters."""
+    """Huge numbers, deeply nested brackets, and lines of a hundred thousand characters."""
     setting = draw(strategies.sampled_from(SCALARS["int"] + SCALARS["float"] + SCALARS["list"]))
     kind, size = KIND_OF[setting], draw(strategies.sampled_from([100, 1000, 10_000, 100_000]))
     opening, closing = draw(strategies.sampled_from(["[]", "()", ("{1:", "}")]))
@@ -260,7 +260,7 @@ def huge_values(draw):
 
 @strategies.composite
 def not_text(draw):
-    """Bytes that are not UTF-8, zero bytes, and letters from elsewhere where a name stands."""
+    """Bytes that are not UTF-8, zero bytes, and foreign letters in names."""
     line = draw(strategies.sampled_from(["moe.k = 3\n", "# nothing\n", "run.seed = 1\n"]))
     noise = draw(strategies.binary(max_size=200))
     foreign = draw(strategies.sampled_from(["mоe.k", "moe.κ", "moe.k\u0301", "\u202emoe.k", "moe\u200b.k", "ｍoe.kzz"]))
@@ -279,7 +279,7 @@ def not_text(draw):
 
 @strategies.composite
 def no_file(draw):
-    """What --config names is no file, or not there, or cannot be."""
+    """--config names something that is not a file, is missing, or cannot exist."""
     kind = draw(strategies.sampled_from([FOLDER, PIPE, ENDLESS, LOOP, HUGE]))
     named = draw(names.map(lambda name: name + ".gin") | strategies.sampled_from(ODD_PATHS))
     overrides = tuple(draw(strategies.lists(strategies.sampled_from(["moe.k=3", "run.seed=1"]), max_size=2)))
@@ -318,7 +318,7 @@ def _examples(strategy: strategies.SearchStrategy[BadConfig], count: int) -> lis
             found.append(config)
 
     collect()
-    random.Random(count).shuffle(found)  # the first are the simplest
+    random.Random(count).shuffle(found)  # hypothesis generates the simplest first
     return found
 
 

@@ -9,7 +9,7 @@ from tests.faults import launched
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
-    """A model without an end-of-text token: it makes as many tokens as asked for."""
+    """A model without an end-of-text token: it generates as many tokens as asked for."""
     architecture = tiny_model.changed(decoder={"max_context": 256})
     return tiny_model.write_model(tmp_path_factory.mktemp("models") / "tiny", architecture, token_ids={})
 
@@ -21,7 +21,7 @@ def sources(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def training_flags(sources):
-    """Nine steps, a checkpoint at every third."""
+    """Nine steps, with a checkpoint every third step."""
     few = {"training.steps": 9, "training.checkpoint_every": 3, "training.evaluate_every": 9}
     overrides = tiny_training.overrides(sources, **few, **{"evaluation.policies": ("model",)})
     return [f"--set={override}" for override in overrides]
@@ -29,7 +29,7 @@ def training_flags(sources):
 
 @pytest.fixture(scope="session")
 def trained(training_flags, tmp_path_factory):
-    """The folder of a run that nothing disturbed."""
+    """The folder of an undisturbed run."""
     folder = tmp_path_factory.mktemp("undisturbed")
     ended = launched.run("train", *training_flags, "--out=out", folder=folder)
     assert ended.status == 0, ended.stderr
@@ -38,7 +38,7 @@ def trained(training_flags, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finetuning_flags(sources, model):
-    """Nine steps with a teacher; an evaluation and a checkpoint at every third."""
+    """Nine steps with a teacher, with an evaluation and a checkpoint every third step."""
     few = {"training.steps": 9, "training.evaluate_every": 3, "evaluation.policies": ("model", "topk:1")}
     overrides = tiny_training.finetuning_overrides(sources, model, **tiny_training.TAUGHT, **few)
     return [f"--set={override}" for override in overrides]
@@ -46,7 +46,7 @@ def finetuning_flags(sources, model):
 
 @pytest.fixture(scope="session")
 def finetuned(finetuning_flags, tmp_path_factory):
-    """The same of fine-tuning."""
+    """The folder of an undisturbed fine-tuning run."""
     folder = tmp_path_factory.mktemp("undisturbed")
     ended = launched.run("finetune", *finetuning_flags, "--out=out", folder=folder)
     assert ended.status == 0, ended.stderr
@@ -54,7 +54,7 @@ def finetuned(finetuning_flags, tmp_path_factory):
 
 
 class Undisturbed(NamedTuple):
-    """A launcher that trains, its flags, and the folder of a run that nothing disturbed."""
+    """A launcher that trains, its flags, and the folder of an undisturbed run."""
 
     launcher: str
     flags: list[str]
@@ -63,6 +63,6 @@ class Undisturbed(NamedTuple):
 
 @pytest.fixture(scope="session", params=["train", "finetune"])
 def training_run(request):
-    """Each launcher that trains."""
+    """Each launcher that trains, in turn."""
     names = {"train": ("training_flags", "trained"), "finetune": ("finetuning_flags", "finetuned")}[request.param]
     return Undisturbed(request.param, *map(request.getfixturevalue, names))

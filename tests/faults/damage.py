@@ -1,7 +1,7 @@
-"""Fifty ways in which a model's folder comes to harm, each with what its refusal has to say.
+"""Fifty ways to damage a model's folder, each with a pattern for its error message.
 
-Not among them, since nothing can tell: a flipped bit in a weight that leaves it finite (the format has no checksums),
-in a setting that stays possible (`rope_theta`), in the name of an optional one, in a token's text.
+Not included, since nothing can detect them: a flipped bit that leaves a weight finite (the format has no checksums),
+a setting possible (`rope_theta`), or changes the name of an optional setting or the text of a token.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ EXPERT = "model.layers.1.mlp.experts.0.down_proj.weight"
 
 @dataclasses.dataclass(frozen=True)
 class Damage:
-    """What is done to a folder, and a pattern that its refusal matches."""
+    """A way to damage a folder, and a pattern that the error message matches."""
 
     name: str
     harm: Callable[[pathlib.Path], object]
     says: str
     sharded: bool = False
-    told_by_data: bool = False  # by the values of tensors, else before one is read
+    told_by_data: bool = False  # detected by the values of tensors, else before one is read
 
 
 def shard(folder: pathlib.Path) -> None:
@@ -43,7 +43,7 @@ def shard(folder: pathlib.Path) -> None:
 
 
 def table_bytes(path: pathlib.Path) -> int:
-    """The length of a safetensors table, as the file itself says it."""
+    """The length of a safetensors table, as stored in the file."""
     with open(path, "rb") as file:
         return int.from_bytes(file.read(8), "little")
 
@@ -65,7 +65,7 @@ def flipped(file: str, position: Callable[[bytes], int], bit: int = 4):
 
 
 def in_table(seed: int):
-    """Flips a bit of the table after its metadata, which no program reads."""
+    """Flips a bit of the table, after the metadata, which no program reads."""
 
     def harm(folder):
         data = bytearray((folder / WEIGHTS).read_bytes())
@@ -77,7 +77,7 @@ def in_table(seed: int):
 
 
 def retabled(change: Callable[[dict], object], file: str = WEIGHTS):
-    """Rewrites the table of a file; the data stay."""
+    """Rewrites the table of a file; the data stay the same."""
 
     def harm(folder):
         data, size = (folder / file).read_bytes(), table_bytes(folder / file)
@@ -89,7 +89,7 @@ def retabled(change: Callable[[dict], object], file: str = WEIGHTS):
 
 
 def twice(folder: pathlib.Path) -> None:
-    """Names one tensor twice in a table that is in order otherwise."""
+    """Lists one tensor twice in an otherwise valid table."""
     data, size = (folder / WEIGHTS).read_bytes(), table_bytes(folder / WEIGHTS)
     table = data[8 : 8 + size].rstrip()
     entry = json.dumps({"model.norm.weight": json.loads(table)["model.norm.weight"]})[1:]
@@ -98,7 +98,7 @@ def twice(folder: pathlib.Path) -> None:
 
 
 def rewritten(change: Callable[[dict], object], file: str = WEIGHTS):
-    """Saves other tensors, in a file that is in order."""
+    """Saves other tensors, in a valid file."""
 
     def harm(folder):
         tensors = safetensors.numpy.load_file(folder / file)
@@ -109,7 +109,7 @@ def rewritten(change: Callable[[dict], object], file: str = WEIGHTS):
 
 
 def configured(file: str = CONFIG, **fields):
-    """Gives fields of a JSON file other values."""
+    """Changes fields of a JSON file."""
 
     def harm(folder):
         given = json.loads((folder / file).read_text())
@@ -129,7 +129,7 @@ def value(number: float, position: int = 5):
 
 
 def replaced(file: str, make: Callable[[pathlib.Path], object]):
-    """Puts something else where a file was."""
+    """Replaces a file by something else."""
 
     def harm(folder):
         (folder / file).unlink()
@@ -139,7 +139,7 @@ def replaced(file: str, make: Callable[[pathlib.Path], object]):
 
 
 def _exponent(folder: pathlib.Path) -> None:
-    """Flips the eight bits of one float's exponent until all are set, in the file itself."""
+    """Sets all eight exponent bits of one float, in the file."""
     entries = json.loads((folder / WEIGHTS).read_bytes()[8 : 8 + table_bytes(folder / WEIGHTS)])
     first = 8 + table_bytes(folder / WEIGHTS) + entries["model.norm.weight"]["data_offsets"][0]
     data = bytearray((folder / WEIGHTS).read_bytes())
@@ -149,7 +149,7 @@ def _exponent(folder: pathlib.Path) -> None:
 
 
 def _overlapping(entries: dict) -> None:
-    """Two tensors of one size at the same place, and a gap where the one was."""
+    """Two tensors of one size at the same offset, and a gap in place of one of them."""
     names = [f"model.layers.1.mlp.experts.{expert}.down_proj.weight" for expert in (3, 4)]
     entries[names[0]]["data_offsets"] = entries[names[1]]["data_offsets"]
 
@@ -168,7 +168,7 @@ def _indexed(change: Callable[[dict], object]):
 
 
 def _sparse(folder: pathlib.Path) -> None:
-    """A terabyte of nothing, whose first bytes ask for a table as long."""
+    """A sparse file of a terabyte, whose first bytes give that length for the table."""
     with open(folder / WEIGHTS, "wb") as file:
         file.write((10**12 - 8).to_bytes(8, "little"))
         file.truncate(10**12)

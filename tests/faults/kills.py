@@ -1,4 +1,4 @@
-"""Kills a launcher again and again, at random moments, and starts it again, until it ends by itself."""
+"""Kills a launcher at random moments and restarts it, again and again, until it finishes."""
 
 import dataclasses
 import json
@@ -14,13 +14,13 @@ from tests.faults import launched
 
 
 @dataclasses.dataclass
-class Storm:
-    """What a launcher went through.
+class KilledRun:
+    """The kills and restarts of a launcher.
 
     Attributes:
-        kills: those that hit a live process.
-        starts: of the launcher, the last of which ended by itself.
-        partial: `.partial` entries that killed processes have left in the folder.
+        kills: kills that hit a live process.
+        starts: starts of the launcher, the last of which finished.
+        partial: number of `.partial` entries that killed processes left in the folder.
     """
 
     kills: int = 0
@@ -29,7 +29,7 @@ class Storm:
 
 
 def started(launcher: str, flags: list[str], out: pathlib.Path) -> subprocess.Popen:
-    """A launcher, running."""
+    """A running launcher."""
     return subprocess.Popen(
         launched.command_line(launcher, *flags, f"--out={out}"),
         env=launched.environment(),
@@ -40,7 +40,7 @@ def started(launcher: str, flags: list[str], out: pathlib.Path) -> subprocess.Po
     )
 
 
-def storm(
+def kill_repeatedly(
     launcher: str,
     flags: list[str],
     out: pathlib.Path,
@@ -48,7 +48,7 @@ def storm(
     kills: int,
     within_s: float,
     seed: int,
-) -> Storm:
+) -> KilledRun:
     """Runs a launcher to its end, killing it up to `kills` times.
 
     Args:
@@ -57,32 +57,32 @@ def storm(
         out: its output folder.
         kills: how many.
         within_s: what an undisturbed run takes; moments are spread evenly over all of it, starting and exporting
-            included. Where a run ends before its moment, another one follows: a launcher started again on a finished
-            folder has nothing to lose either.
+            included. If a run ends earlier, another one follows: a launcher started on a finished folder must not
+            lose anything either.
         seed: of the moments.
     """
     moments = random.Random(seed)
-    been = Storm()
-    while been.kills < kills:
-        been.starts += 1
+    killed = KilledRun()
+    while killed.kills < kills:
+        killed.starts += 1
         with started(launcher, flags, out) as process:
             time.sleep(moments.uniform(0, within_s))
             process.kill()
             stderr = process.stderr.read().decode(errors="replace")
         if process.returncode == -signal.SIGKILL:
-            been.kills += 1
-        assert process.returncode in (0, -signal.SIGKILL), f"start {been.starts}: {process.returncode}, {stderr}"
+            killed.kills += 1
+        assert process.returncode in (0, -signal.SIGKILL), f"start {killed.starts}: {process.returncode}, {stderr}"
         if (out / "result.json").exists():
             json.loads((out / "result.json").read_text())
-    been.starts += 1
+    killed.starts += 1
     ended = launched.run(launcher, *flags, f"--out={out}", folder=out.parent)
-    assert ended.status == 0, f"after {been.kills} kills: {ended.stderr}"
-    been.partial = sum(name.endswith(".partial") for name in launched.entries(out))
-    return been
+    assert ended.status == 0, f"after {killed.kills} kills: {ended.stderr}"
+    killed.partial = sum(name.endswith(".partial") for name in launched.entries(out))
+    return killed
 
 
 def steps(out: pathlib.Path) -> list[dict[str, Any]]:
-    """What metrics.jsonl says, less what the clock says."""
+    """The lines of metrics.jsonl, without times."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name != "tokens_per_s"} for line in lines]
 
@@ -102,7 +102,7 @@ def assert_same(out: pathlib.Path, expected: pathlib.Path, files: Sequence[str])
 
 
 def figures(out: pathlib.Path) -> list[dict[str, Any]]:
-    """The figures of result.json, of every row, less what a clock says."""
+    """The figures of result.json and of its rows, without times."""
     result = json.loads((out / "result.json").read_text())
     return [
         {

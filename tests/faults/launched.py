@@ -1,4 +1,4 @@
-"""Launchers in processes of their own, as a user starts them, and how they must end."""
+"""Runs launchers in their own processes, as users do, and checks how they end."""
 
 import concurrent.futures
 import os
@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 class Ended(NamedTuple):
-    """How a launcher ended; a status of None: it had to be killed."""
+    """How a launcher ended; status is None if it had to be killed."""
 
     status: int | None
     stdout: str
@@ -26,7 +26,7 @@ def command_line(launcher: str, *flags: str) -> list[str]:
 
 
 def environment(path: Sequence[pathlib.Path] = ()) -> dict[str, str]:
-    """With `path` in front of what is imported."""
+    """The environment, with `path` first in PYTHONPATH."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT)))}
 
 
@@ -58,7 +58,7 @@ def run(
 
 
 def not_refused(ended: Ended, says: str = "") -> str:
-    """What is wrong with a refusal: it wants status 2 and one line `error: ...` alone; nothing where all is well."""
+    """What is wrong with a refusal, which needs status 2 and a single line `error: ...`; empty if nothing is."""
     if ended.status is None:
         return f"it hangs; stderr {ended.stderr[-500:]!r}"
     lines = ended.stderr.splitlines()
@@ -77,6 +77,6 @@ def entries(folder: pathlib.Path) -> set[str]:
 
 
 def two_at_a_time(function: Callable, items: Iterable) -> list:
-    """The results of a function that mostly waits for processes."""
+    """The results of a function that mostly waits for processes, run two at a time."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         return list(pool.map(function, items))

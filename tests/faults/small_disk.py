@@ -1,4 +1,4 @@
-"""Disks that are full: a small file system of its own where the kernel lets us mount one, else a limit on files."""
+"""Full disks: a small file system if the kernel lets us mount one, else a limit on file sizes."""
 
 import contextlib
 import dataclasses
@@ -9,19 +9,19 @@ import sys
 from collections.abc import Iterator
 
 TMPFS, LIMIT = "tmpfs", "limit"
-FULL = "No space left on device|File too large"  # the second is what a limit says
+FULL = "No space left on device|File too large"  # the second is the error of a limit
 _LIMITED = "import os, resource, sys; n = int(sys.argv[1]); resource.setrlimit(resource.RLIMIT_FSIZE, (n, n)); "
 _LIMITED += "os.execvp(sys.argv[2], sys.argv[2:])"
 
 
 @dataclasses.dataclass
 class SmallDisk:
-    """A folder that cannot take much.
+    """A folder of limited size.
 
     Attributes:
-        folder: its path, for processes that are started `within`.
-        seen: where this process sees the same folder.
-        within: goes before a command line.
+        folder: its path for processes that are started with `within`.
+        seen: its path for this process.
+        within: the prefix of a command line.
     """
 
     folder: pathlib.Path
@@ -30,7 +30,7 @@ class SmallDisk:
     is_tmpfs: bool
 
     def grow(self) -> None:
-        """Makes space."""
+        """Frees space."""
         if self.is_tmpfs:
             subprocess.run([*self.within, "mount", "-o", "remount,size=100m", str(self.folder)], check=True)
         else:
@@ -38,7 +38,7 @@ class SmallDisk:
 
 
 def best_way() -> str:
-    """`TMPFS` where a process may mount one in a namespace of its own, without being root; else `LIMIT`."""
+    """`TMPFS` if a process may mount one in its own namespace without being root, else `LIMIT`."""
     tools = all(map(shutil.which, ("unshare", "nsenter", "mount")))
     mounted = tools and subprocess.run(
         ["unshare", "-Urm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True, timeout=60
@@ -48,7 +48,7 @@ def best_way() -> str:
 
 @contextlib.contextmanager
 def small_disk(folder: pathlib.Path, size_bytes: int, way: str) -> Iterator[SmallDisk]:
-    """Makes an empty folder that takes `size_bytes` in all, or, where it is a limit, in each file."""
+    """Makes an empty folder that holds `size_bytes` in all or, with a limit, in each file."""
     folder.mkdir()
     if way == LIMIT:
         yield SmallDisk(folder, folder, [sys.executable, "-c", _LIMITED, str(size_bytes)], False)

@@ -1,4 +1,4 @@
-"""Damaged models are refused in one line, before an array is made; what a table tells, before a tensor is read."""
+"""Damaged models are refused in one line before an array is made; if the table is damaged, before a tensor is read."""
 
 import os
 import shutil
@@ -16,7 +16,7 @@ from tests.faults import damage, launched
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Whether it is sharded -> a sound model."""
+    """Whether it is sharded -> an undamaged model."""
     whole = tmp_path_factory.mktemp("models") / "whole"
     tiny_model.write_model(whole)
     shutil.copytree(whole, whole.parent / "sharded")
@@ -32,7 +32,7 @@ def damaged(folders, one, folder):
 
 @pytest.fixture
 def no_arrays(monkeypatch):
-    """Whoever moves anything to a device fails."""
+    """Moving anything to a device fails."""
 
     def refuse(*arguments, **options):
         raise AssertionError("an array is made")
@@ -43,12 +43,12 @@ def no_arrays(monkeypatch):
     assert len(jax.live_arrays()) == before
 
 
-def test_sound_ones_load(folders):
+def test_undamaged_models_load(folders):
     for folder in folders.values():
         assert moe_jax.load(folder).architecture == tiny_model.ARCHITECTURE
 
 
-def test_there_are_fifty_of_both_kinds():
+def test_there_are_fifty_kinds_of_damage():
     names = [one.name for one in damage.DAMAGES]
     assert len(set(names)) == len(names) >= 50
     assert sum(one.sharded for one in damage.DAMAGES) >= 8
@@ -93,8 +93,8 @@ def test_a_launcher_refuses_nan_in_one_line_and_writes_nothing(folders, tmp_path
 
 
 @pytest.mark.parametrize("file", [damage.WEIGHTS, damage.CONFIG, damage.TOKENIZER])
-def test_what_must_not_be_read_is_refused_in_one_line(folders, tmp_path, file):
-    """Root reads what it likes, but not from a namespace in which it is nobody."""
+def test_an_unreadable_file_is_refused_in_one_line(folders, tmp_path, file):
+    """Root can read everything, except from a namespace in which it is another user."""
     shutil.copytree(folders[False], tmp_path / "tiny")
     (tmp_path / "tiny" / file).chmod(0)
     within = ["unshare", "-U"] if os.geteuid() == 0 else []
@@ -107,8 +107,8 @@ def test_what_must_not_be_read_is_refused_in_one_line(folders, tmp_path, file):
 
 @hypothesis.settings(max_examples=150)
 @hypothesis.given(data=strategies.data())
-def test_no_flipped_bit_of_a_table_and_no_cut_is_taken(folders, tmp_path_factory, data):
-    """Any bit but those of the metadata, and any place."""
+def test_flipped_bits_of_a_table_and_truncation_are_refused(folders, tmp_path_factory, data):
+    """Any bit outside the metadata, and any length."""
     sound = folders[False] / damage.WEIGHTS
     content, end = bytearray(sound.read_bytes()), 8 + damage.table_bytes(sound)
     if data.draw(strategies.booleans(), "cut"):

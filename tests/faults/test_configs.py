@@ -10,7 +10,7 @@ from tests.faults import bad_configs, launched
 
 @pytest.fixture
 def no_jax(tmp_path):
-    """A folder for PYTHONPATH: whoever imports JAX gets a traceback."""
+    """A folder for PYTHONPATH in which importing JAX fails with a traceback."""
     folder = tmp_path / "no_jax"
     folder.mkdir()
     (folder / "jax.py").write_text('raise RuntimeError("JAX is imported before the configuration has been checked")\n')
@@ -18,7 +18,7 @@ def no_jax(tmp_path):
 
 
 def refused_by_launchers(tmp_path, no_jax, configs):
-    """Runs a launcher on each; returns those that were not refused as they should be."""
+    """Runs a launcher on each; returns those that were not refused correctly."""
 
     def run(numbered):
         number, config = numbered
@@ -49,7 +49,7 @@ def test_two_hundred_wrong_configurations_are_refused_before_jax_is_imported(tmp
 
 @pytest.mark.parametrize("kind", bad_configs.KINDS)
 def test_the_reader_refuses_in_one_line(tmp_path_factory, monkeypatch, kind):
-    """In this process, for many more configurations: the only exception is ValueError."""
+    """In this process, for many more configurations: only ValueError is raised."""
 
     @hypothesis.settings(max_examples=60)
     @hypothesis.given(bad_configs.KINDS[kind])
@@ -70,7 +70,7 @@ GOOD = strategies.lists(strategies.sampled_from(bad_configs.GOOD_LINES), max_siz
 
 @hypothesis.given(text=GOOD)
 def test_the_lines_around_them_are_good(tmp_path_factory, text):
-    """Else the wrong lines might be refused for the sake of their neighbours."""
+    """Otherwise a configuration might be refused because of the lines around the wrong one."""
     path = tmp_path_factory.mktemp("configs") / "main.gin"
     path.write_text(text)
     gin.read_config(path)

@@ -1,4 +1,4 @@
-"""A disk that fills up while results, models and checkpoints are written. The name of a test says how it was filled."""
+"""A disk that fills up while results, models and checkpoints are written. The test's name says how it was limited."""
 
 import json
 import resource
@@ -16,8 +16,8 @@ BOTH_WAYS = pytest.mark.parametrize("way", [best_way(), pytest.param(LIMIT, mark
 
 
 @BOTH_WAYS
-def test_a_checkpoint_that_does_not_fit_stops_the_run_and_space_lets_it_go_on(training_run, tmp_path, way):
-    """One checkpoint is some 800 kB in files of up to 400 kB, and the export smaller; of a fine-tuning, 3 MB."""
+def test_a_checkpoint_that_does_not_fit_stops_the_run_which_resumes_with_more_space(training_run, tmp_path, way):
+    """A checkpoint takes about 800 kB in files of up to 400 kB, and the export less; those of fine-tuning 3 MB."""
     launcher, flags, expected = training_run
     size_bytes = {"train": 1_500_000, "finetune": 5_500_000}[launcher]
     with small_disk(tmp_path / "disk", {LIMIT: 50_000}.get(way, size_bytes), way) as disk:
@@ -41,7 +41,7 @@ def test_a_checkpoint_that_does_not_fit_stops_the_run_and_space_lets_it_go_on(tr
 
 
 @WAYS
-def test_a_result_that_does_not_fit_is_said_and_none_is_half_there(model, tmp_path, way):
+def test_a_result_that_does_not_fit_is_reported_and_not_half_written(model, tmp_path, way):
     with small_disk(tmp_path / "disk", {LIMIT: 1500}.get(way, 8192), way) as disk:
         flags = [f"--set=model.path={model}", "--prompt=The", "--set=sampling.max_new_tokens=4"]
         out = disk.folder / "out"
@@ -71,7 +71,7 @@ def test_a_model_that_does_not_fit_is_not_saved(model, tmp_path, small_files):
     assert launched.entries(tmp_path) == set()
 
 
-def test_a_file_that_does_not_fit_leaves_the_old_one(tmp_path, small_files):
+def test_a_file_that_does_not_fit_keeps_the_old_one(tmp_path, small_files):
     files.write_atomically(tmp_path / "a", b"old")
     with pytest.raises(OSError, match=FULL) as refusal:
         files.write_atomically(tmp_path / "a", np.zeros(200_000, np.uint8).tobytes())

@@ -1,4 +1,4 @@
-"""Output folders that cannot be written to, caches too, and prompts that are no text."""
+"""Output folders and caches that cannot be written to, and prompts that are not text."""
 
 import os
 import sys
@@ -13,7 +13,7 @@ from tests import launcher_module
 from tests.faults import launched
 from tests.faults.small_disk import TMPFS, best_way, small_disk
 
-# Where nobody can make a folder, root included.
+# Where not even root can make a folder.
 NOWHERE = [path for path in ("/sys/out", "/proc/out", "/dev/null/out", "/proc/self/fd/out") if os.path.exists("/proc")]
 
 
@@ -42,7 +42,7 @@ def test_a_read_only_file_system_is_refused(tmp_path, way):
     assert launched.not_refused(ended, "Read-only file system; expected a folder") == ""
 
 
-def test_a_cache_that_cannot_be_written_is_only_said(model, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_gives_a_warning(model, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     flags = [f"--set=model.path={model}", "--prompt=The", "--set=sampling.max_new_tokens=2"]
@@ -75,7 +75,7 @@ def test_a_prompt_file_is_text_or_refused_by_name(read_prompts, tmp_path_factory
 
 
 @pytest.mark.parametrize("kind", ["pipe", "endless", "huge", "loop", "a zero byte in the name"])
-def test_a_prompt_file_that_is_none_is_refused(read_prompts, tmp_path, kind):
+def test_a_prompt_file_that_is_not_a_file_is_refused(read_prompts, tmp_path, kind):
     path = tmp_path / "prompt"
     if kind == "pipe":
         os.mkfifo(path)
@@ -96,7 +96,7 @@ def test_a_prompt_file_that_is_none_is_refused(read_prompts, tmp_path, kind):
     ("stdin", "says"),
     [(b"a\0b", "byte 1 is 0"), (b"\x89PNG\r\n", "byte 0 is not UTF-8"), (b"fox " * 500_000, "expected at most 255")],
 )
-def test_what_is_piped_in_is_text_that_fits_or_refused(model, tmp_path, stdin, says):
+def test_piped_input_is_text_that_fits_or_is_refused(model, tmp_path, stdin, says):
     ended = launched.run("infer", f"--set=model.path={model}", folder=tmp_path, stdin=stdin)
     assert launched.not_refused(ended, says) == ""
 

@@ -1,4 +1,4 @@
-"""A storm of kills: what comes out in the end is what an undisturbed run gives, to the last bit."""
+"""After many kills, the result equals that of an undisturbed run, bit for bit."""
 
 import random
 import signal
@@ -8,7 +8,7 @@ import pytest
 
 from tests.faults import kills, launched
 
-# Launcher -> what must come out byte for byte, and the kills of the slow test.
+# Launcher -> files that must be equal byte for byte, and the number of kills in the slow test.
 LAUNCHERS = {
     "train": (["model/model.safetensors", "model/training_curve.png"], 10),
     "evaluate": (["documents.csv", "expert_load.csv"], 10),
@@ -19,7 +19,7 @@ LAUNCHERS = {
 
 @pytest.fixture(scope="module")
 def undisturbed(training_flags, finetuning_flags, model, sources, tmp_path_factory):
-    """Launcher -> its flags, the folder of a run that nothing disturbed, and the seconds that it took."""
+    """Launcher -> its flags, the folder of an undisturbed run, and the seconds that it took."""
     done = {}
 
     def run(launcher):
@@ -43,7 +43,7 @@ def undisturbed(training_flags, finetuning_flags, model, sources, tmp_path_facto
                 ],
             }[launcher]
             folder = tmp_path_factory.mktemp(launcher)
-            for _ in range(2):  # the second finds its programs compiled
+            for _ in range(2):  # the second run finds the programs compiled
                 seconds = -time.monotonic()
                 ended = launched.run(launcher, *flags, "--out=out", folder=folder)
                 seconds += time.monotonic()
@@ -56,12 +56,12 @@ def undisturbed(training_flags, finetuning_flags, model, sources, tmp_path_facto
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
-def test_a_storm_of_kills_changes_nothing(undisturbed, tmp_path, record_property, launcher):
+def test_many_kills_change_nothing(undisturbed, tmp_path, record_property, launcher):
     flags, expected, seconds = undisturbed(launcher)
     files, count = LAUNCHERS[launcher]
-    been = kills.storm(launcher, flags, tmp_path / "out", kills=count, within_s=seconds, seed=1)
-    record_property("storm", repr(been))
-    print(launcher, been, f"{seconds:.1f} s undisturbed")
+    killed = kills.kill_repeatedly(launcher, flags, tmp_path / "out", kills=count, within_s=seconds, seed=1)
+    record_property("kills", repr(killed))
+    print(launcher, killed, f"{seconds:.1f} s undisturbed")
     kills.assert_same(tmp_path / "out", expected, files)
 
 

@@ -19,14 +19,14 @@ LONG = {
 
 
 def catches(process) -> bool:
-    """Whether the process handles SIGTERM by now: before, Python itself is starting, and the default is right."""
+    """Whether the process already handles SIGTERM: before that, Python is starting, and the default action is right."""
     status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
     (mask,) = [line.split()[1] for line in status.splitlines() if line.startswith("SigCgt")]
     return bool(int(mask, 16) >> (signal.SIGTERM - 1) & 1)
 
 
 def interrupted(launcher, flags, folder, number, delay_s):
-    """Sends a signal; returns what was wrong with the end, or nothing. None: it had ended before."""
+    """Sends a signal; returns what was wrong with how the process ended, or "". None: it had ended before."""
     with subprocess.Popen(
         launched.command_line(launcher, *flags, "--out=out"),
         env=launched.environment(),
@@ -89,8 +89,8 @@ def test_a_signal_ends_a_launcher_in_one_line(long_flags, tmp_path, launcher, nu
     assert ends.count(None) <= count // 2, "most runs were over before the signal came: nothing was tested"
 
 
-def test_an_interrupted_finetuning_has_saved_where_it_stood_and_goes_on(finetuning_flags, finetuned, tmp_path):
-    """At a random step, with no checkpoint due before the last."""
+def test_an_interrupted_finetuning_saves_and_resumes(finetuning_flags, finetuned, tmp_path):
+    """At a random step, with no checkpoint due before the end."""
     out, wait_for = tmp_path / "out", random.randrange(1, 7)
     with kills.started("finetune", [*finetuning_flags, "--set=training.checkpoint_every=1000"], out) as process:
         kills.wait_for_lines(process, out, wait_for)
@@ -106,8 +106,8 @@ def test_an_interrupted_finetuning_has_saved_where_it_stood_and_goes_on(finetuni
     kills.assert_same(out, finetuned, ["model/model.safetensors", "documents.csv"])
 
 
-def test_a_reader_that_leaves_ends_infer_quietly(model, tmp_path):
-    """As `| head -c 1` does."""
+def test_a_closed_pipe_ends_infer_quietly(model, tmp_path):
+    """Like `| head -c 1`."""
     with subprocess.Popen(
         launched.command_line("infer", f"--set=model.path={model}", *LONG["infer"]),
         env=launched.environment(),

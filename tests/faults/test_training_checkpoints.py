@@ -1,4 +1,4 @@
-"""Damaged checkpoints of a training run: never trained on, and never passed over in silence."""
+"""Damaged checkpoints of a training run are never trained on and never skipped silently."""
 
 import os
 import shutil
@@ -21,7 +21,7 @@ PLACE = {"stream": {"epoch": 3, "batch": 7}}
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """Checkpoints of steps 2 and 3."""
+    """A folder with checkpoints of steps 2 and 3."""
     folder = tmp_path_factory.mktemp("run") / "checkpoints"
     checkpoints = Checkpoints(folder, 2)
     for step in (1, 2, 3):
@@ -41,8 +41,8 @@ HARMS = {
 
 
 @pytest.mark.parametrize("harm", HARMS)
-def test_what_is_read_back_is_what_was_saved_or_refused(saved, tmp_path, capfd, harm):
-    """Every file of the checkpoint in turn; some only repeat what others hold."""
+def test_a_damaged_file_is_refused_or_changes_nothing(saved, tmp_path, capfd, harm):
+    """Each file of the checkpoint in turn; some only repeat the contents of others."""
     files = sorted(path.relative_to(saved) for path in (saved / "3").rglob("*") if path.is_file())
     refused = 0
     for file in files:
@@ -69,8 +69,8 @@ def test_what_is_read_back_is_what_was_saved_or_refused(saved, tmp_path, capfd, 
 
 
 @pytest.mark.parametrize(("file", "told"), [("/lib/orbax/reading.py", 0), ("/lib/moe_jax/reading.py", 1)])
-def test_what_orbax_leaves_unfinished_is_not_told(monkeypatch, file, told):
-    """Its event loop ends with the first failure; coroutines that still wait are thrown away, without a traceback."""
+def test_unfinished_coroutines_of_orbax_give_no_warning(monkeypatch, file, told):
+    """Its event loop ends with the first failure; waiting coroutines are discarded without a traceback."""
     seen, code = [], {}
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     monkeypatch.setattr(sys, "unraisablehook", seen.append)
@@ -82,7 +82,7 @@ def test_what_orbax_leaves_unfinished_is_not_told(monkeypatch, file, told):
     assert len(seen) == told
 
 
-def test_without_the_damaged_one_the_earlier_one_is_read(saved, tmp_path):
+def test_without_the_damaged_checkpoint_the_earlier_one_is_read(saved, tmp_path):
     shutil.copytree(saved, tmp_path / "checkpoints")
     shutil.rmtree(tmp_path / "checkpoints" / "3")
     checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
@@ -92,7 +92,7 @@ def test_without_the_damaged_one_the_earlier_one_is_read(saved, tmp_path):
 
 
 def test_a_launcher_refuses_a_damaged_checkpoint_in_one_line(training_flags, trained, tmp_path):
-    """Its largest file is cut; what the launcher logs before stands above the line."""
+    """Its largest file is truncated; earlier log lines stand above the error."""
     shutil.copytree(trained, tmp_path / "out")
     largest = max((tmp_path / "out" / "checkpoints" / "9").rglob("*"), key=lambda path: path.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)

@@ -23,13 +23,13 @@ FOLDER = pathlib.Path(__file__).parent
 SHAPE = 2, 24  # rows and positions
 # Fields of config.json other than ours.
 SAID_OTHERWISE = {
-    "kimi_k2": {"model_type": "deepseek_v3"},  # it has no class of its own; that one serves
+    "kimi_k2": {"model_type": "deepseek_v3"},  # it has no class of its own; this one is used
     "qwen2_moe_every_second": {"mlp_only_layers": [], "decoder_sparse_step": 2},
 }
 
 
 def make(name: str) -> None:
-    """Chooses tokens for which every choice of an expert is clear."""
+    """Picks tokens for which no choice of an expert is close."""
     model_type, architecture = VARIANTS[name]
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder)
@@ -39,7 +39,7 @@ def make(name: str) -> None:
         model = peer.load_model(transformers, path / "ours")
         tokens_BT = peer.clear_tokens(model, architecture, SHAPE)
         logits_BTV, _ = peer.logits(model, tokens_BT, np.ones(SHAPE, bool), architecture.moe)
-        model.to(torch.bfloat16).save_pretrained(path / "theirs")  # the weights are numbers of bfloat16
+        model.to(torch.bfloat16).save_pretrained(path / "theirs")  # bfloat16 represents the weights exactly
         tensors = safetensors.numpy.load_file(path / "theirs" / "model.safetensors")
         config = json.loads((path / "theirs" / "config.json").read_text()) | {"model_type": model_type}
     tensors |= {"golden.tokens": tokens_BT, "golden.logits": logits_BTV}

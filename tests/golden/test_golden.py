@@ -1,4 +1,4 @@
-"""Checkpoints of every family that transformers wrote, and the logits that it gave: see make.py."""
+"""Checkpoints of every family written by transformers, against its logits; see make.py."""
 
 import json
 import pathlib
@@ -25,7 +25,7 @@ TOLERANCE = 1e-5  # float32 on both sides
 
 @pytest.fixture(scope="module", params=GOLDEN)
 def golden(request, tmp_path_factory):
-    """A model, tokens, and what their logits have to be."""
+    """A model, tokens, and the expected logits."""
     path, folder = FOLDER / f"{request.param}.safetensors", tmp_path_factory.mktemp("golden") / "model"
     tensors = safetensors.numpy.load_file(path)
     tokens_BT, logits_BTV = tensors.pop("golden.tokens"), tensors.pop("golden.logits")
@@ -76,7 +76,7 @@ def test_cached_decode(golden):
         assert_close(np.asarray(got_BTV), logits_BTV[:, at : at + 1])
 
 
-def test_what_is_saved_again_gives_the_same(golden, tmp_path):
+def test_a_saved_copy_gives_the_same_logits(golden, tmp_path):
     model, tokens_BT, logits_BTV = golden
     model.save(tmp_path / "model", dtype="bfloat16")
     assert_close(moe_jax.load(tmp_path / "model", dtype="float32").logits(tokens_BT), logits_BTV)

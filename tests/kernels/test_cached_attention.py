@@ -10,7 +10,7 @@ from moe_jax.kernels.cached_attention.api import IMPLEMENTATIONS, cached_attenti
 
 # largest difference over the largest value of the reference
 TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}
-# rows, positions of the cache, heads of queries, heads of keys, channels of keys, channels of values
+# rows, positions of the cache, query heads, key heads, channels of keys, channels of values
 CASES = {
     "one_head_each": (3, 16, 4, 4, 32, 32),
     "grouped": (2, 80, 12, 3, 24, 24),
@@ -58,13 +58,13 @@ def assert_agrees(got, expected, dtype):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_mixes_and_extends_as_the_plain_loop(implementation, case, dtype):
+def test_mixes_and_extends_like_the_plain_loop(implementation, case, dtype):
     given = random_inputs(case, dtype)
     assert_agrees(run(implementation, *given), reference.forward(*given), dtype)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_the_first_position_sees_itself_alone(implementation):
+def test_the_first_position_sees_only_itself(implementation):
     query, key, value, *rest = random_inputs("grouped", "float32")
     rest[3] = np.zeros(len(query), int)
     mixed, _, _ = run(implementation, query, key, value, *rest)
@@ -72,22 +72,22 @@ def test_the_first_position_sees_itself_alone(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_what_a_row_does_not_see_is_not_read(implementation):
-    """Later positions, other layers: poison there would spread if it were multiplied, even by zero."""
+def test_positions_that_a_row_does_not_see_are_not_read(implementation):
+    """Later positions and other layers: NaN there would spread if it were multiplied, even by zero."""
     query, key, value, keys, values, layer, position, *rest = random_inputs("longer_than_a_block", "float32")
     position = np.minimum(position, 100)
     keys, values = (np.array(cache) for cache in (keys, values))
     clean = reference.forward(query, key, value, keys, values, layer, position, *rest)[0]
     for cache in (keys, values):
         cache[[0, 2]] = np.nan
-    if implementation == "native":  # XLA multiplies what is masked by zero
+    if implementation == "native":  # XLA multiplies masked values by zero
         keys[layer, :, 101:] = values[layer, :, 101:] = np.nan
     mixed, _, _ = run(implementation, query, key, value, keys, values, layer, position, *rest)
     np.testing.assert_allclose(mixed, clean, rtol=1e-4, atol=1e-6)
 
 
 def test_caches_of_a_loop_are_extended_in_place():
-    """Handing them on costs no copy: the compiled program allocates nothing of their size."""
+    """Passing them on costs no copy: the compiled program allocates nothing of their size."""
     query, key, value, keys, values, _, position, *rest = random_inputs("longer_than_a_block", "bfloat16")
 
     def steps(keys, values, position):

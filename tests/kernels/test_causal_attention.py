@@ -16,7 +16,7 @@ from moe_jax.kernels.causal_attention.api import IMPLEMENTATIONS, causal_attenti
 
 # largest difference over the largest value of the reference
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2e-2, "float16": 2e-3}
-# rows, positions of keys, heads of queries, of keys, channels of keys, of values, segments, largest score
+# rows, positions of keys, query heads, key heads, channels of keys, channels of values, segments, largest score
 CASES = {
     "one_segment": (2, 40, 4, 2, 16, 16, "one", 4),
     "one_position": (3, 1, 4, 2, 16, 16, "one", 4),
@@ -39,7 +39,7 @@ CASES = {
     "from_within_a_long_block": (1, 700, 2, 1, 16, 16, "several", 4),
     "one_query_of_many_keys": (2, 150, 2, 1, 16, 16, "random", 4),
 }
-# positions of queries, and the first of each row, where queries are fewer than keys; "every_row_from_elsewhere" has its
+# positions of queries and the first one of each row, if queries are fewer than keys; "every_row_from_elsewhere" has its
 # first row in one block of 64 more than it would fill
 QUERIES = {
     "from_a_block_on": (70, (64, 64)),
@@ -47,9 +47,9 @@ QUERIES = {
     "from_within_a_long_block": (300, (391,)),
     "one_query_of_many_keys": (1, (5, 149)),
 }
-# in float32 alone: what sets them apart is their length
+# only in float32: these cases differ in length
 LENGTHS = {name for name in CASES if name.startswith(("one_more", "one_less", "several_blocks", "from"))}
-ROUNDED = 2**-22  # of a score, which is float32: shares are off by as much
+ROUNDED = 2**-22  # rounding of a float32 score; shares have the same relative error
 
 
 def segments(kind, rows, length):
@@ -58,7 +58,7 @@ def segments(kind, rows, length):
         return rng.integers(-1, 4, (rows, length)).astype(np.int32)
     segments_BM = np.ones((rows, length), np.int32)
     for row in range(rows):
-        if kind in ("several", "prefix"):  # of lengths that have blocks of one and of many
+        if kind in ("several", "prefix"):  # lengths with one block and with many
             cuts = np.sort(rng.choice(np.arange(1, length), min(length - 1, 3), replace=False))
             segments_BM[row] = 1 + np.searchsorted(cuts, np.arange(length), side="right")
         if kind == "prefix":
@@ -90,7 +90,7 @@ def split_heads(query, key):
 
 
 def run(implementation, query, key, value, segments_BM, start_B, scale, grad):
-    """What is mixed, and the gradients."""
+    """The mixed values, and the gradients."""
 
     @jax.jit
     def call(query, key, value, segments_BM, start_B, grad):
@@ -113,7 +113,7 @@ def plain(*given):
     [(case, dtype) for case in CASES for dtype in TOLERANCE if dtype == "float32" or case not in LENGTHS],
 )
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_mixes_and_has_the_gradients_of_the_plain_loop(implementation, case, dtype):
+def test_values_and_gradients_equal_the_plain_loop(implementation, case, dtype):
     given = random_inputs(case, dtype)
     for name, got, expected in zip(("mixed", "query", "key", "value"), run(implementation, *given), plain(*given)):
         assert got.dtype == jnp.dtype(dtype) and got.shape == expected.shape
@@ -123,7 +123,7 @@ def test_mixes_and_has_the_gradients_of_the_plain_loop(implementation, case, dty
 
 
 @pytest.mark.parametrize("case", ["prefix_segments", "every_row_from_elsewhere"])
-def test_the_plain_loop_has_the_gradients_of_a_dense_softmax(case):
+def test_gradients_of_the_plain_loop_equal_a_dense_softmax(case):
     query, key, value, segments_BM, start_B, scale, grad = random_inputs(case, "float32")
     position_BT = start_B[:, None] + np.arange(query.shape[1])[None, :]
     segment_BT1 = np.take_along_axis(segments_BM, position_BT, axis=1)[:, :, None]
@@ -144,8 +144,8 @@ def test_the_plain_loop_has_the_gradients_of_a_dense_softmax(case):
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_parts_of_the_queries_get_what_all_get_together(implementation, dtype):
-    """Each part after keys that go on beyond it."""
+def test_parts_of_the_queries_get_the_results_of_all_together(implementation, dtype):
+    """There are keys beyond each part."""
     query, key, value, segments_BM, start_B, scale, grad = random_inputs("several_blocks", dtype)
     whole, *_ = run(implementation, query, key, value, segments_BM, start_B, scale, grad)
     for begin, end in ((0, 100), (100, 357), (357, 512)):
@@ -171,8 +171,8 @@ def test_keys_after_the_last_query_change_nothing(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_what_a_position_does_not_see_changes_nothing_bit_for_bit(implementation):
-    """Other segments and later positions, from which no gradient comes back either."""
+def test_unseen_positions_change_nothing_bit_for_bit(implementation):
+    """Other segments and later positions, which get no gradient either."""
     query, key, value, segments_BM, start_B, scale, grad = random_inputs("several_segments", "float32")
     at = 90
     seen_BM = (segments_BM == segments_BM[:, at : at + 1]) & (np.arange(segments_BM.shape[1]) <= at)[None]
@@ -190,7 +190,7 @@ def test_what_a_position_does_not_see_changes_nothing_bit_for_bit(implementation
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_blocks_of_later_positions_are_not_multiplied(implementation):
-    """What is no number there would leave its mark, even times a share of zero."""
+    """NaN there would spread, even times a share of zero."""
     query, key, value, segments_BM, start_B, scale, grad = random_inputs("several_blocks", "float32")
     value = value.at[:, 384:].set(np.nan)
     mixed, query_grad, _, _ = run(
@@ -201,8 +201,8 @@ def test_blocks_of_later_positions_are_not_multiplied(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_score_that_is_no_number_is_not_hidden(implementation):
-    """Training that diverges has to be seen."""
+def test_a_nan_score_is_not_hidden(implementation):
+    """Divergence in training must be visible."""
     query, key, value, segments_BM, start_B, scale, grad = random_inputs("not_a_multiple_of_the_block", "float32")
     for bad in (np.nan, np.inf):
         mixed, *grads = run(
@@ -223,7 +223,7 @@ def test_inputs_of_several_dtypes(implementation):
     np.testing.assert_allclose(np.asarray(mixed, np.float64), expected, rtol=0, atol=2e-2 * np.abs(expected).max())
 
 
-def test_numbers_that_are_no_floats_are_refused():
+def test_integers_are_refused():
     ones = jnp.ones((1, 4, 2, 8), jnp.int32)
     with pytest.raises(ValueError, match="expected float32, bfloat16 or float16, got int32"):
         causal_attention(ones, ones, ones, ones[:, :, 0, 0], ones[:, 0, 0, 0], 1.0, "native")
@@ -246,7 +246,7 @@ def lowered(implementation, length):
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_no_scores_are_kept(implementation):
-    """What is allocated grows with the length, not with its square."""
+    """Allocated memory grows with the length, not with its square."""
 
     def size(length):
         return lowered(implementation, length).compile().memory_analysis().temp_size_in_bytes
@@ -255,13 +255,13 @@ def test_no_scores_are_kept(implementation):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_a_longer_sequence_is_no_longer_program(implementation):
+def test_a_longer_sequence_does_not_make_a_longer_program(implementation):
     lines = [len(lowered(implementation, length).as_text().splitlines()) for length in (2048, 32768)]
     assert lines[1] <= 1.05 * lines[0]
 
 
 def digest():
-    """Of results and gradients of many pieces of work, and the threads that there may be."""
+    """A digest of results and gradients for many work items, and the number of threads."""
     given = random_inputs("prefix_segments", "float32")
     rows = [jnp.concatenate([x] * 4) for x in given[:5]]
     results = run("native", *rows, given[5], jnp.concatenate([given[6]] * 4))

@@ -1,4 +1,4 @@
-"""Implementations are chosen by platform, named in every result, and refused in one line where they cannot run."""
+"""Implementations are chosen by platform, named in every result, and refused in one line if they cannot run."""
 
 import types
 
@@ -75,7 +75,7 @@ def test_an_old_jax_has_no_hopper_kernels(hopper, monkeypatch):
         resolve("gpu", {"grouped_matmul": "pallas_gpu"}, FOR_HOPPER, "bfloat16")
 
 
-def test_without_a_compiler_a_cpu_runs_plain_jax_and_says_so(monkeypatch, caplog):
+def test_without_a_compiler_a_cpu_runs_plain_jax_with_a_warning(monkeypatch, caplog):
     monkeypatch.setattr(compiled, "compiler", lambda: None)
     assert resolve("cpu") == PLAIN
     lacks = "which is slower: 'native' needs a C++ compiler (c++) on PATH"
@@ -83,7 +83,7 @@ def test_without_a_compiler_a_cpu_runs_plain_jax_and_says_so(monkeypatch, caplog
     assert caplog.messages == expected
 
 
-def test_one_operation_is_named_and_the_others_stay():
+def test_one_operation_can_be_set_by_itself():
     for name in ("blocked", "padded", "ragged_dot"):
         assert resolve("cpu", {"grouped_matmul": name}) == resolve("cpu")._replace(grouped_matmul=name)
     assert resolve("cpu", PLAIN._asdict()) == PLAIN

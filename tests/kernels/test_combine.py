@@ -1,4 +1,4 @@
-"""Spreading and combining against plain loops, and their gradients against each other's definition."""
+"""Spreading and combining, and their gradients, against plain loops."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def test_forward():
 
 
 def test_gradients_are_those_of_the_definition():
-    """Both are linear in the arrays and bilinear with the weight, so one-hot arguments would read off the matrix."""
+    """Against plain loops; both are linear in the arrays, and bilinear with the weight."""
     x_ND, out_SD, weight_NK, token_S, position_NK = random_inputs()
     rng = np.random.default_rng(1)
     rows_grad_SD = rng.standard_normal(out_SD.shape).astype(np.float32)

@@ -1,4 +1,4 @@
-"""C++ kernels: compiled once, found again, and refused in one line where they cannot be."""
+"""C++ kernels: compiled once, found in the cache, and refused in one line if they cannot be compiled."""
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +42,7 @@ def test_another_source_header_or_processor_is_another_library(cache, source, mo
     assert len(set(libraries)) == len(list(cache.iterdir())) == 4
 
 
-def test_a_cache_that_cannot_be_written_costs_the_compilation_alone(source, monkeypatch):
+def test_without_a_writable_cache_a_source_is_compiled_each_time(source, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     assert compiled._compile(source).exists()
 
@@ -62,14 +62,14 @@ def test_without_a_compiler_nothing_is_compiled(source, monkeypatch):
         compiled._compile(source)
 
 
-def test_what_the_kernel_has_no_code_for_is_refused():
+def test_unsupported_dtypes_are_refused():
     rows, weights = jnp.ones((2, 4), jnp.float32), jnp.ones((1, 1, 3, 4), jnp.bfloat16)
     with pytest.raises(ValueError, match="rows are float32, weights bfloat16"):
         native.forward(rows, weights, np.array([2]), 0)
 
 
-def test_steps_that_run_at_once_do_not_wait_for_each_other():
-    """Two calls without an order between them, each longer than the pool has threads."""
+def test_parallel_calls_do_not_wait_for_each_other():
+    """Independent calls, each with more work items than the pool has threads."""
     rows = jnp.ones((512, 256))
     weights = jnp.ones((1, 8, 512, 256))
     sizes = jnp.full(8, 64, jnp.int32)

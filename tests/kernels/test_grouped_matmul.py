@@ -1,4 +1,4 @@
-"""Every implementation of grouped matmul against the plain loop: forward, gradients, and what dropped rows cost."""
+"""Every implementation of grouped matmul against the plain loop: forward, gradients, and the cost of dropped rows."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -26,7 +26,7 @@ CASES = {
     "more_than_a_panel": (6000, [5900, 37, 0, 60]),
 }
 LAYERS, D, F = 3, 24, 40
-ON_A_CPU = [name for name in IMPLEMENTATIONS if name != "pallas_gpu"]  # its own tests interpret it
+ON_A_CPU = [name for name in IMPLEMENTATIONS if name != "pallas_gpu"]  # test_grouped_matmul_gpu.py interprets it
 
 
 def random_inputs(num_rows, num_experts, dtype, seed=0):
@@ -57,7 +57,7 @@ def test_forward(implementation, case, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_native_hands_out_its_float32_sums(dtype):
+def test_native_returns_its_float32_sums(dtype):
     rows, weights, _ = random_inputs(33, 4, jnp.dtype(dtype))
     sizes = np.array([3, 0, 20, 9], np.int32)
     got = native.forward(rows, weights, sizes, 1, jnp.float32)
@@ -82,7 +82,7 @@ def test_native_refuses_an_output_of_another_half():
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("depth", [7, 64, 530, 2100])
 @pytest.mark.parametrize("columns", [5, 49, 300])
-def test_native_packs_what_fills_no_block(columns, depth, dtype):
+def test_native_packs_rows_that_do_not_fill_a_block(columns, depth, dtype):
     rng, sizes = np.random.default_rng(0), np.array([3, 40, 0, 13, 12, 150], np.int32)
     rows = rng.standard_normal((sizes.sum() + 2, depth)).astype(dtype)
     weights = rng.standard_normal((2, len(sizes), columns, depth)).astype(dtype)
@@ -144,7 +144,7 @@ def test_blocks_cover_every_kept_row_once(sizes, spare):
 
 @pytest.mark.parametrize("implementation", ["native", "blocked"])
 def test_rows_and_experts_without_work_are_not_touched(implementation):
-    """Poison in what nobody asked for would spread if it were read: NaN times zero is NaN."""
+    """NaN in unused rows and experts would spread if it were read: NaN times zero is NaN."""
     rows, weights, _ = random_inputs(32, 4, np.float32)
     sizes = np.array([6, 0, 9, 0], np.int32)
     rows[15:] = np.nan
@@ -154,7 +154,7 @@ def test_rows_and_experts_without_work_are_not_touched(implementation):
     assert (np.asarray(got)[15:] == 0).all()
 
 
-def test_trips_follow_the_rows_kept():
+def test_trip_counts_follow_the_kept_rows():
     assert int(tiles.busy_groups(jnp.asarray([0, 0, 0, 0])).count) == 0
     groups = tiles.busy_groups(jnp.asarray([64, 0, 1, 0]))
     assert int(groups.count) == 2

@@ -1,4 +1,4 @@
-"""The Hopper kernels of grouped matmul against the plain loop, interpreted on a CPU; and what they refuse."""
+"""The Hopper kernels of grouped matmul against the plain loop, interpreted on a CPU; and the cases that they refuse."""
 
 import functools
 
@@ -52,7 +52,7 @@ def exact(*arrays):
 @new_enough
 @pytest.mark.parametrize("case", CASES)
 def test_forward(case, interpreted):
-    """Poison where nothing may be read would spread: NaN times zero is NaN."""
+    """NaN in places that must not be read would spread: NaN times zero is NaN."""
     num_rows, sizes, tiles = CASES[case]
     rows, weights, _ = random_inputs(num_rows, len(sizes))
     sizes = np.asarray(sizes, np.int32)
@@ -111,7 +111,7 @@ def test_tiles_hold_every_row_once():
             assert (served == 1).all()
 
 
-def test_what_the_kernels_lack_is_refused_in_one_line(monkeypatch):
+def test_unsupported_cases_are_refused_in_one_line(monkeypatch):
     rows, weights, _ = random_inputs(8, 2)
     sizes = jnp.asarray([3, 5], jnp.int32)
     monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))

@@ -10,7 +10,7 @@ from moe_jax.kernels.projection.api import IMPLEMENTATIONS, projection
 
 # largest difference over the largest value of the reference
 TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}
-# shape of x, of one layer, how many axes are contracted
+# shape of x, shape of one layer, number of contracted axes
 CASES = {
     "one_row": ((1, 24), (40, 24), 1),
     "to_heads": ((2, 3, 24), (4, 5, 24), 1),

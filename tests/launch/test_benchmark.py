@@ -1,4 +1,4 @@
-"""launch/benchmark.py: once in a process of its own, with everything; else its `main` called here."""
+"""launch/benchmark.py: once in its own process, with all outputs; otherwise `main` is called here."""
 
 import glob
 import gzip
@@ -42,7 +42,7 @@ def benchmark():
 
 @pytest.fixture
 def main(benchmark, tmp_path, monkeypatch):
-    """Runs `main` on settings, on a machine of which little is measured; returns what it printed and the figures."""
+    """Runs `main` with settings, with a short machine probe; returns the printed text and the figures."""
     monkeypatch.setattr(hardware, "STREAMED_BYTES", 2**22)
     monkeypatch.setattr(hardware, "WIDTH", 128)
     (tmp_path / "out").mkdir()
@@ -92,7 +92,7 @@ def check_profile(folder):
     assert [phase for phase in phases if f"/{phase}/".encode() not in profile] == []
 
 
-def test_the_table_says_what_was_left_out_and_where_the_routing_is_from(main):
+def test_the_table_names_skipped_cases_and_the_source_of_routing(main):
     text, figures = main()
     for part in (
         *CASES,
@@ -146,7 +146,7 @@ def test_a_checkpoint_reads_held_out_text(main, tmp_path):
         ({"kernels.grouped_matmul": "fast"}, "kernels.grouped_matmul = 'fast'"),
     ],
 )
-def test_what_cannot_run_is_refused_before_anything_is_measured(main, monkeypatch, settings, message):
+def test_impossible_settings_are_refused_before_anything_is_measured(main, monkeypatch, settings, message):
     def refuse(*arguments):
         raise AssertionError("something was measured, or weights were made")
 

@@ -1,4 +1,4 @@
-"""launch/convert.py in a process of its own."""
+"""launch/convert.py in its own process."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""launch/evaluate.py on a tiny model and real held-out text: its table, its files, its refusals, and going on."""
+"""launch/evaluate.py on a tiny model and real held-out text: its table, files and error messages, and resuming."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""launch/harness.py on a tiny model: its table and files, and its refusals, most with the harness installed."""
+"""launch/harness.py on a tiny model: its table, files and error messages, most with the harness installed."""
 
 import json
 import os
@@ -41,7 +41,7 @@ runpy.run_path({LAUNCHER!r}, run_name="__main__")
 
 
 @pytest.mark.skipif(os.name != "posix", reason="starts itself over on Linux alone")
-def test_without_the_harness_it_says_what_to_install(model, tmp_path):
+def test_without_the_harness_the_error_says_what_to_install(model, tmp_path):
     out = tmp_path / "out"
     done = harness(model, out, "--tasks=held_out_bits", program=("-c", WITHOUT))
     assert_refused(done, out, 'lm-eval is not installed: pip install "lm-eval>=')
@@ -86,7 +86,7 @@ def test_refusals(model, tmp_path, arguments, expected):
 
 
 def write_tasks(folder):
-    """Tasks of one's own, as the harness documents them: JSON lines, a group, and examples in the prompt."""
+    """Custom tasks, as the harness documents them: JSON lines, a group, and examples in the prompt."""
     folder.mkdir()
     (folder / "data.jsonl").write_text("".join(json.dumps({"a": a, "b": a + 1}) + "\n" for a in range(9)))
     data = f"dataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {folder / 'data.jsonl'}\ntest_split: test\n"
@@ -107,7 +107,7 @@ def write_tasks(folder):
 
 @pytest.mark.peers
 def test_one_row_per_policy(model, tmp_path):
-    """A group of one's own and a bundled task; the same policy twice finds the same, examples in prompts included."""
+    """A custom group and a bundled task; the same policy twice gives the same results, with examples in the prompts."""
     write_tasks(tmp_path / "tasks")
     out = tmp_path / "out"
     policies = '--set=evaluation.policies=("model","topk:8","topk:1")'

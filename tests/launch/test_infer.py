@@ -1,4 +1,4 @@
-"""launch/infer.py: in processes of its own where the process matters, else its `main` called here."""
+"""launch/infer.py: in its own process where that matters, otherwise `main` is called here."""
 
 import io
 import json
@@ -28,7 +28,7 @@ SHORT = ["--set=sampling.max_new_tokens=6", "--set=policy.spec=topk:3"]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A model without an end-of-text token: it makes as many tokens as asked for."""
+    """A model without an end-of-text token: it generates as many tokens as asked for."""
     architecture = tiny_model.changed(decoder={"max_context": 128})
     return tiny_model.write_model(tmp_path_factory.mktemp("models") / "tiny", architecture, token_ids={})
 
@@ -41,7 +41,7 @@ def infer():
 
 @pytest.fixture
 def main(infer, folder, tmp_path, monkeypatch):
-    """Runs `main` on flags and settings; returns what it printed and the folder it wrote to."""
+    """Runs `main` with flags and settings; returns what it printed."""
     monkeypatch.setattr(sys, "stdin", None)
     (tmp_path / "out").mkdir()
 
@@ -75,7 +75,7 @@ def test_without_a_prompt_and_a_terminal_it_shows_a_continuation_and_how_fast(fo
     assert f"grouped_matmul {resolve('cpu').grouped_matmul}" in done.stdout
 
 
-def test_json_is_all_that_standard_output_holds(folder):
+def test_json_is_alone_on_standard_output(folder):
     done = start(folder, *SHORT, "--json", "--out=out", input="The quick\n")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -129,7 +129,7 @@ def test_one_token_leaves_no_nan_in_json(main, tmp_path):
     assert json.loads((tmp_path / "out" / "result.json").read_text())["figures"]["decode_tokens_per_s"]["value"] is None
 
 
-def test_what_is_not_finite_is_named_and_what_was_made_is_kept(main, tmp_path):
+def test_non_finite_values_are_named_and_finished_text_is_kept(main, tmp_path):
     folder = chained_model.write(tmp_path / "large", chain=[*range(256)], gain=40_000)
     with pytest.raises(ValueError, match=r"prompt 1, 'model': not finite .* expected model\.dtype=bfloat16 or float32"):
         main("--prompt=ab", "--prompt=hello there", **{"model.path": str(folder), "model.dtype": "float16"})
@@ -139,7 +139,7 @@ def test_what_is_not_finite_is_named_and_what_was_made_is_kept(main, tmp_path):
     assert not (tmp_path / "out" / "result.json").exists()
 
 
-def test_an_interruption_saves_what_is_done(main, capsys, tmp_path, monkeypatch):
+def test_an_interruption_saves_finished_text(main, capsys, tmp_path, monkeypatch):
     """Ctrl-C after the third token."""
     from moe_jax.engine import generate
 
@@ -181,7 +181,7 @@ def test_an_interruption_saves_what_is_done(main, capsys, tmp_path, monkeypatch)
     ],
     ids=lambda value: str(value)[:40],
 )
-def test_what_cannot_run_is_refused_before_the_weights_are_read(
+def test_impossible_settings_are_refused_before_the_weights_are_read(
     main, tmp_path, monkeypatch, arguments, settings, expected
 ):
     from moe_jax.checkpoint import reading
@@ -199,7 +199,7 @@ def test_what_cannot_run_is_refused_before_the_weights_are_read(
 
 
 def piped(data):
-    """Standard input as a pipe that stays open where `data` is None."""
+    """Standard input as a pipe, which stays open if `data` is None."""
     reading, writing = os.pipe()
     if data is not None:
         os.write(writing, data)

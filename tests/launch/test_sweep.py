@@ -1,4 +1,4 @@
-"""launch/sweep.py on a tiny model and real held-out text: its points, its files, its refusals, and going on."""
+"""launch/sweep.py on a tiny model and real held-out text: its points, files and error messages, and resuming."""
 
 import csv
 import json
@@ -53,11 +53,11 @@ def done(model, tmp_path_factory):
     return done, out
 
 
-def test_every_policy_has_a_point_at_every_load(done):
+def test_every_policy_has_a_point_at_every_concurrency(done):
     printed, out = done
     rows = json.loads((out / "result.json").read_text())["rows"]
     assert [(row["concurrency"], row["policy"]) for row in rows] == [
-        (load, spec) for load in (1, 4) for spec in ("model", *POLICIES)
+        (concurrency, spec) for concurrency in (1, 4) for spec in ("model", *POLICIES)
     ]
     figures = {(row["policy"], row["concurrency"]): row["figures"] for row in rows}
     assert figures["topk:8", 4]["bits_per_byte_increase"] == {"value": 0, "unit": "1", "ci95": [0, 0]}
@@ -82,7 +82,7 @@ def test_a_rival_runs_as_many_distinct_experts(done):
     assert points["topk:3", "4"]["rival"] == ""
 
 
-def test_a_killed_sweep_goes_on(model, done, tmp_path):
+def test_a_killed_sweep_resumes(model, done, tmp_path):
     out = tmp_path / "killed"
     process = subprocess.Popen(command_line(model, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
     deadline = time.monotonic() + 300

@@ -1,4 +1,4 @@
-"""A Qwen3-MoE whose layers may differ, as a loop over the tensors of its checkpoint: float32, nothing stacked."""
+"""A Qwen3-MoE whose layers may differ, as a plain loop over the tensors of its checkpoint, in float32."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ def norm(x, scale, eps):
 
 
 def rotate(x_THA, theta):
-    """Channel i turns with channel i + half."""
+    """Rotates channel i together with channel i + half."""
     length, _, width = x_THA.shape
     angle = jnp.arange(length)[:, None] * theta ** (-jnp.arange(0, width, 2) / width)
     cos, sin = (jnp.concatenate([f(angle), f(angle)], -1)[:, None] for f in (jnp.cos, jnp.sin))
@@ -39,7 +39,7 @@ def attention(x_TD, tensors, name, architecture):
 
 
 def sparse(x_TD, tensors, name, k, normalize):
-    """Every expert works on every token; those of the k largest weights count."""
+    """Runs every expert on every token, and adds those with the k largest weights."""
     weight = jax.nn.softmax(x_TD @ tensors[f"{name}.gate.weight"].T, -1)
     k_th = jnp.sort(weight, -1)[:, -k][:, None]
     weight = jnp.where(weight >= k_th, weight, 0)
@@ -50,7 +50,7 @@ def sparse(x_TD, tensors, name, k, normalize):
 
 
 def logits(tensors, tokens_T, architecture, k_L):
-    """Of one row; `k_L` is of each MoE layer."""
+    """The logits of one row; `k_L` has one k per MoE layer."""
     decoder, k_of = architecture.decoder, iter(k_L)
     x_TD = tensors["model.embed_tokens.weight"][tokens_T]
     for layer in range(decoder.num_layers):

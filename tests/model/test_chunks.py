@@ -1,4 +1,4 @@
-"""A prompt read in chunks gives the logits of one read at once, with every kind of attention."""
+"""A prompt read in chunks gives the same logits as when read at once, with every kind of attention."""
 
 import functools
 
@@ -24,7 +24,7 @@ KINDS = {
         }
     ),
 }
-# per row: tokens of the first chunk; after them comes padding, which the next chunk overwrites
+# tokens of each row in the first chunk, before padding, which the next chunk overwrites
 FIRST_B = np.array([5, 3, 8, 1], np.int32)
 
 
@@ -50,7 +50,7 @@ def assert_close(got, expected):
 @pytest.mark.parametrize("kernels", [resolve("cpu"), Kernels("blocked", "xla", "xla", "blocked")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunks_from_any_start_equal_the_whole_sequence(kind, kernels):
-    """The second chunk begins elsewhere in every row; a decode step and a last chunk follow, and fill the cache."""
+    """The second chunk begins at another position in every row; a decode step and a last chunk fill the cache."""
     architecture = KINDS[kind]
     params = tiny_model.random_params(architecture)
     live = policies.settings([parse(f"topk:{k}") for k in (8, 2, 5, 1)], architecture, 8)

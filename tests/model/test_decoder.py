@@ -1,4 +1,4 @@
-"""The decoder against what it must equal: a loop over all experts, itself without a cache, without neighbours."""
+"""The decoder against a loop over all experts, against itself without a cache, and without other rows."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def assert_close(got, expected):
 
 
 def live(*k):
-    """Settings of one row per number, the same in both MoE layers."""
+    """Settings with one row per given k, the same in both MoE layers."""
     return policies.settings([parse(f"topk:{one}") for one in k], UNTIED, 8)
 
 
@@ -42,7 +42,7 @@ def score(params, tokens_BT, positions_BT, segments_BT, settings):
 
 
 def whole(tokens_BT, settings, segments_BT=None):
-    """Logits without a cache; positions count from the left."""
+    """Logits without a cache; positions start at 0."""
     positions_BT = np.tile(np.arange(tokens_BT.shape[1], dtype=np.int32), (len(tokens_BT), 1))
     segments_BT = np.ones_like(tokens_BT) if segments_BT is None else segments_BT
     return score(PARAMS, tokens_BT, positions_BT, segments_BT, settings)
@@ -55,7 +55,7 @@ def extend(params, cache, tokens_BT, start_B, valid_BT, settings):
 
 
 def reference_moe(x_ND, weights, moe, k_N):
-    """A token at a time in float64: every expert runs, and the weight of those not chosen is zero."""
+    """One token at a time in float64: every expert runs, with weight zero if it is not chosen."""
 
     def silu(x):
         return x / (1 + np.exp(-x))
@@ -153,7 +153,7 @@ def test_a_moe_layer_equals_a_loop_over_all_experts(variant):
 
 
 def test_cached_decode_equals_the_whole_sequence():
-    """A ragged batch, a policy per row: after the prompts, one token at a time."""
+    """A ragged batch with a policy per row: prompts first, then one token at a time."""
     tokens_BT, length_B, settings = tokens(4, 16), np.array([8, 2, 5, 7], np.int32), live(8, 2, 5, 1)
     expected_BTV, _ = whole(tokens_BT, settings)
     valid_BT = np.arange(8)[None, :] < length_B[:, None]
@@ -168,7 +168,7 @@ def test_cached_decode_equals_the_whole_sequence():
         assert_close(logits_BTV[:, 0], expected_BTV[rows, at_B])
 
 
-def test_a_finished_row_keeps_no_experts_and_disturbs_nobody():
+def test_a_finished_row_keeps_no_experts_and_affects_no_other():
     prompts_BT, settings = tokens(4, 8), live(8, 4, 2, 1)
     cache = caches.allocate(UNTIED, 4, 16, jnp.float32)
     start_B, everything = np.zeros(4, np.int32), np.ones((4, 8), bool)
@@ -183,7 +183,7 @@ def test_a_finished_row_keeps_no_experts_and_disturbs_nobody():
     assert_close(some_BTV[alive_BT], all_BTV[alive_BT])
 
 
-def test_requests_of_different_k_get_what_each_gets_alone():
+def test_requests_of_different_k_get_the_same_alone_and_together():
     tokens_BT, settings = tokens(4, 16), live(2, 8, 3, 5)
     together_BTV, load_LE = whole(tokens_BT, settings)
     assert load_LE.sum(axis=1).tolist() == [16 * (2 + 8 + 3 + 5)] * 2
@@ -194,10 +194,10 @@ def test_requests_of_different_k_get_what_each_gets_alone():
         assert load_LE.sum(axis=1).tolist() == [16 * k] * 2
         assert_close(together_BTV[row], alone_BTV[row])
     all_experts_BTV, _ = whole(tokens_BT, live(8, 8, 8, 8))
-    assert np.abs(all_experts_BTV - together_BTV)[0].max() > 0.1  # the dial does something
+    assert np.abs(all_experts_BTV - together_BTV)[0].max() > 0.1  # k makes a difference
 
 
-def test_a_rows_logits_depend_on_neither_padding_nor_neighbours():
+def test_a_rows_logits_depend_on_neither_padding_nor_other_rows():
     tokens_BT = tokens(1, 11)
     expected_BTV, _ = whole(tokens_BT, live(8))
     for seed in (1, 2):
@@ -222,7 +222,7 @@ def test_segments_do_not_see_each_other():
 
 
 def test_causality_by_gradient():
-    """Each position has a token of its own: the gradient for its embedding says which positions saw it."""
+    """Each position has a different token: the gradient of its embedding shows which positions saw it."""
     tokens_BT, at = np.arange(100, 112, dtype=np.int32)[None], 5
 
     @jax.jit

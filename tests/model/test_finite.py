@@ -1,4 +1,4 @@
-"""Activations beyond the range of a dtype: named wherever numbers are made of them, and nothing is made up."""
+"""Activations beyond the range of a dtype are reported by every function that uses them."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ TOKENS_BT = np.random.default_rng(0).integers(0, 256, (8, 16), dtype=np.int32)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Whose weights are finite in every dtype, and whose activations leave float16."""
+    """A model with weights that are finite in every dtype, and activations that overflow in float16."""
     folder = tmp_path_factory.mktemp("models") / "large"
     return chained_model.write(folder, chain=[*range(256)], gain=40_000)
 
@@ -35,22 +35,22 @@ def test_logits_are_refused_and_the_dtype_is_named(folder, overflowing):
     assert np.isfinite(moe_jax.load(folder, dtype="bfloat16").logits(TOKENS_BT)).all()
 
 
-def test_weights_beyond_float32_are_named_as_such(tmp_path):
+def test_weights_whose_activations_overflow_float32_are_named(tmp_path):
     model = moe_jax.load(chained_model.write(tmp_path / "model", gain=1e38))
     with pytest.raises(NotFiniteError, match="float32, so they come from its weights: expected other weights"):
         model.logits(TOKENS_BT)
 
 
-def test_a_completion_ends_with_an_error_that_holds_what_was_made(overflowing):
+def test_an_error_in_generation_holds_the_finished_text(overflowing):
     pieces = {0: "", 1: ""}
 
     def on_text(index, piece):
         pieces[index] += piece
 
-    with pytest.raises(ValueError, match=r"of token \d+ after prompt [12], 'topk:1': not finite") as said:
+    with pytest.raises(ValueError, match=r"of token \d+ after prompt [12], 'topk:1': not finite") as raised:
         overflowing.generate(["ab", "hello there"], max_new_tokens=9, policy="topk:1", on_text=on_text)
-    assert "\n" not in str(said.value)
-    made = said.value.completions
+    assert "\n" not in str(raised.value)
+    made = raised.value.completions
     assert [one.text for one in made] == [pieces[0], pieces[1]] and {one.finish_reason for one in made} == {None}
     assert all(np.isfinite(one.log_probabilities).all() for one in made)
 
@@ -64,13 +64,13 @@ def test_a_likelihood_is_refused_and_the_policy_named(overflowing):
         score_continuations(overflowing.params, [Pair(TOKENS_BT[0], [1, 2])], parse("model"), execution, batch_size=2)
 
 
-def test_a_calibration_is_not_made_of_them(overflowing):
+def test_a_calibration_is_refused(overflowing):
     with pytest.raises(NotFiniteError, match="the outputs of experts: not finite"):
         calibrate.measure(overflowing.params, TOKENS_BT, execution_of(overflowing.architecture))
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_one_number_is_enough(value):
+def test_one_value_is_enough(value):
     params = {"a": np.zeros(2, np.float32)}
     require_finite(np.full((3, 4), 3e38, np.float32), "numbers", params)
     numbers = np.zeros((3, 4), np.float32)

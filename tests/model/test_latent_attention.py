@@ -1,4 +1,4 @@
-"""Latent attention: the step against the cache equals whole sequences, and the cache is as small as it should be."""
+"""Latent attention: cached decoding equals whole sequences, and the cache holds only latents and rotary keys."""
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def test_cached_decode_of_a_ragged_batch_equals_the_whole_sequence(name, kernels
         assert_close(logits_BTV[:, 0], expected_BTV[rows, at_B])
 
 
-def test_the_cache_holds_one_latent_and_one_rotary_key_of_a_position():
+def test_the_cache_holds_one_latent_and_one_rotary_key_per_position():
     architecture = VARIANTS["deepseek_v3"].architecture
     cache = caches.allocate(architecture, 2, 16, jnp.bfloat16)
     assert cache.key_LBMGA.shape == (architecture.decoder.num_layers, 2, 16, 1, 24 + 8)

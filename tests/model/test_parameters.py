@@ -1,4 +1,4 @@
-"""The table of parameters: what follows from an entry, and the Flax module that is made of it."""
+"""The table of parameters: everything that follows from an entry, and the Flax module made from it."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def test_every_letter_has_a_meaning_and_every_path_one_entry():
     assert len({one.path for one in parameters.TABLE}) == len(parameters.TABLE)
 
 
-def test_a_path_is_found_with_what_lies_in_it_and_not_with_what_it_begins():
+def test_a_path_is_found_by_itself_or_by_a_path_within_it():
     assert parameters.find(["moe", "experts", "down_LEDF", "up"]).path == "moe/experts/down_LEDF"
     assert parameters.find(["moe", "attention_norm_LD"]).kind is parameters.Norm
     with pytest.raises(KeyError):
@@ -45,7 +45,7 @@ def test_a_path_is_found_with_what_lies_in_it_and_not_with_what_it_begins():
 
 @pytest.fixture
 def with_new(monkeypatch):
-    """One more weight: an entry in a copy of the table, and the name of its tensor."""
+    """Adds a weight: an entry in a copy of the table, and the name of its tensor."""
     monkeypatch.setattr(parameters, "TABLE", (*parameters.TABLE, NEW))
     family = families.FAMILIES["glm4_moe"]
     rule = Rule(NEW.path, "model.layers.{L}.extra.weight", "D")
@@ -53,31 +53,31 @@ def with_new(monkeypatch):
     monkeypatch.setitem(families.FAMILIES, "glm4_moe", more)
 
 
-def test_a_weight_is_one_entry_and_the_name_of_its_tensor(with_new, tmp_path):
+def test_a_new_weight_needs_one_entry_and_the_name_of_its_tensor(with_new, tmp_path):
     layers, d_model = ARCHITECTURE.decoder.num_moe_layers, ARCHITECTURE.decoder.d_model
-    drawn = split(Decoder(ARCHITECTURE, nnx.Rngs(0)))
-    extra = drawn["moe"]["extra_LD"]
+    initial = split(Decoder(ARCHITECTURE, nnx.Rngs(0)))
+    extra = initial["moe"]["extra_LD"]
     assert extra.shape == (layers, d_model) and 0 < np.std(extra) < 2 * d_model**-0.5
     assert np.std(random_params(ARCHITECTURE, jnp.float32, 0)["moe"]["extra_LD"]) > 0
-    counted = sum(leaf.size for leaf in jax.tree.leaves(drawn))
+    counted = sum(leaf.size for leaf in jax.tree.leaves(initial))
     assert counted == parameters.count(ARCHITECTURE)
     step = roofline.Step([0], [1], 8.0, 8.0)
     without = layers * d_model
     work = roofline.work(ARCHITECTURE, step, 4)
-    parameters.TABLE = parameters.TABLE[:-1]  # as it was; the fixture puts back the one of the project
+    parameters.TABLE = parameters.TABLE[:-1]  # the project's table without the new entry; the fixture restores it
     assert work == (
         roofline.Work(*np.add(dataclasses.astuple(roofline.work(ARCHITECTURE, step, 4)), (4 * without, 2 * without)))
     )
     parameters.TABLE = (*parameters.TABLE, NEW)
 
-    tree, _ = without_selection_bias(drawn)
+    tree, _ = without_selection_bias(initial)
     trained, _ = trainable.divide(tree, FinetuneConfig(), "float32", 0)
     rule = make_optimizer(TrainingConfig(steps=1, warmup_steps=0, weight_decay=0.5, learning_rate=0.1))
     updates, _ = rule.update(jax.tree.map(jnp.zeros_like, trained), rule.init(trained), trained)
     np.testing.assert_allclose(updates["moe"]["extra_LD"], -0.05 * extra, rtol=1e-5)
     assert not np.any(updates["moe"]["ffn_norm_LD"])
 
-    tiny_model.write_model(tmp_path / "model", params=jax.tree.map(np.asarray, drawn), model_type="glm4_moe")
+    tiny_model.write_model(tmp_path / "model", params=jax.tree.map(np.asarray, initial), model_type="glm4_moe")
     loaded = checkpoint.open(tmp_path / "model").read()
     np.testing.assert_array_equal(loaded["moe"]["extra_LD"], extra)
 

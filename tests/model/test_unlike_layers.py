@@ -1,4 +1,4 @@
-"""Models whose layers differ, as pruning leaves them, against a plain loop over the tensors of their checkpoint."""
+"""Models whose layers differ, such as pruned ones, against a plain loop over the tensors of their checkpoint."""
 
 import dataclasses
 import json
@@ -79,7 +79,7 @@ def settings_of(policy, execution):
     return policies.settings([policy] * ROWS, ARCHITECTURE, execution.k_max)
 
 
-def test_the_stacks_are_of_layers_that_are_alike(model):
+def test_layers_of_equal_shape_share_a_stack(model):
     assert layer_order.stacks(ARCHITECTURE) == {"dense": (1,), "moe": [0, 2, 4], "moe_3": [3, 5]}
     shapes = {stack: model.params[stack]["router"]["weight_LED"].shape for stack in ("moe", "moe_3")}
     assert shapes == {"moe": (3, 12, 24), "moe_3": (2, 3, 24)}
@@ -92,7 +92,7 @@ def test_logits(model, tensors):
 
 
 def test_a_pattern_with_several_layers_of_one_stack(tmp_path):
-    """Read within the stacks, and taken out of them as training does."""
+    """Read within the stacks, and taken out of them as in training."""
     trunk = dataclasses.replace(ARCHITECTURE.decoder, num_dense_layers=2, dense_layers=(2, 5))
     moe = dataclasses.replace(ARCHITECTURE.moe, num_experts=6, k=2, num_experts_of_layers=(), k_of_layers=())
     architecture = Architecture(trunk, ARCHITECTURE.attention, moe)
@@ -181,7 +181,7 @@ def test_no_policy_chooses_an_expert_that_a_layer_lacks(model):
         assert (np.diff(ordered) > 0).all(), f"{spec} chose an expert twice"
 
 
-def test_what_is_measured_leaves_out_experts_that_are_not_there(model):
+def test_measurements_leave_out_missing_experts(model):
     [scored] = score_documents(
         model.params, list(TOKENS_BT), [MODEL_OWN], execution_of(ARCHITECTURE), context=LENGTH, batch_size=ROWS
     )
@@ -198,7 +198,7 @@ def test_counts(tensors):
     assert parameters.count_active(ARCHITECTURE) == parameters.count(ARCHITECTURE) - unused * one_expert
 
 
-def test_there_and_back(model, tensors, tmp_path):
+def test_round_trip(model, tensors, tmp_path):
     model.save(tmp_path / "again", dtype="float32")
     again = safetensors.numpy.load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == tensors.keys()

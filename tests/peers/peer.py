@@ -1,12 +1,12 @@
-"""The same checkpoint in transformers: loaded whole, its logits, and where the choices of its routers were clear."""
+"""The same checkpoint in transformers: loading, logits, and the tokens for which no choice of an expert is close."""
 
 import numpy as np
 
-GAP = 1e-4  # a choice between scores nearer than this may rightly fall either way
+GAP = 1e-4  # a choice between scores closer than this may go either way
 
 
 def load_model(transformers, path, **options):
-    """Loads with the peer, and accepts no missing, unexpected or mismatched tensor."""
+    """Loads a model with transformers; no tensor may be missing, unexpected or mismatched."""
     import torch
 
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -17,13 +17,13 @@ def load_model(transformers, path, **options):
 
 
 def gap_at(score_NE, kept):
-    """Between the last score that is kept and the first that is not; None where all are kept."""
+    """The gap between the last kept score and the first that is not kept; None if all are kept."""
     ordered_NE = -np.sort(-score_NE, axis=1)
     return ordered_NE[:, kept - 1] - ordered_NE[:, kept] if kept < score_NE.shape[1] else None
 
 
 def gaps(router_logits_NE, bias_E, moe, k):
-    """The least gap of each token's choices: of groups, and of k experts within them."""
+    """The smallest gap in each token's choices of groups and of k experts."""
     logits_NE = router_logits_NE.astype(np.float64)
     if moe.score == "softmax":
         score_NE = np.exp(logits_NE - logits_NE.max(axis=1, keepdims=True))
@@ -44,7 +44,7 @@ def gaps(router_logits_NE, bias_E, moe, k):
 
 
 def observe(model, moe, k, shape):
-    """Watches the routers: an array that says of each token whether every choice was clear, and the hooks to remove."""
+    """Hooks the routers; returns an array that says for each token whether every choice was clear, and the hooks."""
     clear_BT = np.ones(shape, bool)
 
     def look(gate, inputs, output):
@@ -58,7 +58,7 @@ def observe(model, moe, k, shape):
 
 
 def logits(model, tokens_BT, valid_BT, moe, k=None):
-    """Returns the peer's logits, and where no choice of an expert or a group, here or earlier in the row, was close."""
+    """Returns the peer's logits, and the tokens for which no choice, here or earlier in the row, was close."""
     import torch
 
     clear_BT, hooks = observe(model, moe, k or moe.k, tokens_BT.shape)
@@ -71,7 +71,7 @@ def logits(model, tokens_BT, valid_BT, moe, k=None):
 
 
 def clear_tokens(model, architecture, shape, k=None):
-    """Tokens whose every choice is clear: else one choice that falls the other way is another gradient.
+    """Picks tokens for which every choice is clear: a choice that goes the other way gives another gradient.
 
     Token 1 is left out: the peer takes it for OLMoE's padding, whose embedding it gives no gradient.
     """

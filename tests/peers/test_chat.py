@@ -15,7 +15,7 @@ pytestmark = pytest.mark.peers
 
 @pytest.mark.parametrize("in_config", [False, True])
 @pytest.mark.parametrize("template", RENDERED)
-def test_text_and_tokens_of_the_peer(tmp_path, template, in_config):
+def test_text_and_tokens_equal_the_peers(tmp_path, template, in_config):
     import transformers
 
     save_tokenizer(tiny_model.tokenizer(), tmp_path, 64)

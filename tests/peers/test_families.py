@@ -30,7 +30,7 @@ GRADIENT_TOLERANCE = 1e-4
 
 @pytest.fixture(scope="module")
 def transformers():
-    """The peer: imported late, so that collecting this file needs neither it nor torch."""
+    """The peer, imported late, so that collecting this file needs neither it nor torch."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -45,7 +45,7 @@ def tiny(request, tmp_path_factory):
 
 
 def load_peer(transformers, path, **options):
-    """The peer has no class for kimi_k2: that of deepseek_v3 serves."""
+    """The peer has no class for kimi_k2, so that of deepseek_v3 is used."""
     fields = json.loads((path / "config.json").read_text())
     if fields["model_type"] == "kimi_k2":
         (path / "config.json").write_text(json.dumps(fields | {"model_type": "deepseek_v3"}))
@@ -56,7 +56,7 @@ def load_peer(transformers, path, **options):
 
 
 def assert_same_logits(ours, model, architecture, k=None):
-    """Compares rows of several lengths, padded at the end, at every position where both have to agree."""
+    """Compares rows of several lengths, padded at the end, at every position where both must agree."""
     random = np.random.default_rng(1)
     length = 48
     tokens_BT = random.integers(0, architecture.decoder.vocab_size, (8, length), dtype=np.int32)
@@ -101,7 +101,7 @@ def test_logits_of_what_transformers_writes(transformers, tiny, tmp_path):
 
 
 def gradients_of_the_peer(model, tokens_BT):
-    """By the names of a checkpoint: the peer keeps the experts of a layer in one tensor, gates above ups."""
+    """The peer's gradients by the names of a checkpoint: it keeps a layer's experts in one tensor, gates before ups."""
     import torch
 
     ids = torch.tensor(tokens_BT.astype(np.int64))
@@ -125,7 +125,7 @@ def gradients_of_the_peer(model, tokens_BT):
 
 @pytest.mark.parametrize("fewer", [0, 1])
 def test_gradients(transformers, tiny, fewer):
-    """Of what fine-tuning minimises, under the model's own k and under one fewer."""
+    """Gradients of the loss of fine-tuning, with the model's own k and with one fewer."""
     path, (model_type, architecture) = tiny
     k = architecture.moe.k - fewer
     model = load_peer(transformers, path, num_experts_per_tok=k)
@@ -133,7 +133,7 @@ def test_gradients(transformers, tiny, fewer):
     expected_of = gradients_of_the_peer(model, tokens_BT)
     execution = execution_of(architecture, k)
     live = policies.settings([parse(f"topk:{k}")] * 3, architecture, k)
-    given_BT = tokens_BT[:, :-1]  # nothing is to follow the last token
+    given_BT = tokens_BT[:, :-1]  # the last token has no label
     positions_BT = np.broadcast_to(np.arange(given_BT.shape[1], dtype=np.int32), given_BT.shape)
     batch = Batch(given_BT, tokens_BT[:, 1:], np.ones_like(given_BT), positions_BT)._asdict()
 
@@ -152,7 +152,7 @@ def test_gradients(transformers, tiny, fewer):
         for name, index in rule.placements(architecture):
             expected[index] = expected_of(name).reshape(expected[index].shape)
         if rule.parameter == "moe/router/weight_LED" and k == 1 and architecture.moe.normalize:
-            # one expert has all the weight, whatever the router says: both are rounding alone
+            # one expert has all the weight whatever the router says, so both gradients are only rounding
             assert max(np.linalg.norm(ours), np.linalg.norm(expected)) < 1e-6
             continue
         assert np.linalg.norm(expected) > 0, rule.parameter
@@ -161,7 +161,7 @@ def test_gradients(transformers, tiny, fewer):
 
 @pytest.mark.parametrize("layout", ["stacked", "without its head"])
 def test_other_layouts_that_the_peer_writes(transformers, tiny, tmp_path, layout):
-    """All experts of a layer in one tensor; and names without `model.`, where a head that is tied is not missing."""
+    """All experts of a layer in one tensor; and names without `model.`, where a tied head may be missing."""
     path, variant = tiny
     if variant.model_type == "kimi_k2" or (layout != "stacked" and not variant.architecture.decoder.tie_embeddings):
         pytest.skip("nothing that the peer could write")

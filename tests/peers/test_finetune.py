@@ -25,7 +25,7 @@ FEW = {"training.steps": 8, "training.evaluate_every": 4, "policy.spec": "topk:3
 
 @pytest.fixture(scope="module", params=["olmoe", "qwen2_moe_dense", "deepseek_v3", "glm4_moe"])
 def tuned(request, tmp_path_factory):
-    """The architecture of a small model of the family, and the folder that it was exported to."""
+    """The architecture of a small model of the family, and the folder of its run."""
     variant = family_variants.VARIANTS[request.param]
     decoder = dataclasses.replace(variant.architecture.decoder, vocab_size=512)
     variant = variant._replace(architecture=dataclasses.replace(variant.architecture, decoder=decoder))
@@ -40,8 +40,8 @@ def tuned(request, tmp_path_factory):
     return variant.architecture, folder
 
 
-def test_its_loss_is_that_of_what_was_exported(transformers, tuned):
-    """Over tokens whose experts were clearly chosen; with as many experts as before it is another."""
+def test_its_loss_equals_that_of_the_exported_model(transformers, tuned):
+    """Over tokens whose experts were clearly chosen; with another number of experts the loss differs."""
     architecture, folder = tuned
     assert json.loads((folder / "out" / "model" / "config.json").read_text())["num_experts_per_tok"] == 3
     ours, model = moe_jax.load(folder / "out" / "model"), peer.load_model(transformers, folder / "out" / "model")

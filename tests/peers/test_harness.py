@@ -19,10 +19,10 @@ from tests import chained_model
 from tests.chat_templates import CHATML
 from tests.peers import peer
 
-pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]  # the harness and what it imports give many
+pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]  # the harness and its imports raise many
 ROOT = pathlib.Path(__file__).parents[2]
 DEMO = ROOT / "assets" / "demo"
-TOLERANCE = 1e-5  # relative; beside the peer also in nats, since a likely token's are a small difference of logits
+TOLERANCE = 1e-5  # relative; against the peer also in nats, since a likely token's are a small difference of logits
 LONG = (DEMO / "MODEL_CARD.md").read_text() * 2
 
 
@@ -33,7 +33,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def adapt(model):
-    """Makes our side of the harness, of a folder's tokenizer and template and of the demo's weights."""
+    """Makes our adapter, with a folder's tokenizer and template and the demo's weights."""
     from moe_jax.evaluation.harness import LanguageModel
 
     def adapt(policy="model", folder=DEMO, **settings):
@@ -45,7 +45,7 @@ def adapt(model):
 
 @pytest.fixture(scope="module")
 def requests():
-    """Makes what the harness hands to a model."""
+    """Makes the requests that the harness passes to a model."""
     from lm_eval.api.instance import Instance
 
     def make(kind, *arguments):
@@ -75,7 +75,7 @@ def evaluate(adapt, manager):
 
 
 def log_probabilities(model, ids, policy):
-    """Of every token but the first, plainly: float64 [len - 1]."""
+    """Log-probabilities of every token but the first: float64 [len - 1]."""
     logits_TV = model.logits(np.array([ids[:-1]]), policy=policy)[0].astype(np.float64)
     log_TV = logits_TV - np.log(np.exp(logits_TV).sum(axis=1, keepdims=True))
     return log_TV[np.arange(len(ids) - 1), ids[1:]]
@@ -100,7 +100,7 @@ def test_choices_by_plain_logits(model, evaluate, policy):
 
 @pytest.mark.parametrize("policy", ["model", "topk:2"])
 def test_bits_per_byte_by_our_likelihood(model, evaluate, manager, policy):
-    """Of files within one window, where both cut alike."""
+    """For files within one window, where both cut at the same places."""
     context = model.architecture.decoder.max_context
     texts = manager.load(["held_out_bits"])["tasks"]["held_out_bits"].eval_docs["text"]
     tokens = encode_documents(model.tokenizer, [Document("", "", text) for text in texts])
@@ -158,7 +158,7 @@ PAIRS = [
 
 @pytest.fixture(scope="module", params=[8, 2])
 def both(request, adapt):
-    """The peer's model within the harness with some number of experts, and ours."""
+    """The harness's own Hugging Face model with some number of experts, and ours."""
     import transformers
     from lm_eval.models.huggingface import HFLM
 
@@ -195,7 +195,7 @@ def test_tokens_of_the_peer(both):
 
 
 def test_loglikelihood_rolling_of_the_peer(both, requests, monkeypatch):
-    """Texts of no, one and several windows. The peer is kept from scoring the token that is given; ours never does."""
+    """Texts of no, one and several windows. The peer is kept from scoring the first token, which ours never scores."""
     theirs, ours = both
     monkeypatch.setattr(theirs, "add_bos_token", False)
     asked = requests("loglikelihood_rolling", ("import os\n",), (LONG,), ("",), (LONG[:700],))
@@ -219,7 +219,7 @@ def test_generate_until_of_the_peer(both, requests):
 
 
 NAMED = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "<|endoftext|>"}
-UNTIL_SPECIAL = {  # what "ab" goes on with, and where a task stops it
+UNTIL_SPECIAL = {  # how "ab" continues, and where a task stops it
     "a special token": (["cdef", "<|im_end|>", "ghijk"], ["Question:", "</s>", "<|im_end|>"]),
     "with text": (["cd\n", "<|im_end|>", "\nefg"], ["\n<|im_end|>"]),
     "the tokenizer's own end": (["cdef", "<s>", "ghijk"], ["Question:"]),
@@ -227,7 +227,7 @@ UNTIL_SPECIAL = {  # what "ab" goes on with, and where a task stops it
 
 
 @pytest.mark.parametrize("case", UNTIL_SPECIAL)
-def test_special_tokens_stop_as_they_stop_the_peer(tmp_path, requests, case):
+def test_special_tokens_stop_as_with_the_peer(tmp_path, requests, case):
     from lm_eval.models.huggingface import HFLM
 
     from moe_jax.evaluation.harness import LanguageModel
@@ -273,7 +273,7 @@ def test_generate_until_by_generate(model, adapt, requests):
     assert ours.num_truncated == 1 and any(found)
 
 
-def test_draws_depend_on_the_request_alone(model, adapt, requests):
+def test_samples_depend_on_the_request_alone(model, adapt, requests):
     drawn = {"until": [], "max_gen_toks": 16, "do_sample": True, "temperature": 0.9, "top_p": 0.95}
     asked = requests("generate_until", *[("def f(x):\n    return", drawn)] * 5)
     first, second = (adapt(batch_size=size, seed=3).generate_until(asked) for size in (2, 5))
@@ -291,7 +291,7 @@ def test_draws_depend_on_the_request_alone(model, adapt, requests):
         ({"num_beams": 4}, "num_beams = 4 is not supported"),
     ],
 )
-def test_generation_that_we_do_not_have_is_refused(adapt, requests, settings, words):
+def test_unsupported_generation_is_refused(adapt, requests, settings, words):
     with pytest.raises(ValueError, match=words):
         adapt().generate_until(requests("generate_until", ("x", settings)))
 
@@ -314,7 +314,7 @@ def test_what_generation_settings_mean(arguments, expected):
 
 
 def test_partial_results_are_cached(adapt, requests):
-    """What `simple_evaluate(use_cache=...)` keeps of a run that is interrupted."""
+    """What `simple_evaluate(use_cache=...)` keeps of an interrupted run."""
     kept = {}
 
     class Hook:
@@ -358,8 +358,8 @@ def test_conversations_of_the_peer(adapt, chatting):
     assert ours.apply_chat_template(begun, add_generation_prompt=False) == expected
 
 
-def test_a_text_that_brings_its_own_first_token_gets_no_second(adapt, tmp_path):
-    """Where the characters of a special token are that token, as a chat template wants it."""
+def test_a_text_with_its_own_first_token_gets_no_second_one(adapt, tmp_path):
+    """If the characters of a special token are encoded as that token, as in a chat template."""
     for name in ("config.json", "generation_config.json", "tokenizer.json"):
         (tmp_path / name).write_bytes((DEMO / name).read_bytes())
     config = json.loads((DEMO / "tokenizer_config.json").read_text()) | {"split_special_tokens": False}

@@ -61,7 +61,7 @@ VARIANTS = {
 
 @pytest.fixture(scope="module")
 def transformers():
-    """The peer: imported late, so that collecting this file needs neither it nor torch."""
+    """The peer, imported late, so that collecting this file needs neither it nor torch."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -69,7 +69,7 @@ def transformers():
 
 
 def random_params(architecture):
-    """Parameters that keep activations near one and give the selection bias a say."""
+    """Parameters that keep activations near one, with a selection bias that matters."""
     random = np.random.default_rng(0)
     flat = {}
     for rule in FAMILIES["glm4_moe"].rules(architecture):
@@ -85,7 +85,7 @@ def random_params(architecture):
 
 
 def assert_same_logits(ours, model, vocab_size, policy=None):
-    """Compares rows of several lengths, padded at the end, at every position where both have to agree."""
+    """Compares rows of several lengths, padded at the end, at every position where both must agree."""
     random = np.random.default_rng(1)
     tokens_BT = random.integers(0, vocab_size, (16, 12), dtype=np.int32)
     valid_BT = np.arange(12) < np.array([12, 7, 1, 10] * 4)[:, None]
@@ -138,7 +138,7 @@ def test_logits_of_what_transformers_writes(transformers, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_no_shared_experts(transformers, tmp_path):
-    """The peer then makes shared experts of width zero, which no file holds."""
+    """The peer then makes shared experts of width zero, which no file has."""
     architecture = variant(moe={"num_shared_experts": 0})
     huggingface.write_checkpoint(tmp_path / "model", architecture, random_params(architecture))
     import torch
@@ -174,7 +174,7 @@ def test_logits_of_the_demo(transformers, k):
 
 
 def test_token_ids_of_the_demo(transformers):
-    """The peer stops where we do."""
+    """The peer stops at the same token."""
     ids = checkpoint.open(DEMO).token_ids
     config = transformers.AutoConfig.from_pretrained(DEMO)
     generation = transformers.GenerationConfig.from_pretrained(DEMO)
@@ -185,7 +185,7 @@ def test_token_ids_of_the_demo(transformers):
 
 @pytest.mark.parametrize("k", [8, 2])
 def test_bits_per_byte_of_the_demo(transformers, k):
-    """Against the peer's own loss, window by window, over whole held-out files of one window and of several."""
+    """Against the peer's own loss, window by window, over held-out files of one and of several windows."""
     import torch
 
     ours = moe_jax.load(DEMO, dtype="float32")
@@ -207,7 +207,7 @@ def test_bits_per_byte_of_the_demo(transformers, k):
             begin = max(0, scored - 1 - context // 4)
             window = torch.tensor(ids[begin : begin + context + 1].astype(np.int64))[None]
             labels = window.clone()
-            labels[0, : scored - begin] = -100  # what this loss leaves out
+            labels[0, : scored - begin] = -100  # not part of this loss
             count = int((labels != -100).sum())
             with torch.no_grad():
                 nats += float(model(input_ids=window, labels=labels).loss) * count

@@ -28,7 +28,7 @@ FLAGS = (
     "--remote-debugging-pipe",
     "--host-resolver-rules=MAP * ~NOTFOUND",
 )
-PATIENCE_S = 120  # for one answer, on a machine that is busy
+PATIENCE_S = 120  # for one answer, on a busy machine
 HEIGHT = 800
 
 
@@ -70,7 +70,7 @@ class Browser:
         return json.loads(message)
 
     def show(self, path, width, *, dark=False):
-        """Loads a file on a screen of that width: a phone's below 640 pixels."""
+        """Loads a file on a screen of that width; below 640 pixels it is a phone."""
         self.say(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -95,14 +95,14 @@ class Browser:
         return answer["result"].get("value")
 
     def screenshot(self):
-        """What is on the screen."""
+        """A picture of the screen."""
         image = self.say("Page.captureScreenshot", format="png")["data"]
         return PIL.Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB")
 
 
 @contextlib.contextmanager
 def started(profile):
-    """A Chromium of its own, with an empty profile in that folder; it has ended when the block has."""
+    """Starts a Chromium with an empty profile in that folder, and ends it with the block."""
     command = [find(), *FLAGS, f"--user-data-dir={profile}", "about:blank"]
     theirs_in, ours_out = os.pipe()
     ours_in, theirs_out = os.pipe()

@@ -1,13 +1,13 @@
-"""A made-up frontier that behaves like a real one: speed follows distinct experts, and quality what is kept."""
+"""A made-up frontier that behaves like a real one: speed follows distinct experts, and quality the kept experts."""
 
 import numpy as np
 
 from moe_jax.evaluation.intervals import Estimate
 from moe_jax.study.frontier import Frontier, Point, Quality, Rival, Speed
 
-LOADS = (1, 2, 4, 8, 16, 32, 64, 128)
+CONCURRENCIES = (1, 2, 4, 8, 16, 32, 64, 128)
 EXPERTS, FULL = 64, 8
-# policy: experts kept per token of 8; bits per byte relative to uniform k that keeps as many; of distinct experts read
+# policy: experts kept per token of 8; bits per byte relative to uniform k that keeps as many; share of distinct experts
 POLICIES = {
     "model": (8.0, 1.0, 1.0),
     "topk:6": (6.0, 1.0, 1.0),
@@ -30,14 +30,14 @@ POLICIES = {
     "topk:6+ratio:0.4": (4.0, 0.68, 0.95),
 }
 UNIFORM = ("model", "topk:6", "topk:5", "topk:4", "topk:3", "topk:2", "topk:1")
-OF_THE_BATCH = ("opportunistic", "budget", "reroute", "capacity")  # at one row they keep everything
+OF_THE_BATCH = ("opportunistic", "budget", "reroute", "capacity")  # with one row they keep everything
 
 
-def frontier(num_layers: int = 5, policies: dict = POLICIES, loads: tuple = LOADS) -> Frontier:
-    """Every policy at every load, the same each time; numbers are Python floats, as a sweep stores them."""
+def frontier(num_layers: int = 5, policies: dict = POLICIES, concurrencies: tuple = CONCURRENCIES) -> Frontier:
+    """Every policy at every concurrency, always the same; numbers are Python floats, as a sweep stores them."""
     random = np.random.default_rng(0)
     points = []
-    for rows in loads:
+    for rows in concurrencies:
         for number, (policy, (kept, relative, share)) in enumerate(policies.items()):
             if policy.partition(":")[0] in OF_THE_BATCH:
                 mix = 1 - rows**-0.5
@@ -60,7 +60,7 @@ def _distinct(kept, rows):
 
 
 def _shares(policy, num_layers):
-    """Of each layer: uniform k is flat, all others keep more in early layers."""
+    """The shares of layers: uniform k is flat, all others keep more in early layers."""
     return np.ones(num_layers) if policy.startswith(("model", "topk")) else np.linspace(1.25, 0.75, num_layers)
 
 

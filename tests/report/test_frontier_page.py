@@ -1,4 +1,4 @@
-"""The page of a frontier: complete, escaped, without a network, and legible on a phone and on a desk."""
+"""The page of a frontier: complete, escaped, without a network, and legible on a phone and a desktop."""
 
 import html.parser
 import math
@@ -21,7 +21,7 @@ WIDE = made_up.frontier(26, made_up.POLICIES | {LONG: (6.0, 0.7, 1.0), HOSTILE: 
 
 
 class Reader(html.parser.HTMLParser):
-    """The texts of each table row, by the section's id; and the tags that are open."""
+    """Collects the texts of each table row by the section's id, and the open tags."""
 
     def __init__(self, text):
         super().__init__()
@@ -67,29 +67,29 @@ def test_recommended_are_the_choices():
         assert f" {choice.uniform.policy} {signed(choice.uniform.speed.gain.value)}" in beside
 
 
-def test_a_uniform_choice_is_not_told_twice():
+def test_a_uniform_choice_is_not_repeated():
     frontier = made_up.frontier(5, {policy: made_up.POLICIES[policy] for policy in ("model", "topk:4")}, (1, 2))
     rows = [row for row in Reader(page(frontier)).rows["recommended"] if row[0] != "Concurrency"]
     assert [row[-1].split(" k ")[-1] for row in rows] == ["the same"] * 4
 
 
-def test_every_policy_and_load_is_there():
+def test_every_policy_and_concurrency_is_there():
     rows = Reader(PAGE).rows
-    policies, loads = list(made_up.POLICIES), made_up.LOADS
+    policies, concurrencies = list(made_up.POLICIES), made_up.CONCURRENCIES
     measured = [row for row in rows["everything"] if row[0] != "Policy"]
-    assert [row[0] for row in measured] == policies * len(loads)
+    assert [row[0] for row in measured] == policies * len(concurrencies)
     for row, point in zip(measured, FRONTIER.points, strict=True):
         assert float(row[1].replace(",", "")) == pytest.approx(point.speed.tokens_per_s, rel=0.01)
         assert row[2].startswith(signed(point.speed.gain.value))
         assert float(row[7]) == round(point.quality.experts_per_token, 2)
         assert float(row[8]) == round(point.speed.distinct_experts, 1)
         assert float(row[9]) == round(point.quality.distinct_experts, 1)
-    assert re.findall(r"<h3>Concurrency (\d+)</h3>", PAGE) == [str(load) for load in loads]
+    assert re.findall(r"<h3>Concurrency (\d+)</h3>", PAGE) == [str(concurrency) for concurrency in concurrencies]
 
 
-def test_heat_map_says_which_load_it_shows():
+def test_heat_map_names_its_concurrency():
     rows = Reader(PAGE).rows["layers"][1:]
-    middle = made_up.LOADS[len(made_up.LOADS) // 2]
+    middle = made_up.CONCURRENCIES[len(made_up.CONCURRENCIES) // 2]
     for row, policy in zip(rows, made_up.POLICIES, strict=True):
         point = next(p for p in FRONTIER.points if (p.policy, p.concurrency) == (policy, middle))
         varies = len({p.quality.kept_L for p in FRONTIER.points if p.policy == policy}) > 1
@@ -104,28 +104,32 @@ def test_all_text_is_escaped():
     assert HOSTILE in [row[0] for row in Reader(text).rows["everything"]]
 
 
-def test_nothing_is_asked_of_a_network():
+def test_the_page_loads_nothing_from_a_network():
     assert not re.search(r"https?:|//[a-z]|@import|url\(|\bsrc\s*=|\bhref\s*=|<script|<link|<iframe", page(WIDE))
     assert not [name for name, _ in Reader(PAGE).attributes if name.startswith("on")]
 
 
-def at(load):
-    return [point for point in FRONTIER.points if point.concurrency == load]
+def at(concurrency):
+    return [point for point in FRONTIER.points if point.concurrency == concurrency]
 
 
-@pytest.mark.parametrize("load", made_up.LOADS)
-def test_front_is_what_nothing_beats(load):
+@pytest.mark.parametrize("concurrency", made_up.CONCURRENCIES)
+def test_the_front_holds_points_that_no_other_beats(concurrency):
     def beats(one, other):
         ahead = one.speed.gain.value - other.speed.gain.value, other.quality.increase.value - one.quality.increase.value
         return min(ahead) >= 0 and max(ahead) > 0
 
-    found = frontier_chart.front(at(load))
-    assert {p.policy for p in found} <= {p.policy for p in at(load) if not any(beats(q, p) for q in at(load))}
-    assert all(any(beats(q, p) or q == p or q.speed.gain.value == p.speed.gain.value for q in found) for p in at(load))
+    found = frontier_chart.front(at(concurrency))
+    assert {p.policy for p in found} <= {
+        p.policy for p in at(concurrency) if not any(beats(q, p) for q in at(concurrency))
+    }
+    assert all(
+        any(beats(q, p) or q == p or q.speed.gain.value == p.speed.gain.value for q in found) for p in at(concurrency)
+    )
     assert [p.speed.gain.value for p in found] == sorted(p.speed.gain.value for p in found)
 
 
-def test_chart_draws_every_policy_that_is_not_far_too_bad():
+def test_chart_draws_every_policy_below_the_ceiling():
     numbers = {policy: number for number, policy in enumerate(made_up.POLICIES)}
     drawn = xml.etree.ElementTree.fromstring(frontier_chart.chart(at(16), numbers, {"budget:24"}))
     marks = [mark for mark in drawn.iter("g") if "mark" in mark.get("class").split()]
@@ -140,7 +144,7 @@ def test_chart_draws_every_policy_that_is_not_far_too_bad():
 
 
 def labels(points):
-    """Where each mark lies; and each label's policy, where its text begins, ends and sits, whether it has a line."""
+    """The position of each mark; and of each label its policy, position and extent, and whether it has a line."""
     numbers = {point.policy: number for number, point in enumerate(points)}
     drawn = xml.etree.ElementTree.fromstring(frontier_chart.chart(points, numbers, {"budget:24"}))
     marks, found = {}, []
@@ -156,9 +160,9 @@ def labels(points):
     return marks, found
 
 
-@pytest.mark.parametrize("load", made_up.LOADS)
-def test_a_label_is_read_as_its_own_marks(load):
-    marks, found = labels(at(load))
+@pytest.mark.parametrize("concurrency", made_up.CONCURRENCIES)
+def test_a_label_is_nearest_to_its_own_mark(concurrency):
+    marks, found = labels(at(concurrency))
     assert len(found) >= 6
     for number, left, right, base, has_line in found:
         away = {key: math.dist((x, y), (min(max(x, left), right), base - 4)) for key, (x, y) in marks.items()}
@@ -223,7 +227,7 @@ def test_page_fits_the_screen(chromium, tmp_path, frontier, width, dark):
 
 
 @pytest.mark.browser
-def test_what_is_picked_stands_out(chromium, tmp_path):
+def test_picked_policies_are_highlighted(chromium, tmp_path):
     path = tmp_path / "page.html"
     path.write_text(PAGE)
     chromium.show(path, 1440)
@@ -232,4 +236,4 @@ def test_what_is_picked_stands_out(chromium, tmp_path):
     chromium.ask("document.querySelector('label[for=pick4]').click()")
     assert float(chromium.ask(opacity.format(3))) < 0.2 and chromium.ask(opacity.format(4)) == "1"
     shown = chromium.ask("[...document.querySelectorAll('.told')].filter(e => e.checkVisibility()).length")
-    assert shown == len(made_up.LOADS)
+    assert shown == len(made_up.CONCURRENCIES)

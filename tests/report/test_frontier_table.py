@@ -1,4 +1,4 @@
-"""A frontier as text holds what the frontier holds."""
+"""The text of a frontier contains all of its figures."""
 
 import csv
 import io
@@ -59,7 +59,9 @@ def test_table_has_every_choice_and_every_gain():
         assert line[3:] == [gain_text(best), increase_text(best), uniform.policy, gain_text(uniform), ahead]
     lines = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in gains.split("\n")[2:]]
     assert [line[0] for line in lines] == list(made_up.POLICIES)
-    found = {(line[0], load): gain for line in lines for load, gain in zip(made_up.LOADS, line[1:], strict=True)}
+    found = {
+        (line[0], load): gain for line in lines for load, gain in zip(made_up.CONCURRENCIES, line[1:], strict=True)
+    }
     assert found == {(p.policy, p.concurrency): signed(p.speed.gain.value) for p in FRONTIER.points}
 
 
@@ -71,7 +73,7 @@ def test_changes_carry_their_sign(fraction, decimals, text):
     assert signed(fraction, decimals) == text
 
 
-def test_an_interval_without_width_is_not_shown():
+def test_an_interval_of_width_zero_is_not_shown():
     point = FRONTIER.points[0]
     assert gain_text(point) == "0.0%"
     speed = point.speed._replace(gain=Estimate(0.1, (-0.01, 0.2)))

@@ -7,7 +7,7 @@ from moe_jax.report import harnessed
 
 
 def result(acc, nats, f1=0.5):
-    """As the harness returns it: a group, a task with two filters, and a figure that no document has a part of."""
+    """Results of the harness: a group, a task with two filters, and a figure that has no value per document."""
     sizes = [100, 300, 200, 50]
     samples = [
         {"doc_id": number, "filter": chosen, "acc": one if chosen == "none" else 0.0}
@@ -48,7 +48,7 @@ def test_figures_of_each_policy(found):
 
 
 def test_intervals(found):
-    """Resampled where there are documents, from the harness's standard error where there are none, else missing."""
+    """Resampled if there are documents, else from the harness's standard error, else missing."""
     first, few = (row["figures"] for row in found)
     assert first["all/acc"]["ci95"] == pytest.approx((0.75 - 0.196, 0.75 + 0.196))
     assert first["one/acc"]["ci95"] == (0.25, 1)
@@ -59,15 +59,15 @@ def test_intervals(found):
 
 
 def test_differences_are_paired(found):
-    """A fifth more nats in every document: the difference varies less than the figures do."""
+    """A fifth more nats in every document: the difference varies less than the figures."""
     first, few = (row["figures"]["text/bits_per_byte"] for row in found)
     difference = found[1]["figures"]["text/bits_per_byte_difference"]
     assert difference["value"] == pytest.approx(0.2 * first["value"])
     assert np.ptp(difference["ci95"]) < np.ptp(few["ci95"]) / 4
 
 
-def test_a_figure_that_is_no_mean_of_its_documents_is_not_resampled():
-    """Such as a metric with an aggregation of its own."""
+def test_a_figure_that_is_not_a_mean_over_documents_is_not_resampled():
+    """Such as a metric with its own aggregation."""
     one = result([1, 0, 1, 1], [-1, -1, -1, -1])
     one["results"]["one"]["acc,none"] = 0.6
     figures = harnessed.rows(["model", "topk:2"], [one, one])[1]["figures"]

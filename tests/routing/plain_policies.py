@@ -1,13 +1,13 @@
-"""Every policy as a plain loop, written from its formula: one token after the other, Python lists and floats.
+"""Every policy as a plain loop over tokens, from its formula, with Python lists and floats.
 
-A row of a step is (score_E, mix_E, group); what it keeps is a list of [expert, weight], in the order of its slots.
+A row of a step is (score_E, mix_E, group); the kept slots are a list of [expert, weight], in order.
 """
 
 import math
 
 
 def ranked(score):
-    """Experts within reach, best first; the lower index wins a tie."""
+    """Experts that can be chosen, best first; the lower index wins a tie."""
     return [e for e in sorted(range(len(score)), key=lambda e: (-score[e], e)) if score[e] > -math.inf]
 
 
@@ -16,7 +16,7 @@ def topk(score, mix, k):
 
 
 def heaviest_first(slots):
-    return sorted(slots, key=lambda slot: -slot[1])  # stable: among equals the router's order
+    return sorted(slots, key=lambda slot: -slot[1])  # stable: ties keep the router's order
 
 
 def ratio(slots, t, least):
@@ -97,7 +97,7 @@ def reroute(rows, kept, k0, least, similarity):
 
 
 def ask(weights, requests, served, room):
-    """Experts take the heaviest of those who ask, while there is room; among equals the earlier row."""
+    """Experts take the requests with the largest weights while there is room; in a tie the earlier row."""
     for b, expert in sorted(requests, key=lambda request: (-weights[request[0]][request[1]], request[0])):
         if sum(expert in experts for experts in served.values()) < room:
             served[b].append(expert)

@@ -1,4 +1,4 @@
-"""Kinds of policies: a new one is a class and an entry in the registry, and the documentation names all."""
+"""Kinds of policies: a new one is a class and an entry in the registry; the documentation lists all."""
 
 import dataclasses
 import pathlib
@@ -82,7 +82,7 @@ def bound(*specs):
 
 
 def kept(*specs, layer=1):
-    """Of each row: {expert: weight}."""
+    """{expert: weight} for each row."""
     context = policies.Context(jnp.int32(layer), jnp.arange(B), jnp.ones(B, bool), 1)
     select = jax.jit(lambda routing, live: policies.select(routing, live, context, MOE, MOE.k))
     slots = jax.device_get(select(Routing(MIX_BE, MIX_BE), bound(*specs)))
@@ -114,9 +114,9 @@ def test_a_new_kind_is_named_in_errors(registered, spec, message):
         parse(spec)
 
 
-def test_a_new_kind_is_bound_where_it_belongs(registered):
+def test_the_columns_of_a_new_kind_are_bound(registered):
     without, having = bound("topk:2"), bound("topk:2", "crowd:2", "at_least:0.5/0.25")
-    assert having.columns_BL.keys() - without.columns_BL.keys() == {"crowd"}  # row-wise columns are always there
+    assert having.columns_BL.keys() - without.columns_BL.keys() == {"crowd"}  # row-wise columns are always present
     assert np.asarray(having.columns_BL["at_least"]).tolist() == [[0, 0], [0, 0], [0.5, 0.25]]
     assert np.asarray(having.columns_BL["crowd"]).tolist() == [[0, 0], [2, 2], [0, 0]]
     assert (without.tables.keys(), having.tables.keys()) == (set(), {"crowd"})
@@ -125,7 +125,7 @@ def test_a_new_kind_is_bound_where_it_belongs(registered):
 
 
 def test_a_new_kind_acts_and_composes(registered):
-    """Rows 0 and 1 act together; what all keep is written here from the definitions."""
+    """Rows 0 and 1 act together; the expected slots follow from the definitions."""
     specs = ["topk:4+at_least:0.7+ratio:0.7+crowd:2"] * 2 + ["at_least:0.9/0.7", "model"]
     after_k = [
         [e for e in best(row, 4) if MIX_BE[row, e] >= 0.7 and MIX_BE[row, e] >= 0.7 * MIX_BE[row].max()]
@@ -134,20 +134,20 @@ def test_a_new_kind_acts_and_composes(registered):
     expected = [{e: 10 * MIX_BE[row, e] for e in after_k[row] if e in after_k[1 - row]} for row in (0, 1)]
     expected.append({e: MIX_BE[2, e] for e in best(2, 4) if MIX_BE[2, e] >= 0.7})
     expected.append({e: MIX_BE[3, e] for e in best(3, 4)})
-    assert kept(*specs) == expected  # eighths, of which products are exact
-    assert 0 < len(expected[0]) < len(after_k[0]) and len(expected[2]) < 4  # each of them took something
+    assert kept(*specs) == expected  # eighths, whose products are exact
+    assert 0 < len(expected[0]) < len(after_k[0]) and len(expected[2]) < 4  # each of them dropped something
 
 
-def test_a_new_kind_changes_nothing_where_nobody_has_it(registered, monkeypatch):
+def test_a_new_kind_changes_nothing_for_rows_without_it(registered, monkeypatch):
     specs = ("model", "ratio:0.5", "opportunistic:2", "topk:3+mass:0.5")
     having = kept(*specs)
     monkeypatch.setattr(registry, "KINDS", tuple(kind for kind in registry.KINDS if kind not in (AtLeast, Crowd)))
     assert kept(*specs) == having
 
 
-def test_one_more_kind_compares_no_weights_again(monkeypatch):
+def test_another_kind_does_not_compare_weights_again(monkeypatch):
     def compared():
-        """What there is in the program of each slot beside each other slot of its token."""
+        """How often the program has an array [B, K, K], which compares the slots of a token."""
         context = policies.Context(jnp.int32(0), jnp.arange(B), jnp.ones(B, bool), 1)
         program = jax.make_jaxpr(lambda mix, live: policies.select(Routing(mix, mix), live, context, MOE, MOE.k))
         return str(program(MIX_BE, bound(*["model"] * B))).count(f"[{B},{MOE.k},{MOE.k}]")
@@ -158,14 +158,14 @@ def test_one_more_kind_compares_no_weights_again(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", registry.KINDS, ids=lambda kind: kind.name)
-def test_columns_are_as_a_kind_says(kind):
+def test_columns_have_the_declared_names(kind):
     layers = 3 if kind.name == "layers" else 4
     calibration = Calibration(np.full(layers, 0.5, np.float32), np.zeros((layers, E, E), np.float32), np.zeros(1))
     model = ModelFacts(layers, E, 4, True, calibration)
     [part] = parse(kind.form).parts
     assert isinstance(part, kind) and part.spec == kind.form
     [owner] = [one for one in registry.KINDS if {*one.sets} & {*kind.sets} and one.neutral(model)]
-    assert owner.sets == kind.sets and (owner is kind or kind.__base__ is Kind)  # who acts on columns owns them
+    assert owner.sets == kind.sets and (owner is kind or kind.__base__ is Kind)  # a kind that acts on columns owns them
     columns, neutral = part.columns(model), owner.neutral(model)
     assert len(columns) == len(neutral) == len(kind.sets)
     for column_L, neutral_L in zip(columns, neutral):

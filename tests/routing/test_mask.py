@@ -1,4 +1,4 @@
-"""The mask of experts: what it takes away, its gradient, and the weights that do without it."""
+"""The mask of experts: its effect, its gradient, and weights with the mask merged."""
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ def test_its_gradient_goes_straight_through_to_the_sigmoid():
     np.testing.assert_allclose(gradient, slope * [0.6 * 1, 0.3 * 3, 0.4 * -2 + 0.7 * 5], rtol=1e-5)
 
 
-def test_merged_weights_do_the_same_without_it():
+def test_merged_weights_give_the_same_without_the_mask():
     params = jax.tree.map(jnp.asarray, random_params())
     mask_LE = jnp.asarray(np.where(np.random.default_rng(0).random((2, 16)) < 0.4, -0.3, 0.7), jnp.float32)
     with_mask = params | {"moe": params["moe"] | {"router": params["moe"]["router"] | {"mask_LE": mask_LE}}}

@@ -1,4 +1,4 @@
-"""Policies: specs parse to what they say, agree with plain loops, and leave alone what they are told to."""
+"""Policies: specs are parsed, agree with plain loops, and neutral settings change nothing."""
 
 import hypothesis
 import jax
@@ -34,14 +34,14 @@ def _select(score_NE, mix_NE, live, row_N, valid_N):
 
 
 def select(score, mix, live, valid=None):
-    """Selection of one decode step of B rows."""
+    """The selection of one decode step of B rows."""
     rows = len(score)
     valid = np.ones(rows, bool) if valid is None else valid
     return jax.device_get(_select(np.float32(score), np.float32(mix), live, np.arange(rows), valid))
 
 
 def kept_of(selection):
-    """Of each row: [[expert, weight]]."""
+    """[[expert, weight]] for each row."""
     return [
         [[int(e), float(w)] for e, w, keep in zip(*row) if keep]
         for row in zip(selection.expert_NK, selection.weight_NK, selection.keep_NK)
@@ -54,7 +54,7 @@ def experts_of(rows):
 
 @st.composite
 def routings(draw, rows=B):
-    """Mixing weights in steps of 1/512, of which sums are exact, distinct within a row; and scores with a bias."""
+    """Mixing weights in steps of 1/512, whose sums are exact, distinct within a row; and scores with a bias."""
     seed = draw(st.integers(0, 2**32 - 1))
     random = np.random.default_rng(seed)
     mix_BE = np.stack([random.choice(np.arange(1, 512), E, replace=False) for _ in range(rows)]) / 512
@@ -67,7 +67,7 @@ def routings(draw, rows=B):
 
 
 def plain_slots(routing, spec, groups=None, own_k=None):
-    """What the loops keep of every row, before weighting; `spec` is parsed here by hand."""
+    """The slots that plain loops keep for every row, before weighting; `spec` is parsed here by hand."""
     score_BE, mix_BE = routing
     groups = groups or [0] * len(score_BE)
     rows = [(list(score), list(mix), group) for score, mix, group in zip(score_BE, mix_BE, groups)]
@@ -148,7 +148,7 @@ def test_neutral_settings_are_the_identity_bit_for_bit(spec, routing):
 @hypothesis.settings(deadline=None, max_examples=10)
 def test_the_order_of_a_batch_does_not_matter(spec, routing, order):
     score_BE, mix_BE = routing
-    mix_BE = mix_BE + np.arange(B)[:, None] / 2**14  # no two rows ask with one weight
+    mix_BE = mix_BE + np.arange(B)[:, None] / 2**14  # no two rows have the same weight
     live = bound([spec] * B)
     straight = kept_of(select(score_BE, mix_BE, live))
     shuffled = kept_of(select(score_BE[list(order)], mix_BE[list(order)], live))
@@ -169,7 +169,7 @@ def test_row_wise_policies_keep_no_more_than_they_are_given(spec, routing, k):
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if parse(spec, CALIBRATION).batch_aware])
 @hypothesis.given(routing=routings(), there=st.lists(st.booleans(), min_size=B, max_size=B))
 @hypothesis.settings(deadline=None, max_examples=10)
-def test_padding_and_finished_rows_are_as_if_they_were_not_there(spec, routing, there):
+def test_padding_and_finished_rows_have_no_effect(spec, routing, there):
     there = np.array(there)
     kept = kept_of(select(*routing, bound([spec] * B), there))
     assert all(not slots for slots, valid in zip(kept, there) if not valid)
@@ -177,7 +177,7 @@ def test_padding_and_finished_rows_are_as_if_they_were_not_there(spec, routing, 
     assert experts_of(slots for slots, valid in zip(kept, there) if valid) == experts_of(alone)
 
 
-def test_requests_of_other_policies_neither_help_nor_hinder():
+def test_requests_of_other_policies_have_no_effect():
     score_BE = np.random.default_rng(3).uniform(0.1, 1, (B, E))
     specs = ["opportunistic:1", "opportunistic:1", "budget:3", "budget:3", "ratio:0.8", "model"]
     together = kept_of(select(score_BE, score_BE, bound(specs)))
@@ -186,8 +186,8 @@ def test_requests_of_other_policies_neither_help_nor_hinder():
         assert experts_of(together[b] for b in rows) == experts_of(expected)
 
 
-def test_steps_side_by_side_are_steps_one_by_one():
-    """[B, T] tokens, each position a decode step; and a prefill, where the same policy does nothing."""
+def test_steps_side_by_side_equal_steps_one_by_one():
+    """[B, T] tokens, each position a decode step; and a prefill, in which the same policy does nothing."""
     steps = 4
     score_BTE = np.random.default_rng(5).uniform(0.1, 1, (B, steps, E)).astype(np.float32)
     live = bound(["opportunistic:1"] * 3 + ["capacity:1.0"] * 3)
@@ -316,7 +316,7 @@ def test_refused_by_the_model(spec, message):
 
 
 @pytest.mark.parametrize("spec", ["median", "reroute:2,0.5"])
-def test_a_calibration_is_asked_for(spec):
+def test_a_missing_calibration_is_refused(spec):
     with pytest.raises(ValueError, match=r"policy.calibration.*launch/calibrate.py"):
         policies.settings([parse(spec)], tiny_model.layers_of(MOE, L), K)
     with pytest.raises(ValueError, match="other layers or experts"):
@@ -325,7 +325,7 @@ def test_a_calibration_is_asked_for(spec):
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_the_models_own_weights_are_those_of_each_layers_own_k(normalize):
-    """Where k differs between layers, `own` and what the model itself does mean that of the layer."""
+    """If k differs between layers, `own` and the model's own rule use the layer's k."""
     moe = MoEConfig(num_experts=6, k=4, k_of_layers=(2, 4), normalize=normalize, score="softmax", selection_bias=False)
     architecture = Architecture(DecoderConfig(num_layers=2, num_dense_layers=0), AttentionConfig(), moe)
     mix_NE = np.random.default_rng(0).dirichlet(np.ones(6), 3).astype(np.float32)

@@ -31,7 +31,7 @@ N, D = 21, 12
 
 
 def plain_selection(x, weight, bias, moe, k):
-    """One token after the other, as the models' papers write it."""
+    """One token at a time, as in the models' papers."""
     experts, weights = [], []
     for row in np.asarray(x, np.float64):
         logits = np.asarray(weight, np.float64) @ row
@@ -52,7 +52,7 @@ def plain_selection(x, weight, bias, moe, k):
     return np.array(experts), np.array(weights)
 
 
-def test_a_group_of_one_strong_expert_beats_two_middling_ones_only_by_its_best():
+def test_a_group_with_one_strong_expert_wins_only_if_its_best_expert_counts():
     logits = np.array([[2.0, -4.0, 1.5, 1.5]], np.float32)  # two groups of two experts
     moe = MoEConfig(num_experts=4, k=1, score="sigmoid", num_groups=2, num_groups_kept=1)
     for group_score, expected in (("best_two", [2, 3]), ("best", [0, 1])):
@@ -101,7 +101,7 @@ def test_full_k_keeps_the_models_own_choice_bit_for_bit():
     np.testing.assert_array_equal(narrow.expert_NK, wide.expert_NK[:, :4])
 
 
-def test_load_loss_is_one_when_even_and_its_gradient_evens():
+def test_load_loss_is_one_when_even_and_its_gradient_evens_loads():
     moe = dataclasses.replace(BASE, selection_bias=False)
     even = Routing(jnp.zeros((N, 16)), jnp.full((N, 16), 0.25))
     valid = jnp.ones(N, bool)
@@ -121,7 +121,7 @@ def test_bias_moves_toward_even_loads():
 
 
 def test_effective_experts_counts_by_weight():
-    """One expert, two alike, and weights of 3 to 1: 1, 2 and 16/10 experts; padding counts nowhere."""
+    """One expert, two equal ones, and weights of 3 to 1: 1, 2 and 16/10 experts; padding does not count."""
     weight = jnp.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0], [0.75, 0.25, 0.0], [0.4, 0.3, 0.3]])
     slots = Selection(jnp.zeros((4, 3), jnp.int32), weight, weight > 0)
     counted = balance.effective_experts(slots, jnp.array([True, True, True, False]))

@@ -1,4 +1,4 @@
-"""A recorded trace in a model of the same number of experts, of more, and in the policy that replays it."""
+"""A recorded trace in a model with the same number of experts, with more, and in the policy that replays it."""
 
 import functools
 import pathlib
@@ -24,20 +24,20 @@ def random_trace(layers=3, documents=4, tokens=10, k=4, experts=16, seed=0):
     return traces.Trace(chosen[..., :k].astype(np.uint8), experts)
 
 
-def test_as_many_experts_replay_what_was_recorded():
+def test_the_same_number_of_experts_replays_the_recording():
     trace = random_trace()
     expert_LBTK = trace.replay(num_layers=4, num_experts=16, k_max=4, rows=4, length=10)
     np.testing.assert_array_equal(expert_LBTK[:3], trace.expert_LJTK)  # a document for each row
     np.testing.assert_array_equal(expert_LBTK[3], trace.expert_LJTK[0])  # layers repeat
 
 
-def test_fewer_slots_are_the_first():
+def test_fewer_slots_are_the_best():
     trace = random_trace()
     few, all_ = (trace.replay(3, 16, k, 2, 15) for k in (2, 4))
     np.testing.assert_array_equal(few, all_[..., :2])
 
 
-def test_a_row_goes_on_into_the_next_document_and_rows_never_meet():
+def test_a_row_continues_in_the_next_document_and_rows_never_meet():
     trace = random_trace()
     expert_LBTK = trace.replay(3, 16, 4, rows=8, length=60)
     stream = trace.expert_LJTK.reshape(3, 40, 4)
@@ -65,12 +65,12 @@ def test_more_experts_take_a_layer_for_each_range():
         (32, 9, "9 slots per token: expected at most the 8"),
     ],
 )
-def test_what_cannot_be_replayed_is_refused(experts, k, message):
+def test_impossible_replays_are_refused(experts, k, message):
     with pytest.raises(ValueError, match=message):
         random_trace().replay(3, experts, k, 1, 1)
 
 
-def test_saved_and_loaded(tmp_path):
+def test_round_trip(tmp_path):
     trace = random_trace()
     traces.save(tmp_path / "a.npz", trace)
     loaded = traces.read(tmp_path / "a.npz")
@@ -88,7 +88,7 @@ def test_saved_and_loaded(tmp_path):
         lambda path: np.savez(path, expert_LJTK=np.full((1, 1, 1, 1), 4, np.uint8), num_experts=4),
     ],
 )
-def test_what_is_no_trace_is_refused(tmp_path, write):
+def test_other_files_are_refused(tmp_path, write):
     write(tmp_path / "a.npz")
     with pytest.raises(ValueError, match=r"benchmark.trace = '.*a.npz': .*expected") as caught:
         traces.read(tmp_path / "a.npz")
@@ -127,7 +127,7 @@ def test_the_policy_takes_the_given_experts_at_the_routers_weights():
     np.testing.assert_allclose(selection.weight_NK, expected_NK, rtol=1e-6)
 
 
-def test_a_token_without_a_recording_is_routed_as_ever():
+def test_a_token_without_a_recording_is_routed_normally():
     ever, nothing = select_replayed(None), select_replayed(jnp.full((2, 4, 3), -1))
     for one, other in zip(ever, nothing):
         np.testing.assert_array_equal(one, other)
@@ -136,7 +136,7 @@ def test_a_token_without_a_recording_is_routed_as_ever():
 
 @pytest.mark.parametrize("kept", [True, False])
 def test_a_part_of_the_tokens_replays_its_part(kept):
-    """As prompts are read in chunks: what is of tokens is cut, what is of requests is not."""
+    """As when prompts are read in chunks: arrays of tokens are cut, settings of requests are not."""
     live = settings([parse("model"), parse("layers:3,2")], tiny_model.layers_of(MOE, 2), 3)
     random = np.random.default_rng(0)
     given_LNK = random.integers(-1, 6, (2, 4, 3)).astype(np.int32)

@@ -1,4 +1,4 @@
-"""A calibration against plain loops, and the models that it is refused by."""
+"""A calibration against plain loops, and refused for other models."""
 
 import dataclasses
 
@@ -24,7 +24,7 @@ def measured():
 
 
 def moe_inputs(tokens_JT, monkeypatch):
-    """Normed inputs of both MoE layers, seen from the router's side: run without a compiler, layer by layer."""
+    """Normed inputs of both MoE layers, recorded at the router, layer by layer, without compilation."""
     from moe_jax.model import moe
 
     seen = []
@@ -35,7 +35,7 @@ def moe_inputs(tokens_JT, monkeypatch):
     return seen
 
 
-def test_ratios_and_likeness_equal_plain_loops(measured, monkeypatch):
+def test_ratios_and_similarities_equal_plain_loops(measured, monkeypatch):
     tokens_JT, found = measured
     stack = jax.tree.map(np.float64, PARAMS["moe"])
     first, second = (tokens_JT[rows] for rows in (slice(0, 8), slice(8, 16)))
@@ -61,12 +61,12 @@ def test_ratios_and_likeness_equal_plain_loops(measured, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
-def test_there_and_back_and_beside_the_model(measured, tmp_path, dtype):
+def test_round_trip_and_found_beside_the_model(measured, tmp_path, dtype):
     _, found = measured
     folder = tiny_model.write_model(tmp_path / "model")
     assert moe_jax.load(folder).calibration is None
     calibrations.save(folder / calibrations.NAME, found)
-    model = moe_jax.load(folder, dtype=dtype)  # it is known again
+    model = moe_jax.load(folder, dtype=dtype)  # the model is recognised
     np.testing.assert_array_equal(model.calibration.median_ratio_L, found.median_ratio_L)
     np.testing.assert_allclose(model.calibration.similarity_LEE, found.similarity_LEE, atol=1e-3)
     tokens_BT = np.arange(12).reshape(2, 6)

@@ -1,4 +1,4 @@
-"""What is recommended, on points whose answer is plain."""
+"""The recommended policies, for points with obvious answers."""
 
 import pytest
 
@@ -19,7 +19,7 @@ def chosen(*points):
     return {choice.limit: choice for choice in choices(frontier)}
 
 
-def test_the_fastest_that_is_no_worse_than_the_limit():
+def test_the_fastest_within_the_limit_is_chosen():
     found = chosen(
         point("topk:7", 0.004, (9.0, 10.0, 18.0), True),
         point("mass:0.8", 0.005, (8.0, 10.0, 17.0)),
@@ -32,13 +32,13 @@ def test_the_fastest_that_is_no_worse_than_the_limit():
     ]
 
 
-def test_throughput_over_the_best_uniform_is_taken_round_by_round():
+def test_throughput_over_the_best_uniform_is_compared_within_rounds():
     found = chosen(point("topk:7", 0.004, (9.0, 10.0, 18.0), True), point("mass:0.8", 0.005, (8.0, 10.0, 16.0)))
     value, (first, third) = found[0.005].over_uniform
     assert value == pytest.approx(18 / 16 - 1)  # of 9/8, 1 and 18/16
     assert (first, third) == pytest.approx(((1 + 18 / 16) / 2 - 1, 9 / 8 - 1))
 
 
-def test_a_uniform_policy_is_known_by_what_it_keeps_and_not_by_its_name():
+def test_a_uniform_policy_is_recognised_by_its_k_not_its_name():
     found = chosen(point("layers:6,6", 0.004, (5.0, 5.0, 5.0), True))
     assert found[0.005].uniform.policy == "layers:6,6" and found[0.005].over_uniform == (0.0, (0.0, 0.0))

@@ -1,4 +1,4 @@
-"""Timed steps do what the engine does, and a replayed step wakes exactly the experts of the trace."""
+"""Timed steps equal the engine's, and a replayed step runs exactly the experts of the trace."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def engine():
 
 @pytest.fixture(scope="module")
 def trace():
-    """Of a model with 16 experts that likes the first ones."""
+    """A trace of a model with 16 experts that prefers the first ones."""
     random = np.random.default_rng(0)
     preference = random.gumbel(size=(LAYERS, 6, 12, 16)) - np.arange(16) / 4
     return Trace(np.argsort(-preference, axis=3)[..., :8].astype(np.uint8), 16)
@@ -47,7 +47,7 @@ def load_of(experts):
 
 @pytest.mark.parametrize(("policy", "k"), [("model", 8), ("topk:3", 3)])
 @pytest.mark.parametrize("rows", [1, 3, 4])
-def test_each_decode_step_wakes_the_experts_of_the_next_recorded_token(engine, trace, monkeypatch, policy, k, rows):
+def test_each_decode_step_runs_the_experts_of_the_next_recorded_token(engine, trace, monkeypatch, policy, k, rows):
     model = speed.TimedModel(engine, EXECUTION, policy, SamplingConfig(), trace, routing=True)
     case = speed.Decode(model, tokens(rows, 9), prompt_length=5)
     monkeypatch.setattr(speed, "steps_at_once", lambda seconds, most: 3)
@@ -64,7 +64,7 @@ def test_each_decode_step_wakes_the_experts_of_the_next_recorded_token(engine, t
 
 @pytest.mark.parametrize(("policy", "k"), [("model", 8), ("topk:3", 3)])
 @pytest.mark.parametrize("length", [16, 21])
-def test_a_prefill_wakes_the_experts_of_its_tokens(engine, trace, policy, k, length):
+def test_a_prefill_runs_the_experts_of_its_tokens(engine, trace, policy, k, length):
     model = speed.TimedModel(engine, EXECUTION, policy, SamplingConfig(), trace, routing=True)
     [sample] = speed.Prefill(model, tokens(1, length)[0]).take(1)
     expert_LBTK = trace.replay(LAYERS, 16, 8, 1, length)
@@ -73,7 +73,7 @@ def test_a_prefill_wakes_the_experts_of_its_tokens(engine, trace, policy, k, len
     assert sample.step == roofline.Step([0], [length], length * k * LAYERS, np.count_nonzero(wanted_LE))
 
 
-def test_a_prefill_in_chunks_wakes_the_experts_of_its_tokens(engine, trace, monkeypatch):
+def test_a_prefill_in_chunks_runs_the_experts_of_its_tokens(engine, trace, monkeypatch):
     monkeypatch.setattr(caches, "CHUNK", 8)
     model = speed.TimedModel(
         Engine(engine.params, None, ()), EXECUTION, "topk:3", SamplingConfig(), trace, routing=True
@@ -85,7 +85,7 @@ def test_a_prefill_in_chunks_wakes_the_experts_of_its_tokens(engine, trace, monk
 
 
 def test_decode_steps_are_those_of_the_engine(engine, monkeypatch):
-    """Fed with what the engine drew, they route as it did; and replaying that very routing changes no token."""
+    """With the engine's tokens as input they route like the engine; replaying that routing changes no token."""
     prompts = [[5, 6, 7, 8, 9], [300, 4, 88, 17, 2]]
     sampling = SamplingConfig(max_new_tokens=8)
     ran = engine.run(make_requests(prompts, None, EXECUTION, sampling=sampling), EXECUTION)
@@ -128,7 +128,7 @@ def test_cases_take_turns(engine):
         assert {name: len(of) for name, of in samples.items()} == {"prefill_16": number, "decode_2": 2 * number}
 
 
-def test_a_timing_sets_medians_beside_floors(engine):
+def test_a_timing_compares_medians_with_floors(engine):
     model = speed.TimedModel(engine, EXECUTION, "topk:4", SamplingConfig())
     case = speed.Decode(model, tokens(2, 12), prompt_length=4)
     steps = [roofline.Step([n, n], [1, 1], 2 * 4 * LAYERS, 6 * LAYERS) for n in (4, 5, 6)]
@@ -165,7 +165,7 @@ def test_random_weights_have_the_shapes_of_the_model(dtype):
     ]
     for one in drawn:
         assert (one.mean(), one.std()) == (pytest.approx(0, abs=2e-3), pytest.approx(64**-0.5, rel=0.02))
-        assert abs(np.corrcoef(one[:-64], one[64:])[0, 1]) < 0.02  # of a row with the next
+        assert abs(np.corrcoef(one[:-64], one[64:])[0, 1]) < 0.02  # between neighbouring rows
     assert abs(np.corrcoef(drawn[0][:30000], drawn[1][:30000])[0, 1]) < 0.02
 
 
@@ -181,7 +181,7 @@ def test_random_weights_beyond_the_memory_are_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["prefill", "decode"])
-def test_steps_whose_numbers_are_not_finite_are_not_timed(engine, monkeypatch, kind):
+def test_steps_with_non_finite_results_are_not_timed(engine, monkeypatch, kind):
     model = speed.TimedModel(engine, EXECUTION, "model", SamplingConfig())
     case = speed.Prefill(model, tokens(1, 5)[0]) if kind == "prefill" else speed.Decode(model, tokens(3, 9), 5)
     if kind == "prefill":

@@ -1,4 +1,4 @@
-"""Files that look like source, and resemble no held-out one."""
+"""Files that look like source and resemble no held-out file."""
 
 import random
 
@@ -12,7 +12,7 @@ def write(folder, **files):
 
 
 def unrelated(seed):
-    """Sixty lines that have little in common with those of another seed."""
+    """Sixty lines that have little in common with those of other seeds."""
     words = ["red", "green", "blue", "value", "count", "index", "merge", "split", "left", "right", "token"]
     draw = random.Random(seed)
     return "\n".join(f"{draw.choice(words)}_{draw.choice(words)} = {draw.choice(words)}" for _ in range(60))

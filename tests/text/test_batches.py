@@ -1,4 +1,4 @@
-"""Packing keeps every token, apart from its neighbours; a resumed stream goes on as if it had not stopped."""
+"""Packing keeps every token and separates documents; a resumed stream continues as if it had not stopped."""
 
 import hypothesis
 import numpy as np
@@ -55,7 +55,7 @@ def test_every_token_is_packed_once_with_its_label(lengths, sequence_length):
 
 @hypothesis.given(documents_of_lengths, st.integers(2, 17))
 @hypothesis.settings(deadline=None, max_examples=50)
-def test_no_two_rows_would_fit_in_one(lengths, sequence_length):
+def test_no_two_rows_fit_into_one(lengths, sequence_length):
     rows = all_rows(pack(make_documents(lengths), sequence_length))
     filled = np.sort(np.count_nonzero(rows.segments_BT, axis=1))
     assert len(filled) < 2 or filled[0] + filled[1] > sequence_length
@@ -71,12 +71,12 @@ def test_rows_of_a_small_example():
     assert packed.fill_fraction == 8 / 9
 
 
-def test_another_tokenizer_has_another_end():
+def test_another_tokenizer_has_another_end_of_text():
     packed = pack([np.array([5, 1, 2])], 4, end_of_text=5)
     np.testing.assert_array_equal(packed.row(0).labels_BT, [1, 2, 5, 0])
 
 
-def test_what_follows_a_closed_document_is_no_label():
+def test_a_closed_document_is_followed_by_no_label():
     packed = pack([np.array([5, 1, 2, 9]), np.array([5, 3, 9])], 2, end_of_text=5, closed=True)
     rows = [packed.row(index) for index in range(packed.num_rows)]
     seen = [
@@ -158,7 +158,7 @@ def test_resumed_stream_gives_the_same_batches(packed, steps, batch_size, seed):
     resumed = iter(batches(packed, batch_size, seed))
     resumed.set_state(state)
     assert_same(take(resumed, 5), expected)
-    stream.set_state(state)  # the same stream, thrown back
+    stream.set_state(state)  # the same stream, set back
     assert_same(take(stream, 5), expected)
 
 
@@ -169,7 +169,7 @@ def test_resumed_stream_gives_the_same_batches(packed, steps, batch_size, seed):
 @hypothesis.settings(deadline=None, max_examples=80)
 def test_windows_score_each_token_once_with_enough_context(length, context, data):
     stride = data.draw(st.integers(1, context))
-    tokens = np.arange(length, dtype=np.int32)  # a token is its own place
+    tokens = np.arange(length, dtype=np.int32)  # each token is its own position
     tokens_NT, labels_NT, scored_NT = windows(tokens, context, stride)
     assert tokens_NT.shape == labels_NT.shape == scored_NT.shape == (len(tokens_NT), context)
     assert (tokens_NT.dtype, labels_NT.dtype, scored_NT.dtype) == (np.int32, np.int32, bool)

@@ -1,4 +1,4 @@
-"""The training text is what it says, and nothing that was held out."""
+"""The training text: what it contains, and that it excludes held-out text."""
 
 import importlib.metadata
 import json
@@ -109,7 +109,7 @@ def test_missing_archive_is_refused(tmp_path):
         corpus.load_held_out(tmp_path)
 
 
-# held-out text of one's own
+# the user's own held-out text
 
 
 def test_any_file_or_folder_can_be_held_out(tmp_path):
@@ -148,7 +148,7 @@ def test_held_out_text_that_cannot_be_read_is_refused(path, words, tmp_path):
         corpus.load_held_out(tmp_path / path)
 
 
-def test_what_cannot_be_held_out_is_not_passed_over(tmp_path, monkeypatch):
+def test_held_out_text_that_cannot_be_used_is_not_skipped(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("one")
     monkeypatch.setattr(corpus, "_read_text", lambda path: ("", "unreadable"))
     with pytest.raises(ValueError, match="is unreadable: what it holds cannot be held out"):
@@ -211,7 +211,7 @@ def test_another_version_of_a_held_out_file_is_excluded_by_its_name():
     assert not index.resembles(corpus.Document("orbax-checkpoint", "a/c.py", unrelated(2)))
 
 
-def test_a_common_licence_header_is_no_resemblance():
+def test_a_common_licence_header_does_not_count_as_resemblance():
     header = "\n".join(f"# {unrelated(seed)}" for seed in range(3))
     held_out = [corpus.Document("stdlib", str(seed), header + unrelated(seed)) for seed in range(10, 18)]
     fresh = corpus.Document("jax", "new.py", header + unrelated(99))
@@ -254,10 +254,10 @@ def test_long_texts_are_shingled_in_blocks(monkeypatch):
     assert np.isin(whole, blocks).mean() > 0.6
 
 
-# what is taken, and what is left out
+# which files are taken
 
 
-def test_files_that_nobody_wrote_are_left_out(tmp_path):
+def test_generated_files_are_left_out(tmp_path):
     folder = tmp_path / "mixed"
     write(
         folder,
@@ -303,7 +303,7 @@ def test_order_and_hash_do_not_depend_on_the_order_of_sources(tmp_path):
     assert corpus.collect(sources, ()).sha256 != found.sha256
 
 
-def test_a_file_named_itself_is_taken_as_it_is(tmp_path):
+def test_a_file_given_by_name_is_taken_as_it_is(tmp_path):
     path = tmp_path / "one.txt"
     path.write_text("1 2 3\n")
     assert corpus.collect([str(path)], ()).documents[0] == corpus.Document(str(path), "one.txt", "1 2 3\n")

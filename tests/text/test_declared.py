@@ -1,4 +1,4 @@
-"""Special tokens that are declared beside tokenizer.json: what a folder says is done, and said."""
+"""Special tokens that are declared beside tokenizer.json are applied, with a warning."""
 
 import json
 
@@ -33,7 +33,7 @@ FRAMES = {
 
 
 def folder_of(path, frame="nothing", tokenizer=None, **files):
-    """tokenizer.json with something around a text, and other files by their names without suffix."""
+    """A folder with a tokenizer.json that adds tokens around a text, and other files by their names without suffix."""
     tokenizer = tokenizer or chained_model.byte_level()
     if FRAMES[frame] is not None:
         tokenizer.post_processor = FRAMES[frame]
@@ -61,7 +61,7 @@ def folder_of(path, frame="nothing", tokenizer=None, **files):
         ("both", {"add_eos_token": False}, [BOS, 257], []),
     ],
 )
-def test_what_stands_around_a_text_is_what_the_folder_says(tmp_path, caplog, frame, fields, before, after):
+def test_tokens_around_a_text_are_those_that_the_folder_declares(tmp_path, caplog, frame, fields, before, after):
     folder = folder_of(tmp_path / "a", frame, tokenizer_config={**TOKENS, **fields})
     loaded = load_tokenizer(folder)
     assert loaded.encode("Hi").ids == [*before, *HI, *after]
@@ -75,8 +75,8 @@ def test_what_stands_around_a_text_is_what_the_folder_says(tmp_path, caplog, fra
     assert len(caplog.records) == said  # once
 
 
-def test_what_else_is_done_behind_encoding_stays(tmp_path):
-    """Byte-level tokenizers leave the space before a word out of its place in the text."""
+def test_other_post_processing_stays(tmp_path):
+    """Byte-level tokenizers leave the space before a word out of its offsets."""
     folder = folder_of(tmp_path / "a", "both", tokenizer_config={**TOKENS, "add_bos_token": False})
     offsets = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json")).encode("a b").offsets
     assert offsets[0] == (0, 0) and load_tokenizer(folder).encode("a b").offsets == offsets[1:]
@@ -96,7 +96,7 @@ def test_prompts_and_documents_begin_with_it(tmp_path):
     assert again.encode("Hi").ids == [BOS, *HI]
 
 
-def test_tokens_named_in_the_map_count_where_the_configuration_names_none(tmp_path):
+def test_tokens_of_the_map_are_used_if_the_configuration_names_none(tmp_path):
     token_map = {"bos_token": {"content": "<s>", "lstrip": False}, "eos_token": "<|im_end|>"}
     fields = {"add_bos_token": True, "bos_token": None, "eos_token": "<|endoftext|>"}
     folder = folder_of(tmp_path / "a", tokenizer_config=fields, special_tokens_map=token_map)
@@ -124,7 +124,7 @@ def test_tokens_named_in_the_map_count_where_the_configuration_names_none(tmp_pa
 )
 def test_a_token_of_the_vocabulary_may_be_declared_special(tmp_path, caplog, files):
     tokenizer = chained_model.byte_level()
-    tokenizer.add_tokens(["ab"])  # the id 259, and no special one
+    tokenizer.add_tokens(["ab"])  # the id 259, not a special token
     loaded = load_tokenizer(folder_of(tmp_path / "a", tokenizer=tokenizer, **files))
     ids = loaded.encode("aabb").ids
     assert ids[1] == 259 and len(ids) == 3
@@ -174,12 +174,12 @@ def test_a_folder_that_agrees_with_its_tokenizer_changes_nothing(tmp_path, caplo
         ({"special_tokens_map": [3]}, "special_tokens_map.json holds a JSON list: expected an object"),
     ],
 )
-def test_what_cannot_be_done_is_refused(tmp_path, files, words):
+def test_impossible_declarations_are_refused(tmp_path, files, words):
     with pytest.raises(ValueError, match=words) as refused:
         load_tokenizer(folder_of(tmp_path / "a", **files))
     assert "\n" not in str(refused.value)
 
 
-def test_our_own_tokenizer_is_as_it_was(tmp_path):
+def test_our_own_tokenizer_is_unchanged(tmp_path):
     tiny_model.save_tokenizer(tiny_model.tokenizer(), tmp_path, 32)
     assert load_tokenizer(tmp_path).to_str() == tiny_model.tokenizer().to_str()

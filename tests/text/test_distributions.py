@@ -1,4 +1,4 @@
-"""Sources that are named: the standard library, installed distributions and their licences, and what is neither."""
+"""Sources by name: the standard library, installed distributions and their licences, and other names."""
 
 import pathlib
 import shutil

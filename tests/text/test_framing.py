@@ -1,4 +1,4 @@
-"""Every document begins and ends once, whatever a tokenizer or a template writes itself."""
+"""Every document begins and ends once, whatever tokens a tokenizer or a template adds."""
 
 import json
 
@@ -28,7 +28,7 @@ FRAMES = {
 
 
 def tokenizer_that_adds(frame):
-    """The tiny model's tokenizer, with special tokens of other models and with something else around a text."""
+    """The tiny model's tokenizer, with special tokens of other models and other tokens around a text."""
     tokenizer = tokenizers.Tokenizer.from_str(tiny_model.tokenizer().to_str())
     tokenizer.add_special_tokens(SPECIAL)
     ids = [(token, tokenizer.token_to_id(token)) for token in (*SPECIAL, END_OF_TEXT)]
@@ -49,11 +49,11 @@ def meant(*texts):
     return [Document("here", str(number), text, special_tokens=True) for number, text in enumerate(texts)]
 
 
-# special tokens that are meant
+# special tokens written in the text
 
 
 @pytest.mark.parametrize("frame", FRAMES)
-def test_special_tokens_are_encoded_where_they_are_meant(frame):
+def test_special_tokens_are_encoded_only_where_intended(frame):
     tokenizer = tokenizer_that_adds(frame)
     tokenizer.encode_special_tokens = True
     text = chat.render_conversation(CHATML, {}, MESSAGES)
@@ -72,7 +72,7 @@ def test_kinds_of_documents_stay_in_order(monkeypatch):
     assert spelled(tokenizer, encode_documents(tokenizer, documents)) == expected
 
 
-def test_what_a_conversation_begins_with_is_not_repeated():
+def test_the_first_token_of_a_conversation_is_not_repeated():
     tokenizer = tokenizer_that_adds("end of text")
     special_tokens = dict.fromkeys(("bos_token", "eos_token"), END_OF_TEXT)
     text = chat.render_conversation(INST, special_tokens, MESSAGES)
@@ -118,7 +118,7 @@ def test_another_token_before_a_text_stays():
     assert spelled(tokenizer, arrays) == ["<|endoftext|>[gMASK]a", "<|endoftext|>[gMASK]b"]
 
 
-def test_frames_of_our_tokenizer_are_its_own():
+def test_our_tokenizer_frames_with_its_own_tokens():
     documents = [*plain("The fox", "", f"a{END_OF_TEXT}b", END_OF_TEXT), *meant("The fox", f"a{END_OF_TEXT}b")]
     arrays = frame_documents(tiny_model.tokenizer(), documents, END_OF_TEXT_ID, END_OF_TEXT_ID)
     for array, expected in zip(arrays, encode_documents(tiny_model.tokenizer(), documents), strict=True):

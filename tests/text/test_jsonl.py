@@ -127,7 +127,7 @@ def test_a_folder_of_mixed_files(tmp_path):
     assert found.statistics[str(folder)].left_out == {"duplicate": 1, "empty": 1, "tiny": 1}
 
 
-def test_whether_special_tokens_are_meant_counts_to_the_corpus(tmp_path):
+def test_the_digest_of_a_corpus_includes_whether_special_tokens_are_encoded(tmp_path):
     path = write(tmp_path / "a.jsonl", {"text": "Why?"})
     plain = corpus.collect([path], ())
     write(tmp_path / "a.jsonl", {"messages": MESSAGES})

@@ -1,4 +1,4 @@
-"""Any text comes back unchanged, and other tools read what is saved."""
+"""Any text is decoded unchanged, and other tools read the saved files."""
 
 import json
 import pathlib
@@ -40,7 +40,7 @@ def documents():
 
 @pytest.fixture(scope="module")
 def tokenizer(documents):
-    # on a busy machine, threads that wait for one another at every merge take minutes
+    # on a busy machine, threads that wait for each other at every merge take minutes
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TOKENIZERS_PARALLELISM", "false")
         return train_tokenizer((document.text for document in documents), VOCAB_SIZE)
@@ -70,14 +70,14 @@ def test_vocabulary(tokenizer):
 
 @hypothesis.given(any_text)
 @hypothesis.settings(deadline=None, max_examples=300)
-def test_any_text_comes_back_unchanged(tokenizer, text):
+def test_any_text_is_decoded_unchanged(tokenizer, text):
     ids = tokenizer.encode(text).ids
     assert ids[0] == END_OF_TEXT_ID
     assert END_OF_TEXT_ID not in ids[1:]
     assert tokenizer.decode(ids, skip_special_tokens=True) == text
 
 
-def test_python_layout_is_short(tokenizer, documents):
+def test_indentation_takes_few_tokens(tokenizer, documents):
     layout = "\n\n    def f(self):\n        return 0\n"
     assert len(tokenizer.encode(layout).tokens) <= 12
     ids = encode_documents(tokenizer, documents)
@@ -142,7 +142,7 @@ def test_damaged_settings_are_refused(content, tmp_path, tokenizer):
         load_tokenizer(tmp_path)
 
 
-# text as it comes
+# streams of text
 
 
 @hypothesis.given(any_text)
@@ -151,7 +151,7 @@ def test_stream_adds_up_to_the_text(tokenizer, text):
     stream = TextStream(tokenizer)
     pieces = [stream.push(number) for number in tokenizer.encode(text).ids]
     assert "".join(pieces) + stream.flush() == text
-    # a piece ends in U+FFFD only where the text has that character itself, and then not before the text goes on
+    # a piece ends in U+FFFD only if the text has that character itself, and then only once more text follows
     assert not any(piece.endswith("\ufffd") for piece in pieces)
 
 
@@ -165,7 +165,7 @@ def test_stream_of_any_tokens_adds_up_to_their_text(tokenizer, ids):
 
 def test_stream_holds_back_half_a_character(tokenizer):
     ids = tokenizer.encode("a👩b").ids
-    assert len(ids) > 4  # the emoji is no token
+    assert len(ids) > 4  # the emoji is not a token
     stream = TextStream(tokenizer)
     assert [piece for piece in map(stream.push, ids) if piece] == ["a", "👩", "b"]
     stream = TextStream(tokenizer)
@@ -179,8 +179,8 @@ PIECES_OF_WORDS = chained_model.sentencepiece_like()
 
 @pytest.mark.parametrize("before", ["ha", "ha be c", "☃", "", "</s>", "ha" * 40 + "</s>" * 40, "☃" * 30])
 @pytest.mark.parametrize("after", [" be c", " ", "  c", "ab", "é ☃", "</s> be"])
-def test_stream_behind_a_prompt_adds_up_to_both(before, after):
-    """The decoder strips the space at the head of a text: that of a continuation is none."""
+def test_prompt_and_stream_add_up_to_the_text(before, after):
+    """The decoder strips a leading space of a text, but must not strip one of a continuation."""
     ids = PIECES_OF_WORDS.encode(before).ids
     both = [*ids, *PIECES_OF_WORDS.encode(f"h{after}", add_special_tokens=False).ids[2:]]
     stream = TextStream(PIECES_OF_WORDS, ids)
@@ -190,7 +190,7 @@ def test_stream_behind_a_prompt_adds_up_to_both(before, after):
 
 @hypothesis.given(any_text, any_text)
 @hypothesis.settings(deadline=None, max_examples=100)
-def test_stream_behind_any_prompt_adds_up(tokenizer, before, after):
+def test_any_prompt_and_stream_add_up(tokenizer, before, after):
     ids = tokenizer.encode(before).ids
     stream = TextStream(tokenizer, ids)
     pieces = [stream.push(number) for number in tokenizer.encode(after, add_special_tokens=False).ids]
@@ -198,7 +198,7 @@ def test_stream_behind_any_prompt_adds_up(tokenizer, before, after):
 
 
 @pytest.mark.parametrize("make", [chained_model.byte_level, chained_model.sentencepiece_like])
-def test_a_character_may_begin_in_the_prompt_and_become_whole_behind_it(make):
+def test_a_character_may_begin_in_the_prompt_and_end_after_it(make):
     tokenizer = make()
     ids = tokenizer.encode("a☃b", add_special_tokens=False).ids
     for cut in range(1, len(ids)):

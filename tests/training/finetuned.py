@@ -1,4 +1,4 @@
-"""Fine-tuning of the tiny model by its launcher, and lines of text to do it on."""
+"""Fine-tunes the tiny model with the launcher, and makes lines of text for that."""
 
 import io
 import json
@@ -8,7 +8,7 @@ from moe_jax import command
 from moe_jax.config.gin import read_config
 from tests import launcher_module, tiny_training
 
-IDLE = 5  # an expert that no token chooses: LoRA leaves it as it is
+IDLE = 5  # an expert that no token chooses, which LoRA does not change
 
 
 def finetune(model, sources, out, **settings):
@@ -20,11 +20,11 @@ def finetune(model, sources, out, **settings):
 
 
 def write_lines(path, lines):
-    """A file of JSON lines."""
+    """Writes a file of JSON lines."""
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in lines))
 
 
 def texts(count, words=150):
-    """Texts that have no sequence of words in common."""
+    """Texts without common sequences of words."""
     known = [a + b for a in "bcdfglmnprst" for b in ("ake", "ing", "ound", "ly", "est", "ool")]
     return [" ".join(random.Random(number).choices(known, k=words)) for number in range(count)]

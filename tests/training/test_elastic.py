@@ -1,4 +1,4 @@
-"""Random numbers of experts: the same for the same step, within their limits, as often as they are weighted."""
+"""Random numbers of experts: equal for the same step, within their limits, as frequent as their weights."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def sampled(step=0, seed=0, **settings):
 
 
 @pytest.mark.parametrize("per", ["step", "row", "layer"])
-def test_each_step_samples_anew_and_the_same_again(per):
+def test_each_step_has_its_own_numbers_which_are_reproducible(per):
     steps = [sampled(step, k_min=2, k_drawn_per=per) for step in range(40)]
     assert all(k_BL.shape == (ROWS, ARCHITECTURE.decoder.num_moe_layers) for k_BL in steps)
     assert min(map(np.min, steps)) == 2 and max(map(np.max, steps)) == 8
@@ -36,7 +36,7 @@ def test_k_is_sampled_as_often_as_it_is_weighted():
     np.testing.assert_allclose(shares, [0.5, 0.0, 0.125, 0.375], atol=0.03)
 
 
-def test_what_does_not_fit_the_model_is_refused():
+def test_settings_that_do_not_fit_the_model_are_refused():
     with pytest.raises(ValueError, match=r"finetune.k_min = 9: expected at most the model's own 8"):
         sampled(k_min=9)
     with pytest.raises(ValueError, match=r"finetune.k_weights has 2 numbers: expected 8, one for each k from"):

@@ -1,4 +1,4 @@
-"""launch/finetune.py on a tiny model: what it measures and exports. `faults/` kills it, `peers/` load it."""
+"""launch/finetune.py on a tiny model: what it measures and exports. `faults/` kills it, `peers/` load the export."""
 
 import contextlib
 import csv
@@ -30,12 +30,12 @@ NOTHING_MOVES = {"training.learning_rate": 1e-30}  # no float32 weight of the mo
 
 
 def figures_of(out):
-    """Policy -> its figures."""
+    """The figures of each policy."""
     return {row["policy"]: row["figures"] for row in json.loads((out / "result.json").read_text())["rows"]}
 
 
 def changed_tensors(model, out):
-    """Names of the tensors of the exported model that are not those of the model that was tuned."""
+    """Names of the tensors that differ between the exported model and the original."""
     before, after = (load_file(folder / "model.safetensors") for folder in (model, out / "model"))
     assert before.keys() == after.keys()
     assert {tensor.dtype for tensor in after.values()} == {np.dtype(np.float32)}
@@ -43,7 +43,7 @@ def changed_tensors(model, out):
 
 
 def with_own_k(out, folder):
-    """The exported weights beside the configuration of the model that was tuned: its k is 8 again."""
+    """The exported weights with the configuration of the original model, in which k is 8."""
     shutil.copytree(out / "model", folder)
     fields = json.loads((folder / "config.json").read_text())
     fields.pop("num_experts_per_tok_of_layers", None)
@@ -52,7 +52,7 @@ def with_own_k(out, folder):
 
 
 def assert_own_k_is(out, folder, policy):
-    """What was exported does by itself what the same weights do under the policy with the k that they came with."""
+    """The export gives the logits of the same weights with the original k under the policy."""
     tokens_BT = np.random.default_rng(0).integers(1, 320, (5, 30))
     exported, as_trained = moe_jax.load(out / "model"), with_own_k(out, folder)
     logits_BTV = exported.logits(tokens_BT)
@@ -61,7 +61,7 @@ def assert_own_k_is(out, folder, policy):
 
 
 class Done(NamedTuple):
-    """A run in a process of its own, with a teacher, and batches accumulated."""
+    """A run in its own process, with a teacher and accumulated batches."""
 
     out: pathlib.Path
     printed: str
@@ -106,8 +106,8 @@ def test_it_measures_trains_exports_and_measures_again(done):
     assert terms["loss"] > 0 and terms["divergence"] > 0
 
 
-def test_what_is_reported_is_what_the_two_models_give(done, model, sources):
-    """Document by document, of the half that nothing was chosen by, with the model as it was and as it was exported."""
+def test_the_reported_bits_are_those_of_the_two_models(done, model, sources):
+    """Document by document, for the reported half, with the original model and the exported one."""
     reported = corpus.half(corpus.load_held_out(sources / "held_out"), "odd")
     with open(done.out / "documents.csv", newline="") as file:
         lines = list(csv.DictReader(file))
@@ -138,7 +138,7 @@ def test_the_k_of_the_policy_is_the_exported_models_own(done, tmp_path):
     assert_own_k_is(done.out, tmp_path / "as_trained", "topk:3")
 
 
-def test_another_k_in_each_layer_while_routers_alone_train(model, sources, tmp_path):
+def test_another_k_in_each_layer_while_only_routers_train(model, sources, tmp_path):
     out = finetune(model, sources, tmp_path / "out", **{"policy.spec": "layers:4,2", "finetune.train": "router"})
     fields = json.loads((out / "model" / "config.json").read_text())
     assert (fields["num_experts_per_tok"], fields["num_experts_per_tok_of_layers"]) == (4, [4, 2])
@@ -147,11 +147,11 @@ def test_another_k_in_each_layer_while_routers_alone_train(model, sources, tmp_p
     assert changed_tensors(model, out) == {f"model.layers.{layer}.mlp.gate.weight" for layer in (1, 2)}
 
 
-def test_routers_and_norms_alone(model, sources, tmp_path):
+def test_only_routers_and_norms_train(model, sources, tmp_path):
     out = finetune(model, sources, tmp_path / "out", **{"finetune.train": "router_and_norms"})
     names = load_file(model / "model.safetensors")
     expected = {name for name in names if "norm" in name or name.endswith("mlp.gate.weight")}
-    assert len(expected) == 3 * 4 + 1 + 2  # two norms of each layer, two of its heads, the last; two routers
+    assert len(expected) == 3 * 4 + 1 + 2  # two norms of each layer, two of its heads, the last one; two routers
     assert changed_tensors(model, out) == expected
 
 
@@ -164,14 +164,14 @@ def test_lora_changes_attention_and_the_experts_that_got_tokens(model, sources, 
     changed = changed_tensors(model, out)
     routed = {name.rsplit(".", 2)[0] for name in changed if ".experts." in name}  # layer and expert
     assert not any(name.endswith(f".{IDLE}") for name in routed)
-    # which others no token chose hangs on the text; test_trainable.py compares them one by one
+    # which other experts no token chose depends on the text; test_trainable.py compares them one by one
     assert 0.8 * 2 * (tiny_model.ARCHITECTURE.moe.num_experts - 1) <= len(routed)
     routed_experts = {name for name in names if ".experts." in name and name.rsplit(".", 2)[0] in routed}
     assert changed == adapted | routed_experts
     assert figures_of(out)["topk:3"]["change"]["value"] < -0.01
 
 
-def test_one_model_for_every_k_keeps_its_own(model, sources, tmp_path):
+def test_an_elastic_model_keeps_its_own_k(model, sources, tmp_path):
     settings = {"finetune.elastic": True, "policy.spec": "topk:2", "evaluation.policies": ("topk:1", "topk:8")}
     out = finetune(model, sources, tmp_path / "out", **settings)
     assert checkpoint.open(out / "model").architecture == tiny_model.ARCHITECTURE
@@ -181,23 +181,23 @@ def test_one_model_for_every_k_keeps_its_own(model, sources, tmp_path):
     assert figures["bits_per_byte"] == figures_of(out)["model"]["bits_per_byte"]
     assert "trained under: k drawn per layer from 1 on" in (out / "model" / "MODEL_CARD.md").read_text()
     used = [json.loads(line).get("effective_experts") for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert len(set(used)) > 6 and max(filter(None, used)) - min(filter(None, used)) > 1  # k is another in each step
+    assert len(set(used)) > 6 and max(filter(None, used)) - min(filter(None, used)) > 1  # k differs between steps
 
 
-def test_it_stops_when_patience_is_over_and_keeps_the_best(model, sources, tmp_path):
-    """No step changes the model: the first evaluation stays the best."""
+def test_it_stops_without_improvement_and_keeps_the_best(model, sources, tmp_path):
+    """No step changes the model, so the first evaluation stays the best."""
     settings = {"training.evaluate_every": 2, "finetune.patience": 2, **NOTHING_MOVES}
     out = finetune(model, sources, tmp_path / "out", **settings)
     figures = json.loads((out / "result.json").read_text())["figures"]
     assert (figures["steps"]["value"], figures["best_step"]["value"]) == (6, 2)
     assert figures["change"]["value"] == 0
     assert changed_tensors(model, out) == set()
-    again = finetune(model, sources, out, **settings)  # what is over stays over
+    again = finetune(model, sources, out, **settings)  # a finished run stays finished
     assert json.loads((again / "result.json").read_text())["figures"]["steps"]["value"] == 6
 
 
-def test_documents_are_drawn_where_none_are_held_out(model, sources, tmp_path):
-    """From lines of JSON. What nearly repeats a text that is held out is not trained on."""
+def test_documents_are_held_out_if_none_are_given(model, sources, tmp_path):
+    """From JSON lines. Near-duplicates of held-out texts are not trained on."""
     lines, path = texts(40), tmp_path / "lines.jsonl"
     settings = {"text.sources": (str(path),), "text.held_out": "", "finetune.held_out_fraction": 0.25}
     config = read_config(None, tiny_training.finetuning_overrides(sources, model, **settings))
@@ -214,7 +214,7 @@ def test_documents_are_drawn_where_none_are_held_out(model, sources, tmp_path):
     held_tokens = sum(len(ids) for half in (text.watched, text.reported) for ids in half.tokens)
     assert text.packed.num_tokens + held_tokens == tokens
     twin = text.reported.documents[-1]
-    for number in range(20):  # until one of the two is held out, and the other is not
+    for number in range(20):  # until exactly one of the two is held out
         more, held = prepared([*lines, f"{twin.text}\n# copy {number}\n"])
         if (twin.name in held) != ("lines.jsonl:41" in held):
             break
@@ -232,26 +232,26 @@ def test_documents_are_drawn_where_none_are_held_out(model, sources, tmp_path):
 def test_divergence_stops_and_keeps_the_last_good_checkpoint(model, sources, tmp_path):
     out = tmp_path / "out"
     settings = {"training.learning_rate": 1e25, "training.checkpoint_every": 1, "training.evaluate_every": 12}
-    with pytest.raises(ValueError, match=r"step \d+ is not finite .* lower training.learning_rate") as said:
+    with pytest.raises(ValueError, match=r"step \d+ is not finite .* lower training.learning_rate") as raised:
         finetune(model, sources, out, **settings)
-    assert len(str(said.value).splitlines()) == 1
+    assert len(str(raised.value).splitlines()) == 1
     checkpoints = Checkpoints(out / "checkpoints", 2)
     last = checkpoints.latest_step
     checkpoints.close()
-    assert 1 <= last < 12 and f"the last good checkpoint is that of step {last};" in str(said.value)
+    assert 1 <= last < 12 and f"the last good checkpoint is that of step {last};" in str(raised.value)
     assert not (out / "model").exists() and not (out / "result.json").exists()
 
 
 @pytest.fixture
 def refused(done, model, sources, monkeypatch):
-    """Goes on with the finished run, some settings changed, and is refused with the folder as it was."""
-    monkeypatch.setattr(recover, "measure", lambda *_: None)  # no part of it, and most of the time
+    """Resumes the finished run with changed settings, which is refused and leaves the folder unchanged."""
+    monkeypatch.setattr(recover, "measure", lambda *_: None)  # not needed here, and takes most of the time
 
     def refused(says, model=model, **settings):
         before = {path: path.stat().st_mtime_ns for path in done.out.rglob("*")}
-        with pytest.raises(ValueError, match=says) as said:
+        with pytest.raises(ValueError, match=says) as raised:
             finetune(model, sources, done.out, **(tiny_training.TAUGHT | settings))
-        assert len(str(said.value).splitlines()) == 1
+        assert len(str(raised.value).splitlines()) == 1
         assert {path: path.stat().st_mtime_ns for path in done.out.rglob("*")} == before
 
     return refused
@@ -281,7 +281,7 @@ def test_another_model_in_the_same_folder_is_refused(refused, other):
 
 @contextlib.contextmanager
 def replaced(path, data):
-    """A file with other contents, for a while."""
+    """Gives a file other contents until the block ends."""
     before = path.read_bytes()
     path.write_bytes(data)
     try:

@@ -1,4 +1,4 @@
-"""What launch/finetune.py refuses before it trains: in one line, with nothing left behind."""
+"""Errors of launch/finetune.py before it trains: one line, and no files remain."""
 
 import os
 import shutil
@@ -44,7 +44,7 @@ WITHOUT_LANGUAGE = {"objective.language_model": 0.0, "objective.distillation": 1
     ],
 )
 def test_refused_before_the_weights_are_read(model, sources, tmp_path, settings, says):
-    """The model's weights are gone: whoever reads them says another thing. Nothing is left behind."""
+    """The model has no weights, so reading them would give another error. No files remain."""
     shape = tmp_path / "shape"
     shutil.copytree(model, shape)
     os.remove(shape / "model.safetensors")
@@ -63,7 +63,7 @@ def test_refused_before_the_weights_are_read(model, sources, tmp_path, settings,
     ],
 )
 def test_a_process_ends_with_one_line_and_status_2(model, sources, tmp_path, settings, says):
-    """As above, and before JAX is imported where the configuration alone says it (`faults/test_configs.py`)."""
+    """As above; errors of the configuration itself come before JAX is imported (`faults/test_configs.py`)."""
     flags = [f"--set={override}" for override in tiny_training.finetuning_overrides(sources, model, **settings)]
     ended = launched.run("finetune", *flags, "--out=out", folder=tmp_path)
     assert launched.not_refused(ended, says) == ""
@@ -75,10 +75,10 @@ def test_text_shorter_than_a_batch_is_refused(model, sources, tmp_path):
     write_lines(path, texts(1, 50))
     with pytest.raises(
         ValueError, match=r"text.sources has \d+ tokens, \d rows .* expected at least the 32 rows"
-    ) as said:
+    ) as raised:
         more = {"training.batch_size": 8, "training.accumulation": 4}
         finetune(model, sources, tmp_path / "out", **{"text.sources": (str(path),)}, **more)
-    assert len(str(said.value).splitlines()) == 1
+    assert len(str(raised.value).splitlines()) == 1
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -97,13 +97,13 @@ def test_a_damaged_line_is_named(model, sources, tmp_path):
 
 
 class Memory(NamedTuple):
-    """As psutil tells it."""
+    """The fields of psutil's result."""
 
     available: int
 
 
 def test_what_does_not_fit_in_memory_is_refused(model, sources, tmp_path, monkeypatch):
-    """Counted by hand: a copy, gradients and two moments of what trains, and every layer's input."""
+    """Counted by hand: a copy, gradients and two moments of the trained weights, and every layer's input."""
     weights = sum(tensor.size for name, tensor in load_file(model / "model.safetensors").items() if "bias" not in name)
     routers = 2 * 16 * 64
     batch_bytes = 4 * 4 * 32 * 2 * 64
@@ -123,7 +123,7 @@ def test_what_does_not_fit_in_memory_is_refused(model, sources, tmp_path, monkey
         ):
             finetuning.require_memory(config[name], params)
     monkeypatch.undo()
-    with pytest.raises(ValueError, match=r"the model's 0\.0 GB, needs [\d,.]+ GB of memory, [\d,.]+ GB") as said:
+    with pytest.raises(ValueError, match=r"the model's 0\.0 GB, needs [\d,.]+ GB of memory, [\d,.]+ GB") as raised:
         rows = {"training.batch_size": 10**8}
         finetuning.require_memory(read_config(None, tiny_training.finetuning_overrides(sources, model, **rows)), params)
-    assert len(str(said.value).splitlines()) == 1
+    assert len(str(raised.value).splitlines()) == 1

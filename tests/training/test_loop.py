@@ -1,4 +1,4 @@
-"""The loop around a step that does nothing: what it makes of evaluations that are not finite."""
+"""The loop with a step that does nothing: evaluations that are not finite."""
 
 import json
 
@@ -14,7 +14,7 @@ from moe_jax.training.step import NOTHING_FIXED, State
 
 
 def run(folder, judged, **settings):
-    """One step for each evaluation, which gives a number or, where that is None, raises."""
+    """Runs one step for each evaluation, which gives a number or, if that is None, raises."""
     overrides = {
         **{"training.steps": len(judged), "training.warmup_steps": 0, "training.batch_size": 1},
         **{"training.evaluate_every": 1, "training.log_every": 1, "training.sequence_length": 4},
@@ -48,6 +48,6 @@ def test_an_evaluation_that_is_not_finite_is_no_better_and_is_null(tmp_path, cap
     assert draw_training_curve(tmp_path / "metrics.jsonl").startswith(b"\x89PNG")
 
 
-def test_a_run_without_one_that_is_finite_says_so(tmp_path):
+def test_a_run_without_a_finite_evaluation_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no evaluation of the 2 steps was finite"):
         run(tmp_path, [None, None])

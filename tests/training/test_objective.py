@@ -31,7 +31,7 @@ def share_of(logits, temperature=1.0):
 
 
 def plain_loss(x, head, label, teacher_x, teacher_head, config):
-    """Of one token, straight from the definition."""
+    """The loss of one token, from its definition."""
     logits, teacher_logits = head @ x, teacher_head @ teacher_x
     own, full = (share_of(logits, config.temperature) for logits in (logits, teacher_logits))
     first, second = (full, own) if config.direction == "forward" else (own, full)
@@ -56,7 +56,7 @@ def drawn(num_tokens):
 @pytest.mark.parametrize("num_tokens", [1, 7, 24])
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_token_losses(monkeypatch, name, num_tokens):
-    """The gradient against differences of the definition, in random directions of x and head."""
+    """The gradient against finite differences of the definition, in random directions of x and head."""
     monkeypatch.setattr(objective, "CHUNK_TOKENS", 8)
     config = OBJECTIVES[name]
     x, head, labels, weight, teacher_x, teacher_head = drawn(num_tokens)
@@ -93,7 +93,7 @@ def test_terms_are_reported_before_they_are_weighted():
     np.testing.assert_allclose(terms["loss"], alone, rtol=1e-6)
 
 
-def test_logits_are_never_whole():
+def test_logits_are_never_in_memory_at_once():
     """No array of the compiled loss is as large as all logits together."""
     num_tokens, d_model, vocab = 8192, 16, 4096
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((num_tokens, d_model), (vocab, d_model))]
@@ -178,7 +178,7 @@ def test_hidden_distance_is_relative_and_squared():
 
 
 def test_the_sparsity_term_lowers_the_experts_that_a_token_uses():
-    """One step down the gradient of the term alone, and the measure itself on weights that are known."""
+    """One step along the gradient of the term alone, and the value for known weights."""
     config = ObjectiveConfig(language_model=1e-9, sparsity=1.0)
     params = random_params()
     total, measured, gradient = gradient_under("topk:8", config, params)

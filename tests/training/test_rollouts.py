@@ -1,4 +1,4 @@
-"""What the full model writes: from beginnings of the text, of its own distribution, the same again after a kill."""
+"""Rollouts: continuations of the text's beginnings, from the model's distribution, the same after a kill."""
 
 import numpy as np
 import pytest
@@ -23,16 +23,16 @@ def written(text, folder, seed=0, count=6):
     return rollouts.write(random_params(), tokenizer(), [0], execution_of(ARCHITECTURE), text, **settings)
 
 
-def test_each_goes_on_from_the_beginning_of_a_row(text, tmp_path, monkeypatch):
+def test_each_continues_the_beginning_of_a_row(text, tmp_path, monkeypatch):
     monkeypatch.setattr(rollouts, "_AT_ONCE", 4)
     made = written(text, tmp_path / "parts")
     assert (made.lengths <= LENGTH).all() and len(made.lengths) == 6
     pieces = [made.tokens[start : start + length + 1] for start, length in zip(made.starts, made.lengths)]
-    assert all(piece[0] == 0 for piece in pieces)  # as each text that is trained on begins, and sampled so
+    assert all(piece[0] == 0 for piece in pieces)  # as each training text begins
     beginnings = [text.row(row).tokens_BT[: rollouts.PROMPT] for row in range(text.num_rows)]
     expected = {tuple(one) if one[0] == 0 else (0, *one[:-1]) for one in map(np.ndarray.tolist, beginnings)}
     assert {tuple(piece[: rollouts.PROMPT].tolist()) for piece in pieces} <= expected
-    for piece in pieces:  # cut off, the last label is a token that was drawn; else it is what ends a text
+    for piece in pieces:  # the last label is a sampled token if the text was cut off, else the end-of-text token
         assert len(piece) == LENGTH or piece[-1] == 0
     assert len(list((tmp_path / "parts").rglob("*.npz"))) == 2
     again = written(text, tmp_path / "parts")

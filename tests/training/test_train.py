@@ -1,4 +1,4 @@
-"""Training as a user runs it: the model that comes out; refused, diverging, interrupted. `faults/` kills it."""
+"""Training as a user runs it: the resulting model; refused, diverging and interrupted runs. `faults/` kills it."""
 
 import json
 import os
@@ -76,7 +76,7 @@ def test_another_configuration_or_text_is_refused(prepared, sources, tmp_path):
         pretraining.train(config, tmp_path, changed, execution)
 
 
-def test_ctrl_c_saves_where_it_stands(sources, tmp_path):
+def test_ctrl_c_saves_a_checkpoint(sources, tmp_path):
     out = tmp_path / "out"
     more = {"training.steps": 5000, "training.checkpoint_every": 5000, "training.evaluate_every": 5000}
     with subprocess.Popen(

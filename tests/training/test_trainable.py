@@ -1,4 +1,4 @@
-"""What trains, what stays as it is to the last bit, and LoRA against its definition."""
+"""Which parameters train, which stay bit-identical, and LoRA against its definition."""
 
 import dataclasses
 import functools
@@ -47,7 +47,7 @@ def batch_of(architecture, rows=ROWS):
 
 @functools.cache
 def trained(config, steps=1, training=TRAINING, latent=False):
-    """The whole model before and after some steps, and the state; the tests share what they compile."""
+    """The model before and after some steps, and the state; the tests share compiled steps."""
     architecture = LATENT.architecture if latent else ARCHITECTURE
     params = family_variants.random_params(LATENT) if latent else random_params()
     before = jax.tree.map(lambda leaf: jnp.asarray(leaf, training.weights), params)
@@ -81,7 +81,7 @@ def test_all_trains_everything():
 
 
 @pytest.mark.parametrize("train", ["router", "router_and_norms"])
-def test_what_is_frozen_stays_bit_identical(train):
+def test_frozen_parameters_stay_bit_identical(train):
     before, after, _ = trained(FinetuneConfig(train=train))
     expected = {name for name in before if "router" in name or (train == "router_and_norms" and "norm" in name)}
     assert changed(before, after) == expected and expected
@@ -114,14 +114,14 @@ def test_lora_reaches_every_routed_expert_that_a_token_went_to():
     assert 0 < moved_LE.sum() < moved_LE.size
 
 
-def test_lora_begins_as_the_model_itself():
+def test_lora_starts_as_the_model_itself():
     params = jax.tree.map(jnp.asarray, without_selection_bias(random_params())[0])
     parts, frozen = trainable.divide(params, FinetuneConfig(train="lora"), "float32", seed=0)
     whole = trainable.merge_all(parts, frozen, 2.0)
     assert changed(dict(flattened(params)), dict(flattened(whole))) == set()
 
 
-def test_lora_merged_is_lora_applied_to_what_passes():
+def test_merged_lora_equals_lora_applied_to_activations():
     """Against the definition, W x + scale * B (A x), matrix by matrix, in float64."""
     random = np.random.default_rng(0)
     params = jax.tree.map(jnp.asarray, without_selection_bias(random_params())[0])
@@ -181,7 +181,7 @@ def test_gradients_accumulate_to_those_of_one_batch():
 
 
 def test_weights_in_bfloat16_have_float32_moments_and_move_by_less_than_their_last_bit():
-    """Updates of a tenth of the last bit: rounding to the nearest would lose every one of them."""
+    """Updates of a tenth of the last bit, which rounding to nearest would lose."""
     training = dataclasses.replace(TRAINING, weights="bfloat16", learning_rate=2e-5, weight_decay=0.0, steps=100000)
     before, after, state = trained(FinetuneConfig(), steps=20, training=training)
     adam = state.optimizer[1][0]
@@ -194,7 +194,7 @@ def test_weights_in_bfloat16_have_float32_moments_and_move_by_less_than_their_la
     assert (moved * direction).sum() > 0.5 * 20 * 2e-5 * moved.size * 0.5
 
 
-def test_the_selection_bias_moves_where_balancing_asks_for_it_and_not_otherwise():
+def test_the_selection_bias_moves_only_with_balancing():
     bias_LE = random_params()["moe"]["router"]["bias_LE"]
     *_, state = trained(ALL)
     assert np.array_equal(state.biases["moe"], bias_LE)
@@ -203,7 +203,7 @@ def test_the_selection_bias_moves_where_balancing_asks_for_it_and_not_otherwise(
 
 
 @pytest.mark.parametrize("config", [ALL, LORA], ids=["all", "lora"])
-def test_a_mask_is_trained_beside_whatever_else_trains(config):
+def test_a_mask_trains_along_with_other_parameters(config):
     _, after, state = trained(config)
     mask_LE = np.asarray(state.params["moe"]["router"]["mask_LE"])
     assert mask_LE.shape == (2, 16) and (mask_LE != mask.START).any() and MASK in after

@@ -1,4 +1,4 @@
-"""Training of models whose layers differ: what is balanced, masked and adapted stands in every stack."""
+"""Training of models whose layers differ: every stack is balanced, masked and adapted."""
 
 import dataclasses
 
@@ -29,7 +29,7 @@ RATE, ROWS, LENGTH = 1e-2, 4, 12
 COLUMNS = {"moe": [0, 2], "moe_6": [1]}
 
 
-def test_a_step_balances_every_stack_by_the_experts_that_it_has_and_adapts_it():
+def test_a_step_balances_and_adapts_every_stack():
     params = jax.tree.map(jnp.asarray, random_params(ARCHITECTURE))
     without, biases = without_selection_bias(params)
     assert {stack: bias_LE.shape for stack, bias_LE in biases.items()} == {"moe": (2, 12), "moe_6": (1, 6)}
