@@ -103,10 +103,7 @@ def continues_python(stdout):
     keywords = [word for word in re.findall(r"[a-z_]+", continued) if keyword.iskeyword(word)]
     indented = [line for line in continued.splitlines() if line.startswith("    ")]
     return (
-        stdout.startswith(prompt)
-        and "8.00 experts per token" in stdout
-        and len(keywords) >= 5
-        and len(indented) >= 5
+        stdout.startswith(prompt) and "8.00 experts per token" in stdout and len(keywords) >= 5 and len(indented) >= 5
     )
 
 
