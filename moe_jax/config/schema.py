@@ -117,8 +117,8 @@ class EvaluationConfig:
     context: int = 0  # tokens per window of text; 0: the model's context, at most 2048
     documents: int = 0  # use the first n documents of the held-out text; 0: all
     half: str = ""  # "even" or "odd": only every second document; "": all
-    choice_questions: int = 512
-    completion_headers: int = 208
+    choice_questions: int = 512  # choices among next lines; 0: none
+    completion_headers: int = 208  # bodies to write for functions of the text, Python; 0: none
     completion_tokens: int = 64  # generated per function body, at most
 
     def __post_init__(self):
@@ -126,9 +126,9 @@ class EvaluationConfig:
         require_one_of("evaluation", self, "half", ("", "even", "odd"))
         require(self.documents >= 0, "evaluation.documents", self.documents, "0 (all) or more")
         require(self.context == 0 or self.context > 3, "evaluation.context", self.context, "0, or 4 or more")
-        require_positive(
-            *("evaluation", self, "batch_size"), *("choice_questions", "completion_headers", "completion_tokens")
-        )
+        for field in ("choice_questions", "completion_headers"):
+            require(getattr(self, field) >= 0, f"evaluation.{field}", getattr(self, field), "0 (none) or more")
+        require_positive("evaluation", self, "batch_size", "completion_tokens")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,7 +59,10 @@ def make_questions(
             question = _find_question(document.text, number, places[number], waiting[number], tokenizer, rng)
             questions += [] if question is None else [question]
     if len(questions) < count:
-        raise ValueError(f"the text has {len(questions)} next-line questions: expected {count}")
+        raise ValueError(
+            f"the text has {len(questions)} next-line questions: expected {count}; "
+            f"with evaluation.choice_questions={len(questions)} no more are asked"
+        )
     return questions[:count]
 
 
@@ -134,7 +137,7 @@ def score_options(
     settings = [
         policies.settings([policy] * batch_size, execution.architecture, execution.k_max) for policy in compared
     ]
-    per_byte = []
+    per_byte = [np.zeros((len(compared), 0, OPTIONS))]  # there may be no questions
     for first in range(0, len(questions), batch_size):
         asked = questions[first : first + batch_size]
 

@@ -58,7 +58,10 @@ def make_headers(
                     found.append(header)
                     break
     if len(found) < count:
-        raise ValueError(f"the text has {len(found)} headers of functions: expected {count}")
+        raise ValueError(
+            f"the text has {len(found)} headers of functions: expected {count}; "
+            f"with evaluation.completion_headers={len(found)} no more are completed"
+        )
     return found[:count]
 
 
@@ -143,6 +146,8 @@ def complete(
     Returns:
         bool [policies, 2, headers]: whether the completion parses; greedy first, then sampled.
     """
+    if not headers:
+        return np.zeros((len(compared), 2, 0), bool)
     journal = journal or Journal(None, {})
     all_headers = list(headers) * (2 * len(compared))
     settings = [(policy, temperature) for policy in compared for temperature in (0.0, SAMPLED_TEMPERATURE)]

@@ -14,21 +14,22 @@ def rows(task: Task, measured: Measured) -> list[dict[str, Any]]:
     """The rows of result.json: each policy's figures and, from the second on, their differences from the first's.
 
     Differences are paired by document. `bits_per_byte_increase` is a fraction of the first policy's bits per byte; the
-    others have the unit of their figure.
+    others have the unit of their figure. What nothing was asked for has no figure.
     """
     sizes = np.array([len(document.text.encode()) for document in task.documents])
     count = len(sizes)
-    asked = np.array([question.document for question in task.questions])
-    headed = np.array([header.document for header in task.headers])
+    asked = np.array([question.document for question in task.questions], int)
+    headed = np.array([header.document for header in task.headers], int)
     asked_J, headed_J = np.bincount(asked, minlength=count), np.bincount(headed, minlength=count)
 
     def rates(policy: int) -> list[tuple[str, str, np.ndarray, np.ndarray]]:
         greedy, sampled = (np.bincount(headed, parses, count) for parses in measured.parses[policy])
-        return [
+        found = [
             ("choice_accuracy", "1", np.bincount(asked, measured.right[policy], count), asked_J),
             ("completion_parse_rate", "1", greedy, headed_J),
             ("completion_parse_rate_sampled", "1", sampled, headed_J),
         ]
+        return [rate for rate in found if rate[-1].any()]
 
     found = []
     for policy, spec in enumerate(task.compared):
@@ -48,7 +49,7 @@ def rows(task: Task, measured: Measured) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """One line per policy, in Markdown; intervals are 95%."""
+    """One line per policy, in Markdown, with the columns that have figures; intervals are 95%."""
     columns = {
         "bits per byte": ("bits_per_byte", "{:.3f}"),
         "increase, paired": ("bits_per_byte_increase", "{:+.2%}"),
@@ -59,6 +60,7 @@ def table(rows: Sequence[Row]) -> str:
         "parses, T=0.8": ("completion_parse_rate_sampled", "{:.3f}"),
         "max/mean load": ("expert_load_max_over_mean", "{:.2f}"),
     }
+    columns = {title: one for title, one in columns.items() if any(one[0] in row["figures"] for row in rows)}
     return policy_table(rows, columns)
 
 

@@ -56,11 +56,14 @@ def prepare(
     context = execution.architecture.decoder.max_context
     if config.context > context:
         raise ValueError(f"evaluation.context = {config.context}: expected at most the model's context, {context}")
-    needed = max(choices.ROW, completions.PROMPT + config.completion_tokens)
-    if context < needed:
-        raise ValueError(
-            f"the model's context is {context} tokens: expected at least {needed}, for choices and completions"
-        )
+    for asked, setting, needed in (
+        (config.choice_questions, "choice_questions", choices.ROW),
+        (config.completion_headers, "completion_headers", completions.PROMPT + config.completion_tokens),
+    ):
+        if asked and context < needed:
+            raise ValueError(
+                f"the model's context is {context} tokens: expected at least {needed}, or evaluation.{setting}=0"
+            )
     compared = [parse(spec, calibration) for spec in config.policies]
     policies.settings(compared, execution.architecture, execution.k_max)
     for policy in compared:

@@ -1,6 +1,7 @@
 """launch/evaluate.py on a tiny model and real held-out text: its table, files and error messages, and resuming."""
 
 import csv
+import io
 import json
 import pathlib
 import subprocess
@@ -8,7 +9,9 @@ import sys
 
 import pytest
 
-from tests import tiny_model
+from moe_jax.command import Command
+from moe_jax.config import gin
+from tests import launcher_module, tiny_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 SMALL = (
@@ -68,13 +71,37 @@ def test_details_add_up_to_the_table(done):
         assert uneven == pytest.approx(row["figures"]["expert_load_max_over_mean"]["value"])
 
 
+def test_a_short_text_that_is_no_python_has_likelihoods_alone(model, tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    for name in ("a", "b", "c"):
+        (text / f"{name}.txt").write_text(f"Chapter {name}: it was a dark night. " * 20)
+    config = ROOT / "configs" / "evaluate_model.gin"
+    run = Command(
+        *("evaluate", gin.read_config(config, [f"model.path={model}", f"text.held_out={text}"]), tmp_path),
+        *(False, io.StringIO()),
+    )
+    launcher_module.import_launcher("evaluate").main(run)
+    rows = json.loads((tmp_path / "result.json").read_text())["rows"]
+    assert [row["policy"] for row in rows] == ["model", "topk:6", "topk:4", "topk:2"]
+    figures = {"bits_per_byte", "kl_to_full", "expert_load_max_over_mean", "unused_experts", "bits_per_byte_increase"}
+    assert set(rows[-1]["figures"]) == figures and rows[-1]["figures"]["kl_to_full"]["value"] > 0
+    assert "| policy | bits per byte | increase, paired | KL to full | max/mean load |" in run.output.getvalue()
+
+
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [
         ('evaluation.policies=("topk:9",)', "expected 1 to 8 experts"),
-        ("evaluation.choice_questions=100000", "next-line questions: expected 100000"),
+        (
+            "evaluation.choice_questions=100000",
+            "next-line questions: expected 100000; with evaluation.choice_questions=",
+        ),
         ("evaluation.completion_headers=100000", "headers of functions: expected 100000"),
-        ("evaluation.completion_tokens=200", "context is 256 tokens: expected at least 328"),
+        (
+            "evaluation.completion_tokens=200",
+            "context is 256 tokens: expected at least 328, or evaluation.completion_headers=0",
+        ),
         ("text.held_out=nowhere", "nowhere"),
     ],
 )
