@@ -1,6 +1,6 @@
 """Generates text with a model and any number of active experts, and measures the speed.
 
-    python launch/infer.py --prompt "import unittest" --set policy.spec=topk:3
+    python launch/infer.py --prompt "import unittest" --set policy.spec=layers:8,8,4,4,2
 
 Prompts come from --prompt and --prompt_file or, without both, from standard input. Completions are printed as they are
 generated; several prompts run as one batch. With --out they are also written to OUT/completions.jsonl. With --chat,

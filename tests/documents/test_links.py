@@ -5,8 +5,10 @@ import re
 from tests.documents import written
 from tests.documents.written import ROOT
 
+README = ROOT / "README.md"
 MOST_BYTES = 9216  # of the README: two minutes of reading
 COLAB = "https://colab.research.google.com/github/moe-jax/moe_jax/blob/main/"
+NAMES = re.compile(r"(?<![\w/.*`-])((?:[\w-]+/)+|[\w-]+\.(?:py|sh|gin))(?![\w/*.])")
 
 
 def link_problem(path, target):
@@ -23,29 +25,76 @@ def link_problem(path, target):
 
 
 def paths_in_code(text):
-    """The paths that a text names in `code`: those that begin with a folder of the repository."""
-    folders = "|".join(path.name for path in ROOT.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return re.findall(rf"`((?:{folders})/[\w./*-]*)`", text)
+    """The paths that a text names in `code`: those that begin with a folder of the repository, or of the package."""
+    tops = [path.name for folder in (ROOT, ROOT / "moe_jax") for path in folder.iterdir() if path.is_dir()]
+    return re.findall(rf"`((?:{'|'.join(map(re.escape, tops))})/[\w./*-]*)`", text)
 
 
-def path_problem(path, name):
-    """What is wrong with a path of the repository that a document names; `out/` is what commands write."""
-    exists = next(ROOT.glob(name), None) if "*" in name else (ROOT / name).exists()
-    return "" if exists or name.startswith("out/") else f"{path.name}: no {name}"
+def exists(name):
+    """Whether a path, which may have a `*`, is in the repository or in the package."""
+    return any(next(folder.glob(name.rstrip("/")), None) for folder in (ROOT, ROOT / "moe_jax"))
 
 
 def paths_in_tree(tree):
-    """The files and folders that a tree of the README names: indentation says within which folder."""
-    folders = {}  # by indentation
+    """The files and folders that the README's tree names, as possible paths.
+
+    The first column has paths, each below the last line that is less indented. Names in the rest of a line, and of the
+    lines below it without a first column, are in that line's folder, or paths from the root.
+    """
+    folders = {}  # indentation -> folder
     for line in tree.splitlines():
-        depth = len(line) - len(line.lstrip())
-        first = line.split()[0]
-        names = re.findall(r"(?<![\w/.*-])([\w*.-]+/|[\w*-]+\.(?:py|gin|sh|cc))(?![\w/])", line)
-        if first.endswith("/") and depth <= 4:
+        depth, names = len(line) - len(line.lstrip()), NAMES.findall(line)
+        if depth <= 4:
             folders = {at: folder for at, folder in folders.items() if at < depth}
-            parent = "".join(folders.values())
-            folders[depth] = first
-            yield parent + first
+            first = line.split()[0]
+            yield ("".join(folders.values()) + first,)
+            folders |= {depth: first} if first.endswith("/") else {}
             names = names[1:]
-        parent = "".join(folder for at, folder in folders.items() if at < depth or first == folder)
-        yield from (parent + name for name in names)
+        yield from (("".join(folders.values()) + name, name) for name in names)
+
+
+def missing_in_tree(tree):
+    """What the README's tree names and is not there."""
+    return [paths[0] for paths in paths_in_tree(tree) if not any((ROOT / path).exists() for path in paths)]
+
+
+def the_tree():
+    [tree] = [content for _, language, content in written.fences(README) if language == "text"]
+    return tree
+
+
+def test_links_lead_somewhere():
+    found = [(path, target) for path in DOCUMENTS for target in written.links(path)]
+    assert [problem for link in found if (problem := link_problem(*link))] == []
+    assert len(found) > 12
+
+
+def test_paths_in_code_exist():
+    found = [(path.name, name) for path in DOCUMENTS for name in paths_in_code(written.without_fences(path))]
+    assert [(document, name) for document, name in found if not exists(name)] == []
+    assert len(found) > 40
+
+
+def test_the_tree_of_the_readme_is_that_of_the_repository():
+    tree = the_tree()
+    assert missing_in_tree(tree) == []
+    named = {
+        paths[0].split("/")[1] for paths in paths_in_tree(tree) if paths[0].startswith("moe_jax/") and len(paths) == 1
+    }
+    package = {path.name for path in (ROOT / "moe_jax").iterdir() if not path.name.startswith("__")}
+    assert package - named == {"files.py"}, "a part of the package that the tree leaves out"
+
+
+def test_the_readme_is_short():
+    assert len(README.read_bytes()) <= MOST_BYTES
+
+
+def test_what_leads_nowhere_is_found():
+    for target in ("docs/runs.md", "#usage", "docs/run.md#nowhere", f"{COLAB}colabs/turn.ipynb"):
+        assert link_problem(README, target), target
+    assert not link_problem(README, "#use") and not link_problem(README, "docs/run.md#fine-tune")
+    assert paths_in_code("`kernels/chosen.py` `out/a` `moe_jax/dims.py`") == ["kernels/chosen.py", "moe_jax/dims.py"]
+    assert not exists("kernels/chosen.py") and exists("kernels/chooser.py") and exists("docs/*.md")
+    assert missing_in_tree("moe_jax/\n  model/  rope.py, ropes.py\n    moes.py  a\n  apis.py\n          rope.py") == [
+        *("moe_jax/model/ropes.py", "moe_jax/model/moes.py", "moe_jax/apis.py", "moe_jax/rope.py")
+    ]
