@@ -93,7 +93,7 @@ def png(frontier: Frontier) -> bytes:
     """Draws all panels, each above the list of its front, as PNG."""
     loads, chosen = sorted({point.concurrency for point in frontier.points}), choices(frontier)
     of_load = [[point for point in frontier.points if point.concurrency == load] for load in loads]
-    columns, list_inches = min(3, len(loads)), 0.17 * max(len(front(points)) for points in of_load)
+    columns, list_inches = min(3, len(loads)), 0.18 * max(len(front(points)) for points in of_load)
     rows = math.ceil(len(loads) / columns)
     with matplotlib.rc_context(_FONT):
         figure = Figure(figsize=(_INCHES[0] * columns, (_INCHES[1] + 0.5 + list_inches) * rows), layout="constrained")
