@@ -1,15 +1,16 @@
-"""The page of a frontier: complete, escaped, without a network, and legible on a phone and a desktop."""
+"""The page of a frontier: complete, escaped, without a network, and legible on a phone and on a desk."""
 
 import html.parser
-import math
+import io
 import re
 import xml.etree.ElementTree
 
+import PIL.Image
 import pytest
 
 from moe_jax.report import frontier_chart
 from moe_jax.report.frontier_page import page
-from moe_jax.report.frontier_table import signed
+from moe_jax.report.frontier_table import signed, with_interval
 from moe_jax.study.frontier import LIMITS, choices
 from tests.report import browser, made_up
 
@@ -17,11 +18,11 @@ FRONTIER = made_up.frontier()
 PAGE = page(FRONTIER)
 HOSTILE = "<script>alert('x')</script>&\""
 LONG = "layers:" + ",".join(["8", "4"] * 13)
-WIDE = made_up.frontier(26, made_up.POLICIES | {LONG: (6.0, 0.7, 1.0), HOSTILE: (5.0, 0.9, 1.0)})
+WIDE = made_up.frontier(26, made_up.POLICIES | {LONG: (6.0, 0.7, 1.0), HOSTILE: (5.0, 0.9, 1.0)}, (1, 16))
 
 
 class Reader(html.parser.HTMLParser):
-    """Collects the texts of each table row by the section's id, and the open tags."""
+    """The texts of each table row, by the section's id; and the tags that are open."""
 
     def __init__(self, text):
         super().__init__()
@@ -51,43 +52,49 @@ class Reader(html.parser.HTMLParser):
             self.rows[self.section][-1][-1] += data
 
 
-def test_every_tag_is_closed():
-    assert Reader(page(WIDE)).tags == []
+@pytest.fixture(scope="module")
+def wide():
+    return page(WIDE._replace(quality_subject=HOSTILE, speed_subject=HOSTILE, machine=HOSTILE))
+
+
+def test_every_tag_is_closed(wide):
+    assert Reader(wide).tags == []
 
 
 def test_recommended_are_the_choices():
-    rows = [row for row in Reader(PAGE).rows["recommended"] if row[0] != "Concurrency"]
+    rows = [row for row in Reader(PAGE).rows["recommended"] if row[0] != "Load"]
     expected = sorted(choices(FRONTIER), key=lambda choice: (LIMITS.index(choice.limit), choice.concurrency))
-    for row, choice in zip(rows, expected, strict=True):
-        load, policy, gain, increase, beside = row
-        assert load.split()[-1] == str(choice.concurrency)
+    for (concurrency, policy, gain, increase), (_, beside), choice in zip(rows[::2], rows[1::2], expected, strict=True):
+        assert concurrency == str(choice.concurrency)
         assert policy == choice.best.policy
         assert gain.startswith(signed(choice.best.speed.gain.value))
         assert increase.startswith(signed(choice.best.quality.increase.value, 2))
-        assert f" {choice.uniform.policy} {signed(choice.uniform.speed.gain.value)}" in beside
+        uniform, ahead = choice.uniform, with_interval(choice.over_uniform)
+        told = f"{uniform.policy} {signed(uniform.speed.gain.value)}; recommended over it: {ahead}"
+        assert " ".join(beside.split()) == f"best uniform k: {told}"
 
 
-def test_a_uniform_choice_is_not_repeated():
+def test_a_uniform_choice_is_not_told_twice():
     frontier = made_up.frontier(5, {policy: made_up.POLICIES[policy] for policy in ("model", "topk:4")}, (1, 2))
-    rows = [row for row in Reader(page(frontier)).rows["recommended"] if row[0] != "Concurrency"]
-    assert [row[-1].split(" k ")[-1] for row in rows] == ["the same"] * 4
+    rows = [row for row in Reader(page(frontier)).rows["recommended"] if row[0] != "Load"]
+    assert [row[-1] for row in rows[1::2]] == ["the best uniform k itself"] * 4
 
 
-def test_every_policy_and_concurrency_is_there():
+def test_every_policy_and_load_is_there():
     rows = Reader(PAGE).rows
-    policies, concurrencies = list(made_up.POLICIES), made_up.CONCURRENCIES
+    policies, loads = list(made_up.POLICIES), made_up.CONCURRENCIES
     measured = [row for row in rows["everything"] if row[0] != "Policy"]
-    assert [row[0] for row in measured] == policies * len(concurrencies)
+    assert [row[0] for row in measured] == policies * len(loads)
     for row, point in zip(measured, FRONTIER.points, strict=True):
         assert float(row[1].replace(",", "")) == pytest.approx(point.speed.tokens_per_s, rel=0.01)
         assert row[2].startswith(signed(point.speed.gain.value))
         assert float(row[7]) == round(point.quality.experts_per_token, 2)
         assert float(row[8]) == round(point.speed.distinct_experts, 1)
         assert float(row[9]) == round(point.quality.distinct_experts, 1)
-    assert re.findall(r"<h3>Concurrency (\d+)</h3>", PAGE) == [str(concurrency) for concurrency in concurrencies]
+    assert re.findall(r"<h3>Concurrency (\d+)</h3>", PAGE) == [str(concurrency) for concurrency in loads]
 
 
-def test_heat_map_names_its_concurrency():
+def test_heat_map_says_which_load_it_shows():
     rows = Reader(PAGE).rows["layers"][1:]
     middle = made_up.CONCURRENCIES[len(made_up.CONCURRENCIES) // 2]
     for row, policy in zip(rows, made_up.POLICIES, strict=True):
@@ -97,15 +104,16 @@ def test_heat_map_names_its_concurrency():
         assert row[1:-1] == [f"{kept:.1f}" for kept in point.quality.kept_L]
 
 
-def test_all_text_is_escaped():
-    hostile = WIDE._replace(quality_subject=HOSTILE, speed_subject=HOSTILE, machine=HOSTILE)
-    text = page(hostile)
-    assert "<script" not in text and "alert(&#x27;x&#x27;)" in text
-    assert HOSTILE in [row[0] for row in Reader(text).rows["everything"]]
+def test_all_text_is_escaped(wide):
+    assert "<script" not in wide and "alert(&#39;x&#39;)" in wide
+    assert HOSTILE in [row[0] for row in Reader(wide).rows["everything"]]
 
 
-def test_the_page_loads_nothing_from_a_network():
-    assert not re.search(r"https?:|//[a-z]|@import|url\(|\bsrc\s*=|\bhref\s*=|<script|<link|<iframe", page(WIDE))
+def test_nothing_is_asked_of_a_network(wide):
+    asked = (
+        r"""https?:|//[a-z]|@import|url\((?!#)|\bsrc\s*=|\bhref\s*=(?!"#)|<script|<link|<iframe|<\?xml|<!doctype svg"""
+    )
+    assert not re.search(asked, wide, re.I)
     assert not [name for name, _ in Reader(PAGE).attributes if name.startswith("on")]
 
 
@@ -114,78 +122,106 @@ def at(concurrency):
 
 
 @pytest.mark.parametrize("concurrency", made_up.CONCURRENCIES)
-def test_the_front_holds_points_that_no_other_beats(concurrency):
+def test_front_is_what_nothing_beats(concurrency):
     def beats(one, other):
         ahead = one.speed.gain.value - other.speed.gain.value, other.quality.increase.value - one.quality.increase.value
         return min(ahead) >= 0 and max(ahead) > 0
 
+    drawn = [point for point in at(concurrency) if point.quality.increase.value <= frontier_chart.CEILING]
     found = frontier_chart.front(at(concurrency))
-    assert {p.policy for p in found} <= {
-        p.policy for p in at(concurrency) if not any(beats(q, p) for q in at(concurrency))
-    }
-    assert all(
-        any(beats(q, p) or q == p or q.speed.gain.value == p.speed.gain.value for q in found) for p in at(concurrency)
-    )
+    assert {p.policy for p in found} <= {p.policy for p in drawn if not any(beats(q, p) for q in drawn)}
+    assert all(any(beats(q, p) or q == p or q.speed.gain.value == p.speed.gain.value for q in found) for p in drawn)
     assert [p.speed.gain.value for p in found] == sorted(p.speed.gain.value for p in found)
 
 
-def test_chart_draws_every_policy_below_the_ceiling():
-    numbers = {policy: number for number, policy in enumerate(made_up.POLICIES)}
-    drawn = xml.etree.ElementTree.fromstring(frontier_chart.chart(at(16), numbers, {"budget:24"}))
-    marks = [mark for mark in drawn.iter("g") if "mark" in mark.get("class").split()]
-    told = {mark.find("title").text.split(": throughput")[0]: mark for mark in marks}
-    assert set(told) == {p.policy for p in at(16) if p.quality.increase.value <= frontier_chart.CEILING}
-    assert [policy for policy, mark in told.items() if mark.find("circle") is not None] == ["budget:24"]
-    gains = {p.policy: p.speed.gain.value for p in at(16)}
-    across = {policy: float(re.match(r"translate\((\S+) ", mark.get("transform"))[1]) for policy, mark in told.items()}
-    by_gain = sorted(across, key=gains.get)
-    assert [across[policy] for policy in by_gain] == sorted(across.values())
+def drawn(points, recommended=frozenset()):
+    """The parts of a chart by the number of their policy: those that are pointed at, and what is visible."""
+    numbers = {point.policy: number for number, point in enumerate(points)}
+    text = frontier_chart.svg(points, recommended, numbers)
+    areas, marks = {}, {}
+    for group in xml.etree.ElementTree.fromstring(f'<page xmlns:xlink="x">{text}</page>').iter("g"):
+        kind, _, number = group.get("class", "").partition(" p")
+        if kind == "area":
+            areas[int(number)] = group
+        if kind == "mark":
+            marks.setdefault(int(number), []).append(group)
+    return areas, marks
+
+
+def test_chart_draws_every_policy_that_is_not_far_too_bad():
+    points = at(16)
+    areas, marks = drawn(points)
+    expected = {number for number, p in enumerate(points) if p.quality.increase.value <= frontier_chart.CEILING}
+    assert areas.keys() == marks.keys() == expected and len(expected) < len(points)
+    for number, group in areas.items():
+        assert group.find("title").text.startswith(f"{points[number].policy}: throughput ")
+    places = {number: group.find(".//use") for number, group in areas.items()}
+    for axis, value in (("x", lambda p: p.speed.gain.value), ("y", lambda p: -p.quality.increase.value)):
+        along = [float(places[number].get(axis)) for number in sorted(places, key=lambda n: value(points[n]))]
+        assert along == sorted(along)
     assert "More than 10% worse: topk:1 (" in PAGE
 
 
-def labels(points):
-    """The position of each mark; and of each label its policy, position and extent, and whether it has a line."""
-    numbers = {point.policy: number for number, point in enumerate(points)}
-    drawn = xml.etree.ElementTree.fromstring(frontier_chart.chart(points, numbers, {"budget:24"}))
-    marks, found = {}, []
-    for group in drawn.iter("g"):
-        kind, *_, number = group.get("class").split()
-        if kind == "mark":
-            marks[number] = tuple(map(float, re.findall(r"[\d.]+", group.get("transform"))))
-        else:
-            text = group.find("text")
-            half = 3 * len(text.text)
-            x, y = float(text.get("x")), float(text.get("y"))
-            found.append((number, x - half, x + half, y, group.find("polyline") is not None))
-    return marks, found
+def test_front_is_numbered_and_listed_and_recommended_policies_are_ringed():
+    for concurrency in (1, 16):
+        points, front = at(concurrency), frontier_chart.front(at(concurrency))
+        recommended = {choice.best.policy for choice in choices(FRONTIER) if choice.concurrency == concurrency}
+        _, marks = drawn(points, recommended)
+        texts = {n: [text.text for group in groups for text in group.iter("text")] for n, groups in marks.items()}
+        numbered = {points[n].policy: int(texts[n][0]) for n in marks if texts[n] and texts[n][0].isdigit()}
+        assert numbered == {point.policy: number for number, point in enumerate(front, 1)}
+        usual = min(len(groups) for n, groups in marks.items() if points[n].policy in numbered)
+        more = {points[n].policy for n, groups in marks.items() if points[n].policy in numbered and len(groups) > usual}
+        assert more == recommended
+    listed = Reader(PAGE).rows["frontier"]
+    expected = [
+        (number, p)
+        for concurrency in made_up.CONCURRENCIES
+        for number, p in enumerate(frontier_chart.front(at(concurrency)), 1)
+    ]
+    assert listed == [
+        [str(number), p.policy, signed(p.speed.gain.value, 0), signed(p.quality.increase.value, 2)]
+        for number, p in expected
+    ]
 
 
-@pytest.mark.parametrize("concurrency", made_up.CONCURRENCIES)
-def test_a_label_is_nearest_to_its_own_mark(concurrency):
-    marks, found = labels(at(concurrency))
-    assert len(found) >= 6
-    for number, left, right, base, has_line in found:
-        away = {key: math.dist((x, y), (min(max(x, left), right), base - 4)) for key, (x, y) in marks.items()}
-        assert has_line or away[number] <= min(away.values()) + 4, (number, away)
-        for other, other_left, other_right, other_base, _ in found:
-            assert other == number or abs(base - other_base) > 11 or left > other_right or other_left > right
+def test_names_are_no_formulas():
+    points = [point._replace(uniform=True, policy=f"$x^{n}$<b>") for n, point in enumerate(at(16))]
+    areas, marks = drawn(points)
+    assert all(area.find("title").text.startswith(f"$x^{number}$<b>: ") for number, area in areas.items())
+    texts = {text.text for groups in marks.values() for group in groups for text in group.iter("text")}
+    assert any(text.startswith("$x^") for text in texts)
+
+
+def test_picture_has_a_panel_for_each_load():
+    image = PIL.Image.open(io.BytesIO(frontier_chart.png(made_up.frontier(concurrencies=(1, 4, 16, 64))))).convert(
+        "RGB"
+    )
+    across, down = image.width / 3, image.height / 2
+    cells = [
+        image.crop((int(x * across), int(y * down), int((x + 1) * across), int((y + 1) * down)))
+        for y in range(2)
+        for x in range(3)
+    ]
+    ringed = [any(color == (10, 94, 168) for _, color in cell.getcolors(1 << 24)) for cell in cells]
+    assert ringed == [True] * 4 + [False] * 2
 
 
 @pytest.mark.parametrize(
-    ("policy", "kind"),
+    ("policy", "words"),
     [
-        ("model", "model"),
-        ("topk:4", "topk"),
-        ("topk:4+renormalize:none", "renormalize"),
-        ("topk:6+ratio:0.3", "ratio"),
-        ("ratio:0.3+budget:24+renormalize:none", "budget"),
-        ("unheard:1", "other"),
-        ('"><b>', "other"),
+        ("model", "one k"),
+        ("topk:4", "one k"),
+        ("topk:4+renormalize:none", "one k"),
+        ("layers:8,4+renormalize:none", "by layer"),
+        ("topk:6+ratio:0.3", "by token"),
+        ("ratio:0.3+budget:24+renormalize:none", "by all rows of a step"),
+        ("unheard:1", None),
     ],
 )
-def test_kind_colours_a_policy(policy, kind):
-    assert frontier_chart.kind_of(policy) == kind
-    assert f'class="kind-{kind}"' in frontier_chart.mark(policy)
+def test_look_says_what_decides(policy, words):
+    looks = {words: look for words, look in frontier_chart.LOOKS.items() if look == frontier_chart.look(policy)}
+    assert list(looks) == ([words] if words else [])
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +236,7 @@ SIZES = """
   .map(e => [parseFloat(getComputedStyle(e).fontSize) * (e.ownerSVGElement ? e.getScreenCTM().a : 1), e.textContent])
 """
 OUTSIDE = """
-[...document.querySelectorAll("body *")].filter(e => e.checkVisibility() && !e.closest(".scroll, .picks") &&
+[...document.querySelectorAll("body *")].filter(e => e.checkVisibility() && !e.closest(".scroll") &&
     (e.getBoundingClientRect().right > innerWidth + 0.5 || e.getBoundingClientRect().left < -0.5))
   .map(e => e.outerHTML.slice(0, 100))
 """
@@ -209,10 +245,10 @@ OUTSIDE = """
 @pytest.mark.browser
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [390, 901, 1440])
-@pytest.mark.parametrize("frontier", [FRONTIER, WIDE], ids=["usual", "wide"])
-def test_page_fits_the_screen(chromium, tmp_path, frontier, width, dark):
+@pytest.mark.parametrize("shown", ["usual", "wide"])
+def test_page_fits_the_screen(chromium, tmp_path, request, shown, width, dark):
     path = tmp_path / "page.html"
-    path.write_text(page(frontier))
+    path.write_text(PAGE if shown == "usual" else request.getfixturevalue("wide"))
     chromium.show(path, width, dark=dark)
     assert chromium.ask("[innerWidth, document.documentElement.scrollWidth]") == [width, width]
     assert chromium.ask(OUTSIDE) == []
@@ -227,13 +263,19 @@ def test_page_fits_the_screen(chromium, tmp_path, frontier, width, dark):
 
 
 @pytest.mark.browser
-def test_picked_policies_are_highlighted(chromium, tmp_path):
+def test_a_policy_pointed_at_stands_out_everywhere(chromium, tmp_path):
     path = tmp_path / "page.html"
     path.write_text(PAGE)
     chromium.show(path, 1440)
-    opacity = "getComputedStyle(document.querySelector('.mark.p{}')).opacity"
-    assert chromium.ask(opacity.format(3)) == "1"
-    chromium.ask("document.querySelector('label[for=pick4]').click()")
-    assert float(chromium.ask(opacity.format(3))) < 0.2 and chromium.ask(opacity.format(4)) == "1"
-    shown = chromium.ask("[...document.querySelectorAll('.told')].filter(e => e.checkVisibility()).length")
-    assert shown == len(made_up.CONCURRENCIES)
+    opacities = "new Set([...document.querySelectorAll('.mark{}')].map(e => getComputedStyle(e).opacity)).size"
+    marks = "[...document.querySelectorAll('.mark')].filter(e => getComputedStyle(e).opacity == '1')"
+    classes = f"[...new Set({marks}.map(e => e.classList[1]))]"
+    assert chromium.ask(opacities.format("")) == 1
+    chromium.ask("document.querySelector('#frontier .area.p4').scrollIntoView({block: 'center'})")
+    box = "(({x, y, width, height}) => [x + width / 2, y + height / 2])"
+    x, y = chromium.ask(f"{box}(document.querySelector('#frontier .area.p4').getBoundingClientRect())")
+    chromium.say("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+    assert chromium.ask(classes) == ["p4"]
+    panels = f"new Set({marks}.map(e => e.ownerSVGElement)).size"
+    beyond = sum(p.policy == "topk:3" and p.quality.increase.value > frontier_chart.CEILING for p in FRONTIER.points)
+    assert chromium.ask(panels) == len(made_up.CONCURRENCIES) - beyond
