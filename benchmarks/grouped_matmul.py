@@ -32,7 +32,7 @@ def main(run: command.Command) -> None:
 
     moe, d_model = run.config.moe, run.config.decoder.d_model
     asked = dataclasses.asdict(run.config.kernels)
-    chosen = chooser.resolve(jax.default_backend(), asked).grouped_matmul
+    chosen = chooser.resolve(jax.default_backend(), run.config.architecture, "float32", asked).grouped_matmul
     run.implementations["grouped_matmul"] = chosen
     key = jax.random.key(run.config.run.seed)
     weights_LEFD = jax.random.normal(key, (1, moe.num_experts, moe.expert_hidden, d_model))

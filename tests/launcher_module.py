@@ -1,9 +1,16 @@
-"""Launchers as modules: each is imported once, since its flags can be defined once."""
+"""Launchers in this process: each is imported once, since its flags can be defined once."""
 
 import functools
 import importlib.util
+import io
 import pathlib
 import types
+
+from absl import flags
+from absl.testing import flagsaver
+
+from moe_jax import command
+from moe_jax.config import gin
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -15,3 +22,20 @@ def import_launcher(name: str) -> types.ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def run_main(
+    name: str,
+    settings: dict[str, object],
+    out: pathlib.Path,
+    *arguments: str,
+    config: pathlib.Path | None = None,
+) -> str:
+    """Runs a launcher's `main` with settings and flags, `out` being an existing folder; returns what it prints."""
+    overrides = [f"{setting}={value}" for setting, value in settings.items()]
+    launcher = import_launcher(name)  # defines its flags
+    run = command.Command(name, gin.read_config(config, overrides), out, False, io.StringIO())
+    with flagsaver.flagsaver():
+        flags.FLAGS([name, *arguments])
+        launcher.main(run)
+    return run.output.getvalue()

@@ -9,11 +9,11 @@ import pytest
 import moe_jax
 from moe_jax.evaluation import likelihood
 from moe_jax.evaluation.intervals import paired_ratio, ratio
-from moe_jax.kernels.chooser import resolve
 from moe_jax.model.decoder import Execution
 from moe_jax.routing.policies.parse import parse
 from moe_jax.text.corpus import load_held_out
 from moe_jax.text.tokenizer import encode_documents
+from tests import tiny_model
 
 ROOT = pathlib.Path(__file__).parents[1]
 DEMO = ROOT / "assets" / "demo"
@@ -34,7 +34,7 @@ def test_it_is_small_and_fine_grained(model):
 def test_it_compresses_held_out_text_better_than_xz_and_worse_with_fewer_experts(model):
     documents = load_held_out(ROOT / "assets" / "text")[::16]
     tokens = encode_documents(model.tokenizer, documents)
-    execution = Execution(model.architecture, 8, resolve("cpu"))
+    execution = Execution(model.architecture, 8, tiny_model.KERNELS)
     settings = {"context": model.architecture.decoder.max_context, "batch_size": 8}
     sizes = np.array([len(document.text.encode()) for document in documents])
     compared = [parse("topk:2"), parse("model")]
@@ -54,7 +54,7 @@ def test_measured_bits_are_those_of_this_model(model):
         model.params,
         encode_documents(model.tokenizer, documents),
         [parse("topk:8"), parse("topk:1")],
-        Execution(model.architecture, 8, resolve("cpu")),
+        Execution(model.architecture, 8, tiny_model.KERNELS),
         **{"context": model.architecture.decoder.max_context, "batch_size": 8},
     )
     for spec, one in zip(("topk:8", "topk:1"), scored):

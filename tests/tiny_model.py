@@ -9,6 +9,7 @@ from flax import nnx
 
 from moe_jax.checkpoint.huggingface import write_checkpoint
 from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
+from moe_jax.kernels import chooser
 from moe_jax.model.decoder import Decoder, split
 from moe_jax.text.tokenizer import END_OF_TEXT_ID, save_tokenizer, train_tokenizer
 
@@ -17,6 +18,7 @@ ARCHITECTURE = Architecture(
     AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16),
     MoEConfig(num_experts=16, k=8, expert_hidden=24, num_shared_experts=1),
 )
+KERNELS = chooser.resolve("cpu", ARCHITECTURE, "float32")
 TEXT = "The quick brown fox jumps over the lazy dog; a walk through the woods, said the fox, is never lazy. " * 3
 
 

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from moe_jax.evaluation import choices
-from moe_jax.kernels.chooser import resolve
 from moe_jax.model import decoder
 from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import parse
@@ -13,7 +12,7 @@ from moe_jax.text.corpus import Document
 from tests import tiny_model
 
 ARCHITECTURE = tiny_model.changed(decoder={"max_context": 256})
-EXECUTION = decoder.Execution(ARCHITECTURE, 8, resolve("cpu"))
+EXECUTION = decoder.Execution(ARCHITECTURE, 8, tiny_model.KERNELS)
 WORDS = ["cake", "ring", "mound", "dly", "fox", "lazy", "brown", "walk", "woods"]
 
 

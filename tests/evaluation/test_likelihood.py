@@ -10,7 +10,6 @@ import pytest
 from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 from moe_jax.evaluation import likelihood, scoring
 from moe_jax.evaluation.journal import Journal
-from moe_jax.kernels.chooser import resolve
 from moe_jax.model import decoder
 from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import parse
@@ -22,7 +21,7 @@ ARCHITECTURE = Architecture(
     AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8),
     MoEConfig(num_experts=8, k=3, expert_hidden=12),
 )
-EXECUTION = decoder.Execution(ARCHITECTURE, 3, resolve("cpu"))
+EXECUTION = decoder.Execution(ARCHITECTURE, 3, tiny_model.KERNELS)
 
 
 @pytest.fixture(scope="module")

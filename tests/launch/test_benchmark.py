@@ -2,7 +2,6 @@
 
 import glob
 import gzip
-import io
 import json
 import os
 import pathlib
@@ -11,13 +10,9 @@ import subprocess
 import sys
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
-from moe_jax import command
 from moe_jax.config import gin
 from moe_jax.cost import hardware, roofline
-from moe_jax.kernels.chooser import resolve
 from tests import launcher_module, tiny_model
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -41,19 +36,15 @@ def benchmark():
 
 
 @pytest.fixture
-def main(benchmark, tmp_path, monkeypatch):
+def main(tmp_path, monkeypatch):
     """Runs `main` with settings, with a short machine probe; returns the printed text and the figures."""
     monkeypatch.setattr(hardware, "STREAMED_BYTES", 2**22)
     monkeypatch.setattr(hardware, "WIDTH", 128)
     (tmp_path / "out").mkdir()
 
     def main(**settings):
-        config = gin.read_config(None, [f"{name}={value}" for name, value in {**TINY, **settings}.items()])
-        run = command.Command("benchmark", config, tmp_path / "out", False, io.StringIO())
-        with flagsaver.flagsaver():
-            flags.FLAGS(["benchmark"])
-            benchmark.main(run)
-        return run.output.getvalue(), json.loads((tmp_path / "out" / "result.json").read_text())["figures"]
+        printed = launcher_module.run_main("benchmark", {**TINY, **settings}, tmp_path / "out")
+        return printed, json.loads((tmp_path / "out" / "result.json").read_text())["figures"]
 
     return main
 
@@ -74,7 +65,7 @@ def test_as_a_user_runs_it_with_a_profile(tmp_path):
         first_ms, third_ms = result["figures"][f"{case}_ms"]["quartiles"]
         assert first_ms <= result["figures"][f"{case}_ms"]["value"] <= third_ms
     assert set(result["seconds"]) == {"load", "machine", "compile", "run"}
-    assert result["implementations"] == resolve("cpu")._asdict()
+    assert result["implementations"] == tiny_model.KERNELS._asdict()
     check_profile(tmp_path / "out" / "trace")
 
 

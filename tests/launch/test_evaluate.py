@@ -1,24 +1,22 @@
 """launch/evaluate.py on a tiny model and real held-out text: its table, files and error messages, and resuming."""
 
 import csv
-import io
 import json
 import pathlib
+import re
 import subprocess
 import sys
 
 import pytest
 
-from moe_jax.command import Command
-from moe_jax.config import gin
 from tests import launcher_module, tiny_model
 
 ROOT = pathlib.Path(__file__).parents[2]
-SMALL = (
-    *('--set=evaluation.policies=("topk:8","model","topk:2")', "--set=evaluation.documents=4"),
-    *("--set=evaluation.choice_questions=8", "--set=evaluation.completion_headers=6"),
-    *("--set=evaluation.completion_tokens=8", "--set=evaluation.batch_size=4"),
-)
+SMALL = {
+    **{"evaluation.policies": '("topk:8","model","topk:2")', "evaluation.documents": 4},
+    **{"evaluation.choice_questions": 8, "evaluation.completion_headers": 6},
+    **{"evaluation.completion_tokens": 8, "evaluation.batch_size": 4},
+}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +27,8 @@ def model(tmp_path_factory):
 
 def evaluate(model, out, *arguments):
     launch = [sys.executable, str(ROOT / "launch" / "evaluate.py"), f"--set=model.path={model}", f"--out={out}"]
-    return subprocess.run([*launch, *SMALL, *arguments], capture_output=True, text=True)
+    small = [f"--set={name}={value}" for name, value in SMALL.items()]
+    return subprocess.run([*launch, *small, *arguments], capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +76,14 @@ def test_a_short_text_that_is_no_python_has_likelihoods_alone(model, tmp_path):
     for name in ("a", "b", "c"):
         (text / f"{name}.txt").write_text(f"Chapter {name}: it was a dark night. " * 20)
     config = ROOT / "configs" / "evaluate_model.gin"
-    run = Command(
-        *("evaluate", gin.read_config(config, [f"model.path={model}", f"text.held_out={text}"]), tmp_path),
-        *(False, io.StringIO()),
+    printed = launcher_module.run_main(
+        "evaluate", {"model.path": model, "text.held_out": text}, tmp_path, config=config
     )
-    launcher_module.import_launcher("evaluate").main(run)
     rows = json.loads((tmp_path / "result.json").read_text())["rows"]
     assert [row["policy"] for row in rows] == ["model", "topk:6", "topk:4", "topk:2"]
     figures = {"bits_per_byte", "kl_to_full", "expert_load_max_over_mean", "unused_experts", "bits_per_byte_increase"}
     assert set(rows[-1]["figures"]) == figures and rows[-1]["figures"]["kl_to_full"]["value"] > 0
-    assert "| policy | bits per byte | increase, paired | KL to full | max/mean load |" in run.output.getvalue()
+    assert "| policy | bits per byte | increase, paired | KL to full | max/mean load |" in printed
 
 
 @pytest.mark.parametrize(
@@ -106,7 +103,14 @@ def test_a_short_text_that_is_no_python_has_likelihoods_alone(model, tmp_path):
     ],
 )
 def test_refusals_are_one_line(model, tmp_path, setting, expected):
-    done = evaluate(model, tmp_path / "out", f"--set={setting}")
-    assert done.returncode == 2 and expected in done.stderr and done.stdout == ""
+    name, _, value = setting.partition("=")
+    with pytest.raises(ValueError, match=re.escape(expected)) as refusal:
+        launcher_module.run_main("evaluate", {**SMALL, "model.path": model, name: value}, tmp_path)
+    assert "\n" not in str(refusal.value) and not list(tmp_path.iterdir())
+
+
+def test_a_refusal_leaves_no_folder(model, tmp_path):
+    done = evaluate(model, tmp_path / "out", "--set=text.held_out=nowhere")
+    assert done.returncode == 2 and "nowhere" in done.stderr and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -1,6 +1,5 @@
 """launch/infer.py: in its own process where that matters, otherwise `main` is called here."""
 
-import io
 import json
 import os
 import pathlib
@@ -13,9 +12,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 import moe_jax
-from moe_jax import command
 from moe_jax.config import gin
-from moe_jax.kernels.chooser import resolve
 from tests import chained_model, launcher_module, tiny_model
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -40,19 +37,14 @@ def infer():
 
 
 @pytest.fixture
-def main(infer, folder, tmp_path, monkeypatch):
+def main(folder, tmp_path, monkeypatch):
     """Runs `main` with flags and settings; returns what it printed."""
     monkeypatch.setattr(sys, "stdin", None)
     (tmp_path / "out").mkdir()
 
     def main(*arguments, **settings):
         settings = {"model.path": str(folder), "sampling.max_new_tokens": 6, **settings}
-        config = gin.read_config(None, [f"{name}={value}" for name, value in settings.items()])
-        run = command.Command("infer", config, tmp_path / "out", False, io.StringIO())
-        with flagsaver.flagsaver():
-            flags.FLAGS(["infer", *arguments])
-            infer.main(run)
-        return run.output.getvalue()
+        return launcher_module.run_main("infer", settings, tmp_path / "out", *arguments)
 
     return main
 
@@ -72,7 +64,7 @@ def test_without_a_prompt_and_a_terminal_it_shows_a_continuation_and_how_fast(fo
     assert done.stdout.startswith("import numpy as np\n\n\ndef normalize(x, axis=None):\n")
     for part in ("load ", "compile ", "prefill ", "decode ", "tokens/s", "3.00 experts per token"):
         assert part in done.stdout
-    assert f"grouped_matmul {resolve('cpu').grouped_matmul}" in done.stdout
+    assert f"grouped_matmul {tiny_model.KERNELS.grouped_matmul}" in done.stdout
 
 
 def test_json_is_alone_on_standard_output(folder):
@@ -82,7 +74,7 @@ def test_json_is_alone_on_standard_output(folder):
     assert result == json.loads((folder.parent / "out" / "result.json").read_text())
     assert set(result["figures"]) == FIGURES and result["command"] == "infer"
     assert result["figures"]["experts_per_token"] == {"value": 3, "unit": "experts"}
-    assert result["implementations"] == resolve("cpu")._asdict()
+    assert result["implementations"] == tiny_model.KERNELS._asdict()
     assert set(result["seconds"]) == {"load", "compile", "run", "prefill", "decode"}
     (line,) = (folder.parent / "out" / "completions.jsonl").read_text().splitlines()
     completion = json.loads(line)

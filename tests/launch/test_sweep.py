@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -10,15 +11,15 @@ import time
 
 import pytest
 
-from tests import tiny_model
+from tests import launcher_module, tiny_model
 
 ROOT = pathlib.Path(__file__).parents[2]
 POLICIES = ("topk:8", "topk:3", "mass:0.7", "opportunistic:2", "reroute:2,0.1")
-SMALL = (
-    *("--set=sweep.timed_config=", "--set=model.dtype=auto"),
-    *("--set=sweep.windows=16", "--set=sweep.context=24", "--set=sweep.concurrencies=(1, 4)"),
-    *("--set=sweep.rounds=2", "--set=sweep.steps=1", "--set=sweep.cached_tokens=4", "--set=evaluation.documents=6"),
-)
+SMALL = {
+    **{"sweep.timed_config": "", "model.dtype": "auto", "sweep.policies": json.dumps(POLICIES)},
+    **{"sweep.windows": 16, "sweep.context": 24, "sweep.concurrencies": "(1, 4)"},
+    **{"sweep.rounds": 2, "sweep.steps": 1, "sweep.cached_tokens": 4, "evaluation.documents": 6},
+}
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +37,21 @@ def model(tmp_path_factory):
 
 
 def command_line(model, out, *arguments):
-    policies = f"--set=sweep.policies={json.dumps(POLICIES)}"
-    launch = [sys.executable, str(ROOT / "launch" / "sweep.py"), f"--set=model.path={model}"]
-    return [*launch, f"--out={out}", policies, *SMALL, *arguments]
+    launch = [sys.executable, str(ROOT / "launch" / "sweep.py"), f"--set=model.path={model}", f"--out={out}"]
+    return [*launch, *(f"--set={name}={value}" for name, value in SMALL.items()), *arguments]
 
 
 def sweep(model, out, *arguments):
+    """As a user runs it."""
     return subprocess.run(command_line(model, out, *arguments), capture_output=True, text=True, cwd=ROOT)
+
+
+def assert_refused(model, out, expected, **settings):
+    """In this process: a line that says what was expected, before anything is written."""
+    settings = {name.replace("__", "."): value for name, value in settings.items()}
+    with pytest.raises(ValueError, match=re.escape(expected)) as refusal:
+        launcher_module.run_main("sweep", {**SMALL, "model.path": model, **settings}, out)
+    assert "\n" not in str(refusal.value) and not out.exists()
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +129,7 @@ def test_speed_of_another_shape(model, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "random weights in the shape of" in (tmp_path / "out" / "frontier.html").read_text()
     shape.write_text("\n".join(line.replace("16", "8") for line in lines))
-    done = sweep(model, tmp_path / "out2", f"--set=sweep.timed_config={shape}")
-    assert done.returncode == 2 and "moe.num_experts = 8; expected 16" in done.stderr.splitlines()[-1]
+    assert_refused(model, tmp_path / "none", "moe.num_experts = 8; expected 16", sweep__timed_config=shape)
 
 
 def test_a_tuned_model_is_compared_with_all_experts_of_the_original(model, done, tmp_path):
@@ -144,21 +152,20 @@ def test_a_tuned_model_is_compared_with_all_experts_of_the_original(model, done,
 
 
 def test_an_original_of_another_tokenizer_is_refused(model, tmp_path):
-    done = sweep(model, tmp_path / "out", "--set=sweep.original=assets/demo")
-    assert done.returncode == 2 and "sweep.original: MoE layers = 5; expected 2" in done.stderr.splitlines()[-1]
+    expected = "sweep.original: MoE layers = 5; expected 2"
+    assert_refused(model, tmp_path / "out", expected, sweep__original="assets/demo")
     other = tiny_model.write_model(tmp_path / "other")
     text = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(text.replace('"add_prefix_space": false', '"add_prefix_space": true'))
     assert (other / "tokenizer.json").read_text() != text
-    done = sweep(model, tmp_path / "out", f"--set=sweep.original={other}")
-    assert done.returncode == 2 and "expected a model with the tokenizer of model.path" in done.stderr.splitlines()[-1]
+    expected = "expected a model with the tokenizer of model.path"
+    assert_refused(model, tmp_path / "out", expected, sweep__original=other)
 
 
 def test_a_calibration_of_another_model_is_refused(model, tmp_path):
     other = tiny_model.write_model(tmp_path / "other", params=tiny_model.random_params(seed=1))
-    done = sweep(other, tmp_path / "out", f"--set=policy.calibration={model / 'calibration.npz'}")
-    assert done.returncode == 2 and "policy.calibration is of another model" in done.stderr.splitlines()[-1]
-    assert not (tmp_path / "out").exists()
+    calibration = model / "calibration.npz"
+    assert_refused(other, tmp_path / "out", "policy.calibration is of another model", policy__calibration=calibration)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +184,11 @@ def test_a_calibration_of_another_model_is_refused(model, tmp_path):
     ],
 )
 def test_refusals(model, tmp_path, argument, message):
-    done = sweep(model, tmp_path / "out", f"--set={argument}")
-    assert done.returncode == 2 and message in done.stderr.splitlines()[-1], done.stderr
+    name, _, value = argument.partition("=")
+    assert_refused(model, tmp_path / "out", message, **{name: value})
+
+
+def test_a_refusal_is_one_line_and_leaves_no_folder(model, tmp_path):
+    done = sweep(model, tmp_path / "out", "--set=sweep.windows=10")
+    assert done.returncode == 2 and "a multiple of the 16 rows" in done.stderr.splitlines()[-1], done.stderr
     assert done.stderr.splitlines()[-1].startswith("error: ") and not (tmp_path / "out").exists()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe_jax.engine import cache as caches
-from moe_jax.kernels.chooser import Kernels, resolve
+from moe_jax.kernels.chooser import Kernels
 from moe_jax.model import decoder
 from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import parse
@@ -47,7 +47,7 @@ def assert_close(got, expected):
     assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("kernels", [resolve("cpu"), Kernels("blocked", "xla", "xla", "blocked")])
+@pytest.mark.parametrize("kernels", [tiny_model.KERNELS, Kernels("blocked", "xla", "xla", "blocked")])
 @pytest.mark.parametrize("kind", KINDS)
 def test_chunks_from_any_start_equal_the_whole_sequence(kind, kernels):
     """The second chunk begins at another position in every row; a decode step and a last chunk fill the cache."""

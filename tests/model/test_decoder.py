@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from moe_jax.engine import cache as caches
-from moe_jax.kernels.chooser import resolve
 from moe_jax.model import decoder
 from moe_jax.model.moe import moe_layer
 from moe_jax.routing import policies
@@ -16,7 +15,7 @@ from tests import tiny_model
 
 UNTIED = tiny_model.changed(decoder={"tie_embeddings": False})
 PARAMS = tiny_model.random_params(UNTIED)
-EXECUTION = decoder.Execution(UNTIED, 8, resolve("cpu"))
+EXECUTION = decoder.Execution(UNTIED, 8, tiny_model.KERNELS)
 TOLERANCE = 1e-5  # of the largest value, float32
 
 
@@ -142,7 +141,7 @@ def test_a_moe_layer_equals_a_loop_over_all_experts(variant):
     def run(x_ND, weights, experts, settings):
         context = Context(jnp.int32(layer), row_N, valid_N, 3)
         return moe_layer(
-            x_ND, weights, experts, jnp.int32(layer), settings, context, moe, 8, resolve("cpu").grouped_matmul
+            x_ND, weights, experts, jnp.int32(layer), settings, context, moe, 8, tiny_model.KERNELS.grouped_matmul
         )
 
     y_ND, traffic = run(x_ND, weights, experts, settings)

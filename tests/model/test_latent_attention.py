@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from moe_jax.engine import cache as caches
-from moe_jax.kernels.chooser import Kernels, resolve
+from moe_jax.kernels.chooser import Kernels
 from moe_jax.model import decoder
 from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import MODEL_OWN
+from tests import tiny_model
 from tests.family_variants import VARIANTS, random_params
 
 TOLERANCE = 1e-5  # of the largest value, float32
@@ -22,7 +23,7 @@ def assert_close(got, expected):
 
 
 @pytest.mark.parametrize("name", ["deepseek_v2_lite", "deepseek_v3", "deepseek_v3_halves"])
-@pytest.mark.parametrize("kernels", [resolve("cpu"), Kernels("blocked", "xla", "xla", "blocked")])
+@pytest.mark.parametrize("kernels", [tiny_model.KERNELS, Kernels("blocked", "xla", "xla", "blocked")])
 def test_cached_decode_of_a_ragged_batch_equals_the_whole_sequence(name, kernels):
     architecture, params = VARIANTS[name].architecture, random_params(VARIANTS[name])
     execution = decoder.Execution(architecture, architecture.moe.k, kernels)
