@@ -30,6 +30,7 @@ def test_there_are_three():
     assert [path.stem for path in NOTEBOOKS] == ["recover", "the_frontier", "turn_the_dial"]
 
 
+@pytest.mark.processes
 @each
 def test_it_runs_and_shows_an_image(path, tmp_path):
     caches = files.cache_folder() / "xla"

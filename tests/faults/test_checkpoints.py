@@ -82,6 +82,7 @@ def test_a_launcher_refuses_damaged_models_in_one_line_and_writes_nothing(folder
     assert [problem for problem in launched.two_at_a_time(run, enumerate(damage.DAMAGES)) if problem] == []
 
 
+@pytest.mark.processes
 def test_a_launcher_refuses_nan_in_one_line_and_writes_nothing(folders, tmp_path):
     (one,) = [one for one in damage.DAMAGES if one.name == "NaN"]
     damaged(folders, one, tmp_path)
@@ -92,6 +93,7 @@ def test_a_launcher_refuses_nan_in_one_line_and_writes_nothing(folders, tmp_path
     assert launched.entries(tmp_path) == before
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("file", [damage.WEIGHTS, damage.CONFIG, damage.TOKENIZER])
 def test_an_unreadable_file_is_refused_in_one_line(folders, tmp_path, file):
     """Root can read everything, except from a namespace in which it is another user."""

@@ -36,6 +36,7 @@ def refused_by_launchers(tmp_path, no_jax, configs):
     return [problem for problem in launched.two_at_a_time(run, enumerate(configs)) if problem]
 
 
+@pytest.mark.processes
 def test_twenty_wrong_configurations_are_refused_before_jax_is_imported(tmp_path, no_jax):
     configs = bad_configs.sample(20)
     assert len({config.reason for config in configs}) > 12

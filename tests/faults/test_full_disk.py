@@ -11,6 +11,8 @@ from moe_jax import files
 from tests.faults import launched
 from tests.faults.small_disk import FULL, LIMIT, best_way, small_disk
 
+pytestmark = pytest.mark.processes
+
 WAYS = pytest.mark.parametrize("way", [best_way()])
 BOTH_WAYS = pytest.mark.parametrize("way", [best_way(), pytest.param(LIMIT, marks=pytest.mark.slow)])
 

@@ -17,6 +17,7 @@ from tests.faults.small_disk import TMPFS, best_way, small_disk
 NOWHERE = [path for path in ("/sys/out", "/proc/out", "/dev/null/out", "/proc/self/fd/out") if os.path.exists("/proc")]
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("launcher", ["infer", "train", "evaluate"])
 @pytest.mark.parametrize("out", [*NOWHERE, "file", "file/out", "loop", "loop/out", "x" * 300, "\udcff/" + "y" * 300])
 def test_an_output_folder_that_cannot_be_made_is_refused_before_jax_is_imported(tmp_path, launcher, out):
@@ -31,6 +32,7 @@ def test_an_output_folder_that_cannot_be_made_is_refused_before_jax_is_imported(
     assert launched.entries(tmp_path) - {"__pycache__"} == before
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("way", [best_way()])
 def test_a_read_only_file_system_is_refused(tmp_path, way):
     if way != TMPFS:
@@ -42,6 +44,7 @@ def test_a_read_only_file_system_is_refused(tmp_path, way):
     assert launched.not_refused(ended, "Read-only file system; expected a folder") == ""
 
 
+@pytest.mark.processes
 def test_a_cache_that_cannot_be_written_gives_a_warning(model, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
@@ -92,6 +95,7 @@ def test_a_prompt_file_that_is_not_a_file_is_refused(read_prompts, tmp_path, kin
         read_prompts(f"--prompt_file={path}")
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("stdin", "says"),
     [(b"a\0b", "byte 1 is 0"), (b"\x89PNG\r\n", "byte 0 is not UTF-8"), (b"fox " * 500_000, "expected at most 255")],
@@ -101,6 +105,7 @@ def test_piped_input_is_text_that_fits_or_is_refused(model, tmp_path, stdin, say
     assert launched.not_refused(ended, says) == ""
 
 
+@pytest.mark.processes
 def test_a_model_larger_than_memory_is_refused_before_text_is_read(tmp_path):
     ended = launched.run("train", "--set=decoder.d_model=1000000", "--out=out", folder=tmp_path)
     assert launched.not_refused(ended, r"training [\d,.]+ M parameters .* GB of memory, .* GB available") == ""

@@ -8,6 +8,8 @@ import pytest
 
 from tests.faults import kills, launched
 
+pytestmark = pytest.mark.processes
+
 # Launcher -> files that must be equal byte for byte, and the number of kills in the slow test.
 LAUNCHERS = {
     "train": (["model/model.safetensors", "model/training_curve.png"], 10),

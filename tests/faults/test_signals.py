@@ -11,6 +11,8 @@ import pytest
 
 from tests.faults import kills, launched
 
+pytestmark = pytest.mark.processes
+
 LONG = {
     "infer": ["--prompt=The", "--set=sampling.max_new_tokens=100"],
     "train": ["--set=training.steps=100000"],

@@ -91,6 +91,7 @@ def test_without_the_damaged_checkpoint_the_earlier_one_is_read(saved, tmp_path)
     np.testing.assert_array_equal(state["weights"], STATE["weights"] + 2)
 
 
+@pytest.mark.processes
 def test_a_launcher_refuses_a_damaged_checkpoint_in_one_line(training_flags, trained, tmp_path):
     """Its largest file is truncated; earlier log lines stand above the error."""
     shutil.copytree(trained, tmp_path / "out")

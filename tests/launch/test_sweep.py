@@ -91,6 +91,7 @@ def test_a_rival_runs_as_many_distinct_experts(done):
     assert points["topk:3", "4"]["rival"] == ""
 
 
+@pytest.mark.processes
 def test_a_killed_sweep_resumes(model, done, tmp_path):
     out = tmp_path / "killed"
     process = subprocess.Popen(command_line(model, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT)
@@ -119,6 +120,7 @@ def test_a_killed_sweep_resumes(model, done, tmp_path):
     assert not (out / "parts").exists()
 
 
+@pytest.mark.processes
 def test_speed_of_another_shape(model, tmp_path):
     shape = tmp_path / "shape.gin"
     lines = ["decoder.num_layers = 2", "decoder.num_dense_layers = 0", "decoder.d_model = 32", "moe.num_experts = 16"]
@@ -132,6 +134,7 @@ def test_speed_of_another_shape(model, tmp_path):
     assert_refused(model, tmp_path / "none", "moe.num_experts = 8; expected 16", sweep__timed_config=shape)
 
 
+@pytest.mark.processes
 def test_a_tuned_model_is_compared_with_all_experts_of_the_original(model, done, tmp_path):
     fewer = tiny_model.changed(moe={"k": 4})
     tuned = tiny_model.write_model(tmp_path / "tuned", fewer, tiny_model.random_params(seed=1))
