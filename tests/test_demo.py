@@ -12,7 +12,7 @@ from moe_jax.evaluation.intervals import paired_ratio, ratio
 from moe_jax.kernels.chooser import resolve
 from moe_jax.model.decoder import Execution
 from moe_jax.routing.policies.parse import parse
-from moe_jax.text.corpus import load_held_out
+from moe_jax.text.held_out import load_held_out
 from moe_jax.text.tokenizer import encode_documents
 
 ROOT = pathlib.Path(__file__).parents[1]
