@@ -39,14 +39,14 @@ np.save(sys.argv[4], logits.float().numpy())
 
 def main(run: command.Command) -> None:
     """Opens the model, compares, sweeps, and writes the page."""
-    from moe_jax.text import corpus
+    from moe_jax.text.held_out import load_held_out
 
     if importlib.util.find_spec("transformers") is None or importlib.util.find_spec("torch") is None:
         raise ValueError("transformers or torch is not installed: pip install -r requirements-peers.txt")
     opened, _ = run.open_model(calibrated=False)
     held_out = command.in_repository(run.config.text.held_out, "text.held_out")
     length = min(TOKENS, opened.architecture.decoder.max_context)
-    encoded = (opened.require_tokenizer().encode(one.text).ids for one in corpus.load_held_out(held_out))
+    encoded = (opened.require_tokenizer().encode(one.text).ids for one in load_held_out(held_out))
     ids = next(ids for ids in encoded if len(ids) >= length)[:length]
     with run.timed("fetch"):
         stored = opened.stored_dtype  # downloads the weights if they are not there yet

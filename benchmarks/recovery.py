@@ -129,7 +129,7 @@ def main(run: command.Command) -> None:
     from moe_jax.engine.request import execution_of
     from moe_jax.report import finetuned
     from moe_jax.study import recover
-    from moe_jax.text.corpus import load_held_out
+    from moe_jax.text.held_out import load_held_out
     from moe_jax.training import trainable
 
     base = run.config

@@ -16,7 +16,7 @@ from moe_jax.evaluation.journal import Journal, identity
 from moe_jax.report.figures import cell, figure, markdown
 from moe_jax.routing.policies.parse import parse
 from moe_jax.study import compare
-from moe_jax.text.corpus import Document
+from moe_jax.text.documents import Document
 from moe_jax.text.tokenizer import load_tokenizer
 
 

@@ -134,9 +134,9 @@ def held_out_tokens(held_out: str, tokenizer):
     """(rows, length) -> tokens_BT of held-out text; rows begin at evenly spaced places in it."""
     import numpy as np
 
-    from moe_jax.text import corpus
+    from moe_jax.text.held_out import load_held_out
 
-    documents = corpus.load_held_out(command.in_repository(held_out, "text.held_out"))
+    documents = load_held_out(command.in_repository(held_out, "text.held_out"))
     ring = np.concatenate([tokenizer.encode(document.text).ids for document in documents])
 
     def tokens_of(rows, length):

@@ -26,13 +26,14 @@ def main(run: command.Command) -> None:
     from moe_jax.routing import calibration as calibrations
     from moe_jax.study import calibrate
     from moe_jax.text import corpus
+    from moe_jax.text.held_out import load_held_out
     from moe_jax.text.tokenizer import encode_documents
 
     opened, execution = run.open_model(calibrated=False)
     architecture = opened.architecture
     execution = dataclasses.replace(execution, k_max=architecture.moe.k)
     with run.timed("text"):
-        held_out = corpus.load_held_out(command.in_repository(config.text.held_out, "text.held_out"))
+        held_out = load_held_out(command.in_repository(config.text.held_out, "text.held_out"))
         collected = corpus.collect(config.text.sources, held_out)
         documents = encode_documents(opened.require_tokenizer(), collected.documents)
         rows_JT = calibrate.rows_of(documents, min(LENGTH, architecture.decoder.max_context), DOCUMENTS)

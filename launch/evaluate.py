@@ -25,7 +25,7 @@ def main(run: command.Command) -> None:
     from moe_jax.evaluation.likelihood import xz_bits_per_byte
     from moe_jax.report import evaluated
     from moe_jax.study import compare
-    from moe_jax.text.corpus import load_held_out
+    from moe_jax.text.held_out import load_held_out
 
     opened, execution = run.open_model()
     tokenizer, seed = opened.require_tokenizer(), config.run.seed

@@ -35,7 +35,7 @@ def main(run: command.Command) -> None:
     from moe_jax.report.frontier_table import table, to_csv
     from moe_jax.study import sweep as study
     from moe_jax.study.frontier import Frontier
-    from moe_jax.text.corpus import load_held_out
+    from moe_jax.text.held_out import load_held_out
     from moe_jax.text.tokenizer import encode_documents
 
     opened, execution = run.open_model()

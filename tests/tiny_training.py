@@ -5,7 +5,7 @@ import lzma
 import pathlib
 import sysconfig
 
-from moe_jax.text.corpus import ARCHIVE, MANIFEST
+from moe_jax.text.held_out import ARCHIVE, MANIFEST
 
 MODULES = ("argparse.py", "ast.py", "base64.py", "bdb.py", "calendar.py", "cmd.py", "csv.py", "enum.py", "heapq.py")
 SMALL = {

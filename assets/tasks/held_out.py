@@ -12,7 +12,8 @@ from collections.abc import Iterator
 
 import datasets
 
-from moe_jax.text.corpus import Document, load_held_out
+from moe_jax.text.documents import Document
+from moe_jax.text.held_out import load_held_out
 
 FOLDER = pathlib.Path(__file__).parents[1] / "text"
 SEED = 0

@@ -16,10 +16,13 @@ import platform
 import random
 import sysconfig
 
+import licences
 import numpy as np
 
 from moe_jax.text import corpus
-from moe_jax.text.shingles import shingle
+from moe_jax.text.documents import Document
+from moe_jax.text.held_out import ARCHIVE, MANIFEST
+from moe_jax.text.near_duplicates import shingle
 
 FOLDER = pathlib.Path(__file__).parent
 SEED = 0
@@ -45,7 +48,7 @@ SOURCES = (
 )
 
 
-def candidates(documents) -> list[corpus.Document]:
+def candidates(documents) -> list[Document]:
     """Files of the wanted size that share little with the rest, in a seeded order."""
     shingles = [shingle(document.text) for document in documents]
     files_with, counts = np.unique(np.concatenate(shingles), return_counts=True)
@@ -60,7 +63,7 @@ def candidates(documents) -> list[corpus.Document]:
     return chosen
 
 
-def choose(everything: corpus.Corpus) -> list[corpus.Document]:
+def choose(everything: corpus.Corpus) -> list[Document]:
     """Fills each source's quota of bytes."""
     roots = {source: math.sqrt(one.bytes) for source, one in everything.statistics.items() if source != corpus.STDLIB}
     rest = TOTAL_BYTES * (1 - STDLIB_SHARE) / sum(roots.values())
@@ -94,10 +97,12 @@ def licence_of(source: str) -> str:
 
 def main() -> None:
     """Writes the archive, its manifest and the licences."""
-    if (FOLDER / corpus.ARCHIVE).exists():
-        raise SystemExit(f"{FOLDER / corpus.ARCHIVE} exists: the held-out text is chosen once")
+    if (FOLDER / ARCHIVE).exists():
+        raise SystemExit(f"{FOLDER / ARCHIVE} exists: the held-out text is chosen once")
+    for source in set(SOURCES) - {corpus.STDLIB}:
+        licences.require_permissive(importlib.metadata.distribution(source))
     everything = corpus.collect(SOURCES, ())
-    licences = {source: licence_of(source) for source in everything.statistics}
+    texts = {source: licence_of(source) for source in everything.statistics}
     documents = choose(everything)
     lines = [
         json.dumps({"source": one.source, "name": one.name, "text": one.text}, ensure_ascii=False) + "\n"
@@ -118,10 +123,10 @@ def main() -> None:
         )
     (FOLDER / "LICENSES").mkdir(exist_ok=True)
     for source in sorted({document.source for document in documents}):
-        (FOLDER / "LICENSES" / f"{source}.txt").write_text(licences[source], encoding="utf-8")
+        (FOLDER / "LICENSES" / f"{source}.txt").write_text(texts[source], encoding="utf-8")
     manifest = {"bytes": sum(one["bytes"] for one in files), "files": files}
-    (FOLDER / corpus.MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    (FOLDER / corpus.ARCHIVE).write_bytes(archive)
+    (FOLDER / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    (FOLDER / ARCHIVE).write_bytes(archive)
     print(f"{len(files)} files, {manifest['bytes']} bytes, {len(archive)} bytes compressed")
 
 

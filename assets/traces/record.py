@@ -16,7 +16,7 @@ from moe_jax.engine.request import execution_of
 from moe_jax.model import decoder
 from moe_jax.routing import policies, trace
 from moe_jax.routing.policies.parse import MODEL_OWN
-from moe_jax.text import corpus
+from moe_jax.text.held_out import load_held_out
 
 ROOT = pathlib.Path(__file__).parents[2]
 SEED = 0
@@ -27,7 +27,7 @@ ROWS = 16  # documents read at once
 
 def documents_of(model: moe_jax.Model) -> np.ndarray:
     """tokens_JT: the beginnings of documents that are long enough."""
-    documents = list(corpus.load_held_out(ROOT / "assets" / "text"))
+    documents = list(load_held_out(ROOT / "assets" / "text"))
     random.Random(SEED).shuffle(documents)
     ids = [model.tokenizer.encode(document.text).ids for document in documents]
     return np.array([one[:LAST] for one in ids if len(one) >= LAST][:DOCUMENTS], np.int32)

@@ -13,7 +13,7 @@ from moe_jax.evaluation.journal import Journal
 from moe_jax.evaluation.scoring import LabeledRows, score
 from moe_jax.model import decoder
 from moe_jax.routing import policies
-from moe_jax.text.corpus import Document
+from moe_jax.text.documents import Document
 
 OPTIONS = 4
 ROW = 192  # tokens: the prefix, then the options one after another

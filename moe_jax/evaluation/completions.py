@@ -16,7 +16,7 @@ from moe_jax.engine.request import make_requests
 from moe_jax.evaluation.journal import Journal
 from moe_jax.model import decoder
 from moe_jax.routing import policies
-from moe_jax.text.corpus import Document
+from moe_jax.text.documents import Document
 
 PROMPT = 128  # tokens, which end with the header
 BATCH = 128  # completions at a time

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.evaluation.intervals import Estimate
-from moe_jax.text.corpus import Document
+from moe_jax.text.documents import Document
 
 Figure = Mapping[str, Any]  # `value`, `unit` and, if it is an estimate, `ci95`
 Row = Mapping[str, Any]  # of result.json: `policy`, and `figures` by name

@@ -70,8 +70,8 @@ def model_card(config: Config, exported: Exported, rows: Sequence[Row]) -> str:
     return f"""# Model card
 
 A fine-grained Mixture-of-Experts decoder, trained from scratch by `launch/train.py` and exported in the
-`{families.OWN.model_type}` layout: {whole:,} parameters, {active:,} of them active per token. It completes Python
-source text; it knows nothing else and follows no instructions.
+`{families.OWN.model_type}` layout: {whole:,} parameters, {active:,} of them active per token. It continues
+text like that of its sources; it knows nothing else and follows no instructions.
 
 ## Shape
 
@@ -95,8 +95,8 @@ source text; it knows nothing else and follows no instructions.
 ## Quality
 
 Measured on the exported weights, in float32, on the whole held-out text ({len(text.held_out)} files,
-{held_out_MB:.2f} MB; `assets/text`), in windows of {decoder.max_context} tokens that overlap by a quarter. Intervals
-resample files; "worse" is relative to the first policy, paired by file.
+{held_out_MB:.2f} MB; `{config.text.held_out}`), in windows of {decoder.max_context} tokens that overlap by a quarter.
+Intervals resample files; "worse" is relative to the first policy, paired by file.
 
 {table(rows)}
 
@@ -105,9 +105,7 @@ training text.
 
 ## Data
 
-Python sources of these packages as installed, without generated and data-like files, held-out files, and
-near-duplicates of held-out files. Each package states a permissive licence; `assets/text/LICENSES` has the licences.
-The weights are released under Apache-2.0.
+Files of these sources, without generated and data-like ones, held-out files, and near-duplicates of held-out files.
 
 | source | files | MB |
 |---|---|---|

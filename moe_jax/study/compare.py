@@ -15,7 +15,8 @@ from moe_jax.model.decoder import Execution
 from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
-from moe_jax.text.corpus import Document, half
+from moe_jax.text.documents import Document
+from moe_jax.text.held_out import half
 from moe_jax.text.tokenizer import encode_documents
 
 LONGEST_WINDOW = 2048  # tokens, unless evaluation.context is set: contexts are up to a hundred times longer

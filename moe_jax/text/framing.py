@@ -9,7 +9,7 @@ import numpy as np
 import tokenizers
 
 from moe_jax.text import declared
-from moe_jax.text.corpus import Document
+from moe_jax.text.documents import Document
 from moe_jax.text.tokenizer import encode_documents
 
 

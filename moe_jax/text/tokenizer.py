@@ -16,7 +16,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from moe_jax.text import declared
-from moe_jax.text.corpus import Document
+from moe_jax.text.documents import Document
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TEXT_ID = 0

@@ -23,8 +23,10 @@ from moe_jax.routing.policies.parse import MODEL_OWN, parse
 from moe_jax.text import corpus as corpora
 from moe_jax.text.batches import Packed, pack
 from moe_jax.text.chat import load_renderer
-from moe_jax.text.corpus import Document
+from moe_jax.text.documents import Document
 from moe_jax.text.framing import frame_documents, outer_ids
+from moe_jax.text.held_out import half, load_held_out
+from moe_jax.text.near_duplicates import HeldOutIndex
 from moe_jax.training import loop, trainable
 from moe_jax.training.elastic import KSampler
 from moe_jax.training.objective import Teacher
@@ -117,7 +119,7 @@ def prepare_text(config: Config, model: Checkpoint) -> FinetuningText:
             "training.batch_size"
         )
     logging.info("%d documents, %.2f M tokens", len(documents), packed.num_tokens / 1e6)
-    watched, reported = corpora.half(held_out, "even"), corpora.half(held_out, "odd")
+    watched, reported = half(held_out, "even"), half(held_out, "odd")
     halves = watched, reported[: config.evaluation.documents or None]
     held = [HeldOut(documents, frame_documents(tokenizer, documents, begin_id, end_id)) for documents in halves]
     return FinetuningText(packed, digest, len(documents), *held)
@@ -125,15 +127,15 @@ def prepare_text(config: Config, model: Checkpoint) -> FinetuningText:
 
 def _documents(text: TextConfig, fraction: float, chat) -> tuple[Sequence[Document], str, Sequence[Document]]:
     if text.held_out:
-        held_out = corpora.load_held_out(text.held_out, chat)
+        held_out = load_held_out(text.held_out, chat)
         corpus = corpora.collect(text.sources, held_out, chat)
         training = corpus.documents
     else:
         corpus = corpora.collect(text.sources, (), chat)
-        by_digest = sorted(corpus.documents, key=lambda document: hashlib.sha256(document.text.encode()).digest())
+        by_digest = sorted(corpus.documents, key=lambda document: document.sha256)
         count = max(2, math.ceil(fraction * len(by_digest)), min(2 * FEW_DOCUMENTS, len(by_digest) // 5))
         held_out = by_digest[:count]
-        index = corpora.HeldOutIndex(held_out)
+        index = HeldOutIndex(held_out)
         training = tuple(document for document in corpus.documents if not index.resembles(document))
     if len(held_out) < 2 or not training:
         raise ValueError(

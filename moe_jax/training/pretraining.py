@@ -17,6 +17,8 @@ from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import MODEL_OWN
 from moe_jax.text import corpus as corpora
 from moe_jax.text.batches import Packed, pack
+from moe_jax.text.documents import Document
+from moe_jax.text.held_out import load_held_out
 from moe_jax.text.tokenizer import encode_documents, load_tokenizer, save_tokenizer, train_tokenizer
 from moe_jax.training import loop
 from moe_jax.training.step import NOTHING_FIXED, State, make_step, start
@@ -58,13 +60,13 @@ class PretrainingText(NamedTuple):
     tokenizer: tokenizers.Tokenizer
     packed: Packed
     corpus: corpora.Corpus
-    held_out: Sequence[corpora.Document]
+    held_out: Sequence[Document]
     held_out_tokens: Sequence[np.ndarray]
 
 
 def prepare_text(config: Config, folder: pathlib.Path) -> PretrainingText:
     """Collects the text, and trains a tokenizer unless the configuration names one or the folder has one."""
-    held_out = corpora.load_held_out(config.text.held_out)
+    held_out = load_held_out(config.text.held_out)
     corpus = corpora.collect(config.text.sources, held_out)
     logging.info("%d documents, %.1f MB of training text", len(corpus.documents), corpus.num_bytes / 1e6)
     own = folder / "tokenizer"

@@ -8,7 +8,7 @@ from moe_jax.evaluation import choices
 from moe_jax.model import decoder
 from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import parse
-from moe_jax.text.corpus import Document
+from moe_jax.text.documents import Document
 from tests import tiny_model
 
 ARCHITECTURE = tiny_model.changed(decoder={"max_context": 256})

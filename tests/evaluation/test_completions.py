@@ -7,7 +7,7 @@ from moe_jax.engine.request import execution_of
 from moe_jax.evaluation import completions
 from moe_jax.evaluation.completions import Header, parses
 from moe_jax.routing.policies.parse import parse
-from moe_jax.text.corpus import Document
+from moe_jax.text.documents import Document
 from tests import tiny_model
 
 TEXT = """import os

@@ -13,7 +13,8 @@ import pytest
 import moe_jax
 from moe_jax.engine.request import execution_of
 from moe_jax.evaluation.likelihood import score_documents
-from moe_jax.text.corpus import Document, load_held_out
+from moe_jax.text.documents import Document
+from moe_jax.text.held_out import load_held_out
 from moe_jax.text.tokenizer import encode_documents, load_tokenizer
 from tests import chained_model
 from tests.chat_templates import CHATML

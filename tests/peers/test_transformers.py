@@ -16,7 +16,7 @@ from moe_jax.checkpoint.families import FAMILIES
 from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 from moe_jax.engine.request import execution_of
 from moe_jax.evaluation.likelihood import score_documents
-from moe_jax.text.corpus import load_held_out
+from moe_jax.text.held_out import load_held_out
 from moe_jax.text.tokenizer import encode_documents
 from tests.peers import peer
 

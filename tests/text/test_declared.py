@@ -9,7 +9,7 @@ from tokenizers import processors
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.engine.request import execution_of, make_requests
 from moe_jax.text import chat, declared
-from moe_jax.text.corpus import Document
+from moe_jax.text.documents import Document
 from moe_jax.text.framing import outer_ids
 from moe_jax.text.tokenizer import TextStream, encode_documents, load_tokenizer
 from tests import chained_model, tiny_model

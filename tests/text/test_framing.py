@@ -9,7 +9,7 @@ from tokenizers import processors
 
 from moe_jax.text import chat
 from moe_jax.text.batches import pack
-from moe_jax.text.corpus import Document
+from moe_jax.text.documents import Document
 from moe_jax.text.framing import frame_documents, outer_ids
 from moe_jax.text.tokenizer import END_OF_TEXT, END_OF_TEXT_ID, encode_documents
 from tests import tiny_model

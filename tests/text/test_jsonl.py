@@ -8,6 +8,8 @@ import random
 import pytest
 
 from moe_jax.text import chat, corpus, jsonl
+from moe_jax.text.documents import Document
+from moe_jax.text.held_out import load_held_out
 from tests.chat_templates import CHATML, INST
 
 WORDS = ["red", "green", "blue", "value", "count", "index", "merge", "split", "left", "right", "token"]
@@ -43,10 +45,10 @@ def test_every_kind_of_line(tmp_path):
     found = corpus.collect([path], (), render)
     rendered = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\nBecause.<|im_end|>\n"
     assert found.documents == (
-        corpus.Document(path, "mixed.jsonl:1", "one\u2028still one"),
-        corpus.Document(path, "mixed.jsonl:3", rendered, special_tokens=True),
-        corpus.Document(path, "mixed.jsonl:4", "<|im_end|>"),
-        corpus.Document(path, "mixed.jsonl:5", "é\x85"),
+        Document(path, "mixed.jsonl:1", "one\u2028still one"),
+        Document(path, "mixed.jsonl:3", rendered, special_tokens=True),
+        Document(path, "mixed.jsonl:4", "<|im_end|>"),
+        Document(path, "mixed.jsonl:5", "é\x85"),
     )
     assert found.statistics[path].files == 4
 
@@ -105,7 +107,7 @@ def test_damaged_files_are_refused(tmp_path):
 
 def test_conversations_need_a_template_that_takes_them(tmp_path):
     path = write(tmp_path / "chat.jsonl", {"messages": MESSAGES})
-    for read in (lambda: corpus.collect([path], ()), lambda: corpus.load_held_out(path)):
+    for read in (lambda: corpus.collect([path], ()), lambda: load_held_out(path)):
         with pytest.raises(ValueError, match=r"chat\.jsonl, line 1 has messages, but the model's folder has no chat"):
             read()
     with pytest.raises(ValueError, match=r"chat\.jsonl, line 1: the chat template cannot be applied: .*Roles must alt"):
@@ -138,7 +140,7 @@ def test_the_digest_of_a_corpus_includes_whether_special_tokens_are_encoded(tmp_
 def test_held_out_lines_are_excluded_wherever_they_are(tmp_path):
     question = [{"role": "user", "content": unrelated(1)}, {"role": "assistant", "content": unrelated(2)}]
     path = write(tmp_path / "held_out.jsonl", {"text": unrelated(3)}, {"messages": question}, {"text": "Short, too."})
-    held_out = corpus.load_held_out(path, render)
+    held_out = load_held_out(path, render)
     assert [document.special_tokens for document in held_out] == [False, True, False]
     changed = unrelated(3).split()
     changed[10] = changed[30] = "changed"

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import strategies as st
 
 from moe_jax.text import tokenizer as tokenizer_module
-from moe_jax.text.corpus import Document, collect
+from moe_jax.text.corpus import collect
+from moe_jax.text.documents import Document
 from moe_jax.text.tokenizer import (
     END_OF_TEXT,
     END_OF_TEXT_ID,

@@ -19,7 +19,8 @@ from moe_jax.engine.request import execution_of
 from moe_jax.evaluation.likelihood import score_documents
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
 from moe_jax.study import recover
-from moe_jax.text import corpus
+from moe_jax.text.documents import Document
+from moe_jax.text.held_out import half, load_held_out
 from moe_jax.text.tokenizer import encode_documents, load_tokenizer
 from moe_jax.training import finetuning
 from tests import tiny_model, tiny_training
@@ -108,7 +109,7 @@ def test_it_measures_trains_exports_and_measures_again(done):
 
 def test_the_reported_bits_are_those_of_the_two_models(done, model, sources):
     """Document by document, for the reported half, with the original model and the exported one."""
-    reported = corpus.half(corpus.load_held_out(sources / "held_out"), "odd")
+    reported = half(load_held_out(sources / "held_out"), "odd")
     with open(done.out / "documents.csv", newline="") as file:
         lines = list(csv.DictReader(file))
     assert [line["name"] for line in lines] == [document.name for document in reported]
@@ -210,7 +211,7 @@ def test_documents_are_held_out_if_none_are_given(model, sources, tmp_path):
     text, held = prepared(lines)
     assert len(held) == len(set(held)) == 10 and set(held) <= {f"lines.jsonl:{number}" for number in range(1, 41)}
     assert text.num_documents == 30
-    tokens = sum(map(len, encode_documents(load_tokenizer(model), [corpus.Document("", "", one) for one in lines])))
+    tokens = sum(map(len, encode_documents(load_tokenizer(model), [Document("", "", one) for one in lines])))
     held_tokens = sum(len(ids) for half in (text.watched, text.reported) for ids in half.tokens)
     assert text.packed.num_tokens + held_tokens == tokens
     twin = text.reported.documents[-1]
