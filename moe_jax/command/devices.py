@@ -38,8 +38,8 @@ def require_device() -> None:
         asked = os.environ.get("JAX_PLATFORMS", "")
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"JAX_PLATFORMS = {asked!r}: JAX finds no such device; expected cpu, or the extra of requirements that "
-            f"brings it, as in pip install -e .[cuda13]{f' ({reason})' if reason else ''}"
+            f"JAX_PLATFORMS = {asked!r}: JAX finds no such device; expected cpu, or the extra of the package that "
+            f"installs it, as in pip install -e .[cuda13]{f' ({reason})' if reason else ''}"
         ) from error
 
 

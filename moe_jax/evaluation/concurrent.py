@@ -52,7 +52,8 @@ def cut_windows(documents: Sequence[np.ndarray], tokenizer, context: int, count:
         owners += [number] * len(ends)
     if len(tokens) < count:
         raise ValueError(
-            f"the held-out text has {len(tokens)} full windows of {context} tokens: expected at least {count}"
+            f"the held-out text has {len(tokens)} full windows of {context} tokens: expected at least {count}; "
+            "name more text in text.held_out, or lower sweep.windows or sweep.context"
         )
     order = np.random.default_rng(seed).permutation(len(tokens))[:count]
     return Windows(*(np.asarray(part)[order] for part in (np.int32(tokens), sizes, owners)))
