@@ -54,7 +54,7 @@ def convert(
             of Orbax parameters that this function wrote.
         destination: the new folder; it must not exist yet, or be empty.
         layout: one of `LAYOUTS`.
-        dtype: of the weights; "auto": as they are.
+        dtype: the dtype of the weights; "auto": as they are.
         policy: its k becomes the model's own; the k may differ between layers, but not between tokens.
         shard_bytes: as `write_checkpoint` takes it.
 

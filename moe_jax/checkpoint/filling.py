@@ -43,7 +43,7 @@ class Source(NamedTuple):
     """One tensor of a checkpoint and where it goes.
 
     Attributes:
-        name: of the tensor.
+        name: the name of the tensor.
         stored: its location in a file.
         destination: contiguous, in the order of the tensor, of any dtype of `EXPONENTS`.
         scale: the location of the scales of its blocks, if it is quantised.

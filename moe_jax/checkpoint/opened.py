@@ -105,7 +105,7 @@ class Checkpoint:
         """Loads the weights onto devices.
 
         Args:
-            dtype: of every parameter but those that always stay in float32; "auto": as stored. See
+            dtype: the dtype of every parameter but those that always stay in float32; "auto": as stored. See
                 `huggingface.stacks_of`.
             sharding_of: gives the sharding of a parameter; for each device only its own slices are read from the file.
                 None: whole, on the default device.
@@ -145,7 +145,7 @@ class Checkpoint:
             path: the new folder; it must not exist yet, or be empty.
             params: a nested dict of arrays, as `read` and `load` return it.
             layout: one of `LAYOUTS`; transformers and other servers load "huggingface".
-            dtype: of the weights; "auto": as they are in memory.
+            dtype: the dtype of the weights; "auto": as they are in memory.
             replace: whether to replace an existing folder, with everything in it.
             shard_bytes: as `huggingface.write_checkpoint` takes it.
 

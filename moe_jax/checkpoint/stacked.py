@@ -136,11 +136,11 @@ def write(
 
     Args:
         folder: the new folder; it must not exist yet, or be empty.
-        architecture: of the model.
+        architecture: the model's architecture.
         params: a nested dict of arrays.
         texts_of: gives config.json and generation_config.json for the dtype of most numbers.
         files: other files to write, by name.
-        dtype: of every parameter but a selection bias; "auto": as it is.
+        dtype: the dtype of every parameter but a selection bias; "auto": as it is.
         replace: whether to replace an existing folder, with everything in it.
 
     Raises:

@@ -84,7 +84,7 @@ class Engine:
 
     Args:
         params: as `decoder.split` returns them, on their devices.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         end_ids: tokens that end a text.
 
     Attributes:

@@ -36,7 +36,7 @@ def execution_of(
     """The static settings of the programs that run a model here.
 
     Args:
-        architecture: of the model.
+        architecture: the model's architecture.
         k_max: static slots per token; 0: the model's own k.
         kernels: the implementation of each operation; None: by platform, device and model.
         dtype: of the routed experts' weights; some kernels are for 16 bits only.
@@ -89,12 +89,12 @@ def make_requests(
 
     Args:
         prompts: texts, or token ids.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         execution: as `execution_of` returns it.
-        sampling: of all requests.
+        sampling: sampling settings of all requests.
         policy: as `policy_of_each` takes it.
-        seed: of sampling, 0 to 2**32 - 1: one for all, or one for each prompt.
-        calibration: of the model, for policies that lack one.
+        seed: the seed of sampling, 0 to 2**32 - 1: one for all, or one for each prompt.
+        calibration: the model's calibration, for policies that lack one.
 
     Raises:
         ValueError: there is no prompt; a prompt is empty, is not text, or fills the context; a policy or a seed is

@@ -14,7 +14,7 @@ class StoppingText:
     stop string that names one, such as "<|im_end|>" or "</s>\\n", is searched for in the text with their names added.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         stop: strings that end the text; none of them empty.
         before: ids of the prompt that the text continues.
     """

@@ -43,9 +43,9 @@ def make_questions(
 
     Args:
         documents: the held-out text.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         count: how many questions.
-        seed: of the random choice; the same arguments give the same questions.
+        seed: the seed of the random choice; the same arguments give the same questions.
 
     Raises:
         ValueError: the documents have fewer questions.

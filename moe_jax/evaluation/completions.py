@@ -40,9 +40,9 @@ def make_headers(
 
     Args:
         documents: the held-out text; those that this Python cannot parse are skipped.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         count: how many headers.
-        seed: of the random choice; the same arguments give the same headers.
+        seed: the seed of the random choice; the same arguments give the same headers.
 
     Raises:
         ValueError: the documents have fewer headers.
@@ -133,13 +133,13 @@ def complete(
     All policies and temperatures share one compiled step. A header uses the same random numbers under every policy.
 
     Args:
-        engine: of the model.
-        tokenizer: of the model.
+        engine: the model's engine.
+        tokenizer: the model's tokenizer.
         headers: as `make_headers` gives them.
         compared: the policies.
         execution: the static half of the step.
-        max_new_tokens: of each body.
-        seed: of sampling.
+        max_new_tokens: the most tokens of each body.
+        seed: the seed of sampling.
         journal: keeps finished batches; None: they are not kept.
         advance: called with the number of completions done since the last call.
 

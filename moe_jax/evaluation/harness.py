@@ -40,13 +40,13 @@ class LanguageModel(TemplateLM):
         num_truncated: number of requests so far whose context was truncated at the beginning to fit the model's.
 
     Args:
-        folder: of the checkpoint, for its special tokens and its chat template.
+        folder: the checkpoint's folder, for its special tokens and its chat template.
         engine: holds the weights and generates text.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         execution: the static half of the steps; policies keep at most its `k_max` experts.
         policy: which experts run, a spec such as "topk:4"; row-wise for all requests but generation.
         batch_size: rows per compiled step.
-        seed: of generation, for tasks that sample.
+        seed: the seed of generation, for tasks that sample.
 
     Raises:
         ValueError: the policy does not parse or does not fit the model, or the checkpoint names no token that can

@@ -89,12 +89,12 @@ def score(
     Args:
         params: as `decoder.split` gives them.
         batch: the rows and their labels.
-        settings: of each policy, one row for each row of the batch.
+        settings: the settings of each policy, one row for each row of the batch.
         execution: the static half of the steps.
         reference: index of the policy from which divergences are measured; None: no divergences.
         side_by_side: as `decoder.hidden` takes it.
         greedy: whether to return `greedy_Y`.
-        specs: of the policies, for messages.
+        specs: the specs of the policies, for messages.
 
     Raises:
         NotFiniteError: the log-probability of a label is NaN or infinite.

@@ -84,10 +84,10 @@ class GroupedHeads:
         """Adds several positions of every row to the cache; each attends to itself and all earlier ones.
 
         Args:
-            cache: of all layers.
+            cache: the cache of all layers.
             layer: index into the cache.
             start_B: int32, where the first new position goes; the cache must have room for all.
-            implementation: of `causal_attention`.
+            implementation: the implementation of `causal_attention`.
 
         Returns:
             mixed_BTHX and the cache.
@@ -104,10 +104,10 @@ class GroupedHeads:
         """Adds one position of every row to the cache and attends over the cache, see `cached_attention`.
 
         Args:
-            cache: of all layers.
+            cache: the cache of all layers.
             layer: index into the cache.
             position_B: int32, where the new position goes.
-            implementation: of `cached_attention`.
+            implementation: the implementation of `cached_attention`.
 
         Returns:
             mixed_BTHX and the cache.
@@ -145,7 +145,7 @@ def heads(
         weights: the attention weights of one layer, names without the leading L.
         turn: cosines and sines of the rotary angles.
         attention: the attention settings.
-        norm_eps: of the query and key norms.
+        norm_eps: epsilon of the query and key norms.
     """
     query_BTHA = project(x_BTD, weights["query_HAD"])
     key_BTGA = project(x_BTD, weights["key_GAD"])

@@ -114,12 +114,12 @@ def recover(
 
     Args:
         config: reads `training`, `objective` and `finetune`.
-        folder: of the run.
+        folder: the run's folder.
         model: the model to fine-tune.
         params: its weights.
         text: from `finetuning.prepare_text`.
         run_policies: from `recovery_policies`.
-        execution: of the full model.
+        execution: static settings of the full model.
         before: from `measure`, under `run_policies.compared`.
     """
     if config.finetune.rollouts:

@@ -196,11 +196,11 @@ def finetune(
 
     Args:
         config: reads `training`, `objective` and `finetune`.
-        folder: of the run.
-        params: of the model as loaded; left unchanged, and used as the teacher where the objective has one.
+        folder: the run's folder.
+        params: the model's weights as loaded; left unchanged, and used as the teacher where the objective has one.
         text: from `prepare_text`.
         policy: from `trained_policy`.
-        execution: of the full model.
+        execution: static settings of the full model.
     """
     training, architecture, rows = config.training, execution.architecture, config.training.batch_size
     if config.finetune.elastic:

@@ -41,14 +41,14 @@ def write(
     resumes.
 
     Args:
-        params: of the full model.
-        tokenizer: of the model.
+        params: the full model's weights.
+        tokenizer: the model's tokenizer.
         end_ids: ids that end a text.
-        execution: of the full model.
+        execution: static settings of the full model.
         packed: the training text; the rollouts are as long as its rows.
         count: number of texts.
-        seed: of the choice of rows and of the sampling.
-        folder: of the parts.
+        seed: the seed of the choice of rows and of the sampling.
+        folder: the folder of the parts.
 
     Returns:
         The texts, packed as the training text is.

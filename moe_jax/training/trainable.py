@@ -24,8 +24,8 @@ def divide(params: Params, config: FinetuneConfig, dtype: str, seed: int) -> tup
     Args:
         params: nested dicts of arrays, as loaded, without the selection bias.
         config: `train` says which parameters train; `mask` adds a trained mask of experts.
-        dtype: of trained matrices; norms, routers and LoRA's factors are float32.
-        seed: of LoRA's first factor.
+        dtype: the dtype of trained matrices; norms, routers and LoRA's factors are float32.
+        seed: the seed of LoRA's first factor.
 
     Returns:
         The trained parameters, which are copies, and the frozen ones, which are the given arrays. With LoRA a trained

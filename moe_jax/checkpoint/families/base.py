@@ -148,7 +148,7 @@ def field(fields: dict[str, Any], name: str, kind: type, default: Any = _REQUIRE
 
     Args:
         fields: of `config.json`, or of an object in it.
-        name: of the field.
+        name: the name of the field.
         kind: bool, int, float, str, list or dict.
         default: the value if it is absent; without a default, the field is required.
         older: an earlier name of the field, read if `name` is absent.

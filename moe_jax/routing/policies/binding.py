@@ -40,8 +40,8 @@ def settings(
     """Binds one policy per request to a model.
 
     Args:
-        policies: of each row.
-        architecture: of the model.
+        policies: the policy of each row.
+        architecture: the model's architecture.
         k_max: static slots per token.
         group_B: rows with the same number act together in a decode step; None: those with the same policy.
 
