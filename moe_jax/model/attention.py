@@ -134,7 +134,7 @@ def cached_widths(attention: AttentionConfig) -> tuple[int, int, int]:
 def heads(
     x_BTD: jax.Array,
     weights: dict[str, jax.Array | Stacked],
-    turn: tuple[jax.Array, jax.Array],
+    cos_sin: tuple[jax.Array, jax.Array],
     attention: AttentionConfig,
     norm_eps: float,
 ) -> GroupedHeads:
@@ -143,7 +143,7 @@ def heads(
     Args:
         x_BTD: normed activations.
         weights: the attention weights of one layer, names without the leading L.
-        turn: cosines and sines of the rotary angles.
+        cos_sin: cosines and sines of the rotary angles.
         attention: the attention settings.
         norm_eps: epsilon of the query and key norms.
     """
@@ -163,7 +163,7 @@ def heads(
     if attention.clip_qkv:
         bound = attention.clip_qkv
         query_BTHA, key_BTGA, value_BTGA = (jnp.clip(x, -bound, bound) for x in (query_BTHA, key_BTGA, value_BTGA))
-    query_BTHA, key_BTGA = (rope.rotate(x, turn, attention.rope_interleaved) for x in (query_BTHA, key_BTGA))
+    query_BTHA, key_BTGA = (rope.rotate(x, cos_sin, attention.rope_interleaved) for x in (query_BTHA, key_BTGA))
     return GroupedHeads(query_BTHA, key_BTGA, value_BTGA, rope.score_scale(attention, attention.head_dim))
 
 

@@ -115,13 +115,13 @@ def _one_layer(weights: Params, modules: tuple[str, ...], layer: jax.Array | int
     return {name.replace("_L", "_"): take(name, value) for name, value in weights.items()}
 
 
-def _layer(x_BTD, weights, turn, core, ffn, architecture):
+def _layer(x_BTD, weights, cos_sin, core, ffn, architecture):
     """One pre-norm layer; `core` mixes positions, `ffn` runs on flattened tokens. Also returns what both report."""
     eps = architecture.decoder.norm_eps
     with jax.named_scope("attention"):
         normed = rms_norm(x_BTD, weights["attention_norm_D"], eps)
         kind, attention_weights = ATTENTION[architecture.attention.kind], weights["attention"]
-        mixed_BTHX, from_core = core(kind.heads(normed, attention_weights, turn, architecture.attention, eps))
+        mixed_BTHX, from_core = core(kind.heads(normed, attention_weights, cos_sin, architecture.attention, eps))
         x_BTD = x_BTD + project(mixed_BTHX, attention_weights[kind.OUTPUT], 2)
     with jax.named_scope("ffn"):
         normed = rms_norm(x_BTD, weights["ffn_norm_D"], eps)
@@ -155,7 +155,7 @@ def _context(column: jax.Array, valid_BT: jax.Array, steps: int) -> Context:
     return Context(column, jnp.repeat(jnp.arange(batch), length), valid_BT.reshape(-1), steps)
 
 
-def _turn(positions_BT: jax.Array, architecture: Architecture):
+def _cos_sin(positions_BT: jax.Array, architecture: Architecture):
     return rope.angles(positions_BT, architecture.attention)
 
 
@@ -209,7 +209,7 @@ def _whole(
 ):
     """Runs all layers over whole sequences: x_BTD, the traffic, and `observe` of the input of each MoE layer."""
     architecture = execution.architecture
-    turn = _turn(positions_BT, architecture)
+    cos_sin = _cos_sin(positions_BT, architecture)
     x_BTD = params["embedding_VD"][tokens_BT].astype(dtype_of(params))
 
     def core(heads):
@@ -226,7 +226,7 @@ def _whole(
         around = {name: part for name, part in stack.items() if name != "experts"}
         weights = _one_layer(around, (layer.stack,), layer.index, projection)
         if not layer.is_moe:
-            x_BTD, _, _ = _layer(x_BTD, weights, turn, core, _dense_ffn(weights), architecture)
+            x_BTD, _, _ = _layer(x_BTD, weights, cos_sin, core, _dense_ffn(weights), architecture)
             return x_BTD, None
         context = _context(layer.column, segments_BT != 0, steps)
         ffn = _moe_ffn(weights, stack["experts"], layer, live, context, execution)
@@ -235,7 +235,7 @@ def _whole(
             y_ND, traffic = ffn(x_ND)
             return y_ND, (traffic, observe(x_ND))
 
-        x_BTD, _, seen = _layer(x_BTD, weights, turn, core, observed_ffn, architecture)
+        x_BTD, _, seen = _layer(x_BTD, weights, cos_sin, core, observed_ffn, architecture)
         return x_BTD, seen
 
     def recomputed(layer):  # the layer, with the part that the backward pass recomputes
@@ -334,7 +334,7 @@ def extend(
     if start_B is not None:
         positions_BT = start_B[:, None] + positions_BT
     is_step = start_B is not None and length == 1
-    turn = _turn(positions_BT, architecture)
+    cos_sin = _cos_sin(positions_BT, architecture)
     x_BTD = params["embedding_VD"][tokens_BT].astype(dtype_of(params))
 
     def core(layer, cache):
@@ -358,7 +358,7 @@ def extend(
             if layer.is_moe:
                 context = _context(layer.column, valid_BT, 1 if is_step else 0)
                 ffn = _moe_ffn(weights, params[layer.stack]["experts"], layer, live, context, execution)
-            x_BTD, cache, new = _layer(x_BTD, weights, turn, core(layer.number, cache), ffn, architecture)
+            x_BTD, cache, new = _layer(x_BTD, weights, cos_sin, core(layer.number, cache), ffn, architecture)
             if layer.is_moe:
                 traffic = Traffic(*(every.at[layer.column].set(one) for every, one in zip(traffic, new, strict=True)))
             carried = x_BTD, cache, traffic

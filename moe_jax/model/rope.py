@@ -59,13 +59,13 @@ def angles(positions_BT: jax.Array, attention: AttentionConfig) -> tuple[jax.Arr
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
-def rotate(x_BTHA: jax.Array, turn: tuple[jax.Array, jax.Array], interleaved: bool) -> jax.Array:
+def rotate(x_BTHA: jax.Array, cos_sin: tuple[jax.Array, jax.Array], interleaved: bool) -> jax.Array:
     """Rotates the first rope_dim channels of every head.
 
     Channel i is paired with i + rope_dim / 2, or, if interleaved, 2 i with 2 i + 1; the checkpoint decides. The result
     has the pairs as halves in both cases. Scores do not depend on the order, as queries and keys share it.
     """
-    cos, sin = (t[:, :, None, :] for t in turn)
+    cos, sin = (t[:, :, None, :] for t in cos_sin)
     rotated, rest = jnp.split(x_BTHA.astype(jnp.float32), [2 * cos.shape[-1]], axis=-1)
     first, second = (rotated[..., 0::2], rotated[..., 1::2]) if interleaved else jnp.split(rotated, 2, axis=-1)
     turned = [first * cos - second * sin, second * cos + first * sin, rest]
