@@ -101,7 +101,7 @@ def _read_run(folder: pathlib.Path) -> ModelWithWeights:
     execution = execution_of(config.architecture)
     like = jax.eval_shape(lambda: start(execution, config.training, config.run.seed))
     state, _ = _restore(folder / "checkpoints", like)
-    return ModelWithWeights(checkpoint.begun(config.architecture, tokenizer), state.all_params())
+    return ModelWithWeights(checkpoint.new(config.architecture, tokenizer), state.all_params())
 
 
 def _read_orbax(opened: Checkpoint) -> ModelWithWeights:

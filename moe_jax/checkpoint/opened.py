@@ -227,7 +227,7 @@ def open(path: str | os.PathLike, *, calibration: str | os.PathLike | None = "")
     )
 
 
-def begun(architecture: Architecture, tokenizer: tokenizers.Tokenizer) -> Checkpoint:
+def new(architecture: Architecture, tokenizer: tokenizers.Tokenizer) -> Checkpoint:
     """A model that was trained here from scratch, with a tokenizer from `text.tokenizer`; it is not stored yet."""
     token_ids = dict.fromkeys(beside.TOKEN_IDS, END_OF_TEXT_ID)
     files = tokenizer_files(tokenizer, architecture.decoder.max_context)
