@@ -183,7 +183,7 @@ class Checkpoint:
         files = beside.without_calibration(self.files)
         return dataclasses.replace(self, architecture=architecture, files=files, calibration=None)
 
-    def of_other_weights(self) -> "Checkpoint":
+    def for_new_weights(self) -> "Checkpoint":
         """The model for new weights: without the calibration of the old ones, and without pages about them."""
         files = beside.without_pages(beside.without_calibration(self.files))
         return dataclasses.replace(self, files=files, calibration=None, folder=None, fetch=None, table=None)

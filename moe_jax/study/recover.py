@@ -126,7 +126,7 @@ def recover(
         text = text._replace(packed=_rollouts(config, folder / "rollouts", model, params, text, execution))
     tuned = finetuning.finetune(config, folder, params, text, run_policies.trained, execution)
     own = policies.with_own(run_policies.trained, model.architecture) or model.architecture
-    exported = model.of_other_weights().with_architecture(own)
+    exported = model.for_new_weights().with_architecture(own)
     exported.save(folder / "model", tuned.params, dtype=model.stored_dtype, replace=True)
     params = checkpoint.open(folder / "model").load(config.training.weights)
     after = measure(config, params, text, run_policies.compared, execution, "after")
