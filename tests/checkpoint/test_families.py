@@ -205,7 +205,7 @@ def test_rotations_by_kind_of_layer():
 def test_the_scale_of_yarn_may_be_given(name):
     model_type, architecture = VARIANTS[name]
     fields = FAMILIES[model_type].config_json(architecture)
-    own = rope.turn_scale(architecture.attention)
+    own = rope.rotary_scale(architecture.attention)
     for scale, accepted in ((own, True), (round(own, 8), True), (own * 1.001, False)):
         said = fields | {"rope_scaling": fields["rope_scaling"] | {"attention_factor": scale}}
         if accepted:
