@@ -216,15 +216,15 @@ def _whole(
         return heads.causal(segments_BT, execution.kernels.causal_attention), None
 
     adapted = holds_any(params)
-    apart = adapted or not in_stacks
-    projection = "" if apart else execution.kernels.projection
+    by_layer = adapted or not in_stacks  # each layer is taken out of its stack
+    projection = "" if by_layer else execution.kernels.projection
     steps = tokens_BT.shape[1] if side_by_side else 0
 
     def run(layer, x_BTD, stack):
-        if apart:
+        if by_layer:
             stack = merge(stack)
-        around = {name: part for name, part in stack.items() if name != "experts"}
-        weights = _one_layer(around, (layer.stack,), layer.index, projection)
+        others = {name: part for name, part in stack.items() if name != "experts"}
+        weights = _one_layer(others, (layer.stack,), layer.index, projection)
         if not layer.is_moe:
             x_BTD, _, _ = _layer(x_BTD, weights, cos_sin, core, _dense_ffn(weights), architecture)
             return x_BTD, None
@@ -248,7 +248,7 @@ def _whole(
         seen = []
         for layer, place in zip(block.at(time), block.places, strict=True):
             stack = params[layer.stack]
-            if apart:  # the layer becomes a stack of one
+            if by_layer:  # as a stack of one
                 stack, layer = _alone(own[layer.stack], place), layer._replace(index=jnp.int32(0))
             x_BTD, seen_here = recomputed(layer)(x_BTD, stack)
             seen += [seen_here] if layer.is_moe else []
@@ -259,11 +259,11 @@ def _whole(
         if not block.is_moe:
             for layer in itertools.chain(*map(block.at, range(block.times))):
                 stack = params[layer.stack]
-                if apart:
+                if by_layer:
                     stack, layer = _alone(stack, layer.index), layer._replace(index=0)
                 x_BTD, _ = recomputed(layer)(x_BTD, stack)
             continue
-        own = {stack: _by_pass(params[stack], stack, block) for stack in block.stacks} if apart else None
+        own = {stack: _by_pass(params[stack], stack, block) for stack in block.stacks} if by_layer else None
         times = jnp.arange(block.times, dtype=jnp.int32)
         x_BTD, seen_in_block = lax.scan(functools.partial(one_pass, block), x_BTD, (times, own))
         if block.num_moe > 1:
@@ -352,26 +352,28 @@ def extend(
     def one_pass(block, time, carried):
         for layer in block.at(time):
             x_BTD, cache, traffic = carried
-            around = {name: part for name, part in params[layer.stack].items() if name != "experts"}
-            weights = _one_layer(around, (layer.stack,), layer.index, execution.kernels.projection)
+            others = {name: part for name, part in params[layer.stack].items() if name != "experts"}
+            weights = _one_layer(others, (layer.stack,), layer.index, execution.kernels.projection)
             ffn = _dense_ffn(weights)
             if layer.is_moe:
                 context = _context(layer.column, valid_BT, 1 if is_step else 0)
                 ffn = _moe_ffn(weights, params[layer.stack]["experts"], layer, live, context, execution)
             x_BTD, cache, new = _layer(x_BTD, weights, cos_sin, core(layer.number, cache), ffn, architecture)
             if layer.is_moe:
-                traffic = Traffic(*(every.at[layer.column].set(one) for every, one in zip(traffic, new, strict=True)))
+                traffic = Traffic(
+                    *(all_layers.at[layer.column].set(own) for all_layers, own in zip(traffic, new, strict=True))
+                )
             carried = x_BTD, cache, traffic
         return carried
 
     num_moe = architecture.decoder.num_moe_layers
-    nothing = Traffic(
+    zeros = Traffic(
         jnp.zeros((num_moe, architecture.moe.num_experts), jnp.int32),
         jnp.zeros(num_moe, jnp.float32),
         jnp.zeros(num_moe, jnp.float32),
         jnp.zeros((num_moe, batch * length, execution.k_max), jnp.int32),
     )
-    carried = x_BTD, cache, nothing
+    carried = x_BTD, cache, zeros
     for block in layer_order.blocks(architecture):
         if block.is_moe:
             carried = lax.fori_loop(0, block.times, functools.partial(one_pass, block), carried)

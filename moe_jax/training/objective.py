@@ -117,8 +117,8 @@ def _forward(x_ND, head_VD, labels_N, weight_N, teacher_ND, teacher_head_VD, con
         head_grad_VD = head_grad_VD + jnp.dot(logits_grad.T, x, preferred_element_type=jnp.float32)
         return (jax.tree.map(jnp.add, terms, new), head_grad_VD), jnp.dot(logits_grad, head_VD).astype(x.dtype)
 
-    nothing = {"loss": jnp.float32(0)} | ({} if teacher_ND is None else {"divergence": jnp.float32(0)})
-    start = nothing, jnp.zeros(head_VD.shape, jnp.float32)
+    zeros = {"loss": jnp.float32(0)} | ({} if teacher_ND is None else {"divergence": jnp.float32(0)})
+    start = zeros, jnp.zeros(head_VD.shape, jnp.float32)
     (terms, head_grad_VD), x_grad = lax.scan(step, start, split((x_ND, labels_N, weight_N, teacher_ND)))
     total = config.language_model * terms["loss"] + config.distillation * terms.get("divergence", 0.0)
     return (total, terms), (x_grad.reshape(x_ND.shape), head_grad_VD.astype(head_VD.dtype))
