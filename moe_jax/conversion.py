@@ -109,8 +109,8 @@ def _read_orbax(opened: Checkpoint) -> ModelWithWeights:
     try:
         dtypes = json.loads(path.read_text(encoding="utf-8"))
         like = {
-            one.path: jax.ShapeDtypeStruct(one.shape(architecture), np.dtype(dtypes[one.path]))
-            for one in parameters.of(architecture)
+            parameter.path: jax.ShapeDtypeStruct(parameter.shape(architecture), np.dtype(dtypes[parameter.path]))
+            for parameter in parameters.of(architecture)
         }
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is missing or damaged: expected the dtype of each parameter ({error!r})") from error

@@ -64,7 +64,7 @@ def policy_of_each(
     each = list(policy) if isinstance(policy, (list, tuple)) else [policy] * count
     if len(each) != count:
         raise ValueError(f"{len(each)} policies for {count} rows: expected one, or one for each row")
-    return [_policy(one, calibration) for one in each]
+    return [_policy(given, calibration) for given in each]
 
 
 def _policy(given: AnyPolicy, calibration: Calibration | None) -> policies.Policy:
@@ -106,7 +106,7 @@ def make_requests(
     policy_B = policy_of_each(policy, len(prompts), calibration)
     policies.settings(policy_B, execution.architecture, execution.k_max)
     seed_B = [seed] * len(prompts) if np.ndim(seed) == 0 else list(seed)
-    if len(seed_B) != len(prompts) or not all(0 <= operator.index(one) < 2**32 for one in seed_B):
+    if len(seed_B) != len(prompts) or not all(0 <= operator.index(value) < 2**32 for value in seed_B):
         raise ValueError(f"seed = {seed!r}: expected a whole number from 0 to 2**32 - 1, or one for each prompt")
     requests = []
     for number, prompt in enumerate(prompts, start=1):

@@ -185,7 +185,7 @@ def decode(params, slots: CacheSlots, continue_B, count, end_I, live: Live, *, e
         chosen_LBK = traffic.chosen_NK
         new = (alive_B, sampled_B, log_probability_B, _kept(chosen_LBK), _distinct(traffic.load_E))
         new += (chosen_LBK if routing else None,)
-        recorded = jax.tree.map(lambda all_S, one: all_S.at[steps.count].set(one), tuple(steps[1:]), new)
+        recorded = jax.tree.map(lambda all_S, own: all_S.at[steps.count].set(own), tuple(steps[1:]), new)
         token_B = jnp.where(alive_B, sampled_B, slots.token_B)
         left_B = _left(slots.left_B, sampled_B, end_I)
         return DecodeResult(steps.count + 1, *recorded), CacheSlots(cache, token_B, slots.position_B + alive_B, left_B)

@@ -66,15 +66,18 @@ def make_headers(
 
 
 def _functions(text: str) -> list[tuple[int, int]]:
-    """Where each line of a `def` and its body begin, in characters; only for bodies on a line of their own."""
+    """The offsets in characters of each `def` line and of its body; only functions whose body starts on a new line."""
     try:
         with warnings.catch_warnings(action="ignore"):
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError):
         return []
     starts = np.cumsum([0] + [len(line) + 1 for line in text.split("\n")])
-    functions = (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
-    spans = [(starts[one.lineno - 1], starts[one.body[0].lineno - 1] + one.body[0].col_offset) for one in functions]
+    spans = []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[0]
+            spans.append((starts[node.lineno - 1], starts[body.lineno - 1] + body.col_offset))
     return [(begin, body) for begin, body in spans if "\n" in text[begin:body] and text[:body].endswith((" ", "\t"))]
 
 

@@ -233,7 +233,7 @@ def finetune(
             context=training.sequence_length,
             batch_size=config.evaluation.batch_size,
         )
-        return float(np.mean([one.bits_J.sum() for one in scored]) / sizes.sum())
+        return float(np.mean([policy_scores.bits_J.sum() for policy_scores in scored]) / sizes.sum())
 
     task = loop.TrainingTask(
         state_of(trained, {stack: bias_LE + 0 for stack, bias_LE in biases.items()}, training),

@@ -69,8 +69,8 @@ def write(
                 seeds = [(seed + first + number) % 2**32 for number in range(len(prompts))]
                 requests = make_requests(prompts, tokenizer, execution, sampling=sampling, seed=seeds)
                 made = engine.run(requests, execution).completions
-                ids = [[*prompt, *one.ids] for prompt, one in zip(prompts, made)]
-                return {"ids": np.concatenate(ids).astype(np.int32), "lengths": [len(one) for one in ids]}
+                ids = [[*prompt, *completion.ids] for prompt, completion in zip(prompts, made)]
+                return {"ids": np.concatenate(ids).astype(np.int32), "lengths": list(map(len, ids))}
 
             part = journal.once(f"rollouts-{first:06d}", compute)
             texts += np.split(part["ids"], np.cumsum(part["lengths"])[:-1])
