@@ -133,15 +133,15 @@ def _in_chunks(params, cache, tokens_BT, last_B, valid_BT, policy, execution, ch
 def insert(slots: CacheSlots, prefix: CacheSlots, place_B, count) -> CacheSlots:
     """Copies the first `count` rows of a prefix into slots: row r overwrites slot `place_B[r]`."""
 
-    def put(row, slots):
-        def into(all_slots, all_rows):
+    def insert_row(row, slots):
+        def copy(all_slots, all_rows):
             new = lax.dynamic_slice_in_dim(all_rows, row, 1, axis=1)
             return lax.dynamic_update_slice_in_dim(all_slots, new, place_B[row], axis=1)
 
-        cache = Cache(*(x if x is None else into(x, new) for x, new in zip(slots.cache, prefix.cache)))
+        cache = Cache(*(x if x is None else copy(x, new) for x, new in zip(slots.cache, prefix.cache)))
         return CacheSlots(cache, *(x_B.at[place_B[row]].set(new_B[row]) for x_B, new_B in zip(slots[1:], prefix[1:])))
 
-    return lax.fori_loop(0, count, put, slots)
+    return lax.fori_loop(0, count, insert_row, slots)
 
 
 @functools.partial(jax.jit, static_argnames=("execution", "most", "routing"), donate_argnames="slots")
@@ -167,7 +167,7 @@ def decode(params, slots: CacheSlots, continue_B, count, end_I, live: Live, *, e
     architecture, batch = execution.architecture, len(continue_B)
     slots = slots._replace(left_B=jnp.where(continue_B, slots.left_B, 0))
 
-    def goes_on(state):
+    def is_unfinished(state):
         steps, slots = state
         return (steps.count < count) & (slots.left_B > 0).any()
 
@@ -202,7 +202,7 @@ def decode(params, slots: CacheSlots, continue_B, count, end_I, live: Live, *, e
     )
     if most == 1:
         return step((steps, slots))
-    return lax.while_loop(goes_on, step, (steps, slots))
+    return lax.while_loop(is_unfinished, step, (steps, slots))
 
 
 def _sample(params, x_BD, position_B, live, execution):
