@@ -135,7 +135,7 @@ def _mapped(path: pathlib.Path, sequential: bool = True) -> np.ndarray:
 
 @functools.cache
 def _copying() -> ctypes.CDLL | None:
-    """`copying.cc`, compiled. None, with a warning, where that fails: NumPy then copies, more slowly."""
+    """`copying.cc`, compiled. None, with a warning, if that fails: NumPy then copies, more slowly."""
     try:
         return compiled.open_library(_COPYING)
     except (ValueError, OSError) as error:

@@ -1,6 +1,6 @@
 """Other layouts of a family's tensors than the published one, recognised by the names of tensors.
 
-Names have another prefix where a model was saved without its head, or as part of a multimodal model. transformers 5
+Names have another prefix if a model was saved without its head, or as part of a multimodal model. transformers 5
 holds all experts of a layer in one tensor, and may save them so.
 """
 

@@ -33,8 +33,8 @@ class Checkpoint:
         config: all fields of config.json.
         generation_config: all fields of generation_config.json.
         files: every other small file, by name.
-        tokenizer: None where there is none.
-        calibration: measurements that some policies need; None where there are none, or they are not asked for.
+        tokenizer: None if there is none.
+        calibration: measurements that some policies need; None if there are none, or they were not requested.
         folder: holds its weights; None for a model that is not stored yet.
         fetch: fetches the weights into the folder, for a model of a hub.
         table: for a stacked folder, the locations of its parameters; None for any other.
@@ -63,7 +63,7 @@ class Checkpoint:
 
     @property
     def stored_dtype(self) -> str:
-        """The most common dtype of its stored weights; bfloat16 where that has eight bits."""
+        """The most common dtype of its stored weights; bfloat16 if that has eight bits."""
         self._fetch_weights()
         return huggingface.most_common(read_tables(self.folder) if self.table is None else self.table).name
 

@@ -65,7 +65,7 @@ def read(
         folder: the model's folder, for messages.
         stacks: the parameters.
         parts: the parts of each to read, as slices with a start and an end.
-        blocks: the size of the blocks that share a scale, where tensors are quantised.
+        blocks: the size of the blocks that share a scale, if tensors are quantised.
 
     Returns:
         An array for each part. Arrays of mapped parameters cannot be written to.

@@ -25,7 +25,7 @@ from moe_jax.evaluation.continuations import Pair, Scored, num_truncated, score_
 from moe_jax.model.decoder import Execution
 from moe_jax.text import chat, framing
 
-MAX_NEW_TOKENS = 256  # default where a task gives none, as in lm-eval's own models
+MAX_NEW_TOKENS = 256  # default if a task gives none, as in lm-eval's own models
 _SAMPLING = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
 
 

@@ -21,7 +21,7 @@ class Likelihood(NamedTuple):
     bits_J: np.ndarray  # float64
     kl_J: np.ndarray | None  # float64 nats, summed over scored tokens: divergence of the reference from this policy
     tokens_J: np.ndarray  # int64: number of tokens scored
-    load_LE: np.ndarray  # int64: slots that each expert received; masked where a layer has fewer experts
+    load_LE: np.ndarray  # int64: slots that each expert received; masked if a layer has fewer experts
 
 
 def score_documents(

@@ -184,7 +184,7 @@ def hidden(
         side_by_side: whether all rows at one position form a decode step, in which batch-aware policies act; otherwise
             rows are read like prompts.
         in_stacks: whether weights are read within their stacks; this has no gradient. Otherwise each layer is copied
-            out of its stack, so its gradient is only as large as the layer. Ignored where some weights are `LowRank`.
+            out of its stack, so its gradient is only as large as the layer. Ignored if some weights are `LowRank`.
         remat: whether the backward pass recomputes each layer of a loop from its input instead of keeping its
             activations: only the input of each layer is kept, at a third more time.
 
@@ -289,7 +289,7 @@ def _by_pass(weights: Params, stack: str, block: Block) -> Params:
 
 
 def head(params: Params) -> jax.Array:
-    """The output projection [V, D]; the embedding where embeddings are tied."""
+    """The output projection [V, D]; the embedding if they are tied."""
     return params.get("head_VD", params["embedding_VD"])
 
 

@@ -26,7 +26,7 @@ from moe_jax.training.finetuning import FinetuningText
 class RecoveryPolicies(NamedTuple):
     """The policies of a run, checked against the model before its weights are read."""
 
-    trained: Policy  # to train under; the model's own where k is sampled
+    trained: Policy  # to train under; the model's own if k is sampled
     compared: Sequence[Policy]  # to measure under: the full model first
 
 

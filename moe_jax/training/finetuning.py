@@ -61,7 +61,7 @@ class Tuned(NamedTuple):
 
 
 def trained_policy(config: Config, architecture: Architecture, calibration=None) -> Policy:
-    """The policy to train under; the model's own where k is sampled.
+    """The policy to train under; the model's own if k is sampled.
 
     Raises:
         ValueError: the policy does not fit the model or looks at other rows of a decode step, or there is nothing to
@@ -197,7 +197,7 @@ def finetune(
     Args:
         config: reads `training`, `objective` and `finetune`.
         folder: the run's folder.
-        params: the model's weights as loaded; left unchanged, and used as the teacher where the objective has one.
+        params: the model's weights as loaded; left unchanged, and used as the teacher if the objective has one.
         text: from `prepare_text`.
         policy: from `trained_policy`.
         execution: static settings of the full model.
@@ -262,7 +262,7 @@ def _digest(text: FinetuningText) -> str:
 
 
 def _judged_by(config: Config, policy: Policy, architecture: Architecture) -> list[Policy]:
-    """The trained policy; where k is sampled, the smallest k, the middle one and the largest."""
+    """The trained policy; if k is sampled, the smallest k, the middle one and the largest."""
     if not config.finetune.elastic:
         return [policy]
     least, most = config.finetune.k_min, architecture.moe.k

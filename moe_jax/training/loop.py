@@ -121,7 +121,7 @@ class _Log:
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            self._wait()  # where a checkpoint could not be written either, its error says which ones are kept
+            self._wait()  # if a checkpoint could not be written either, its error says which ones are kept
             raise OSError(f"{self._path} could not be written: {error.strerror}") from error
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ from moe_jax.config.finetuning import ObjectiveConfig
 from moe_jax.model import decoder
 from moe_jax.routing.policies import Settings
 
-CHUNK_TOKENS = 1024  # rows of logits in memory, or more where this does not divide the batch
+CHUNK_TOKENS = 1024  # rows of logits in memory, or more if this does not divide the batch
 
 
 class Teacher(NamedTuple):
@@ -77,7 +77,7 @@ def token_losses(
         x_ND: input of the output head.
         head_VD: the output projection.
         labels_N: int32 ids.
-        weight_N: float32; 0 where a token is not scored.
+        weight_N: float32; 0 if a token is not scored.
         teacher_ND: input of the teacher's output head, or None without a teacher. No gradient flows to it.
         teacher_head_VD: the teacher's output projection.
         config: the weight of each term, static.

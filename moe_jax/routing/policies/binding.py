@@ -24,7 +24,7 @@ class Settings(NamedTuple):
     columns_BL: dict[str, jax.Array]
     group_B: jax.Array  # int32: rows with the same number act together in step-wise kinds
     tables: dict[str, jax.Array]  # by the name of a kind, see `StepWise.table`
-    own_k_L: jax.Array | None = None  # int32: the model's own k of each MoE layer, where they differ
+    own_k_L: jax.Array | None = None  # int32: the model's own k of each MoE layer, if they differ
 
     def slice_tokens(self, part: Callable[[jax.Array], jax.Array]) -> Self:
         """The settings for some of a step's tokens: the same, since they belong to requests. See `Replayed`."""

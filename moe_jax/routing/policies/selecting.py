@@ -22,7 +22,7 @@ class Context(NamedTuple):
     layer: jax.Array  # int32 scalar: column of the settings
     row_N: jax.Array  # int32: request of each token
     valid_N: jax.Array  # bool: False for padding and finished rows, which keep nothing
-    # the N = B * steps tokens are decode steps of B rows; 0: a prefill, where no step-wise kind acts
+    # the N = B * steps tokens are decode steps of B rows; 0: a prefill, in which no step-wise kind acts
     steps: int
 
 
