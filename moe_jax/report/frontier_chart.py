@@ -24,7 +24,7 @@ _LINEAR = 0.005  # increases are spread evenly up to here, and by their logarith
 _TICKS = (0, 0.005, 0.01, 0.02, 0.05, 0.1)
 _INK, _SOFT, _FAINT, _LIMIT, _RING = "#1c2024", "#565d66", "#e6e8ea", "#c2372e", "#0a5ea8"
 _FONT = {"font.family": "sans-serif", "font.size": 11}
-_PLAIN = {"parse_math": False, "in_layout": False}  # for text that is not ours: dollar signs are no formulas
+_PLAIN = {"parse_math": False, "in_layout": False}  # for text that is not ours: dollar signs are not formulas
 _INCHES = (4.7, 4.0)  # of a panel; on a phone a point is then about a pixel
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 

@@ -80,7 +80,7 @@ def _declared(folder: pathlib.Path, fields: Mapping[str, Any]) -> dict[str, _Dec
     with_id = {}
     decoder = fields.get("added_tokens_decoder")
     if not isinstance(decoder or {}, dict):
-        raise ValueError(f"{folder / CONFIG}: added_tokens_decoder is no object: expected tokens by their ids")
+        raise ValueError(f"{folder / CONFIG}: added_tokens_decoder is not an object: expected tokens by their ids")
     entries = list((decoder or {}).items())
     entries += [(number, content) for content, number in read_fields(folder / _ADDED).items()]
     for number, token in entries:

@@ -170,7 +170,7 @@ def test_a_folder_that_agrees_with_its_tokenizer_changes_nothing(tmp_path, caplo
         ({"added_tokens": {"new": 300}}, "'new' is declared as the token 300: .* at 259"),
         ({"added_tokens": {"new": "x"}}, '"new" is declared as the token'),
         ({"tokenizer_config": {"added_tokens_decoder": {"259": 3}}}, "3 is declared as the token '259': expected one"),
-        ({"tokenizer_config": {"added_tokens_decoder": [3]}}, "added_tokens_decoder is no object"),
+        ({"tokenizer_config": {"added_tokens_decoder": [3]}}, "added_tokens_decoder is not an object"),
         ({"special_tokens_map": [3]}, "special_tokens_map.json holds a JSON list: expected an object"),
     ],
 )
