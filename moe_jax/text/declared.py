@@ -119,9 +119,9 @@ def _with_outer_tokens(
 ) -> tokenizers.Tokenizer:
     named = read_named(folder)
     bare = tokenizer.encode("a", add_special_tokens=False).ids
-    around = tokenizer.encode("a").ids
-    first = next((at for at in range(len(around)) if around[at : at + len(bare)] == bare), 0)
-    outer = {"bos_token": around[:first], "eos_token": around[first + len(bare) :]}
+    encoded = tokenizer.encode("a").ids
+    first = next((at for at in range(len(encoded)) if encoded[at : at + len(bare)] == bare), 0)
+    outer = {"bos_token": encoded[:first], "eos_token": encoded[first + len(bare) :]}
     changed = []
     for role, ids in outer.items():
         expected = fields.get(f"add_{role}")

@@ -35,15 +35,15 @@ def problem(script, *arguments):
     """The error of a command line, "" if there is none."""
     sys.argv = [script, *arguments]
     known, modules = set(flags.FLAGS), set(sys.modules)
-    said = io.StringIO()
+    stderr = io.StringIO()
     sys.path.insert(0, str(pathlib.Path(script).parent))
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             runpy.run_path(script, run_name="__main__")
     except ValueError as error:
         return str(error)
     except SystemExit:
-        return said.getvalue() or "exits"
+        return stderr.getvalue() or "exits"
     finally:
         del sys.path[0]
         for name in set(flags.FLAGS) - known:

@@ -241,7 +241,7 @@ MISTAKES = {
 
 def test_a_wrong_command_is_found():
     found = read_by_launchers([line.split() for line in MISTAKES])
-    assert [line for line, said in zip(MISTAKES, found, strict=True) if MISTAKES[line] not in said] == []
+    assert [line for line, message in zip(MISTAKES, found, strict=True) if MISTAKES[line] not in message] == []
     assert problem(["pip", "install", "-r", "requirements-den.txt"]) and problem(["pip", "install", "a=>3"])
     assert problem(["bash", "benchmarks/of_device.sh"]) and problem(["python", "benchmarks/kernel.py"])
     assert problem(["python", "benchmarks/kernels.py", "--stages=a"]) and problem(["head", "moe_jax/file.py"])

@@ -64,14 +64,14 @@ def test_every_tag_is_closed(wide):
 def test_recommended_are_the_choices():
     rows = [row for row in Reader(PAGE).rows["recommended"] if row[0] != "Concurrency"]
     expected = sorted(choices(FRONTIER), key=lambda choice: (LIMITS.index(choice.limit), choice.concurrency))
-    for (concurrency, policy, gain, increase), (_, beside), choice in zip(rows[::2], rows[1::2], expected, strict=True):
+    for (concurrency, policy, gain, increase), (_, below), choice in zip(rows[::2], rows[1::2], expected, strict=True):
         assert concurrency == str(choice.concurrency)
         assert policy == choice.best.policy
         assert gain.startswith(signed(choice.best.speed.gain.value))
         assert increase.startswith(signed(choice.best.quality.increase.value, 2))
         uniform, ahead = choice.uniform, with_interval(choice.over_uniform)
-        told = f"{uniform.policy} {signed(uniform.speed.gain.value)}; recommended over it: {ahead}"
-        assert " ".join(beside.split()) == f"best uniform k: {told}"
+        words = f"{uniform.policy} {signed(uniform.speed.gain.value)}; recommended over it: {ahead}"
+        assert " ".join(below.split()) == f"best uniform k: {words}"
 
 
 def test_a_uniform_choice_is_not_repeated():

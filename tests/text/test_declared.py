@@ -70,9 +70,9 @@ def test_tokens_around_a_text_are_those_that_the_folder_declares(tmp_path, caplo
     assert (plain.encode("Hi").ids == loaded.encode("Hi").ids) == (caplog.text == "")
     if caplog.text == "":
         assert loaded.to_str() == plain.to_str()
-    said = len(caplog.records)
+    warnings = len(caplog.records)
     load_tokenizer(folder)
-    assert len(caplog.records) == said  # once
+    assert len(caplog.records) == warnings  # once
 
 
 def test_other_post_processing_stays(tmp_path):
