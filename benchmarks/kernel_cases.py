@@ -58,7 +58,7 @@ class ResultsFile:
             self.add(name, error=f"{type(error).__name__}: {str(error)[:300]}")
 
 
-def draw_sizes(rng, num_experts: int, tokens: int, k: int, skew: float = 0.0) -> np.ndarray:
+def random_sizes(rng, num_experts: int, tokens: int, k: int, skew: float = 0.0) -> np.ndarray:
     """Rows per expert if every token chooses k different experts; `skew` is the spread of their log weights."""
     log_weights = skew * rng.normal(size=num_experts)
     scores = log_weights + rng.gumbel(size=(tokens, num_experts))
@@ -133,8 +133,8 @@ class Case:
         self.num_experts, self.outputs, self.depth = sizes_of(shape_name, small)
         self.calls, self.slots = calls, tokens * (k or 8)
         rng = np.random.default_rng(zlib.crc32(self.name.encode()))
-        nothing = np.zeros(self.num_experts, np.int32)
-        self.sizes_np = [draw_sizes(rng, self.num_experts, tokens, k, skew) if k else nothing for _ in range(calls)]
+        no_rows = np.zeros(self.num_experts, np.int32)
+        self.sizes_np = [random_sizes(rng, self.num_experts, tokens, k, skew) if k else no_rows for _ in range(calls)]
 
     @property
     def weights(self):

@@ -34,10 +34,10 @@ class Process:
 
     def __init__(self, module: str, *arguments, **options):
         context = multiprocessing.get_context("spawn")
-        self._calls, there = context.Pipe()
-        self._process = context.Process(target=_serve, args=(there, module, arguments, options), daemon=True)
+        self._calls, child_end = context.Pipe()
+        self._process = context.Process(target=_serve, args=(child_end, module, arguments, options), daemon=True)
         self._process.start()
-        there.close()
+        child_end.close()
         self._answer()
 
     def _answer(self):

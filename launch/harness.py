@@ -124,7 +124,7 @@ def task_manager(folders: list[pathlib.Path]):
             hint = f'; did you mean "{near[0]}"?' if near else ""
             places = ", ".join(map(str, folders))
             version = importlib.metadata.version("lm-eval")
-            raise ValueError(f"--tasks: {name!r} is no task of lm-eval {version}, nor of {places}{hint}")
+            raise ValueError(f"--tasks: {name!r} is not a task of lm-eval {version} or of {places}{hint}")
     return everything
 
 

@@ -1,4 +1,4 @@
-"""Measures the frontier of quality against speed, for every policy of `sweep.policies` at every load.
+"""Measures the frontier of quality against speed, for every policy of `sweep.policies` at every concurrency.
 
     python launch/sweep.py --config configs/sweep_demo.gin --out out/sweep
 

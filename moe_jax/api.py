@@ -109,8 +109,8 @@ class Model:
             temperature: logits are divided by it before sampling; 0: greedy.
             top_k: sample from the k most likely tokens; 0: from all.
             top_p: sample from the most likely tokens whose probabilities add up to this.
-            seed: of sampling; one for all, or one for each prompt. A completion depends on its own seed, not on the
-                other prompts; for two different samples of one prompt, give two seeds.
+            seed: the seed of sampling; one for all, or one for each prompt. A completion depends on its own seed, not
+                on the other prompts; for two different samples of one prompt, give two seeds.
             stop: strings that end a completion, which does not include them; may be special tokens, such as
                 "<|im_end|>".
             k_max: static slots per token, at least the most that any policy keeps; 0: the model's own k.
@@ -140,7 +140,7 @@ class Model:
 
         Args:
             path: the new folder; it must not exist yet, or be empty.
-            dtype: of the weights. "auto": as they are in memory.
+            dtype: the dtype of the weights. "auto": as they are in memory.
 
         Raises:
             ValueError: `path` is taken, or a weight is not finite in that dtype.
@@ -154,7 +154,7 @@ def load(path: str | os.PathLike, *, dtype: str = "auto", calibration: str | os.
     Args:
         path: a folder in Hugging Face layout, a stacked folder from `launch/convert.py`, whose weights are mapped, or
             the name of a model on a hub: "organisation/name" or "organisation/name@revision".
-        dtype: of weights and activations: "float32", "bfloat16", "float16", or "auto": as stored.
+        dtype: the dtype of weights and activations: "float32", "bfloat16", "float16", or "auto": as stored.
         calibration: a file that `launch/calibrate.py` wrote for this model, for policies that need one; "":
             calibration.npz in the folder, if there is one; None: none.
 

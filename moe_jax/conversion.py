@@ -54,7 +54,7 @@ def convert(
             of Orbax parameters that this function wrote.
         destination: the new folder; it must not exist yet, or be empty.
         layout: one of `LAYOUTS`.
-        dtype: of the weights; "auto": as they are.
+        dtype: the dtype of the weights; "auto": as they are.
         policy: its k becomes the model's own; the k may differ between layers, but not between tokens.
         shard_bytes: as `write_checkpoint` takes it.
 
@@ -101,7 +101,7 @@ def _read_run(folder: pathlib.Path) -> ModelWithWeights:
     execution = execution_of(config.architecture)
     like = jax.eval_shape(lambda: start(execution, config.training, config.run.seed))
     state, _ = _restore(folder / "checkpoints", like)
-    return ModelWithWeights(checkpoint.begun(config.architecture, tokenizer), state.all_params())
+    return ModelWithWeights(checkpoint.new(config.architecture, tokenizer), state.all_params())
 
 
 def _read_orbax(opened: Checkpoint) -> ModelWithWeights:
@@ -109,8 +109,8 @@ def _read_orbax(opened: Checkpoint) -> ModelWithWeights:
     try:
         dtypes = json.loads(path.read_text(encoding="utf-8"))
         like = {
-            one.path: jax.ShapeDtypeStruct(one.shape(architecture), np.dtype(dtypes[one.path]))
-            for one in parameters.of(architecture)
+            parameter.path: jax.ShapeDtypeStruct(parameter.shape(architecture), np.dtype(dtypes[parameter.path]))
+            for parameter in parameters.of(architecture)
         }
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{path} is missing or damaged: expected the dtype of each parameter ({error!r})") from error

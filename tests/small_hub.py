@@ -77,12 +77,12 @@ class SmallHub:
         names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
         sizes = {name: (folder / name).stat().st_size for name in names}
         if what == "revision":
-            said = {"id": "a/b", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
+            reply = {"id": "a/b", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
         else:
-            said = [
+            reply = [
                 {"type": "file", "path": name, "size": sizes[name], "oid": _digest(folder / name)} for name in names
             ]
-        data = json.dumps(said).encode()
+        data = json.dumps(reply).encode()
         request.send_response(200)
         request.send_header("Content-Type", "application/json")
         request.send_header("Content-Length", str(len(data)))

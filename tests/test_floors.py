@@ -101,8 +101,8 @@ def test_launchers_hold_no_preamble_twice():
             statements = getattr(node, "body", [])
             if isinstance(node, ast.Module) or not isinstance(statements, list):
                 continue
-            said = [ast.unparse(one) for one in statements if not isinstance(one, ast.Import | ast.ImportFrom)]
-            for three in zip(said, said[1:], said[2:]):
+            code = [ast.unparse(one) for one in statements if not isinstance(one, ast.Import | ast.ImportFrom)]
+            for three in zip(code, code[1:], code[2:]):
                 assert seen.setdefault(three, path) == path, f"{path.name} and {seen[three].name}: {three}"
 
 

@@ -12,7 +12,7 @@ class System:
     """As `systems` says.
 
     Args:
-        folder: of the checkpoint.
+        folder: the checkpoint's folder.
         threads: those of the machine.
         compiler: whether there is one for C++; otherwise all is plain JAX.
         keep_compiled: whether programs of an earlier run may be used.

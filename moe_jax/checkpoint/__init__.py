@@ -1,5 +1,5 @@
 """Models on disk: `open` one, then `load` its weights."""
 
-from moe_jax.checkpoint.opened import LAYOUTS, Checkpoint, begun, open
+from moe_jax.checkpoint.opened import LAYOUTS, Checkpoint, new, open
 
-__all__ = ["LAYOUTS", "Checkpoint", "begun", "open"]
+__all__ = ["LAYOUTS", "Checkpoint", "new", "open"]

@@ -43,7 +43,7 @@ class Source(NamedTuple):
     """One tensor of a checkpoint and where it goes.
 
     Attributes:
-        name: of the tensor.
+        name: the name of the tensor.
         stored: its location in a file.
         destination: contiguous, in the order of the tensor, of any dtype of `EXPONENTS`.
         scale: the location of the scales of its blocks, if it is quantised.
@@ -77,8 +77,8 @@ def fill(sources: Sequence[Source]) -> None:
             names the first such tensor.
     """
     sources = sorted(sources, key=lambda source: (source.stored.path, source.stored.start))
-    tensors = [one for source in sources for one in (source.stored, source.scale) if one is not None]
-    files = {path: _mapped(path) for path in dict.fromkeys(one.path for one in tensors)}
+    tensors = [tensor for source in sources for tensor in (source.stored, source.scale) if tensor is not None]
+    files = {path: _mapped(path) for path in dict.fromkeys(tensor.path for tensor in tensors)}
     copying = _copying()
     pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1))
     try:
@@ -135,7 +135,7 @@ def _mapped(path: pathlib.Path, sequential: bool = True) -> np.ndarray:
 
 @functools.cache
 def _copying() -> ctypes.CDLL | None:
-    """`copying.cc`, compiled. None, with a warning, where that fails: NumPy then copies, more slowly."""
+    """`copying.cc`, compiled. None, with a warning, if that fails: NumPy then copies, more slowly."""
     try:
         return compiled.open_library(_COPYING)
     except (ValueError, OSError) as error:
@@ -147,7 +147,7 @@ def _fill(source: Source, files: Mapping[pathlib.Path, np.ndarray], copying: cty
     values, flat = _values(source.stored, files), source.destination.reshape(-1)
     expected = math.prod(source.seen_as) if source.part else flat.size
     if values.size != expected:
-        raise ValueError(f"tensor {source.name} has {values.size} numbers: expected {expected}")
+        raise ValueError(f"tensor {source.name} has {values.size} values: expected {expected}")
     if source.scale is not None:
         _fill_scaled(source, values, files)
         return
@@ -178,13 +178,13 @@ def _fill_strided(source: Source, values: np.ndarray) -> None:
 
 
 def _copy(destination: np.ndarray, values: np.ndarray, copying: ctypes.CDLL) -> bool:
-    """Copies numbers of one dtype; returns whether all are finite."""
+    """Copies values of one dtype; returns whether all are finite."""
     bits, exponent = EXPONENTS[destination.dtype]
     call = getattr(copying, f"moe_jax_copy_{8 * destination.itemsize}")
     call.restype = ctypes.c_bool
     number = np.ctypeslib.as_ctypes_type(bits)
-    places = (ctypes.c_void_p(array.ctypes.data) for array in (destination, values))
-    return call(*places, ctypes.c_int64(destination.size), number(exponent))
+    pointers = (ctypes.c_void_p(array.ctypes.data) for array in (destination, values))
+    return call(*pointers, ctypes.c_int64(destination.size), number(exponent))
 
 
 def _fill_scaled(source: Source, values: np.ndarray, files: Mapping[pathlib.Path, np.ndarray]) -> None:

@@ -78,7 +78,9 @@ def _fetched(repository: str, revision: str) -> Found:
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    names = [one.rfilename for one in huggingface_hub.HfApi().model_info(repository, revision=revision).siblings or ()]
+    names = [
+        file.rfilename for file in huggingface_hub.HfApi().model_info(repository, revision=revision).siblings or ()
+    ]
     if "config.json" not in names:
         raise _Refused(f"{repository} at {revision} has no config.json: expected {LAYOUT}")
     small = [name for name in names if name in _SMALL or _TEMPLATES.fullmatch(name)]

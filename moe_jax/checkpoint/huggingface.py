@@ -54,13 +54,14 @@ def stacks_of(
     """The location of every parameter of a model in its files.
 
     Args:
-        folder: of the model.
+        folder: the model's folder.
         fields: of its `config.json`.
         family: as `describe` gives it.
         architecture: as `describe` gives it.
-        dtype: of every parameter but those that their family keeps in float32 (the router's selection bias). "auto":
-            the most common dtype of the checkpoint (bfloat16 where that has eight bits) for a parameter whose tensors
-            all have it, else float32. Nothing is rounded; the decoder runs weights of both, see `decoder.dtype_of`.
+        dtype: the dtype of every parameter but those that their family keeps in float32 (the router's selection bias).
+            "auto": the most common dtype of the checkpoint (bfloat16 if that has eight bits) for a parameter whose
+            tensors all have it, else float32. Nothing is rounded; the decoder runs weights of both, see
+            `decoder.dtype_of`.
 
     Raises:
         ValueError: a tensor is missing, unknown, of another shape or not of floats, or a file is truncated.
@@ -108,7 +109,7 @@ def config_texts(
 
     Args:
         fields: as `config_fields` gives them.
-        dtype: of most weights.
+        dtype: the dtype of most weights.
         token_ids: for both files; in the first, those of `config` take precedence.
         config: more fields, from another `config.json` of the same model, which may be quantised or of another dtype.
         generation_config: more fields of the second.
@@ -141,7 +142,7 @@ def write_checkpoint(
         folder: where; missing parents are made.
         architecture: its `moe.k` becomes `num_experts_per_tok`.
         params: nested dict of arrays, as `Checkpoint.read` returns it.
-        dtype: of every tensor but those that the family keeps in float32. "auto": as in `params`.
+        dtype: the dtype of every tensor but those that the family keeps in float32. "auto": as in `params`.
         model_type: the family whose layout is written.
         token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`, for `config.json` and `generation_config.json`.
         config: fields of the `config.json` that the model was read from; kept unless the other arguments set them.

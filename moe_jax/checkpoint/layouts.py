@@ -1,6 +1,6 @@
 """Other layouts of a family's tensors than the published one, recognised by the names of tensors.
 
-Names have another prefix where a model was saved without its head, or as part of a multimodal model. transformers 5
+Names have another prefix if a model was saved without its head, or as part of a multimodal model. transformers 5
 holds all experts of a layer in one tensor, and may save them so.
 """
 
@@ -35,8 +35,8 @@ def with_published_names(folder: pathlib.Path, stored: Mapping[str, StoredTensor
     if len(starts) != 1 or starts == {_TRUNK}:
         return dict(stored)
     [start] = starts
-    around = start.removesuffix(_TRUNK) if f".{start}".endswith(f".{_TRUNK}") else start  # language_model. is one word
-    heads = (around + _HEAD, _HEAD)
+    prefix = start.removesuffix(_TRUNK) if f".{start}".endswith(f".{_TRUNK}") else start  # language_model. is one word
+    heads = (prefix + _HEAD, _HEAD)
     renamed: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
         head = next((one for one in heads if name.startswith(one)), None)

@@ -167,7 +167,7 @@ def decoder_rules(architecture: Architecture, experts: list[Rule]) -> tuple[Rule
     """All rules of a model, stack by stack.
 
     Args:
-        architecture: of the model.
+        architecture: the model's architecture.
         experts: the rules of router and experts, written for the stack `moe`.
     """
     rules = trunk_rules(architecture.decoder)

@@ -33,8 +33,8 @@ class Checkpoint:
         config: all fields of config.json.
         generation_config: all fields of generation_config.json.
         files: every other small file, by name.
-        tokenizer: None where there is none.
-        calibration: measurements that some policies need; None where there are none, or they are not asked for.
+        tokenizer: None if there is none.
+        calibration: measurements that some policies need; None if there are none, or they were not requested.
         folder: holds its weights; None for a model that is not stored yet.
         fetch: fetches the weights into the folder, for a model of a hub.
         table: for a stacked folder, the locations of its parameters; None for any other.
@@ -63,7 +63,7 @@ class Checkpoint:
 
     @property
     def stored_dtype(self) -> str:
-        """The most common dtype of its stored weights; bfloat16 where that has eight bits."""
+        """The most common dtype of its stored weights; bfloat16 if that has eight bits."""
         self._fetch_weights()
         return huggingface.most_common(read_tables(self.folder) if self.table is None else self.table).name
 
@@ -105,7 +105,7 @@ class Checkpoint:
         """Loads the weights onto devices.
 
         Args:
-            dtype: of every parameter but those that always stay in float32; "auto": as stored. See
+            dtype: the dtype of every parameter but those that always stay in float32; "auto": as stored. See
                 `huggingface.stacks_of`.
             sharding_of: gives the sharding of a parameter; for each device only its own slices are read from the file.
                 None: whole, on the default device.
@@ -145,7 +145,7 @@ class Checkpoint:
             path: the new folder; it must not exist yet, or be empty.
             params: a nested dict of arrays, as `read` and `load` return it.
             layout: one of `LAYOUTS`; transformers and other servers load "huggingface".
-            dtype: of the weights; "auto": as they are in memory.
+            dtype: the dtype of the weights; "auto": as they are in memory.
             replace: whether to replace an existing folder, with everything in it.
             shard_bytes: as `huggingface.write_checkpoint` takes it.
 
@@ -183,7 +183,7 @@ class Checkpoint:
         files = beside.without_calibration(self.files)
         return dataclasses.replace(self, architecture=architecture, files=files, calibration=None)
 
-    def of_other_weights(self) -> "Checkpoint":
+    def for_new_weights(self) -> "Checkpoint":
         """The model for new weights: without the calibration of the old ones, and without pages about them."""
         files = beside.without_pages(beside.without_calibration(self.files))
         return dataclasses.replace(self, files=files, calibration=None, folder=None, fetch=None, table=None)
@@ -227,7 +227,7 @@ def open(path: str | os.PathLike, *, calibration: str | os.PathLike | None = "")
     )
 
 
-def begun(architecture: Architecture, tokenizer: tokenizers.Tokenizer) -> Checkpoint:
+def new(architecture: Architecture, tokenizer: tokenizers.Tokenizer) -> Checkpoint:
     """A model that was trained here from scratch, with a tokenizer from `text.tokenizer`; it is not stored yet."""
     token_ids = dict.fromkeys(beside.TOKEN_IDS, END_OF_TEXT_ID)
     files = tokenizer_files(tokenizer, architecture.decoder.max_context)

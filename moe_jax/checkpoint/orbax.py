@@ -124,7 +124,7 @@ class Checkpoints:
 
     def forget_after(self, step: int) -> None:
         """Removes the checkpoints of later steps, which a run that resumes from this step writes again."""
-        for later in [one for one in self._manager.all_steps() if one > step]:
+        for later in [number for number in self._manager.all_steps() if number > step]:
             self._manager.delete(later)
 
     def _damaged(self, step: int, error: Exception) -> str:

@@ -36,7 +36,7 @@ class Stack(NamedTuple):
 
     Attributes:
         path: in the tree of parameters.
-        shape: of the whole parameter.
+        shape: the shape of the whole parameter.
         dtype: in memory.
         pieces: all of its tensors.
         mapped: whether its file is mapped instead of copied; it then has one piece, stored as it is used in memory.
@@ -62,10 +62,10 @@ def read(
     """Reads parts of parameters into host memory; of each tensor only the bytes of these parts.
 
     Args:
-        folder: of the model, for messages.
+        folder: the model's folder, for messages.
         stacks: the parameters.
         parts: the parts of each to read, as slices with a start and an end.
-        blocks: the size of the blocks that share a scale, where tensors are quantised.
+        blocks: the size of the blocks that share a scale, if tensors are quantised.
 
     Returns:
         An array for each part. Arrays of mapped parameters cannot be written to.

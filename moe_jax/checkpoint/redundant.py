@@ -1,7 +1,7 @@
 """Redundant tensors: the head of tied embeddings, rotary frequencies, positions, biases that are zero.
 
-Other loaders ignore them. They are ignored here too where they agree with the rest of the model, and refused where they
-do not, since config.json then describes another model than the weights.
+Other loaders ignore them. They are ignored here too if they agree with the rest of the model. Otherwise they are
+refused, since config.json then describes another model than the weights.
 """
 
 import pathlib
@@ -31,17 +31,17 @@ def agreeing(
     for name in names:
         tensor = stored[name]
         if name == _HEAD and _EMBEDDING in stored:
-            agrees, what = _same(tensor, stored[_EMBEDDING]), f"{_EMBEDDING}, to which config.json ties it"
+            agrees, expected = _same(tensor, stored[_EMBEDDING]), f"{_EMBEDDING}, to which config.json ties it"
         elif name.endswith("rotary_emb.inv_freq"):
-            agrees, what = _are_frequencies(tensor, architecture), "the frequencies that config.json asks for"
+            agrees, expected = _are_frequencies(tensor, architecture), "the frequencies that config.json asks for"
         elif name.endswith("position_ids"):
-            agrees, what = _are_positions(tensor), "the positions 0, 1, ..."
+            agrees, expected = _are_positions(tensor), "the positions 0, 1, ..."
         elif name.endswith(".bias") and not read_values(tensor).astype(np.float32).any():
-            agrees, what = True, ""
+            agrees, expected = True, ""
         else:
             continue
         if not agrees:
-            raise ValueError(f"{tensor.path}: {name} differs from {what}")
+            raise ValueError(f"{tensor.path}: {name} differs from {expected}")
         found.add(name)
     if found:
         logging.info("%s: ignored %d redundant tensors: %s", folder, len(found), ", ".join(sorted(found)[:3]))

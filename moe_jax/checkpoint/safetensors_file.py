@@ -137,7 +137,7 @@ def write_file(
     """Writes a new file.
 
     Args:
-        path: of the file, which must not exist.
+        path: the file, which must not exist.
         shapes: the dtype and shape of each tensor, in the order of the file.
         tensors: contiguous arrays, in that order.
         alignment_bytes: the first tensor begins at a multiple of this.

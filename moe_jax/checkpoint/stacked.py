@@ -136,11 +136,11 @@ def write(
 
     Args:
         folder: the new folder; it must not exist yet, or be empty.
-        architecture: of the model.
+        architecture: the model's architecture.
         params: a nested dict of arrays.
         texts_of: gives config.json and generation_config.json for the dtype of most numbers.
         files: other files to write, by name.
-        dtype: of every parameter but a selection bias; "auto": as it is.
+        dtype: the dtype of every parameter but a selection bias; "auto": as it is.
         replace: whether to replace an existing folder, with everything in it.
 
     Raises:
@@ -156,9 +156,10 @@ def write(
         sizes[expected] += math.prod(shape)
         if gap := -math.prod(shape) * expected.itemsize % _ALIGNMENT_BYTES:
             shapes[f"{_GAP}{len(shapes)}"] = (np.dtype(np.uint8), (gap,))
-    made = in_dtype(params, architecture, dtype)
+    values = in_dtype(params, architecture, dtype)
     tensors = (
-        np.zeros(shape, one) if name.startswith(_GAP) else next(made)[1] for name, (one, shape) in shapes.items()
+        np.zeros(shape, stored) if name.startswith(_GAP) else next(values)[1]
+        for name, (stored, shape) in shapes.items()
     )
     with replaced_folder(folder) as partial:
         huggingface.write_files(partial, {**texts_of(max(sizes, key=sizes.get)), **files})

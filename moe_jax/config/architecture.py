@@ -149,7 +149,7 @@ class MoEConfig:
     group_score: str = "best_two"  # a group's score: the sum of its two best experts' scores, or the "best" alone
     normalize: bool = True  # weights of the kept experts sum to one before scaling
     routed_scaling: float = 1.0
-    # one number per MoE layer, where layers differ, as in pruned models; num_experts and k are then the largest
+    # one number per MoE layer, if layers differ, as in pruned models; num_experts and k are then the largest
     num_experts_of_layers: tuple[int, ...] = ()
     k_of_layers: tuple[int, ...] = ()
 

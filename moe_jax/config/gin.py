@@ -185,10 +185,10 @@ def _read_text(path: pathlib.Path) -> str:
 
 
 def _locate_include(name: str, includer: pathlib.Path, where: str, including: Sequence[pathlib.Path]) -> pathlib.Path:
-    beside = includer.parent / name
-    found = next((path for path in (beside, pathlib.Path(name)) if os.path.exists(path)), None)
+    candidate = includer.parent / name
+    found = next((path for path in (candidate, pathlib.Path(name)) if os.path.exists(path)), None)
     if found is None:
-        raise _refusal(where, f"include {name!r}: no such file; {_nearest_file(beside)}")
+        raise _refusal(where, f"include {name!r}: no such file; {_nearest_file(candidate)}")
     if found.resolve() in including:
         raise _refusal(where, f"include {name!r}: includes itself, through {' > '.join(p.name for p in including)}")
     return found

@@ -135,14 +135,14 @@ def blocks(architecture: Architecture) -> tuple[Block, ...]:
     layers make one. A layer that is in no pattern is a block of one pass, so the program of a model without any pattern
     grows with its depth.
     """
-    every = layers(architecture)
-    names = [layer.stack for layer in every]
-    ends = len(every)
+    all_layers = layers(architecture)
+    names = [layer.stack for layer in all_layers]
+    count = len(all_layers)
     # for the layers from each one on: the layers in the program, and the length and number of passes of the first block
-    best: list[tuple[int, int, int]] = [(0, 0, 0)] * (ends + 1)
-    for first in reversed(range(ends)):
+    best: list[tuple[int, int, int]] = [(0, 0, 0)] * (count + 1)
+    for first in reversed(range(count)):
         choices = []
-        for length in range(1, (ends - first) // 2 + 1):
+        for length in range(1, (count - first) // 2 + 1):
             times = 1
             while names[first : first + length] == names[first + times * length : first + (times + 1) * length]:
                 times += 1
@@ -151,8 +151,8 @@ def blocks(architecture: Architecture) -> tuple[Block, ...]:
         choices.append((1 + best[first + 1][0], 1, 1))
         best[first] = min(choices, key=lambda choice: (choice[0], choice[1], -choice[2]))
     found, first = [], 0
-    while first < ends:
+    while first < count:
         _, length, times = best[first]
-        found.append(Block(every[first : first + length], times))
+        found.append(Block(all_layers[first : first + length], times))
         first += length * times
     return tuple(found)

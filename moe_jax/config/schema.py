@@ -192,11 +192,11 @@ class SweepConfig:
     def __post_init__(self):
         require(len(self.policies) > 0, "sweep.policies", self.policies, "at least one policy")
         require(len(set(self.policies)) == len(self.policies), "sweep.policies", self.policies, "each policy once")
-        loads = self.concurrencies
-        require(len(loads) > 0 and min(loads) > 0, "sweep.concurrencies", loads, "positive numbers")
-        require(len(set(loads)) == len(loads), "sweep.concurrencies", loads, "each number once")
+        given = self.concurrencies
+        require(len(given) > 0 and min(given) > 0, "sweep.concurrencies", given, "positive numbers")
+        require(len(set(given)) == len(given), "sweep.concurrencies", given, "each number once")
         require_positive("sweep", self, "windows", "context", "cached_tokens", "rounds", "steps")
-        for rows in map(side_by_side, loads):
+        for rows in map(side_by_side, given):
             expected = f"a multiple of the {rows} rows that are read side by side at one of sweep.concurrencies"
             require(self.windows % rows == 0, "sweep.windows", self.windows, expected)
 

@@ -26,7 +26,7 @@ class Probe:
     """Measures this machine repeatedly. Holds 1 GB of memory.
 
     Args:
-        dtype: of the matrices that are multiplied; sums are float32.
+        dtype: the dtype of the matrices that are multiplied; sums are float32.
     """
 
     def __init__(self, dtype: jnp.dtype):

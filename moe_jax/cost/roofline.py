@@ -63,7 +63,7 @@ def work(architecture: Architecture, step: Step, itemsize: int) -> Work:
     """Counts the least work of a prefill or decode step that samples one token for each row.
 
     Args:
-        architecture: of the model.
+        architecture: the model's architecture.
         step: the tokens and slots of the step.
         itemsize: bytes of a weight, and of a number in the cache.
     """

@@ -51,8 +51,8 @@ def group_by_length(requests: Sequence[Request], execution: Execution) -> Groupi
     for index in sorted(range(len(requests)), key=lambda index: -lengths[index]):
         if groups:
             longest, rows = buckets[groups[-1][0]], caches.round_up(len(groups[-1]) + 1)
-            is_like = MOST_PADDING * buckets[index] >= longest or rows * longest <= caches.CHUNK
-            if is_like and rows * min(longest, caches.CHUNK) <= MOST_TOKENS:
+            is_similar = MOST_PADDING * buckets[index] >= longest or rows * longest <= caches.CHUNK
+            if is_similar and rows * min(longest, caches.CHUNK) <= MOST_TOKENS:
                 groups[-1].append(index)
                 continue
         groups.append([index])

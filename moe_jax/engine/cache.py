@@ -58,9 +58,9 @@ def require_memory(architecture: Architecture, rows_and_positions: Sequence[tupl
     """Checks that caches fit in the memory that the first device has left.
 
     Args:
-        architecture: of the model.
-        rows_and_positions: of each cache; the error message names the first.
-        dtype: of all caches.
+        architecture: the model's architecture.
+        rows_and_positions: the size of each cache; the error message names the first.
+        dtype: the dtype of all caches.
 
     Raises:
         ValueError: they do not fit; the message has the bytes needed and available.

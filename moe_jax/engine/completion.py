@@ -18,8 +18,8 @@ class Completion:
         text: the continuation, without the stop string or the end-of-text token that ended it. It starts with whatever
             follows the prompt, such as a space. Special tokens have no text.
         ids: every token sampled, including those of a stop string and the end-of-text token.
-        log_probabilities: of each of `ids` under the model itself, in nats, before temperature, top-k and
-            top-p.
+        log_probabilities: the log-probability of each of `ids` under the model itself, in nats, before temperature,
+            top-k and top-p.
         experts_per_token: experts that the request kept, mean over MoE layers and this request's decode steps; without
             a decode step, over the tokens of its prompt.
         distinct_experts_per_layer_step: experts that one MoE layer ran in one decode step, for all requests of the

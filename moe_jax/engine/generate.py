@@ -84,7 +84,7 @@ class Engine:
 
     Args:
         params: as `decoder.split` returns them, on their devices.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         end_ids: tokens that end a text.
 
     Attributes:
@@ -105,7 +105,7 @@ class Engine:
         Raises:
             ValueError: the caches do not fit in the memory that is available.
         """
-        self._prepared(requests, execution)
+        self._prepare(requests, execution)
 
     def run(
         self,
@@ -131,12 +131,12 @@ class Engine:
             ValueError: the caches do not fit in the memory that is available.
             NotFiniteError: a token's log-probability is NaN or infinite; a ValueError too.
         """
-        prepared = self._prepared(requests, execution)
+        prepared = self._prepare(requests, execution)
         grouping, layers = prepared.grouping, execution.architecture.decoder.num_moe_layers
         rows = [RunningRequest(request, self._tokenizer, set(self.end_I.tolist())) for request in requests]
         measured = GenerationMetrics(prefill_tokens=sum(len(request.ids) for request in requests))
 
-        def hand_out(token_B: np.ndarray, log_probability_B: np.ndarray, alive_B: np.ndarray) -> None:
+        def append_tokens(token_B: np.ndarray, log_probability_B: np.ndarray, alive_B: np.ndarray) -> None:
             """Appends its token to every row that is alive."""
             self._require_finite(log_probability_B, alive_B, rows)
             for index in np.flatnonzero(alive_B).tolist():
@@ -149,30 +149,30 @@ class Engine:
         measured.prefill_s = time.perf_counter() - began
         for row, kept, request in zip(rows, first.kept_B.tolist(), requests):
             row.record_prompt(kept / (layers * len(request.ids)))
-        hand_out(first.token_B, first.log_probability_B, np.arange(grouping.slots) < len(rows))
+        append_tokens(first.token_B, first.log_probability_B, np.arange(grouping.slots) < len(rows))
 
         began = time.perf_counter()
         continue_B, count = _unfinished(rows, grouping.slots), 1
         one_by_one = len(rows) > 1 and any(request.sampling.stop for request in requests)
         while continue_B.any():
             call_began = time.perf_counter()
-            taken, slots = self.step(slots, continue_B, count, prepared.live, execution)
-            seconds = (time.perf_counter() - call_began) / int(taken.count)
+            result, slots = self.step(slots, continue_B, count, prepared.live, execution)
+            seconds = (time.perf_counter() - call_began) / int(result.count)
             count = 1 if one_by_one else steps_at_once(seconds, self.most_steps)
-            for number in range(int(taken.count)):
-                alive_B = taken.alive_SB[number] & continue_B
+            for number in range(int(result.count)):
+                alive_B = result.alive_SB[number] & continue_B
                 if not alive_B.any():
                     break
-                kept_B, distinct = taken.kept_SB[number] / layers, float(taken.distinct_S[number]) / layers
+                kept_B, distinct = result.kept_SB[number] / layers, float(result.distinct_S[number]) / layers
                 measured.add_step(np.count_nonzero(alive_B), float(kept_B.sum()), distinct)
                 for index in np.flatnonzero(alive_B).tolist():
                     rows[index].record_step(float(kept_B[index]), distinct)
-                hand_out(taken.token_SB[number], taken.log_probability_SB[number], alive_B)
+                append_tokens(result.token_SB[number], result.log_probability_SB[number], alive_B)
                 continue_B = _unfinished(rows, grouping.slots)
         measured.decode_s = time.perf_counter() - began
         return Generated([row.completion() for row in rows], measured)
 
-    def _prepared(self, requests: Sequence[Request], execution: decoder.Execution) -> "_Prepared":
+    def _prepare(self, requests: Sequence[Request], execution: decoder.Execution) -> "_Prepared":
         """The groups of prompts, padded, and the settings of all slots; compiles every program that they need."""
         grouping = group_by_length(requests, execution)
         batches = [
@@ -261,8 +261,8 @@ class Engine:
             The result, on the host, and the slots.
         """
         program = self.decode_program(slots, live, execution)
-        taken, slots = program(self.params, slots, continue_B, np.int32(count), self.end_I, live)
-        return jax.device_get(taken), slots
+        result, slots = program(self.params, slots, continue_B, np.int32(count), self.end_I, live)
+        return jax.device_get(result), slots
 
     def _shapes(self, slots: int, memory: int, execution: decoder.Execution) -> CacheSlots:
         return jax.eval_shape(lambda: self.empty(slots, memory, execution))

@@ -36,7 +36,7 @@ def execution_of(
     """The static settings of the programs that run a model here.
 
     Args:
-        architecture: of the model.
+        architecture: the model's architecture.
         k_max: static slots per token; 0: the model's own k.
         kernels: the implementation of each operation; None: by platform, device and model.
         dtype: of the routed experts' weights; some kernels are for 16 bits only.
@@ -64,7 +64,7 @@ def policy_of_each(
     each = list(policy) if isinstance(policy, (list, tuple)) else [policy] * count
     if len(each) != count:
         raise ValueError(f"{len(each)} policies for {count} rows: expected one, or one for each row")
-    return [_policy(one, calibration) for one in each]
+    return [_policy(given, calibration) for given in each]
 
 
 def _policy(given: AnyPolicy, calibration: Calibration | None) -> policies.Policy:
@@ -89,12 +89,12 @@ def make_requests(
 
     Args:
         prompts: texts, or token ids.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         execution: as `execution_of` returns it.
-        sampling: of all requests.
+        sampling: sampling settings of all requests.
         policy: as `policy_of_each` takes it.
-        seed: of sampling, 0 to 2**32 - 1: one for all, or one for each prompt.
-        calibration: of the model, for policies that lack one.
+        seed: the seed of sampling, 0 to 2**32 - 1: one for all, or one for each prompt.
+        calibration: the model's calibration, for policies that lack one.
 
     Raises:
         ValueError: there is no prompt; a prompt is empty, is not text, or fills the context; a policy or a seed is
@@ -106,7 +106,7 @@ def make_requests(
     policy_B = policy_of_each(policy, len(prompts), calibration)
     policies.settings(policy_B, execution.architecture, execution.k_max)
     seed_B = [seed] * len(prompts) if np.ndim(seed) == 0 else list(seed)
-    if len(seed_B) != len(prompts) or not all(0 <= operator.index(one) < 2**32 for one in seed_B):
+    if len(seed_B) != len(prompts) or not all(0 <= operator.index(value) < 2**32 for value in seed_B):
         raise ValueError(f"seed = {seed!r}: expected a whole number from 0 to 2**32 - 1, or one for each prompt")
     requests = []
     for number, prompt in enumerate(prompts, start=1):

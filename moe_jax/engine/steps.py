@@ -133,15 +133,15 @@ def _in_chunks(params, cache, tokens_BT, last_B, valid_BT, policy, execution, ch
 def insert(slots: CacheSlots, prefix: CacheSlots, place_B, count) -> CacheSlots:
     """Copies the first `count` rows of a prefix into slots: row r overwrites slot `place_B[r]`."""
 
-    def put(row, slots):
-        def into(all_slots, all_rows):
+    def insert_row(row, slots):
+        def copy(all_slots, all_rows):
             new = lax.dynamic_slice_in_dim(all_rows, row, 1, axis=1)
             return lax.dynamic_update_slice_in_dim(all_slots, new, place_B[row], axis=1)
 
-        cache = Cache(*(x if x is None else into(x, new) for x, new in zip(slots.cache, prefix.cache)))
+        cache = Cache(*(x if x is None else copy(x, new) for x, new in zip(slots.cache, prefix.cache)))
         return CacheSlots(cache, *(x_B.at[place_B[row]].set(new_B[row]) for x_B, new_B in zip(slots[1:], prefix[1:])))
 
-    return lax.fori_loop(0, count, put, slots)
+    return lax.fori_loop(0, count, insert_row, slots)
 
 
 @functools.partial(jax.jit, static_argnames=("execution", "most", "routing"), donate_argnames="slots")
@@ -167,7 +167,7 @@ def decode(params, slots: CacheSlots, continue_B, count, end_I, live: Live, *, e
     architecture, batch = execution.architecture, len(continue_B)
     slots = slots._replace(left_B=jnp.where(continue_B, slots.left_B, 0))
 
-    def goes_on(state):
+    def is_unfinished(state):
         steps, slots = state
         return (steps.count < count) & (slots.left_B > 0).any()
 
@@ -185,7 +185,7 @@ def decode(params, slots: CacheSlots, continue_B, count, end_I, live: Live, *, e
         chosen_LBK = traffic.chosen_NK
         new = (alive_B, sampled_B, log_probability_B, _kept(chosen_LBK), _distinct(traffic.load_E))
         new += (chosen_LBK if routing else None,)
-        recorded = jax.tree.map(lambda all_S, one: all_S.at[steps.count].set(one), tuple(steps[1:]), new)
+        recorded = jax.tree.map(lambda all_S, own: all_S.at[steps.count].set(own), tuple(steps[1:]), new)
         token_B = jnp.where(alive_B, sampled_B, slots.token_B)
         left_B = _left(slots.left_B, sampled_B, end_I)
         return DecodeResult(steps.count + 1, *recorded), CacheSlots(cache, token_B, slots.position_B + alive_B, left_B)
@@ -202,7 +202,7 @@ def decode(params, slots: CacheSlots, continue_B, count, end_I, live: Live, *, e
     )
     if most == 1:
         return step((steps, slots))
-    return lax.while_loop(goes_on, step, (steps, slots))
+    return lax.while_loop(is_unfinished, step, (steps, slots))
 
 
 def _sample(params, x_BD, position_B, live, execution):

@@ -14,7 +14,7 @@ class StoppingText:
     stop string that names one, such as "<|im_end|>" or "</s>\\n", is searched for in the text with their names added.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         stop: strings that end the text; none of them empty.
         before: ids of the prompt that the text continues.
     """
@@ -22,8 +22,8 @@ class StoppingText:
     def __init__(self, tokenizer: tokenizers.Tokenizer, stop: Sequence[str], before: Sequence[int] = ()):
         self._stream = TextStream(tokenizer, before)
         names = special_tokens(tokenizer) if stop else {}
-        self._naming = tuple(one for one in stop if any(name in one for name in names.values()))
-        self._plain = tuple(one for one in stop if one not in self._naming)
+        self._naming = tuple(text for text in stop if any(name in text for name in names.values()))
+        self._plain = tuple(text for text in stop if text not in self._naming)
         self._names = names if self._naming else {}
         self._held = ""  # text held back, with the names of special tokens
         self._has_text: list[bool] = []  # of each held character: False within the name of a special token
@@ -72,7 +72,7 @@ def _text_of(whole: str, has_text: Sequence[bool]) -> str:
 
 def _spans(text: str, stop: Sequence[str]) -> list[tuple[int, int]]:
     """Start and end of the first occurrence of each stop string in the text."""
-    return [(text.find(one), text.find(one) + len(one)) for one in stop if one in text]
+    return [(text.find(end), text.find(end) + len(end)) for end in stop if end in text]
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -43,9 +43,9 @@ def make_questions(
 
     Args:
         documents: the held-out text.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         count: how many questions.
-        seed: of the random choice; the same arguments give the same questions.
+        seed: the seed of the random choice; the same arguments give the same questions.
 
     Raises:
         ValueError: the documents have fewer questions.
@@ -90,14 +90,14 @@ def _find_question(text, number, places, waiting, tokenizer, rng) -> Question | 
             continue
         picked = [place, *(int(other) for other in rng.choice(others, OPTIONS - 1, replace=False))]
         before = "\n".join(lines[:place])
-        encoded = tokenizer.encode_batch([f"{before}\n{lines[one]}" for one in picked])
-        ids = [one.ids for one in encoded]
+        encoded = tokenizer.encode_batch([f"{before}\n{lines[line]}" for line in picked])
+        ids = [encoding.ids for encoding in encoded]
         shared = _shared(ids)
-        options = tuple(tuple(one[shared:]) for one in ids)
+        options = tuple(tuple(option_ids[shared:]) for option_ids in ids)
         if all(options) and sum(map(len, options)) <= LONGEST_OPTIONS:
             room = ROW - sum(map(len, options))
             prefix = tuple(ids[0][max(0, shared - room) : shared])
-            return Question(number, prefix, options, tuple(len(lines[one].encode()) for one in picked))
+            return Question(number, prefix, options, tuple(len(lines[line].encode()) for line in picked))
     return None
 
 
@@ -142,12 +142,12 @@ def score_options(
         asked = questions[first : first + batch_size]
 
         def compute(asked=asked):
-            laid = _lay_out(asked, batch_size)
+            rows = _lay_out(asked, batch_size)
             found = [
-                score(params, laid.batch, [live], execution, specs=[policy.spec])[0].nats_Y
+                score(params, rows.batch, [live], execution, specs=[policy.spec])[0].nats_Y
                 for policy, live in zip(compared, settings)
             ]
-            return {"nats": [np.bincount(laid.option_Y, nats_Y, len(asked) * OPTIONS) for nats_Y in found]}
+            return {"nats": [np.bincount(rows.option_Y, nats_Y, len(asked) * OPTIONS) for nats_Y in found]}
 
         nats = journal.once(f"choices-{first:06d}", compute)["nats"].reshape(len(compared), len(asked), OPTIONS)
         per_byte.append(nats / np.array([question.option_bytes for question in asked]))

@@ -40,9 +40,9 @@ def make_headers(
 
     Args:
         documents: the held-out text; those that this Python cannot parse are skipped.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         count: how many headers.
-        seed: of the random choice; the same arguments give the same headers.
+        seed: the seed of the random choice; the same arguments give the same headers.
 
     Raises:
         ValueError: the documents have fewer headers.
@@ -66,15 +66,18 @@ def make_headers(
 
 
 def _functions(text: str) -> list[tuple[int, int]]:
-    """Where each line of a `def` and its body begin, in characters; only for bodies on a line of their own."""
+    """The offsets in characters of each `def` line and of its body; only functions whose body starts on a new line."""
     try:
         with warnings.catch_warnings(action="ignore"):
             tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError):
         return []
     starts = np.cumsum([0] + [len(line) + 1 for line in text.split("\n")])
-    functions = (node for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)))
-    spans = [(starts[one.lineno - 1], starts[one.body[0].lineno - 1] + one.body[0].col_offset) for one in functions]
+    spans = []
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[0]
+            spans.append((starts[node.lineno - 1], starts[body.lineno - 1] + body.col_offset))
     return [(begin, body) for begin, body in spans if "\n" in text[begin:body] and text[:body].endswith((" ", "\t"))]
 
 
@@ -133,13 +136,13 @@ def complete(
     All policies and temperatures share one compiled step. A header uses the same random numbers under every policy.
 
     Args:
-        engine: of the model.
-        tokenizer: of the model.
+        engine: the model's engine.
+        tokenizer: the model's tokenizer.
         headers: as `make_headers` gives them.
         compared: the policies.
         execution: the static half of the step.
-        max_new_tokens: of each body.
-        seed: of sampling.
+        max_new_tokens: the most tokens of each body.
+        seed: the seed of sampling.
         journal: keeps finished batches; None: they are not kept.
         advance: called with the number of completions done since the last call.
 

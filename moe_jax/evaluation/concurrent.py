@@ -35,10 +35,10 @@ def cut_windows(documents: Sequence[np.ndarray], tokenizer, context: int, count:
 
     Args:
         documents: ids of each, as `encode_documents` gives them.
-        tokenizer: of the model, for the bytes of a window.
+        tokenizer: the model's tokenizer, for the bytes of a window.
         context: T.
-        count: of windows.
-        seed: of the random choice.
+        count: the number of windows.
+        seed: the seed of the random choice.
 
     Raises:
         ValueError: there are fewer.
@@ -72,9 +72,9 @@ def score_windows(
     Args:
         params: as `decoder.split` gives them.
         windows: a multiple of `rows`.
-        policy: of every row.
+        policy: the policy of every row.
         execution: the static half of the step.
-        rows: of a compiled step, which all values of `concurrency` share.
+        rows: the rows of a compiled step, which all values of `concurrency` share.
         concurrency: number of successive windows that decode together; a divisor of `rows`.
     """
     live = policies.settings([policy] * rows, execution.architecture, execution.k_max, np.arange(rows) // concurrency)

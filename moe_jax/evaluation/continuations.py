@@ -43,7 +43,7 @@ def require_row_wise(policy: policies.Policy) -> None:
 
 def num_truncated(pairs: Sequence[Pair], max_context: int) -> int:
     """The number of pairs that are too long, whose contexts `score_continuations` truncates at the beginning."""
-    return sum(len(one.context_ids) + len(one.continuation_ids) > max_context + 1 for one in pairs)
+    return sum(len(pair.context_ids) + len(pair.continuation_ids) > max_context + 1 for pair in pairs)
 
 
 def score_continuations(
@@ -89,10 +89,10 @@ def score_continuations(
         read = longest_first[first : first + rows]
         asked = [index for ids in read for index in sharing[ids]]
         row_of = [row for row, ids in enumerate(read) for _ in sharing[ids]]
-        laid = _lay_out(read, row_of, [pairs[index].continuation_ids for index in asked], rows, max_context)
-        [scores] = score(params, laid.batch, [live], execution, greedy=True, specs=[policy.spec])
-        nats = np.bincount(laid.asked_Y, np.float64(scores.nats_Y), len(asked))
-        misses = np.bincount(laid.asked_Y, ~scores.greedy_Y, len(asked))
+        rows_asked = _lay_out(read, row_of, [pairs[index].continuation_ids for index in asked], rows, max_context)
+        [scores] = score(params, rows_asked.batch, [live], execution, greedy=True, specs=[policy.spec])
+        nats = np.bincount(rows_asked.asked_Y, np.float64(scores.nats_Y), len(asked))
+        misses = np.bincount(rows_asked.asked_Y, ~scores.greedy_Y, len(asked))
         for number, index in enumerate(asked):
             found[index] = Scored(-float(nats[number]), not misses[number])
             on_scored(index, found[index])

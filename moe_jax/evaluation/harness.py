@@ -25,7 +25,7 @@ from moe_jax.evaluation.continuations import Pair, Scored, num_truncated, score_
 from moe_jax.model.decoder import Execution
 from moe_jax.text import chat, framing
 
-MAX_NEW_TOKENS = 256  # default where a task gives none, as in lm-eval's own models
+MAX_NEW_TOKENS = 256  # default if a task gives none, as in lm-eval's own models
 _SAMPLING = ("until", "max_gen_toks", "do_sample", "temperature", "top_k", "top_p")
 
 
@@ -40,13 +40,13 @@ class LanguageModel(TemplateLM):
         num_truncated: number of requests so far whose context was truncated at the beginning to fit the model's.
 
     Args:
-        folder: of the checkpoint, for its special tokens and its chat template.
+        folder: the checkpoint's folder, for its special tokens and its chat template.
         engine: holds the weights and generates text.
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         execution: the static half of the steps; policies keep at most its `k_max` experts.
         policy: which experts run, a spec such as "topk:4"; row-wise for all requests but generation.
         batch_size: rows per compiled step.
-        seed: of generation, for tasks that sample.
+        seed: the seed of generation, for tasks that sample.
 
     Raises:
         ValueError: the policy does not parse or does not fit the model, or the checkpoint names no token that can

@@ -22,9 +22,9 @@ def ratio(part_J: np.ndarray, whole_J: np.ndarray, seed: int = 0) -> Estimate:
     """The sum of parts over the sum of wholes: bits over bytes, right answers over questions.
 
     Args:
-        part_J: of each document.
-        whole_J: of each document, 0 or more; documents with 0 are left out.
-        seed: of the resampling.
+        part_J: a value for each document.
+        whole_J: a value for each document, 0 or more; documents with 0 are left out.
+        seed: the seed of the resampling.
     """
     part_J, whole_J = part_J[whole_J > 0], whole_J[whole_J > 0]
     parts, wholes = (_resampled(values, seed) for values in (part_J, whole_J))
@@ -49,10 +49,10 @@ def recovered(before_J: np.ndarray, after_J: np.ndarray, full_J: np.ndarray, see
     """The share of a policy's loss that is recovered: (before - after) / (before - full), sums over documents.
 
     Args:
-        before_J: of each document under the policy, before.
-        after_J: of each document under the policy, after.
-        full_J: of each document under the full model.
-        seed: of the resampling.
+        before_J: a value for each document under the policy, before.
+        after_J: the same, after.
+        full_J: the same under the full model.
+        seed: the seed of the resampling.
     """
     befores, afters, fulls = (_resampled(values, seed) for values in (before_J, after_J, full_J))
     value = (before_J.sum() - after_J.sum()) / (before_J.sum() - full_J.sum())

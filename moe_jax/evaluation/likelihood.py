@@ -21,7 +21,7 @@ class Likelihood(NamedTuple):
     bits_J: np.ndarray  # float64
     kl_J: np.ndarray | None  # float64 nats, summed over scored tokens: divergence of the reference from this policy
     tokens_J: np.ndarray  # int64: number of tokens scored
-    load_LE: np.ndarray  # int64: slots that each expert received; masked where a layer has fewer experts
+    load_LE: np.ndarray  # int64: slots that each expert received; masked if a layer has fewer experts
 
 
 def score_documents(
@@ -59,29 +59,30 @@ def score_documents(
         NotFiniteError: a token's log-probability is NaN or infinite.
     """
     journal = journal or Journal(None, {})
-    cut, batch_size = _Windows(documents, context), max(1, min(batch_size, TOKENS // context))
+    all_windows = _Windows(documents, context)
+    batch_size = max(1, min(batch_size, TOKENS // context))
     architecture = execution.architecture
     settings = [policies.settings([policy] * batch_size, architecture, execution.k_max) for policy in compared]
     nats_PJ, kl_PJ = np.zeros((2, len(compared), len(documents)))
     num_experts_L = np.array(architecture.num_experts_L)
     load_PLE = np.zeros((len(compared), len(num_experts_L), architecture.moe.num_experts), np.int64)
-    for first in range(0, len(cut.owner), batch_size):
-        batch = cut.batch(first, batch_size)
+    for first in range(0, len(all_windows.owner), batch_size):
+        batch = all_windows.batch(first, batch_size)
 
         def compute(batch=batch):
             specs = [policy.spec for policy in compared]
             scores = score(params, batch, settings, execution, reference, specs=specs)
-            arrays = {"nats_PY": [one.nats_Y for one in scores], "load_PLE": [one.load_LE for one in scores]}
-            return arrays | ({} if reference is None else {"kl_PY": [one.kl_Y for one in scores]})
+            arrays = {"nats_PY": [own.nats_Y for own in scores], "load_PLE": [own.load_LE for own in scores]}
+            return arrays | ({} if reference is None else {"kl_PY": [own.kl_Y for own in scores]})
 
         part = journal.once(f"windows-{first:06d}", compute)
-        owner_Y = cut.owner[first + batch.source_Y[: batch.num_labels] // context]
+        owner_Y = all_windows.owner[first + batch.source_Y[: batch.num_labels] // context]
         for number in range(len(compared)):
             nats_PJ[number] += np.bincount(owner_Y, np.float64(part["nats_PY"][number]), len(documents))
             if reference is not None:
                 kl_PJ[number] += np.bincount(owner_Y, np.float64(part["kl_PY"][number]), len(documents))
         load_PLE += part["load_PLE"]
-        advance(min(batch_size, len(cut.owner) - first))
+        advance(min(batch_size, len(all_windows.owner) - first))
     if architecture.moe.num_experts_of_layers:
         missing_LE = np.arange(load_PLE.shape[2]) >= num_experts_L[:, None]
         load_PLE = np.ma.masked_array(load_PLE, np.broadcast_to(missing_LE, load_PLE.shape))

@@ -47,7 +47,7 @@ def _hidden(params, tokens_BT, positions_BT, segments_BT, live, execution, side_
 
 @functools.partial(jax.jit, static_argnames="greedy")
 def _score_labels(params, x_ND, reference_ND, source_Y, label_Y, num_labels, *, greedy):
-    """The requested fields of `Scores` that end in Y, chunk by chunk."""
+    """The requested fields of `Scores` with one value per label, computed chunk by chunk."""
     size = min(CHUNK, len(label_Y))
 
     def log_probability(x_ND, source):
@@ -66,12 +66,12 @@ def _score_labels(params, x_ND, reference_ND, source_Y, label_Y, num_labels, *, 
             new["kl_Y"] = (jnp.exp(reference_YV) * (reference_YV - log_YV)).sum(axis=1)
         return {name: lax.dynamic_update_slice_in_dim(all_Y, new[name], first, 0) for name, all_Y in done.items()}
 
-    nothing = {"nats_Y": jnp.zeros(len(label_Y), jnp.float32)}
+    zeros = {"nats_Y": jnp.zeros(len(label_Y), jnp.float32)}
     if greedy:
-        nothing["greedy_Y"] = jnp.zeros(len(label_Y), bool)
+        zeros["greedy_Y"] = jnp.zeros(len(label_Y), bool)
     if reference_ND is not None:
-        nothing["kl_Y"] = jnp.zeros(len(label_Y), jnp.float32)
-    return lax.fori_loop(0, (num_labels + size - 1) // size, score_chunk, nothing)
+        zeros["kl_Y"] = jnp.zeros(len(label_Y), jnp.float32)
+    return lax.fori_loop(0, (num_labels + size - 1) // size, score_chunk, zeros)
 
 
 def score(
@@ -89,12 +89,12 @@ def score(
     Args:
         params: as `decoder.split` gives them.
         batch: the rows and their labels.
-        settings: of each policy, one row for each row of the batch.
+        settings: the settings of each policy, one row for each row of the batch.
         execution: the static half of the steps.
         reference: index of the policy from which divergences are measured; None: no divergences.
         side_by_side: as `decoder.hidden` takes it.
         greedy: whether to return `greedy_Y`.
-        specs: of the policies, for messages.
+        specs: the specs of the policies, for messages.
 
     Raises:
         NotFiniteError: the log-probability of a label is NaN or infinite.

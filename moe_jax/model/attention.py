@@ -84,10 +84,10 @@ class GroupedHeads:
         """Adds several positions of every row to the cache; each attends to itself and all earlier ones.
 
         Args:
-            cache: of all layers.
+            cache: the cache of all layers.
             layer: index into the cache.
             start_B: int32, where the first new position goes; the cache must have room for all.
-            implementation: of `causal_attention`.
+            implementation: the implementation of `causal_attention`.
 
         Returns:
             mixed_BTHX and the cache.
@@ -104,10 +104,10 @@ class GroupedHeads:
         """Adds one position of every row to the cache and attends over the cache, see `cached_attention`.
 
         Args:
-            cache: of all layers.
+            cache: the cache of all layers.
             layer: index into the cache.
             position_B: int32, where the new position goes.
-            implementation: of `cached_attention`.
+            implementation: the implementation of `cached_attention`.
 
         Returns:
             mixed_BTHX and the cache.
@@ -134,7 +134,7 @@ def cached_widths(attention: AttentionConfig) -> tuple[int, int, int]:
 def heads(
     x_BTD: jax.Array,
     weights: dict[str, jax.Array | Stacked],
-    turn: tuple[jax.Array, jax.Array],
+    cos_sin: tuple[jax.Array, jax.Array],
     attention: AttentionConfig,
     norm_eps: float,
 ) -> GroupedHeads:
@@ -143,9 +143,9 @@ def heads(
     Args:
         x_BTD: normed activations.
         weights: the attention weights of one layer, names without the leading L.
-        turn: cosines and sines of the rotary angles.
+        cos_sin: cosines and sines of the rotary angles.
         attention: the attention settings.
-        norm_eps: of the query and key norms.
+        norm_eps: epsilon of the query and key norms.
     """
     query_BTHA = project(x_BTD, weights["query_HAD"])
     key_BTGA = project(x_BTD, weights["key_GAD"])
@@ -163,7 +163,7 @@ def heads(
     if attention.clip_qkv:
         bound = attention.clip_qkv
         query_BTHA, key_BTGA, value_BTGA = (jnp.clip(x, -bound, bound) for x in (query_BTHA, key_BTGA, value_BTGA))
-    query_BTHA, key_BTGA = (rope.rotate(x, turn, attention.rope_interleaved) for x in (query_BTHA, key_BTGA))
+    query_BTHA, key_BTGA = (rope.rotate(x, cos_sin, attention.rope_interleaved) for x in (query_BTHA, key_BTGA))
     return GroupedHeads(query_BTHA, key_BTGA, value_BTGA, rope.score_scale(attention, attention.head_dim))
 
 

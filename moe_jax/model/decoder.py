@@ -115,13 +115,13 @@ def _one_layer(weights: Params, modules: tuple[str, ...], layer: jax.Array | int
     return {name.replace("_L", "_"): take(name, value) for name, value in weights.items()}
 
 
-def _layer(x_BTD, weights, turn, core, ffn, architecture):
+def _layer(x_BTD, weights, cos_sin, core, ffn, architecture):
     """One pre-norm layer; `core` mixes positions, `ffn` runs on flattened tokens. Also returns what both report."""
     eps = architecture.decoder.norm_eps
     with jax.named_scope("attention"):
         normed = rms_norm(x_BTD, weights["attention_norm_D"], eps)
         kind, attention_weights = ATTENTION[architecture.attention.kind], weights["attention"]
-        mixed_BTHX, from_core = core(kind.heads(normed, attention_weights, turn, architecture.attention, eps))
+        mixed_BTHX, from_core = core(kind.heads(normed, attention_weights, cos_sin, architecture.attention, eps))
         x_BTD = x_BTD + project(mixed_BTHX, attention_weights[kind.OUTPUT], 2)
     with jax.named_scope("ffn"):
         normed = rms_norm(x_BTD, weights["ffn_norm_D"], eps)
@@ -155,7 +155,7 @@ def _context(column: jax.Array, valid_BT: jax.Array, steps: int) -> Context:
     return Context(column, jnp.repeat(jnp.arange(batch), length), valid_BT.reshape(-1), steps)
 
 
-def _turn(positions_BT: jax.Array, architecture: Architecture):
+def _cos_sin(positions_BT: jax.Array, architecture: Architecture):
     return rope.angles(positions_BT, architecture.attention)
 
 
@@ -184,7 +184,7 @@ def hidden(
         side_by_side: whether all rows at one position form a decode step, in which batch-aware policies act; otherwise
             rows are read like prompts.
         in_stacks: whether weights are read within their stacks; this has no gradient. Otherwise each layer is copied
-            out of its stack, so its gradient is only as large as the layer. Ignored where some weights are `LowRank`.
+            out of its stack, so its gradient is only as large as the layer. Ignored if some weights are `LowRank`.
         remat: whether the backward pass recomputes each layer of a loop from its input instead of keeping its
             activations: only the input of each layer is kept, at a third more time.
 
@@ -209,24 +209,24 @@ def _whole(
 ):
     """Runs all layers over whole sequences: x_BTD, the traffic, and `observe` of the input of each MoE layer."""
     architecture = execution.architecture
-    turn = _turn(positions_BT, architecture)
+    cos_sin = _cos_sin(positions_BT, architecture)
     x_BTD = params["embedding_VD"][tokens_BT].astype(dtype_of(params))
 
     def core(heads):
         return heads.causal(segments_BT, execution.kernels.causal_attention), None
 
     adapted = holds_any(params)
-    apart = adapted or not in_stacks
-    projection = "" if apart else execution.kernels.projection
+    by_layer = adapted or not in_stacks  # each layer is taken out of its stack
+    projection = "" if by_layer else execution.kernels.projection
     steps = tokens_BT.shape[1] if side_by_side else 0
 
     def run(layer, x_BTD, stack):
-        if apart:
+        if by_layer:
             stack = merge(stack)
-        around = {name: part for name, part in stack.items() if name != "experts"}
-        weights = _one_layer(around, (layer.stack,), layer.index, projection)
+        others = {name: part for name, part in stack.items() if name != "experts"}
+        weights = _one_layer(others, (layer.stack,), layer.index, projection)
         if not layer.is_moe:
-            x_BTD, _, _ = _layer(x_BTD, weights, turn, core, _dense_ffn(weights), architecture)
+            x_BTD, _, _ = _layer(x_BTD, weights, cos_sin, core, _dense_ffn(weights), architecture)
             return x_BTD, None
         context = _context(layer.column, segments_BT != 0, steps)
         ffn = _moe_ffn(weights, stack["experts"], layer, live, context, execution)
@@ -235,7 +235,7 @@ def _whole(
             y_ND, traffic = ffn(x_ND)
             return y_ND, (traffic, observe(x_ND))
 
-        x_BTD, _, seen = _layer(x_BTD, weights, turn, core, observed_ffn, architecture)
+        x_BTD, _, seen = _layer(x_BTD, weights, cos_sin, core, observed_ffn, architecture)
         return x_BTD, seen
 
     def recomputed(layer):  # the layer, with the part that the backward pass recomputes
@@ -248,7 +248,7 @@ def _whole(
         seen = []
         for layer, place in zip(block.at(time), block.places, strict=True):
             stack = params[layer.stack]
-            if apart:  # the layer becomes a stack of one
+            if by_layer:  # as a stack of one
                 stack, layer = _alone(own[layer.stack], place), layer._replace(index=jnp.int32(0))
             x_BTD, seen_here = recomputed(layer)(x_BTD, stack)
             seen += [seen_here] if layer.is_moe else []
@@ -259,11 +259,11 @@ def _whole(
         if not block.is_moe:
             for layer in itertools.chain(*map(block.at, range(block.times))):
                 stack = params[layer.stack]
-                if apart:
+                if by_layer:
                     stack, layer = _alone(stack, layer.index), layer._replace(index=0)
                 x_BTD, _ = recomputed(layer)(x_BTD, stack)
             continue
-        own = {stack: _by_pass(params[stack], stack, block) for stack in block.stacks} if apart else None
+        own = {stack: _by_pass(params[stack], stack, block) for stack in block.stacks} if by_layer else None
         times = jnp.arange(block.times, dtype=jnp.int32)
         x_BTD, seen_in_block = lax.scan(functools.partial(one_pass, block), x_BTD, (times, own))
         if block.num_moe > 1:
@@ -289,7 +289,7 @@ def _by_pass(weights: Params, stack: str, block: Block) -> Params:
 
 
 def head(params: Params) -> jax.Array:
-    """The output projection [V, D]; the embedding where embeddings are tied."""
+    """The output projection [V, D]; the embedding if they are tied."""
     return params.get("head_VD", params["embedding_VD"])
 
 
@@ -334,7 +334,7 @@ def extend(
     if start_B is not None:
         positions_BT = start_B[:, None] + positions_BT
     is_step = start_B is not None and length == 1
-    turn = _turn(positions_BT, architecture)
+    cos_sin = _cos_sin(positions_BT, architecture)
     x_BTD = params["embedding_VD"][tokens_BT].astype(dtype_of(params))
 
     def core(layer, cache):
@@ -352,26 +352,28 @@ def extend(
     def one_pass(block, time, carried):
         for layer in block.at(time):
             x_BTD, cache, traffic = carried
-            around = {name: part for name, part in params[layer.stack].items() if name != "experts"}
-            weights = _one_layer(around, (layer.stack,), layer.index, execution.kernels.projection)
+            others = {name: part for name, part in params[layer.stack].items() if name != "experts"}
+            weights = _one_layer(others, (layer.stack,), layer.index, execution.kernels.projection)
             ffn = _dense_ffn(weights)
             if layer.is_moe:
                 context = _context(layer.column, valid_BT, 1 if is_step else 0)
                 ffn = _moe_ffn(weights, params[layer.stack]["experts"], layer, live, context, execution)
-            x_BTD, cache, new = _layer(x_BTD, weights, turn, core(layer.number, cache), ffn, architecture)
+            x_BTD, cache, new = _layer(x_BTD, weights, cos_sin, core(layer.number, cache), ffn, architecture)
             if layer.is_moe:
-                traffic = Traffic(*(every.at[layer.column].set(one) for every, one in zip(traffic, new, strict=True)))
+                traffic = Traffic(
+                    *(all_layers.at[layer.column].set(own) for all_layers, own in zip(traffic, new, strict=True))
+                )
             carried = x_BTD, cache, traffic
         return carried
 
     num_moe = architecture.decoder.num_moe_layers
-    nothing = Traffic(
+    zeros = Traffic(
         jnp.zeros((num_moe, architecture.moe.num_experts), jnp.int32),
         jnp.zeros(num_moe, jnp.float32),
         jnp.zeros(num_moe, jnp.float32),
         jnp.zeros((num_moe, batch * length, execution.k_max), jnp.int32),
     )
-    carried = x_BTD, cache, nothing
+    carried = x_BTD, cache, zeros
     for block in layer_order.blocks(architecture):
         if block.is_moe:
             carried = lax.fori_loop(0, block.times, functools.partial(one_pass, block), carried)

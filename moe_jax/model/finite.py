@@ -27,9 +27,9 @@ def require_finite(values: np.ndarray, what: str, params: Params) -> None:
     """Checks what a model computed.
 
     Args:
-        values: of any shape.
+        values: an array of any shape.
         what: names them in the message.
-        params: of the model; the message names their dtype.
+        params: the model's weights; the message names their dtype.
 
     Raises:
         NotFiniteError: some are NaN or infinite.

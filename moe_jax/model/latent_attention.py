@@ -99,7 +99,7 @@ def cached_widths(attention: AttentionConfig) -> tuple[int, int, int]:
 def heads(
     x_BTD: jax.Array,
     weights: dict[str, jax.Array | Stacked],
-    turn: tuple[jax.Array, jax.Array],
+    cos_sin: tuple[jax.Array, jax.Array],
     attention: AttentionConfig,
     norm_eps: float,
 ) -> LatentHeads:
@@ -108,7 +108,7 @@ def heads(
     Args:
         x_BTD: normed activations.
         weights: the attention weights of one layer, names without the leading L.
-        turn: cosines and sines of the rotary angles.
+        cos_sin: cosines and sines of the rotary angles.
         attention: the attention settings; the norms of latents use its `latent_norm_eps`.
         norm_eps: not used.
     """
@@ -119,11 +119,11 @@ def heads(
     else:
         query_BTHA = project(x_BTD, weights["query_HAD"])
     query_BTHA, rotary_BTHA = jnp.split(query_BTHA, [attention.nope_head_dim], axis=-1)
-    rotary_BTHA = rope.rotate(rotary_BTHA, turn, attention.rope_interleaved)
+    rotary_BTHA = rope.rotate(rotary_BTHA, cos_sin, attention.rope_interleaved)
 
     latent_BTZ, rotary_BTA = jnp.split(project(x_BTD, weights["latent_WD"]), [attention.latent_rank], axis=-1)
     latent_BTGZ = rms_norm(latent_BTZ, weights["latent_norm_Z"], eps)[:, :, None]
-    rotary_BTGA = rope.rotate(rotary_BTA[:, :, None], turn, attention.rope_interleaved)
+    rotary_BTGA = rope.rotate(rotary_BTA[:, :, None], cos_sin, attention.rope_interleaved)
 
     up_HOZ = weights["key_value_up_HOZ"]
     return LatentHeads(

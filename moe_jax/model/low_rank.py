@@ -1,4 +1,4 @@
-"""LoRA (arXiv 2106.09685): a low-rank product added to a weight, one per expert where there are experts."""
+"""LoRA (arXiv 2106.09685): a low-rank product added to a weight, one per expert for expert weights."""
 
 import functools
 import math

@@ -38,15 +38,15 @@ def moe_layer(
 
     Args:
         x_ND: normed activations.
-        weights: of this layer, names without the leading L: `router` (with a `mask_E` while a mask is trained) and,
-            where the model has them, `shared` and `shared_gate_D`.
+        weights: this layer's weights, names without the leading L: `router` (with a `mask_E` while a mask is trained)
+            and, where the model has them, `shared` and `shared_gate_D`.
         experts: the stack that holds the routed experts.
         layer: int32 scalar, this layer's index in that stack.
         live: settings of the policy.
         context: requests and validity of the tokens; its layer is the column of the settings.
         moe: the MoE settings.
         k_max: K, static.
-        implementation: of grouped_matmul.
+        implementation: the implementation of grouped_matmul.
 
     Returns:
         y_ND, and what the layer did.

@@ -35,7 +35,7 @@ def _mscale(factor: float, coefficient: float) -> float:
     return 0.1 * coefficient * math.log(factor) + 1
 
 
-def turn_scale(attention: AttentionConfig) -> float:
+def rotary_scale(attention: AttentionConfig) -> float:
     """The factor by which YaRN scales rotated channels.
 
     The paper's 0.1 ln(factor) + 1. Where DeepSeek gives both coefficients, `yarn_mscale_all_dim` scales whole heads
@@ -53,20 +53,20 @@ def score_scale(attention: AttentionConfig, head_dim: int) -> float:
 
 
 def angles(positions_BT: jax.Array, attention: AttentionConfig) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of the rotary angles, times `turn_scale`, float32 [B, T, rope_dim / 2]."""
+    """Cosines and sines of the rotary angles, times `rotary_scale`, float32 [B, T, rope_dim / 2]."""
     angle = positions_BT.astype(jnp.float32)[:, :, None] * frequencies(attention)[None, None, :]
-    scale = turn_scale(attention)
+    scale = rotary_scale(attention)
     return jnp.cos(angle) * scale, jnp.sin(angle) * scale
 
 
-def rotate(x_BTHA: jax.Array, turn: tuple[jax.Array, jax.Array], interleaved: bool) -> jax.Array:
+def rotate(x_BTHA: jax.Array, cos_sin: tuple[jax.Array, jax.Array], interleaved: bool) -> jax.Array:
     """Rotates the first rope_dim channels of every head.
 
     Channel i is paired with i + rope_dim / 2, or, if interleaved, 2 i with 2 i + 1; the checkpoint decides. The result
     has the pairs as halves in both cases. Scores do not depend on the order, as queries and keys share it.
     """
-    cos, sin = (t[:, :, None, :] for t in turn)
+    cos, sin = (t[:, :, None, :] for t in cos_sin)
     rotated, rest = jnp.split(x_BTHA.astype(jnp.float32), [2 * cos.shape[-1]], axis=-1)
     first, second = (rotated[..., 0::2], rotated[..., 1::2]) if interleaved else jnp.split(rotated, 2, axis=-1)
-    turned = [first * cos - second * sin, second * cos + first * sin, rest]
-    return jnp.concatenate(turned, axis=-1).astype(x_BTHA.dtype)
+    parts = [first * cos - second * sin, second * cos + first * sin, rest]
+    return jnp.concatenate(parts, axis=-1).astype(x_BTHA.dtype)

@@ -1,4 +1,4 @@
-"""Draws a frontier with matplotlib: throughput against quality, one panel for each load; the lower right is better.
+"""Draws a frontier with matplotlib: throughput against quality, one panel per concurrency; the lower right is better.
 
 The policies of the front carry numbers, in the order of their throughput, and a list beside the panel names them.
 """
@@ -24,7 +24,7 @@ _LINEAR = 0.005  # increases are spread evenly up to here, and by their logarith
 _TICKS = (0, 0.005, 0.01, 0.02, 0.05, 0.1)
 _INK, _SOFT, _FAINT, _LIMIT, _RING = "#1c2024", "#565d66", "#e6e8ea", "#c2372e", "#0a5ea8"
 _FONT = {"font.family": "sans-serif", "font.size": 11}
-_PLAIN = {"parse_math": False, "in_layout": False}  # for text that is not ours: dollar signs are no formulas
+_PLAIN = {"parse_math": False, "in_layout": False}  # for text that is not ours: dollar signs are not formulas
 _INCHES = (4.7, 4.0)  # of a panel; on a phone a point is then about a pixel
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 
@@ -66,10 +66,10 @@ def front(points: Sequence[Point]) -> list[Point]:
 
 
 def svg(points: Sequence[Point], recommended: Collection[str], numbers: Mapping[str, int]) -> str:
-    """Draws the points of one load that are at most `CEILING` worse, as SVG to stand in a page.
+    """Draws the points of one concurrency that are at most `CEILING` worse, as SVG for a page.
 
     Args:
-        points: of one load.
+        points: all points of one concurrency.
         recommended: the policies to ring.
         numbers: policy -> number; what belongs to a policy has the class `p` with its number.
     """
@@ -83,28 +83,29 @@ def svg(points: Sequence[Point], recommended: Collection[str], numbers: Mapping[
     text = text.replace("<svg", f'<svg role="group" aria-label="{name}"', 1)
     for place, point in enumerate(points):
         number = f"p{numbers[point.policy]}"
-        told = f"{point.policy}: throughput {gain_text(point)}; bits per byte {increase_text(point)}"
+        words = f"{point.policy}: throughput {gain_text(point)}; bits per byte {increase_text(point)}"
         text = text.replace(f'<g id="mark-{place}">', f'<g class="mark {number}">')
-        text = text.replace(f'<g id="area-{place}">', f'<g class="area {number}"><title>{escape(told)}</title>')
+        text = text.replace(f'<g id="area-{place}">', f'<g class="area {number}"><title>{escape(words)}</title>')
     return text
 
 
 def png(frontier: Frontier) -> bytes:
     """Draws all panels, each above the list of its front, as PNG."""
-    loads, chosen = sorted({point.concurrency for point in frontier.points}), choices(frontier)
-    of_load = [[point for point in frontier.points if point.concurrency == load] for load in loads]
-    columns, list_inches = min(3, len(loads)), 0.18 * max(len(front(points)) for points in of_load)
-    rows = math.ceil(len(loads) / columns)
+    chosen, panels = choices(frontier), {}
+    for point in sorted(frontier.points, key=lambda point: point.concurrency):
+        panels.setdefault(point.concurrency, []).append(point)
+    columns, list_inches = min(3, len(panels)), 0.18 * max(len(front(points)) for points in panels.values())
+    rows = math.ceil(len(panels) / columns)
     with matplotlib.rc_context(_FONT):
         figure = Figure(figsize=(_INCHES[0] * columns, (_INCHES[1] + 0.5 + list_inches) * rows), layout="constrained")
         axes_PC = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[_INCHES[1], list_inches] * rows)
         for axes in axes_PC.flat:
             axes.set_axis_off()
-        for place, (load, points) in enumerate(zip(loads, of_load)):
+        for place, (concurrency, points) in enumerate(panels.items()):
             axes, below = axes_PC[2 * (place // columns) :, place % columns][:2]
-            recommended = {choice.best.policy for choice in chosen if choice.concurrency == load}
+            recommended = {choice.best.policy for choice in chosen if choice.concurrency == concurrency}
             axes.set_axis_on()
-            axes.set_title(f"Concurrency {load}", loc="left", pad=22, fontweight="bold")
+            axes.set_title(f"Concurrency {concurrency}", loc="left", pad=22, fontweight="bold")
             _panel(axes, points, recommended)
             below.text(0, 1, _listed(points, recommended), va="top", family="monospace", fontsize=8.5, **_PLAIN)
         marks = [

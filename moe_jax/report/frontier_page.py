@@ -1,4 +1,4 @@
-"""A frontier as one self-contained HTML page: which policy to choose at each load, and all measurements.
+"""A frontier as one self-contained HTML page: which policy to choose at each concurrency, and all measurements.
 
 The page needs no network and runs no script. `frontier_page.html` is its template.
 """
@@ -16,13 +16,13 @@ from moe_jax.study.frontier import LIMITS, Frontier, Point, choices
 
 
 def page(frontier: Frontier) -> str:
-    """The page, as HTML. At every load at least one policy must be within each limit, as `model` always is."""
+    """The page, as HTML. At every concurrency at least one policy must be within each limit, as `model` always is."""
     numbers = {policy: number for number, policy in enumerate(dict.fromkeys(p.policy for p in frontier.points))}
-    chosen, loads = choices(frontier), []
+    chosen, panels = choices(frontier), []
     for rows in sorted({point.concurrency for point in frontier.points}):
         points = [point for point in frontier.points if point.concurrency == rows]
         recommended = {choice.best.policy for choice in chosen if choice.concurrency == rows}
-        loads.append(
+        panels.append(
             {
                 "rows": rows,
                 "points": points,
@@ -48,7 +48,7 @@ def page(frontier: Frontier) -> str:
     return environment.from_string(template).render(
         frontier=frontier,
         numbers=numbers,
-        loads=loads,
+        panels=panels,
         recommended={limit: [choice for choice in chosen if choice.limit == limit] for limit in LIMITS},
         kept=[_at_the_middle(frontier, policy) for policy in numbers],
         layers=max(len(point.quality.kept_L) for point in frontier.points),
@@ -59,11 +59,11 @@ def page(frontier: Frontier) -> str:
 
 
 def _at_the_middle(frontier: Frontier, policy: str) -> tuple[Point, bool]:
-    """The policy's point at the middle one of all loads, or at its first; whether another load keeps other experts."""
-    loads = sorted({point.concurrency for point in frontier.points})
+    """The policy's point at the middle concurrency, or at its first; and whether its kept experts vary with it."""
+    concurrencies = sorted({point.concurrency for point in frontier.points})
     own = {point.concurrency: point for point in frontier.points if point.policy == policy}
     varies = len({point.quality.kept_L for point in own.values()}) > 1
-    return own.get(loads[len(loads) // 2], own[min(own)]), varies
+    return own.get(concurrencies[len(concurrencies) // 2], own[min(own)]), varies
 
 
 def _interval(estimate: Estimate, decimals: int = 1) -> str:

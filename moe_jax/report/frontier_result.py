@@ -20,7 +20,7 @@ def figures(frontier: Frontier) -> dict[str, dict]:
 
 
 def rows(frontier: Frontier) -> list[dict]:
-    """One row per point, a policy at a load."""
+    """One row per point, a policy at a concurrency."""
     found = []
     for point in frontier.points:
         quality, speed = point.quality, point.speed

@@ -65,7 +65,7 @@ def _estimate(name: str, estimate: Estimate | None) -> dict[str, float | str]:
 
 
 def table(frontier: Frontier) -> str:
-    """In Markdown: the recommendation and the best uniform k at each load, then each policy's gain at each load."""
+    """In Markdown: the recommendation and the best uniform k, then each policy's gain, at each concurrency."""
     return f"{_choices_table(choices(frontier))}\n\n{_gains_table(frontier.points)}"
 
 
@@ -82,10 +82,11 @@ def _choices_table(chosen: Sequence[Choice]) -> str:
 
 
 def _gains_table(points: Sequence[Point]) -> str:
-    """The gain in throughput, one row per policy and one column per load."""
-    loads = sorted({point.concurrency for point in points})
+    """The gain in throughput, one row per policy and one column per concurrency."""
+    concurrencies = sorted({point.concurrency for point in points})
     gains = {(point.policy, point.concurrency): signed(point.speed.gain.value) for point in points}
-    lines = ["| gain at concurrency | " + " | ".join(map(str, loads)) + " |", "|---|" + "--:|" * len(loads)]
+    lines = [f"| gain at concurrency | {' | '.join(map(str, concurrencies))} |", "|---|" + "--:|" * len(concurrencies)]
     for policy in dict.fromkeys(point.policy for point in points):
-        lines.append(f"| `{policy}` | " + " | ".join(gains.get((policy, load), "") for load in loads) + " |")
+        cells = [gains.get((policy, concurrency), "") for concurrency in concurrencies]
+        lines.append(f"| `{policy}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)

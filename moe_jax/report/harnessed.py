@@ -21,7 +21,7 @@ def rows(specs: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[dic
     documents, in pairs. Otherwise the interval is from the harness's standard error, and there is no difference.
 
     Args:
-        specs: of the policies.
+        specs: the specs of the policies.
         results: for each policy, what `lm_eval.simple_evaluate` returns, samples included.
     """
     found = []

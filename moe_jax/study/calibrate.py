@@ -46,7 +46,7 @@ def measure(params: decoder.Params, tokens_JT: np.ndarray, execution: decoder.Ex
     Args:
         params: from `decoder.split`.
         tokens_JT: a multiple of `ROWS` rows.
-        execution: of the full model.
+        execution: static settings of the full model.
 
     Raises:
         NotFiniteError: a measured number is NaN or infinite.

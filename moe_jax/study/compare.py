@@ -71,7 +71,7 @@ def prepare(
         if policy.batch_aware:
             raise ValueError(
                 f"evaluation.policies: {policy.spec!r} looks at all rows of a decode step; expected policies that look "
-                "at one row; launch/sweep.py measures the others at every load"
+                "at one row; launch/sweep.py measures the others at every concurrency"
             )
     documents = half(documents, config.half)[: config.documents or None]
     return Task(

@@ -1,4 +1,4 @@
-"""The frontier: what each policy costs in quality and gains in speed at each load, and which one to choose."""
+"""The frontier: what each policy costs in quality and gains in speed at each concurrency, and which one to choose."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -17,7 +17,7 @@ class Quality(NamedTuple):
     increase: Estimate  # bits per byte relative to the full model, 0.01 is 1% more; paired by document
     experts_per_token: float  # slots kept, mean over tokens and MoE layers
     kept_L: tuple[float, ...]  # the same for each MoE layer
-    distinct_experts: float  # run by one MoE layer in one decode step at this load, mean
+    distinct_experts: float  # run by one MoE layer in one decode step at this concurrency, mean
 
 
 class Speed(NamedTuple):
@@ -40,10 +40,10 @@ class Rival(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One policy at one load."""
+    """One policy at one concurrency."""
 
     policy: str  # its spec
-    uniform: bool  # whether it keeps the same number of experts in every layer, for every token and load
+    uniform: bool  # whether it keeps the same number of experts in every layer, for every token and concurrency
     concurrency: int  # rows of a decode step
     quality: Quality
     speed: Speed
@@ -51,7 +51,7 @@ class Point(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The fastest policy within a quality limit at one load, and the fastest uniform one."""
+    """The fastest policy within a quality limit at one concurrency, and the fastest uniform one."""
 
     concurrency: int
     limit: float  # on the upper end of the interval of `Quality.increase`
@@ -70,12 +70,12 @@ class Frontier(NamedTuple):
 
 
 def choices(frontier: Frontier) -> list[Choice]:
-    """The recommended policy for every load and limit."""
+    """The recommended policy for every concurrency and limit."""
     found = []
     for concurrency in sorted({point.concurrency for point in frontier.points}):
-        at_load = [point for point in frontier.points if point.concurrency == concurrency]
+        at_concurrency = [point for point in frontier.points if point.concurrency == concurrency]
         for limit in LIMITS:
-            allowed = [point for point in at_load if point.quality.increase.ci95[1] <= limit]
+            allowed = [point for point in at_concurrency if point.quality.increase.ci95[1] <= limit]
             best, uniform = _fastest(allowed), _fastest([point for point in allowed if point.uniform])
             over_uniform = gain(best.speed.rounds_ms, uniform.speed.rounds_ms)
             found.append(Choice(concurrency, limit, best, uniform, over_uniform))

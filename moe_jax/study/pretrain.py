@@ -43,8 +43,8 @@ def export(
     config: Config, folder: pathlib.Path, text: PretrainingText, execution: Execution, params: Params
 ) -> Exported:
     """Exports the trained model with its tokenizer to `folder/model`, in bfloat16, and measures the export."""
-    begun = checkpoint.begun(config.architecture, text.tokenizer)
-    begun.save(folder / "model", params, dtype="bfloat16", replace=True)
+    new = checkpoint.new(config.architecture, text.tokenizer)
+    new.save(folder / "model", params, dtype="bfloat16", replace=True)
     exported = checkpoint.open(folder / "model").load("float32")
     compared, context = policies_of(config, execution), config.decoder.max_context
     with tqdm(total=num_windows(text.held_out_tokens, context), unit="window", disable=None) as bar:

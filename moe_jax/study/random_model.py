@@ -19,9 +19,9 @@ def random_params(architecture: Architecture, dtype: jnp.dtype, seed: int) -> de
     half a minute for a billion numbers on 2 cores.
 
     Args:
-        architecture: of the model.
-        dtype: of every parameter.
-        seed: of the noise.
+        architecture: the model's architecture.
+        dtype: the dtype of every parameter.
+        seed: the seed of the noise.
 
     Raises:
         ValueError: the model does not fit in the memory that is available.

@@ -26,7 +26,7 @@ from moe_jax.training.finetuning import FinetuningText
 class RecoveryPolicies(NamedTuple):
     """The policies of a run, checked against the model before its weights are read."""
 
-    trained: Policy  # to train under; the model's own where k is sampled
+    trained: Policy  # to train under; the model's own if k is sampled
     compared: Sequence[Policy]  # to measure under: the full model first
 
 
@@ -114,19 +114,19 @@ def recover(
 
     Args:
         config: reads `training`, `objective` and `finetune`.
-        folder: of the run.
+        folder: the run's folder.
         model: the model to fine-tune.
         params: its weights.
         text: from `finetuning.prepare_text`.
         run_policies: from `recovery_policies`.
-        execution: of the full model.
+        execution: static settings of the full model.
         before: from `measure`, under `run_policies.compared`.
     """
     if config.finetune.rollouts:
         text = text._replace(packed=_rollouts(config, folder / "rollouts", model, params, text, execution))
     tuned = finetuning.finetune(config, folder, params, text, run_policies.trained, execution)
     own = policies.with_own(run_policies.trained, model.architecture) or model.architecture
-    exported = model.of_other_weights().with_architecture(own)
+    exported = model.for_new_weights().with_architecture(own)
     exported.save(folder / "model", tuned.params, dtype=model.stored_dtype, replace=True)
     params = checkpoint.open(folder / "model").load(config.training.weights)
     after = measure(config, params, text, run_policies.compared, execution, "after")

@@ -37,8 +37,8 @@ class TimedModel:
     Attributes:
         engine: its weights and programs.
         execution: the static settings of the steps.
-        policy: of every row.
-        sampling: of every row.
+        policy: the policy of every row.
+        sampling: sampling settings of every row.
         trace: routing to replay; None: the model routes.
         routing: whether samples record the expert of every slot.
     """

@@ -1,4 +1,4 @@
-"""Measures a frontier: every policy at every load, quality on one model, speed on the same or another one."""
+"""Measures a frontier: every policy at every concurrency, quality on one model, speed on the same or another one."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -74,15 +74,15 @@ def measure_quality(
     journal: Journal,
     advance: Callable[[], object],
 ) -> dict[tuple[int, int], dict[str, np.ndarray]]:
-    """Measures every candidate on the windows: at every load if its policy is batch-aware, else once.
+    """Measures every candidate on the windows: at every concurrency if its policy is batch-aware, else once.
 
     Returns:
-        (candidate's index, load) -> `bits_J`, `kept_L`, `distinct`, and `chosen_SLBK`, the routing of the timed steps.
+        (candidate index, concurrency) -> `bits_J`, `kept_L`, `distinct`, and `chosen_SLBK`, the routing of timed steps.
     """
     found = {}
     for number, candidate in enumerate(candidates):
         batch_aware = candidate.policy.batch_aware
-        reads = [[load] for load in config.concurrencies] if batch_aware else [list(config.concurrencies)]
+        reads = [[concurrency] for concurrency in config.concurrencies] if batch_aware else [list(config.concurrencies)]
         for at in reads:
             together = at[0] if batch_aware else 1
 
@@ -91,16 +91,16 @@ def measure_quality(
                 seen = concurrent.score_windows(params, windows, policy, execution, side_by_side(together), together)
                 kept_L = (seen.chosen_LJTK >= 0).sum(axis=3).mean(axis=(1, 2))
                 part = {"bits_J": seen.bits_J, "kept_L": kept_L}
-                for load in at:
-                    part[f"distinct_{load}"] = concurrent.distinct_at(seen.chosen_LJTK, load)
-                    count = config.rounds * steps_at(config, load)
-                    part[f"chosen_{load}"] = concurrent.steps_of(seen.chosen_LJTK, load, count)
+                for concurrency in at:
+                    part[f"distinct_{concurrency}"] = concurrent.distinct_at(seen.chosen_LJTK, concurrency)
+                    count = config.rounds * steps_at(config, concurrency)
+                    part[f"chosen_{concurrency}"] = concurrent.steps_of(seen.chosen_LJTK, concurrency, count)
                 return part
 
             part = journal.once(f"quality-{number:02d}-{at[0]:04d}", compute)
-            for load in at:
-                routed = {"distinct": part[f"distinct_{load}"], "chosen_SLBK": part[f"chosen_{load}"]}
-                found[number, load] = {"bits_J": part["bits_J"], "kept_L": part["kept_L"]} | routed
+            for concurrency in at:
+                routed = {"distinct": part[f"distinct_{concurrency}"], "chosen_SLBK": part[f"chosen_{concurrency}"]}
+                found[number, concurrency] = {"bits_J": part["bits_J"], "kept_L": part["kept_L"]} | routed
             advance()
     return found
 
@@ -113,17 +113,17 @@ def measure_speed(
     journal: Journal,
     advance: Callable[[], object],
 ) -> dict[tuple[int, int], frontier.Speed]:
-    """Times every policy at every load, in rounds; the full model runs first and last in each round.
+    """Times every policy at every concurrency, in rounds; the full model runs first and last in each round.
 
     The order of the others is random in each round, so that none always follows the same one.
     """
     itemsize = dtype_of(timed.engine.params).itemsize
-    seconds = {load: [] for load in config.concurrencies}
+    seconds = {concurrency: [] for concurrency in config.concurrencies}
     work = {}
 
     @functools.cache
-    def rows_of(load: int) -> speed.Rows:
-        return speed.Rows.of_zeros(timed.engine, timed.execution, load, config.cached_tokens)
+    def rows_of(concurrency: int) -> speed.Rows:
+        return speed.Rows.of_zeros(timed.engine, timed.execution, concurrency, config.cached_tokens)
 
     def replay(number: int, rows: int, steps: slice) -> speed.Replay:
         chosen_SLBK = qualities[number, rows]["chosen_SLBK"][steps]
@@ -182,29 +182,29 @@ def points(
     bits = {place: np.bincount(document_J, quality["bits_J"]) for place, quality in qualities.items()}
     uniform = [n for n, policy in enumerate(compared) if policies.uniform_k(policy, architecture) is not None]
 
-    def rival(number: int, load: int) -> frontier.Rival | None:
-        distinct = qualities[number, load]["distinct"] - 1e-9
-        enough = [one for one in uniform if qualities[one, load]["distinct"] >= distinct]
+    def rival(number: int, concurrency: int) -> frontier.Rival | None:
+        distinct = qualities[number, concurrency]["distinct"] - 1e-9
+        enough = [one for one in uniform if qualities[one, concurrency]["distinct"] >= distinct]
         if number in uniform or not enough:
             return None
-        nearest = min(enough, key=lambda one: qualities[one, load]["distinct"])
-        difference = paired_ratio(bits[number, load], bits[nearest, load])
-        return frontier.Rival(compared[nearest].spec, float(qualities[nearest, load]["distinct"]), difference)
+        nearest = min(enough, key=lambda one: qualities[one, concurrency]["distinct"])
+        difference = paired_ratio(bits[number, concurrency], bits[nearest, concurrency])
+        return frontier.Rival(compared[nearest].spec, float(qualities[nearest, concurrency]["distinct"]), difference)
 
     return [
         frontier.Point(
             compared[number].spec,
             number in uniform,
-            load,
+            concurrency,
             frontier.Quality(
-                ratio(bits[number, load], sizes),
-                paired_ratio(bits[number, load], bits[0, load]),
+                ratio(bits[number, concurrency], sizes),
+                paired_ratio(bits[number, concurrency], bits[0, concurrency]),
                 float(quality["kept_L"].mean()),
                 tuple(quality["kept_L"].tolist()),
                 float(quality["distinct"]),
             ),
-            speeds[number, load],
-            rival(number, load),
+            speeds[number, concurrency],
+            rival(number, concurrency),
         )
-        for (number, load), quality in sorted(qualities.items(), key=lambda item: (item[0][1], item[0][0]))
+        for (number, concurrency), quality in sorted(qualities.items(), key=lambda item: (item[0][1], item[0][0]))
     ]

@@ -1,4 +1,4 @@
-"""Summarises timed steps: medians beside the least time that the machine needs for them."""
+"""Summarises timed steps: medians next to the least time that the machine needs for them."""
 
 import dataclasses
 import statistics

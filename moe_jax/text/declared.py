@@ -74,29 +74,30 @@ def _declared(folder: pathlib.Path, fields: Mapping[str, Any]) -> dict[str, _Dec
     by_map = read_fields(folder / _MAP)
     special: dict[str, Any] = {}
     for source in (by_map, fields):
-        several = [one for name in _LISTS for one in _each(source.get(name))]
-        roles = [value for name, value in source.items() if name.endswith("_token")]
-        special |= {content: one for one in [*several, *roles] if (content := _content(one)) is not None}
+        tokens = [token for name in _LISTS for token in _each(source.get(name))]
+        tokens += [value for name, value in source.items() if name.endswith("_token")]
+        special |= {content: token for token in tokens if (content := _content(token)) is not None}
     with_id = {}
     decoder = fields.get("added_tokens_decoder")
     if not isinstance(decoder or {}, dict):
-        raise ValueError(f"{folder / CONFIG}: added_tokens_decoder is no object: expected tokens by their ids")
+        raise ValueError(f"{folder / CONFIG}: added_tokens_decoder is not an object: expected tokens by their ids")
     entries = list((decoder or {}).items())
     entries += [(number, content) for content, number in read_fields(folder / _ADDED).items()]
-    for number, one in entries:
-        content = _content(one)
+    for number, token in entries:
+        content = _content(token)
         if content is None or not str(number).isdecimal():
             raise ValueError(
-                f"{folder}: {json.dumps(one)[:100]} is declared as the token {number!r}: expected one, by id"
+                f"{folder}: {json.dumps(token)[:100]} is declared as the token {number!r}: expected one, by id"
             )
-        is_special = content in special or (isinstance(one, dict) and one.get("special") is True)
-        with_id.setdefault(content, _Declared(int(number), is_special, _options(one)))
+        is_special = content in special or (isinstance(token, dict) and token.get("special") is True)
+        with_id.setdefault(content, _Declared(int(number), is_special, _options(token)))
     ordered = dict(sorted(with_id.items(), key=lambda item: item[1].token_id))
-    return ordered | {name: _Declared(None, True, _options(x)) for name, x in special.items() if name not in ordered}
+    without_id = {content: token for content, token in special.items() if content not in ordered}
+    return ordered | {content: _Declared(None, True, _options(token)) for content, token in without_id.items()}
 
 
 def _add_tokens(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path, fields: Mapping[str, Any]) -> None:
-    special_before = {one.content for one in tokenizer.get_added_tokens_decoder().values() if one.special}
+    special_before = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
     for content, declared in _declared(folder, fields).items():
         before = tokenizer.token_to_id(content)
         is_new = before is None and declared.token_id is not None
@@ -104,7 +105,7 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path, fields: M
             add = tokenizer.add_special_tokens if declared.special else tokenizer.add_tokens
             add([tokenizers.AddedToken(content, **{"normalized": not declared.special, **declared.options})])
             kind = "a special token" if declared.special else "a token"
-            _say(f"{folder}: {content!r} is {kind}, as declared outside tokenizer.json")
+            _warn_once(f"{folder}: {content!r} is {kind}, as declared outside tokenizer.json")
         found = tokenizer.token_to_id(content)
         if declared.token_id is not None and found != declared.token_id:
             raise ValueError(
@@ -118,9 +119,9 @@ def _with_outer_tokens(
 ) -> tokenizers.Tokenizer:
     named = read_named(folder)
     bare = tokenizer.encode("a", add_special_tokens=False).ids
-    around = tokenizer.encode("a").ids
-    first = next((at for at in range(len(around)) if around[at : at + len(bare)] == bare), 0)
-    outer = {"bos_token": around[:first], "eos_token": around[first + len(bare) :]}
+    encoded = tokenizer.encode("a").ids
+    first = next((at for at in range(len(encoded)) if encoded[at : at + len(bare)] == bare), 0)
+    outer = {"bos_token": encoded[:first], "eos_token": encoded[first + len(bare) :]}
     changed = []
     for role, ids in outer.items():
         expected = fields.get(f"add_{role}")
@@ -140,10 +141,14 @@ def _with_outer_tokens(
         if expected:
             outer[role] = [token_id, *ids] if role == "bos_token" else [*ids, token_id]
             where = "before" if role == "bos_token" else "after"
-            _say(f"{folder}: add_{role} = true: {named[role]!r} stands {where} a text, where tokenizer.json puts none")
+            _warn_once(
+                f"{folder}: add_{role} = true: {named[role]!r} stands {where} a text, where tokenizer.json puts none"
+            )
         else:
-            outer[role] = [one for one in ids if one != token_id]
-            _say(f"{folder}: add_{role} = false: {named[role]!r}, which tokenizer.json puts around a text, is left out")
+            outer[role] = [other for other in ids if other != token_id]
+            _warn_once(
+                f"{folder}: add_{role} = false: {named[role]!r}, which tokenizer.json puts around a text, is left out"
+            )
     return _reframed(tokenizer, outer["bos_token"], outer["eos_token"]) if changed else tokenizer
 
 
@@ -152,19 +157,19 @@ def _reframed(tokenizer: tokenizers.Tokenizer, before: list[int], after: list[in
     fields = json.loads(tokenizer.to_str())
     given = fields["post_processor"]
     steps = given["processors"] if given and given["type"] == "Sequence" else [given]
-    kept = [one for one in steps if one and one["type"] == "ByteLevel"]
+    kept = [step for step in steps if step and step["type"] == "ByteLevel"]
 
     def framed(sequence: str, type_id: int) -> list[dict[str, Any]]:
-        pieces = [("SpecialToken", tokenizer.id_to_token(one)) for one in before]
-        pieces += [("Sequence", sequence), *(("SpecialToken", tokenizer.id_to_token(one)) for one in after)]
+        pieces = [("SpecialToken", tokenizer.id_to_token(token)) for token in before]
+        pieces += [("Sequence", sequence), *(("SpecialToken", tokenizer.id_to_token(token)) for token in after)]
         return [{kind: {"id": name, "type_id": type_id}} for kind, name in pieces]
 
-    names = {tokenizer.id_to_token(one): one for one in (*before, *after)}
+    names = {tokenizer.id_to_token(token): token for token in (*before, *after)}
     template = {
         "type": "TemplateProcessing",
         "single": framed("A", 0),
         "pair": framed("A", 0) + framed("B", 1),
-        "special_tokens": {name: {"id": name, "ids": [one], "tokens": [name]} for name, one in names.items()},
+        "special_tokens": {name: {"id": name, "ids": [token], "tokens": [name]} for name, token in names.items()},
     }
     fields["post_processor"] = {"type": "Sequence", "processors": [*kept, template]}
     return tokenizers.Tokenizer.from_str(json.dumps(fields))
@@ -190,6 +195,6 @@ def _without_null(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 @functools.cache
-def _say(message: str) -> None:
+def _warn_once(message: str) -> None:
     """Warns once per process, since a folder's tokenizer is loaded several times."""
     logging.warning("%s", message)

@@ -115,11 +115,11 @@ def load_tokenizer(folder: str | os.PathLike) -> tokenizers.Tokenizer:
         raise ValueError(f"{path} is not a tokenizer: {' '.join(str(error).split())}") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    beside = path.parent / declared.CONFIG
+    config_path = path.parent / declared.CONFIG
     try:
-        splits = bool(declared.read_fields(beside).get("split_special_tokens", False))
+        splits = bool(declared.read_fields(config_path).get("split_special_tokens", False))
     except ValueError as error:
-        raise ValueError(f"{beside} is damaged: {error}") from error
+        raise ValueError(f"{config_path} is damaged: {error}") from error
     tokenizer = declared.apply(tokenizer, path.parent)
     tokenizer.encode_special_tokens = splits
     return tokenizer

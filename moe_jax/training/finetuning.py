@@ -63,7 +63,7 @@ class Tuned(NamedTuple):
 
 
 def trained_policy(config: Config, architecture: Architecture, calibration=None) -> Policy:
-    """The policy to train under; the model's own where k is sampled.
+    """The policy to train under; the model's own if k is sampled.
 
     Raises:
         ValueError: the policy does not fit the model or looks at other rows of a decode step, or there is nothing to
@@ -198,11 +198,11 @@ def finetune(
 
     Args:
         config: reads `training`, `objective` and `finetune`.
-        folder: of the run.
-        params: of the model as loaded; left unchanged, and used as the teacher where the objective has one.
+        folder: the run's folder.
+        params: the model's weights as loaded; left unchanged, and used as the teacher if the objective has one.
         text: from `prepare_text`.
         policy: from `trained_policy`.
-        execution: of the full model.
+        execution: static settings of the full model.
     """
     training, architecture, rows = config.training, execution.architecture, config.training.batch_size
     if config.finetune.elastic:
@@ -235,7 +235,7 @@ def finetune(
             context=training.sequence_length,
             batch_size=config.evaluation.batch_size,
         )
-        return float(np.mean([one.bits_J.sum() for one in scored]) / sizes.sum())
+        return float(np.mean([policy_scores.bits_J.sum() for policy_scores in scored]) / sizes.sum())
 
     task = loop.TrainingTask(
         state_of(trained, {stack: bias_LE + 0 for stack, bias_LE in biases.items()}, training),
@@ -264,7 +264,7 @@ def _digest(text: FinetuningText) -> str:
 
 
 def _judged_by(config: Config, policy: Policy, architecture: Architecture) -> list[Policy]:
-    """The trained policy; where k is sampled, the smallest k, the middle one and the largest."""
+    """The trained policy; if k is sampled, the smallest k, the middle one and the largest."""
     if not config.finetune.elastic:
         return [policy]
     least, most = config.finetune.k_min, architecture.moe.k

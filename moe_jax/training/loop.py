@@ -74,7 +74,7 @@ def require_same_run(config: Config, folder: pathlib.Path) -> None:
     if not path.exists():
         return
 
-    def essence(config: Config):
+    def fixed_settings(config: Config):
         free = dict.fromkeys(_FREE_SETTINGS, 1)
         training = dataclasses.replace(config.training, **free)
         return {
@@ -84,7 +84,7 @@ def require_same_run(config: Config, folder: pathlib.Path) -> None:
             for name, value in settings.items()
         }
 
-    before, now = essence(gin.read_config(path)), essence(config)
+    before, now = fixed_settings(gin.read_config(path)), fixed_settings(config)
     different = [name for name in before if before[name] != now[name]]
     if different:
         name = different[0]
@@ -121,7 +121,7 @@ class _Log:
             if self._file.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
-            self._wait()  # where a checkpoint could not be written either, its error says which ones are kept
+            self._wait()  # if a checkpoint could not be written either, its error says which ones are kept
             raise OSError(f"{self._path} could not be written: {error.strerror}") from error
 
     def close(self) -> None:

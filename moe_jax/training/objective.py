@@ -15,7 +15,7 @@ from moe_jax.config.finetuning import ObjectiveConfig
 from moe_jax.model import decoder
 from moe_jax.routing.policies import Settings
 
-CHUNK_TOKENS = 1024  # rows of logits in memory, or more where this does not divide the batch
+CHUNK_TOKENS = 1024  # rows of logits in memory, or more if this does not divide the batch
 
 
 class Teacher(NamedTuple):
@@ -77,7 +77,7 @@ def token_losses(
         x_ND: input of the output head.
         head_VD: the output projection.
         labels_N: int32 ids.
-        weight_N: float32; 0 where a token is not scored.
+        weight_N: float32; 0 if a token is not scored.
         teacher_ND: input of the teacher's output head, or None without a teacher. No gradient flows to it.
         teacher_head_VD: the teacher's output projection.
         config: the weight of each term, static.
@@ -117,8 +117,8 @@ def _forward(x_ND, head_VD, labels_N, weight_N, teacher_ND, teacher_head_VD, con
         head_grad_VD = head_grad_VD + jnp.dot(logits_grad.T, x, preferred_element_type=jnp.float32)
         return (jax.tree.map(jnp.add, terms, new), head_grad_VD), jnp.dot(logits_grad, head_VD).astype(x.dtype)
 
-    nothing = {"loss": jnp.float32(0)} | ({} if teacher_ND is None else {"divergence": jnp.float32(0)})
-    start = nothing, jnp.zeros(head_VD.shape, jnp.float32)
+    zeros = {"loss": jnp.float32(0)} | ({} if teacher_ND is None else {"divergence": jnp.float32(0)})
+    start = zeros, jnp.zeros(head_VD.shape, jnp.float32)
     (terms, head_grad_VD), x_grad = lax.scan(step, start, split((x_ND, labels_N, weight_N, teacher_ND)))
     total = config.language_model * terms["loss"] + config.distillation * terms.get("divergence", 0.0)
     return (total, terms), (x_grad.reshape(x_ND.shape), head_grad_VD.astype(head_VD.dtype))

@@ -41,14 +41,14 @@ def write(
     resumes.
 
     Args:
-        params: of the full model.
-        tokenizer: of the model.
+        params: the full model's weights.
+        tokenizer: the model's tokenizer.
         end_ids: ids that end a text.
-        execution: of the full model.
+        execution: static settings of the full model.
         packed: the training text; the rollouts are as long as its rows.
         count: number of texts.
-        seed: of the choice of rows and of the sampling.
-        folder: of the parts.
+        seed: the seed of the choice of rows and of the sampling.
+        folder: the folder of the parts.
 
     Returns:
         The texts, packed as the training text is.
@@ -69,8 +69,8 @@ def write(
                 seeds = [(seed + first + number) % 2**32 for number in range(len(prompts))]
                 requests = make_requests(prompts, tokenizer, execution, sampling=sampling, seed=seeds)
                 made = engine.run(requests, execution).completions
-                ids = [[*prompt, *one.ids] for prompt, one in zip(prompts, made)]
-                return {"ids": np.concatenate(ids).astype(np.int32), "lengths": [len(one) for one in ids]}
+                ids = [[*prompt, *completion.ids] for prompt, completion in zip(prompts, made)]
+                return {"ids": np.concatenate(ids).astype(np.int32), "lengths": list(map(len, ids))}
 
             part = journal.once(f"rollouts-{first:06d}", compute)
             texts += np.split(part["ids"], np.cumsum(part["lengths"])[:-1])

@@ -86,10 +86,10 @@ def make_step(
             return jax.tree.map(jnp.add, total, gradient_of(state, fixed, part, live)), None
 
         first = jax.tree.map(lambda rows: rows[0], parts)
-        nothing = jax.tree.map(
+        zeros = jax.tree.map(
             lambda like: jnp.zeros(like.shape, like.dtype), jax.eval_shape(gradient_of, state, fixed, first, live)
         )
-        (measured, gradient), _ = lax.scan(add, nothing, parts)
+        (measured, gradient), _ = lax.scan(add, zeros, parts)
         mean = jax.tree.map(lambda total: total / count, (measured.terms, gradient))
         return BatchMetrics(mean[0], measured.load_LE), mean[1]
 

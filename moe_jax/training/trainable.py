@@ -24,8 +24,8 @@ def divide(params: Params, config: FinetuneConfig, dtype: str, seed: int) -> tup
     Args:
         params: nested dicts of arrays, as loaded, without the selection bias.
         config: `train` says which parameters train; `mask` adds a trained mask of experts.
-        dtype: of trained matrices; norms, routers and LoRA's factors are float32.
-        seed: of LoRA's first factor.
+        dtype: the dtype of trained matrices; norms, routers and LoRA's factors are float32.
+        seed: the seed of LoRA's first factor.
 
     Returns:
         The trained parameters, which are copies, and the frozen ones, which are the given arrays. With LoRA a trained
@@ -36,8 +36,12 @@ def divide(params: Params, config: FinetuneConfig, dtype: str, seed: int) -> tup
     def split(value, path: tuple[str, ...]):
         if isinstance(value, dict):
             # sorted, so that random factors do not depend on the order in which weights were loaded
-            parts = {key: split(part, (*path, key)) for key, part in sorted(value.items())}
-            return tuple({key: part[side] for key, part in parts.items() if part[side] is not None} for side in (0, 1))
+            trained, frozen = {}, {}
+            for name, part in sorted(value.items()):
+                trained_part, frozen_part = split(part, (*path, name))
+                trained |= {} if trained_part is None else {name: trained_part}
+                frozen |= {} if frozen_part is None else {name: frozen_part}
+            return trained, frozen
         key, parameter = next(keys), parameters.find(path)
         if config.train == "lora":
             adapted = parameter.kind is parameters.Matrix and any(module in path for module in _ADAPTED)

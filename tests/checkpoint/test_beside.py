@@ -137,6 +137,6 @@ def test_a_large_file_is_not_copied_with_a_warning(folder, tmp_path, monkeypatch
 
 
 def test_new_weights_drop_the_calibration_and_the_pages_about_the_old_ones(folder):
-    files = checkpoint.open(folder).of_other_weights().files
+    files = checkpoint.open(folder).for_new_weights().files
     assert {"LICENSE", "modeling_tiny.py", "tokenizer.json"} <= files.keys()
     assert not {"README.md", calibrations.NAME} & files.keys()

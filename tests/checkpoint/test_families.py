@@ -205,14 +205,14 @@ def test_rotations_by_kind_of_layer():
 def test_the_scale_of_yarn_may_be_given(name):
     model_type, architecture = VARIANTS[name]
     fields = FAMILIES[model_type].config_json(architecture)
-    own = rope.turn_scale(architecture.attention)
+    own = rope.rotary_scale(architecture.attention)
     for scale, accepted in ((own, True), (round(own, 8), True), (own * 1.001, False)):
-        said = fields | {"rope_scaling": fields["rope_scaling"] | {"attention_factor": scale}}
+        with_scale = fields | {"rope_scaling": fields["rope_scaling"] | {"attention_factor": scale}}
         if accepted:
-            assert FAMILIES[model_type].architecture(said) == architecture
+            assert FAMILIES[model_type].architecture(with_scale) == architecture
         else:
             with pytest.raises(ValueError, match=r"rope_scaling\.attention_factor = .*: expected"):
-                FAMILIES[model_type].architecture(said)
+                FAMILIES[model_type].architecture(with_scale)
 
 
 def test_dense_layers_may_be_listed_and_groups_be_null():

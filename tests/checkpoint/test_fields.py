@@ -13,7 +13,7 @@ from tests.family_variants import VARIANTS
 
 WRONG = ("x", "", ["x"], [[]], {"x": 1}, {}, 1.5, float("nan"), float("inf"), True, False, 0, -1, 10**400, 10**9)
 # null differs from leaving out: a projection without a latent; no groups
-NULL_IS_SAID = ("q_lora_rank", "n_group", "topk_group")
+NULL_HAS_MEANING = ("q_lora_rank", "n_group", "topk_group")
 # A default that does not fit the rest is named as the setting that it became.
 SETTINGS = {
     "first_k_dense_replace": ("decoder.num_dense_layers",),
@@ -65,7 +65,7 @@ def asked_of(fields):
     return sorted(asked.names | set(beside.TOKEN_IDS))
 
 
-def said(fields):
+def meaning(fields):
     """Everything that the readers derive from the fields."""
     family, architecture = huggingface.describe(fields)
     return architecture, family.skipped(fields), beside.token_ids_of(fields, {})
@@ -74,7 +74,7 @@ def said(fields):
 def refusal(fields):
     """The error message if the fields are refused, else "". Any other exception is a bug."""
     try:
-        said(fields)
+        meaning(fields)
     except ValueError as error:
         assert "\n" not in str(error) and len(str(error)) < 500, str(error)[:1000]
         return str(error)
@@ -127,7 +127,7 @@ def test_a_field_left_out_has_a_default_or_is_named(variant):
                 faults += [] if is_named(line, path, *SETTINGS.get(path, ())) else [f"{path} is left out: {line}"]
             if null_line:
                 faults += [] if is_named(null_line, path, *SETTINGS.get(path, ())) else [f"{path} is null: {null_line}"]
-            elif name not in NULL_IS_SAID and (line or said(null) != said(without)):
+            elif name not in NULL_HAS_MEANING and (line or meaning(null) != meaning(without)):
                 faults.append(f"{path} is null: taken, other than where it is left out")
     assert faults == []
     assert {"model_type", "hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads"} <= required
@@ -143,7 +143,7 @@ def test_a_value_of_a_wrong_type_is_named(variant):
                     refusal(with_value(wrong))  # by its value, if at all
                 elif line := refusal(with_value(wrong)):
                     faults += [] if is_named(line, path) else [f"{path} = {str(wrong)[:20]}: {line}"]
-                elif refusal(without) or said(with_value(wrong)) != said(without):
+                elif refusal(without) or meaning(with_value(wrong)) != meaning(without):
                     # values that change nothing are accepted: no bias, no window
                     faults.append(f"{path} = {str(wrong)[:20]} is taken")
     assert faults == []

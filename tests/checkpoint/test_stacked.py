@@ -118,8 +118,8 @@ def change_head(folder):
 
 def in_json(name, **fields):
     def damage(folder):
-        said = json.loads((folder / name).read_text()) | fields
-        (folder / name).write_text(json.dumps(said))
+        changed = json.loads((folder / name).read_text()) | fields
+        (folder / name).write_text(json.dumps(changed))
 
     return damage
 

@@ -1,4 +1,4 @@
-"""A launcher that does what its arguments say, started as a process of its own."""
+"""A launcher that does what its arguments say, started in its own process."""
 
 import os
 import pathlib
@@ -55,7 +55,7 @@ def main(run):
 if __name__ == "__main__":
     command.run(main)
 '''
-# Importing JAX takes a second: where only what surrounds it is tested, a stand-in is imported, or one that must not be.
+# Importing JAX takes a second: most tests import a stand-in, or one that must not be imported.
 STANDINS = {
     "hollow": "class config:\n    update = staticmethod(lambda name, value: None)\ndef devices(): pass\n",
     "forbidden": 'raise RuntimeError("JAX is imported before the command line has been checked")\n',

@@ -14,7 +14,7 @@ from tests.command.ended import finished, refused_in_one_line
         ("full:", "error: No space"),
     ],
 )
-def test_what_main_refuses_is_one_line_and_leaves_no_folder(start, path, expected):
+def test_an_error_of_main_is_one_line_and_leaves_no_folder(start, path, expected):
     line = refused_in_one_line(start(f"--set=model.path={path}", "--out=a/b"))
     assert line.startswith(expected)
     assert not pathlib.Path("a").exists()
@@ -30,7 +30,7 @@ def test_the_status_of_main_is_the_exit_status(start):
     assert finished(start("--set=model.path=status:3"))[0] == 3
 
 
-def test_a_reader_that_left_ends_the_run_quietly(start):
+def test_a_closed_pipe_ends_the_run_quietly(start):
     reading, writing = os.pipe()
     os.close(reading)
     status, _, stderr = finished(start("--set=model.path=print", stdout=writing))
@@ -39,7 +39,7 @@ def test_a_reader_that_left_ends_the_run_quietly(start):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
-def test_a_full_disk_behind_standard_output_is_refused(start):
+def test_standard_output_on_a_full_disk_is_refused(start):
     with open("/dev/full", "w") as full:
         status, _, stderr = finished(start("--set=model.path=print", stdout=full))
     assert (status, stderr) == (2, "error: No space left on device\n")

@@ -22,7 +22,7 @@ from tests.command.ended import finished, refused_in_one_line
         (["--out=new/" + "x" * 300], ["File name too long"]),
     ],
 )
-def test_a_mistaken_command_line_is_refused_before_jax_is_imported(start, arguments, expected):
+def test_a_wrong_command_line_is_refused_before_jax_is_imported(start, arguments, expected):
     line = refused_in_one_line(start(*arguments, jax="forbidden"))
     assert [part for part in expected if part not in line] == [], line
     assert not pathlib.Path("new").exists()

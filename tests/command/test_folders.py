@@ -6,7 +6,7 @@ from moe_jax.command import folders
 
 
 def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path, monkeypatch):
-    """In the process itself: permission bits do not bind root, so writing is made to fail."""
+    """In this process: root ignores permission bits, so writing is made to fail."""
 
     def read_only(self, data):
         raise OSError(30, "Read-only file system")

@@ -1,8 +1,8 @@
 """Reads command lines as their launchers do, without running them.
 
 Standard input: a JSON list of command lines, each a script of the repository and its arguments. Standard output: a JSON
-list of what each was refused for, "" if it was not. A script runs until its call of `command.run`, so its flags and its
-default config are its own.
+list of the error of each, "" if there is none. A script runs until its call of `command.run`, so its own flags and
+default config are used.
 """
 
 import contextlib
@@ -32,18 +32,18 @@ def read(main, *, default_config=None, default_out=None, huge_pages=False):
 
 
 def problem(script, *arguments):
-    """What a command line is refused for."""
+    """The error of a command line, "" if there is none."""
     sys.argv = [script, *arguments]
     known, modules = set(flags.FLAGS), set(sys.modules)
-    said = io.StringIO()
+    stderr = io.StringIO()
     sys.path.insert(0, str(pathlib.Path(script).parent))
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr):
             runpy.run_path(script, run_name="__main__")
     except ValueError as error:
         return str(error)
     except SystemExit:
-        return said.getvalue() or "exits"
+        return stderr.getvalue() or "exits"
     finally:
         del sys.path[0]
         for name in set(flags.FLAGS) - known:

@@ -21,8 +21,8 @@ from tests.documents import written
 from tests.documents.written import ROOT
 
 COMMANDS = written.commands()
-QUICK = ("launch/infer.py", "launch/convert.py")  # scripts whose commands run, if all that they name is here
-# What keeps a script's commands from being run here. A script in neither table makes a test fail.
+QUICK = ("launch/infer.py", "launch/convert.py")  # scripts whose commands run, if all their inputs exist
+# Why a script's commands do not run here. A script in neither table makes a test fail.
 NOT_RUN = {
     "launch/benchmark.py": "times steps for a minute or more",
     "launch/calibrate.py": "reads text for half a minute; tests/study/test_calibrate.py has a small model",
@@ -60,7 +60,7 @@ def script_of(words):
 
 
 def reason_not_to_run(pipeline):
-    """Why the commands of a pipeline are only read; "" if they run, None if nobody has decided."""
+    """Why the commands of a pipeline are only read; "" if they run, None if the script is in neither table."""
     script = script_of(pipeline[-1])
     if script == "pip":
         return "changes the environment"
@@ -88,7 +88,7 @@ def test_each_command_is_run_or_is_read_for_a_reason():
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A folder with the repository's files, where outputs do no harm."""
+    """A copy of the repository, for outputs."""
     folder = tmp_path_factory.mktemp("checkout")
     for path in ROOT.iterdir():
         if path.name not in (".git", "out"):
@@ -97,7 +97,7 @@ def checkout(tmp_path_factory):
 
 
 def continues_python(stdout):
-    """Whether the demo continued its prompt by Python with all its experts."""
+    """Whether the demo continued its prompt with Python, with all its experts."""
     prompt = "import numpy as np\n\n\ndef normalize(x, axis=None):\n"
     continued = stdout.split("np.asarray(x)\n", 1)[1].split("\nload ")[0]
     keywords = [word for word in re.findall(r"[a-z_]+", continued) if keyword.iskeyword(word)]
@@ -107,7 +107,7 @@ def continues_python(stdout):
     )
 
 
-# What the documents say of a command that runs.
+# What the documents say about a command that runs.
 SHOWS = {
     "python launch/infer.py --config configs/infer_demo.gin": continues_python,
     "python launch/infer.py --set policy.spec=topk:3": lambda stdout: "3.00 experts per token" in stdout,
@@ -133,7 +133,7 @@ def test_a_command_that_takes_seconds_runs_as_typed(text, checkout):
         assert (checkout / out / "result.json").exists()
 
 
-def test_what_is_said_of_a_command_is_of_one_that_runs():
+def test_every_claim_is_about_a_command_that_runs():
     assert set(SHOWS) <= set(RUN)
 
 
@@ -166,7 +166,7 @@ def requirement_problem(arguments):
 
 
 def argparse_problem(script, arguments):
-    """A script without `command.run`: each of its flags is declared in its source."""
+    """The error of a script without `command.run`, whose flags are declared in its source."""
     source = (ROOT / script).read_text()
     unknown = [
         word for word in arguments if word.startswith("--") and f'add_argument("{word.split("=")[0]}"' not in source
@@ -185,7 +185,7 @@ def pytest_problem(arguments):
 
 
 def problem(words):
-    """What is wrong with a command that is no launcher."""
+    """What is wrong with a command that is not a launcher."""
     program, *arguments = words
     if program == "pip":
         return requirement_problem(arguments[1:]) if arguments[0] == "install" else "expected pip install"
@@ -207,7 +207,7 @@ def is_launcher(words):
 
 
 def read_by_launchers(lines):
-    """What each of the command lines is refused for."""
+    """The error of each command line."""
     done = subprocess.run(
         [sys.executable, str(pathlib.Path(__file__).with_name("parse_launchers.py"))],
         cwd=ROOT,
@@ -220,7 +220,7 @@ def read_by_launchers(lines):
     return json.loads(done.stdout)
 
 
-def test_every_command_reads():
+def test_every_command_is_valid():
     places = [(command.where, words) for command, _, pipeline in PIPELINES for words in pipeline]
     launched = [(where, words) for where, words in places if is_launcher(words)]
     found = read_by_launchers([words[1:] for _, words in launched])
@@ -239,9 +239,9 @@ MISTAKES = {
 }
 
 
-def test_a_mistaken_command_is_found():
+def test_a_wrong_command_is_found():
     found = read_by_launchers([line.split() for line in MISTAKES])
-    assert [line for line, said in zip(MISTAKES, found, strict=True) if MISTAKES[line] not in said] == []
+    assert [line for line, message in zip(MISTAKES, found, strict=True) if MISTAKES[line] not in message] == []
     assert problem(["pip", "install", "-r", "requirements-den.txt"]) and problem(["pip", "install", "a=>3"])
     assert problem(["bash", "benchmarks/of_device.sh"]) and problem(["python", "benchmarks/kernel.py"])
     assert problem(["python", "benchmarks/kernels.py", "--stages=a"]) and problem(["head", "moe_jax/file.py"])

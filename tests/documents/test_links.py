@@ -6,7 +6,7 @@ from tests.documents import written
 from tests.documents.written import DOCUMENTS, ROOT
 
 README = ROOT / "README.md"
-MOST_BYTES = 9216  # of the README: two minutes of reading
+MOST_BYTES = 9216  # of the README, for two minutes of reading
 COLAB = "https://colab.research.google.com/github/moe-jax/moe_jax/blob/main/"
 NAMES = re.compile(r"(?<![\w/.*`-])((?:[\w-]+/)+|[\w-]+\.(?:py|sh|gin))(?![\w/*.])")
 
@@ -54,7 +54,7 @@ def paths_in_tree(tree):
 
 
 def missing_in_tree(tree):
-    """What the README's tree names and is not there."""
+    """The paths in the README's tree that do not exist."""
     return [paths[0] for paths in paths_in_tree(tree) if not any((ROOT / path).exists() for path in paths)]
 
 
@@ -87,7 +87,7 @@ def test_the_readme_is_short():
     assert len(README.read_bytes()) <= MOST_BYTES
 
 
-def test_what_leads_nowhere_is_found():
+def test_broken_links_are_found():
     for target in ("docs/runs.md", "#usage", "docs/run.md#nowhere", f"{COLAB}colabs/turn.ipynb"):
         assert link_problem(README, target), target
     assert not link_problem(README, "#use") and not link_problem(README, "docs/run.md#fine-tune")

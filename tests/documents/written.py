@@ -1,4 +1,4 @@
-"""What the documents say that can be checked: their commands, code, links and anchors."""
+"""The parts of documents that can be checked: commands, code, links and anchors."""
 
 import ast
 import pathlib
@@ -14,7 +14,7 @@ _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 class Command(NamedTuple):
-    """A command as written, and the documents that have it."""
+    """A command as written, and the documents that contain it."""
 
     text: str
     where: str  # path:line, or several
@@ -76,7 +76,7 @@ def _in_docstring(path: pathlib.Path) -> Iterator[tuple[int, str]]:
 
 
 def commands() -> list[Command]:
-    """All commands of the documents, configs, launchers and benchmarks; each once."""
+    """All commands in documents, configs, launchers and benchmarks, each once."""
     found: dict[str, list[str]] = {}
     sources = [(path, reader) for path in DOCUMENTS for reader in (_in_fences, lambda path: _in_line(path.read_text()))]
     sources += [(path, _in_comments) for path in sorted((ROOT / "configs").rglob("*.gin"))]
@@ -90,7 +90,7 @@ def commands() -> list[Command]:
 
 
 def links(path: pathlib.Path) -> list[str]:
-    """The targets of all links and images, those defined apart too."""
+    """The targets of all links and images, reference definitions included."""
     text = without_fences(path)
     return re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r"^\[[^\]]+\]: (\S+)$", text, re.MULTILINE)
 

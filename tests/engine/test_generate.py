@@ -140,11 +140,11 @@ def test_a_long_prompt_beside_short_ones_pads_none_of_them(params, engine, monke
     monkeypatch.setattr(cache, "SHORTEST", 4)
     grouping = group_by_length(requests(prompts, **settings), EXECUTION)
     assert grouping == (8, 32, (((1, 3), (2, 32, 32)), ((0, 2, 4), (4, 4, 4))))
-    got, apart = run(Engine(params, tiny_model.tokenizer(), end_ids=()), prompts, **settings)
+    got, in_groups = run(Engine(params, tiny_model.tokenizer(), end_ids=()), prompts, **settings)
     for one, other in zip(got, expected, strict=True):
         assert (one.ids, one.experts_per_token) == (other.ids, other.experts_per_token)
         np.testing.assert_allclose(one.log_probabilities, other.log_probabilities, rtol=1e-5, atol=1e-5)
-    assert (apart.kept_slots, apart.distinct_experts) == (together.kept_slots, together.distinct_experts)
+    assert (in_groups.kept_slots, in_groups.distinct_experts) == (together.kept_slots, together.distinct_experts)
 
 
 def test_no_group_reads_more_tokens_at_once_than_memory_is_for(engine, monkeypatch):
@@ -185,8 +185,8 @@ def test_a_stop_string_ends_a_row_before_the_next_step(engine, monkeypatch):
     calls = []
     step = engine.step
     monkeypatch.setattr(engine, "step", lambda *args: [calls.append(args[2]), step(*args)][1])
-    beside = run(engine, ["The", "lazy"], max_new_tokens=16, stop=(stop,)).completions
-    assert beside[0].ids == alone.ids and set(calls) == {1}
+    with_other = run(engine, ["The", "lazy"], max_new_tokens=16, stop=(stop,)).completions
+    assert with_other[0].ids == alone.ids and set(calls) == {1}
 
 
 def test_routing_is_returned_on_request(engine):

@@ -69,8 +69,8 @@ def test_options_in_one_row_are_scored_as_sequences_of_their_own(questions, spec
             tokens = np.zeros(256, np.int32)
             sequence = [*question.prefix_ids, *ids]
             tokens[: len(sequence)] = sequence
-            there = (np.arange(256) < len(sequence)).astype(np.int32)
-            x_BTD, _ = hidden(params, tokens[None], np.arange(256)[None], there[None], live, EXECUTION)
+            segments = (np.arange(256) < len(sequence)).astype(np.int32)
+            x_BTD, _ = hidden(params, tokens[None], np.arange(256)[None], segments[None], live, EXECUTION)
             log_TV = jax.nn.log_softmax(decoder.logits(params, x_BTD)[0], axis=1)
             end = len(question.prefix_ids)
             per_byte.append(-sum(float(log_TV[end - 1 + n, token]) for n, token in enumerate(ids)) / size)

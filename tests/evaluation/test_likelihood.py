@@ -135,6 +135,6 @@ def test_long_windows_are_read_fewer_at_a_time(params, monkeypatch):
 
     monkeypatch.setattr(likelihood, "score", counted)
     monkeypatch.setattr(likelihood, "TOKENS", 32)
-    [apart] = likelihood.score_documents(params, documents, compared, EXECUTION, **settings)
+    [one_by_one] = likelihood.score_documents(params, documents, compared, EXECUTION, **settings)
     assert set(rows) == {2}
-    np.testing.assert_allclose(apart.bits_J, together.bits_J, rtol=1e-6)
+    np.testing.assert_allclose(one_by_one.bits_J, together.bits_J, rtol=1e-6)

@@ -169,7 +169,7 @@ def wrong_types(draw):
     """A literal of another type. After --set, the text of a string setting is taken as it is."""
     setting = draw(strategies.sampled_from(sorted(KIND_OF)))
     literal = draw(strategies.sampled_from(WRONG_TYPES[KIND_OF[setting]]))
-    return draw(placed(f"{setting} = {literal}", f"{setting} is no {KIND_OF[setting]}", KIND_OF[setting] != "str"))
+    return draw(placed(f"{setting} = {literal}", f"{setting} is not a {KIND_OF[setting]}", KIND_OF[setting] != "str"))
 
 
 @strategies.composite

@@ -59,7 +59,7 @@ def kill_repeatedly(
         within_s: what an undisturbed run takes; moments are spread evenly over all of it, starting and exporting
             included. If a run ends earlier, another one follows: a launcher started on a finished folder must not
             lose anything either.
-        seed: of the moments.
+        seed: the seed of the moments.
     """
     moments = random.Random(seed)
     killed = KilledRun()

@@ -68,8 +68,8 @@ def test_a_damaged_file_is_refused_or_changes_nothing(saved, tmp_path, capfd, ha
     assert "Traceback" not in capfd.readouterr().err
 
 
-@pytest.mark.parametrize(("file", "told"), [("/lib/orbax/reading.py", 0), ("/lib/moe_jax/reading.py", 1)])
-def test_unfinished_coroutines_of_orbax_give_no_warning(monkeypatch, file, told):
+@pytest.mark.parametrize(("file", "count"), [("/lib/orbax/reading.py", 0), ("/lib/moe_jax/reading.py", 1)])
+def test_unfinished_coroutines_of_orbax_give_no_warning(monkeypatch, file, count):
     """Its event loop ends with the first failure; waiting coroutines are discarded without a traceback."""
     seen, code = [], {}
     monkeypatch.setattr(threading, "excepthook", threading.excepthook)
@@ -79,7 +79,7 @@ def test_unfinished_coroutines_of_orbax_give_no_warning(monkeypatch, file, told)
     unfinished = code["read"]()
     sys.unraisablehook(types.SimpleNamespace(exc_traceback=None, object=unfinished))
     unfinished.close()
-    assert len(seen) == told
+    assert len(seen) == count
 
 
 def test_without_the_damaged_checkpoint_the_earlier_one_is_read(saved, tmp_path):

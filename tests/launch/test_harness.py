@@ -70,7 +70,7 @@ def test_refusals_of_flags(model, tmp_path, arguments, expected):
     ("arguments", "expected"),
     [
         (("--tasks=held_out_bit",), 'did you mean "held_out_bits"?'),
-        (("--tasks=held_out_bits,qqqqq",), "--tasks: 'qqqqq' is no task of lm-eval"),
+        (("--tasks=held_out_bits,qqqqq",), "--tasks: 'qqqqq' is not a task of lm-eval"),
         (("--tasks=held_out_bits", "--include=nowhere"), "--include = 'nowhere': expected a folder of tasks"),
         (("--tasks=held_out_bits", '--set=evaluation.policies=("topk:9",)'), "expected 1 to 8 experts"),
         (("--tasks=held_out_bits", '--set=evaluation.policies=("model","tokp:2")'), "policy.spec = 'tokp:2'"),

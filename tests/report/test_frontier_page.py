@@ -1,4 +1,4 @@
-"""The page of a frontier: complete, escaped, without a network, and legible on a phone and on a desk."""
+"""The page of a frontier: complete, escaped, without a network, and legible on a phone and a desktop."""
 
 import html.parser
 import io
@@ -22,7 +22,7 @@ WIDE = made_up.frontier(26, made_up.POLICIES | {LONG: (6.0, 0.7, 1.0), HOSTILE: 
 
 
 class Reader(html.parser.HTMLParser):
-    """The texts of each table row, by the section's id; and the tags that are open."""
+    """Collects the texts of each table row by the section's id, and the open tags."""
 
     def __init__(self, text):
         super().__init__()
@@ -62,39 +62,39 @@ def test_every_tag_is_closed(wide):
 
 
 def test_recommended_are_the_choices():
-    rows = [row for row in Reader(PAGE).rows["recommended"] if row[0] != "Load"]
+    rows = [row for row in Reader(PAGE).rows["recommended"] if row[0] != "Concurrency"]
     expected = sorted(choices(FRONTIER), key=lambda choice: (LIMITS.index(choice.limit), choice.concurrency))
-    for (concurrency, policy, gain, increase), (_, beside), choice in zip(rows[::2], rows[1::2], expected, strict=True):
+    for (concurrency, policy, gain, increase), (_, below), choice in zip(rows[::2], rows[1::2], expected, strict=True):
         assert concurrency == str(choice.concurrency)
         assert policy == choice.best.policy
         assert gain.startswith(signed(choice.best.speed.gain.value))
         assert increase.startswith(signed(choice.best.quality.increase.value, 2))
         uniform, ahead = choice.uniform, with_interval(choice.over_uniform)
-        told = f"{uniform.policy} {signed(uniform.speed.gain.value)}; recommended over it: {ahead}"
-        assert " ".join(beside.split()) == f"best uniform k: {told}"
+        words = f"{uniform.policy} {signed(uniform.speed.gain.value)}; recommended over it: {ahead}"
+        assert " ".join(below.split()) == f"best uniform k: {words}"
 
 
-def test_a_uniform_choice_is_not_told_twice():
+def test_a_uniform_choice_is_not_repeated():
     frontier = made_up.frontier(5, {policy: made_up.POLICIES[policy] for policy in ("model", "topk:4")}, (1, 2))
-    rows = [row for row in Reader(page(frontier)).rows["recommended"] if row[0] != "Load"]
+    rows = [row for row in Reader(page(frontier)).rows["recommended"] if row[0] != "Concurrency"]
     assert [row[-1] for row in rows[1::2]] == ["the best uniform k itself"] * 4
 
 
-def test_every_policy_and_load_is_there():
+def test_every_policy_and_concurrency_is_there():
     rows = Reader(PAGE).rows
-    policies, loads = list(made_up.POLICIES), made_up.CONCURRENCIES
+    policies, concurrencies = list(made_up.POLICIES), made_up.CONCURRENCIES
     measured = [row for row in rows["everything"] if row[0] != "Policy"]
-    assert [row[0] for row in measured] == policies * len(loads)
+    assert [row[0] for row in measured] == policies * len(concurrencies)
     for row, point in zip(measured, FRONTIER.points, strict=True):
         assert float(row[1].replace(",", "")) == pytest.approx(point.speed.tokens_per_s, rel=0.01)
         assert row[2].startswith(signed(point.speed.gain.value))
         assert float(row[7]) == round(point.quality.experts_per_token, 2)
         assert float(row[8]) == round(point.speed.distinct_experts, 1)
         assert float(row[9]) == round(point.quality.distinct_experts, 1)
-    assert re.findall(r"<h3>Concurrency (\d+)</h3>", PAGE) == [str(concurrency) for concurrency in loads]
+    assert re.findall(r"<h3>Concurrency (\d+)</h3>", PAGE) == [str(concurrency) for concurrency in concurrencies]
 
 
-def test_heat_map_says_which_load_it_shows():
+def test_heat_map_names_its_concurrency():
     rows = Reader(PAGE).rows["layers"][1:]
     middle = made_up.CONCURRENCIES[len(made_up.CONCURRENCIES) // 2]
     for row, policy in zip(rows, made_up.POLICIES, strict=True):
@@ -109,7 +109,7 @@ def test_all_text_is_escaped(wide):
     assert HOSTILE in [row[0] for row in Reader(wide).rows["everything"]]
 
 
-def test_nothing_is_asked_of_a_network(wide):
+def test_the_page_loads_nothing_from_a_network(wide):
     asked = (
         r"""https?:|//[a-z]|@import|url\((?!#)|\bsrc\s*=|\bhref\s*=(?!"#)|<script|<link|<iframe|<\?xml|<!doctype svg"""
     )
@@ -122,7 +122,7 @@ def at(concurrency):
 
 
 @pytest.mark.parametrize("concurrency", made_up.CONCURRENCIES)
-def test_front_is_what_nothing_beats(concurrency):
+def test_the_front_holds_points_that_no_other_beats(concurrency):
     def beats(one, other):
         ahead = one.speed.gain.value - other.speed.gain.value, other.quality.increase.value - one.quality.increase.value
         return min(ahead) >= 0 and max(ahead) > 0
@@ -135,7 +135,7 @@ def test_front_is_what_nothing_beats(concurrency):
 
 
 def drawn(points, recommended=frozenset()):
-    """The parts of a chart by the number of their policy: those that are pointed at, and what is visible."""
+    """The parts of a chart by the number of their policy: areas to point at, and visible marks."""
     numbers = {point.policy: number for number, point in enumerate(points)}
     text = frontier_chart.svg(points, recommended, numbers)
     areas, marks = {}, {}
@@ -148,7 +148,7 @@ def drawn(points, recommended=frozenset()):
     return areas, marks
 
 
-def test_chart_draws_every_policy_that_is_not_far_too_bad():
+def test_chart_draws_every_policy_below_the_ceiling():
     points = at(16)
     areas, marks = drawn(points)
     expected = {number for number, p in enumerate(points) if p.quality.increase.value <= frontier_chart.CEILING}
@@ -185,7 +185,7 @@ def test_front_is_numbered_and_listed_and_recommended_policies_are_ringed():
     ]
 
 
-def test_names_are_no_formulas():
+def test_names_are_not_rendered_as_formulas():
     points = [point._replace(uniform=True, policy=f"$x^{n}$<b>") for n, point in enumerate(at(16))]
     areas, marks = drawn(points)
     assert all(area.find("title").text.startswith(f"$x^{number}$<b>: ") for number, area in areas.items())
@@ -193,7 +193,7 @@ def test_names_are_no_formulas():
     assert any(text.startswith("$x^") for text in texts)
 
 
-def test_picture_has_a_panel_for_each_load():
+def test_picture_has_a_panel_for_each_concurrency():
     image = PIL.Image.open(io.BytesIO(frontier_chart.png(made_up.frontier(concurrencies=(1, 4, 16, 64))))).convert(
         "RGB"
     )
@@ -219,7 +219,7 @@ def test_picture_has_a_panel_for_each_load():
         ("unheard:1", None),
     ],
 )
-def test_look_says_what_decides(policy, words):
+def test_marks_show_the_kind_of_policy(policy, words):
     looks = {words: look for words, look in frontier_chart.LOOKS.items() if look == frontier_chart.look(policy)}
     assert list(looks) == ([words] if words else [])
 
@@ -263,7 +263,7 @@ def test_page_fits_the_screen(chromium, tmp_path, request, shown, width, dark):
 
 
 @pytest.mark.browser
-def test_a_policy_pointed_at_stands_out_everywhere(chromium, tmp_path):
+def test_a_hovered_policy_is_highlighted_everywhere(chromium, tmp_path):
     path = tmp_path / "page.html"
     path.write_text(PAGE)
     chromium.show(path, 1440)

@@ -60,7 +60,7 @@ def test_table_has_every_choice_and_every_gain():
     lines = [[cell.strip(" `") for cell in line.strip("|").split("|")] for line in gains.split("\n")[2:]]
     assert [line[0] for line in lines] == list(made_up.POLICIES)
     found = {
-        (line[0], load): gain for line in lines for load, gain in zip(made_up.CONCURRENCIES, line[1:], strict=True)
+        (line[0], rows): gain for line in lines for rows, gain in zip(made_up.CONCURRENCIES, line[1:], strict=True)
     }
     assert found == {(p.policy, p.concurrency): signed(p.speed.gain.value) for p in FRONTIER.points}
 

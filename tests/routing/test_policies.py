@@ -167,14 +167,14 @@ def test_row_wise_policies_keep_no_more_than_they_are_given(spec, routing, k):
 
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if parse(spec, CALIBRATION).batch_aware])
-@hypothesis.given(routing=routings(), there=st.lists(st.booleans(), min_size=B, max_size=B))
+@hypothesis.given(routing=routings(), valid=st.lists(st.booleans(), min_size=B, max_size=B))
 @hypothesis.settings(deadline=None, max_examples=10)
-def test_padding_and_finished_rows_have_no_effect(spec, routing, there):
-    there = np.array(there)
-    kept = kept_of(select(*routing, bound([spec] * B), there))
-    assert all(not slots for slots, valid in zip(kept, there) if not valid)
-    alone = plain_slots(tuple(part[there] for part in routing), spec) if there.any() else []
-    assert experts_of(slots for slots, valid in zip(kept, there) if valid) == experts_of(alone)
+def test_padding_and_finished_rows_have_no_effect(spec, routing, valid):
+    valid = np.array(valid)
+    kept = kept_of(select(*routing, bound([spec] * B), valid))
+    assert all(not slots for slots, is_valid in zip(kept, valid) if not is_valid)
+    alone = plain_slots(tuple(part[valid] for part in routing), spec) if valid.any() else []
+    assert experts_of(slots for slots, is_valid in zip(kept, valid) if is_valid) == experts_of(alone)
 
 
 def test_requests_of_other_policies_have_no_effect():

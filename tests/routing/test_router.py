@@ -126,8 +126,8 @@ def test_effective_experts_counts_by_weight():
     slots = Selection(jnp.zeros((4, 3), jnp.int32), weight, weight > 0)
     counted = balance.effective_experts(slots, jnp.array([True, True, True, False]))
     np.testing.assert_allclose(counted, (1 + 2 + 1.6) / 3, rtol=1e-6)
-    nothing = Selection(slots.expert_NK, weight * 0, weight < 0)
-    gradient = jax.grad(lambda w: balance.effective_experts(nothing._replace(weight_NK=w), jnp.ones(4, bool)))(
+    no_slots = Selection(slots.expert_NK, weight * 0, weight < 0)
+    gradient = jax.grad(lambda w: balance.effective_experts(no_slots._replace(weight_NK=w), jnp.ones(4, bool)))(
         weight * 0
     )
     assert np.isfinite(gradient).all()

@@ -128,10 +128,10 @@ def test_the_policy_takes_the_given_experts_at_the_routers_weights():
 
 
 def test_a_token_without_a_recording_is_routed_normally():
-    ever, nothing = select_replayed(None), select_replayed(jnp.full((2, 4, 3), -1))
-    for one, other in zip(ever, nothing):
+    normal, unrecorded = select_replayed(None), select_replayed(jnp.full((2, 4, 3), -1))
+    for one, other in zip(normal, unrecorded):
         np.testing.assert_array_equal(one, other)
-    np.testing.assert_array_equal(ever.expert_NK, np.tile([5, 4, 3], (4, 1)))
+    np.testing.assert_array_equal(normal.expert_NK, np.tile([5, 4, 3], (4, 1)))
 
 
 @pytest.mark.parametrize("kept", [True, False])

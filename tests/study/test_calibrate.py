@@ -31,7 +31,7 @@ def moe_inputs(tokens_JT, monkeypatch):
     route = moe.route
     monkeypatch.setattr(moe, "route", lambda x_ND, *rest: [seen.append(np.asarray(x_ND)), route(x_ND, *rest)][1])
     with jax.disable_jit():
-        moe_jax.Model(checkpoint.begun(ARCHITECTURE, tiny_model.tokenizer()), PARAMS).logits(tokens_JT)
+        moe_jax.Model(checkpoint.new(ARCHITECTURE, tiny_model.tokenizer()), PARAMS).logits(tokens_JT)
     return seen
 
 

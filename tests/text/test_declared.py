@@ -70,9 +70,9 @@ def test_tokens_around_a_text_are_those_that_the_folder_declares(tmp_path, caplo
     assert (plain.encode("Hi").ids == loaded.encode("Hi").ids) == (caplog.text == "")
     if caplog.text == "":
         assert loaded.to_str() == plain.to_str()
-    said = len(caplog.records)
+    warnings = len(caplog.records)
     load_tokenizer(folder)
-    assert len(caplog.records) == said  # once
+    assert len(caplog.records) == warnings  # once
 
 
 def test_other_post_processing_stays(tmp_path):
@@ -170,7 +170,7 @@ def test_a_folder_that_agrees_with_its_tokenizer_changes_nothing(tmp_path, caplo
         ({"added_tokens": {"new": 300}}, "'new' is declared as the token 300: .* at 259"),
         ({"added_tokens": {"new": "x"}}, '"new" is declared as the token'),
         ({"tokenizer_config": {"added_tokens_decoder": {"259": 3}}}, "3 is declared as the token '259': expected one"),
-        ({"tokenizer_config": {"added_tokens_decoder": [3]}}, "added_tokens_decoder is no object"),
+        ({"tokenizer_config": {"added_tokens_decoder": [3]}}, "added_tokens_decoder is not an object"),
         ({"special_tokens_map": [3]}, "special_tokens_map.json holds a JSON list: expected an object"),
     ],
 )

@@ -39,7 +39,7 @@ def plain_loss(x, head, label, teacher_x, teacher_head, config):
     return config.language_model * -np.log(share_of(logits)[label]) + config.distillation * kl
 
 
-def drawn(num_tokens):
+def random_inputs(num_tokens):
     random = np.random.default_rng(0)
     x, teacher_x = random.standard_normal((2, num_tokens, WIDTH), np.float32)
     head, teacher_head = random.standard_normal((2, VOCAB, WIDTH), np.float32)
@@ -59,7 +59,7 @@ def test_token_losses(monkeypatch, name, num_tokens):
     """The gradient against finite differences of the definition, in random directions of x and head."""
     monkeypatch.setattr(objective, "CHUNK_TOKENS", 8)
     config = OBJECTIVES[name]
-    x, head, labels, weight, teacher_x, teacher_head = drawn(num_tokens)
+    x, head, labels, weight, teacher_x, teacher_head = random_inputs(num_tokens)
     given = (teacher_x, teacher_head) if config.has_teacher else (None, None)
 
     def ours(x, head):
@@ -85,7 +85,7 @@ def test_token_losses(monkeypatch, name, num_tokens):
 
 
 def test_terms_are_reported_before_they_are_weighted():
-    x, head, labels, weight, teacher_x, teacher_head = drawn(5)
+    x, head, labels, weight, teacher_x, teacher_head = random_inputs(5)
     config = ObjectiveConfig(language_model=0.25, distillation=4.0)
     total, terms = token_losses(x, head, labels, weight, teacher_x, teacher_head, config)
     np.testing.assert_allclose(total, 0.25 * terms["loss"] + 4 * terms["divergence"], rtol=1e-6)

@@ -148,7 +148,7 @@ def field(fields: dict[str, Any], name: str, kind: type, default: Any = _REQUIRE
 
     Args:
         fields: of `config.json`, or of an object in it.
-        name: of the field.
+        name: the name of the field.
         kind: bool, int, float, str, list or dict.
         default: the value if it is absent; without a default, the field is required.
         older: an earlier name of the field, read if `name` is absent.
@@ -290,11 +290,11 @@ def rope_settings(
 def _yarn_settings(name: str, inner: dict[str, Any], settings: dict[str, float]) -> dict[str, float | int]:
     """Reads the settings of YaRN from `inner`, the object `name` of `config.json`."""
     yarn = {setting: _field_of(name, inner, key, kind, default) for key, setting, kind, default in _YARN}
-    turn_scale = _field_of(name, inner, "attention_factor", float, None)
-    if turn_scale is not None:
-        own = rope.turn_scale(AttentionConfig(kind="latent", qk_norm=False, **settings, **yarn))
-        if not math.isclose(turn_scale, own, rel_tol=1e-6):
-            raise ValueError(f"{name}.attention_factor = {turn_scale}: expected {own:.6g}, or none")
+    rotary_scale = _field_of(name, inner, "attention_factor", float, None)
+    if rotary_scale is not None:
+        own = rope.rotary_scale(AttentionConfig(kind="latent", qk_norm=False, **settings, **yarn))
+        if not math.isclose(rotary_scale, own, rel_tol=1e-6):
+            raise ValueError(f"{name}.attention_factor = {rotary_scale}: expected {own:.6g}, or none")
     return yarn
 
 

@@ -29,7 +29,7 @@ _QWEN3_ONLY = {
 
 
 def _trunk(fields: dict[str, Any]) -> DecoderConfig:
-    """A layer is dense if `mlp_only_layers` lists it or its number + 1 is no multiple of `decoder_sparse_step`."""
+    """A layer is dense if `mlp_only_layers` lists it or its number + 1 is not a multiple of `decoder_sparse_step`."""
     listed, step = field(fields, "mlp_only_layers", list, []), field(fields, "decoder_sparse_step", int, 1)
     if not all(type(layer) is int for layer in listed):
         raise ValueError(f"mlp_only_layers = {json.dumps(listed)[:100]}: expected a list of layer numbers, from 0")

@@ -155,7 +155,7 @@ def _blocks_seen(queries: _Queries, keys: _Keys) -> jax.Array:
 
 
 def _scores(queries: _Queries, keys: _Keys, scale: float) -> jax.Array:
-    """float32 scores; `HIDDEN` where a query does not see a key."""
+    """float32 scores; `HIDDEN` if a query does not see a key."""
     key_segment_B1M = keys.segment_BM[:, None, :]
     in_sight_BTM = (queries.segment_BT[:, :, None] == key_segment_B1M) | (key_segment_B1M < 0)
     seen_BTM = in_sight_BTM & (queries.position_BT[:, :, None] >= keys.position_M[None, None, :])

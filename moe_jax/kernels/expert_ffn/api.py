@@ -72,10 +72,10 @@ def _gated(rows_SD, gate_up_LEIFD, down_LEDF, group_sizes_E, layer, implementati
 
 
 def _forward(rows_SD, gate_up_LEIFD, down_LEDF, group_sizes_E, layer, implementation):
-    def apart(rows_SD, gate_up_LEIFD, down_LEDF):
+    def separate(rows_SD, gate_up_LEIFD, down_LEDF):
         return _apart(rows_SD, gate_up_LEIFD, down_LEDF, group_sizes_E, layer, implementation)
 
-    return jax.vjp(apart, rows_SD, gate_up_LEIFD, down_LEDF)
+    return jax.vjp(separate, rows_SD, gate_up_LEIFD, down_LEDF)
 
 
 def _backward(implementation, gradients, out_grad_SD):

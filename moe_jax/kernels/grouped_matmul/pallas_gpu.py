@@ -74,7 +74,7 @@ def forward(rows_SD, weights_LEFD, group_sizes_E, layer, *, tiles: Tiles | None 
 
     Args:
         rows_SD: bfloat16 or float16.
-        weights_LEFD: of the same dtype; F and D are multiples of 64.
+        weights_LEFD: with the same dtype; F and D are multiples of 64.
         group_sizes_E: int32.
         layer: int32 scalar.
         tiles: tile sizes; None: chosen by the number of rows.
@@ -95,7 +95,7 @@ def gated(rows_SD, gate_up_LEIFD, group_sizes_E, layer, *, tiles: Tiles | None =
 
     Args:
         rows_SD: bfloat16 or float16.
-        gate_up_LEIFD: of the same dtype, the gate before the up-projection.
+        gate_up_LEIFD: with the same dtype, the gate before the up-projection.
         group_sizes_E: int32.
         layer: int32 scalar.
         tiles: as `forward`, with at least 128 columns; half of them are the gate's.

@@ -48,7 +48,7 @@ def block(
     Args:
         first: first row of the group.
         last: one past its last row.
-        number: of the block within the group.
+        number: the number of the block within the group.
         size: rows per block, at most `num_rows`.
         num_rows: S, where the last block must end.
 

@@ -31,7 +31,7 @@ def projection(
         stack: [L, outputs..., inputs...], as checkpoints store them.
         layer: int32 scalar, which layer of the stack.
         contracted: number of input axes, static.
-        dtype: of the result, static.
+        dtype: the dtype of the result, static.
         implementation: a name from `IMPLEMENTATIONS`, static.
 
     Returns:

@@ -24,7 +24,7 @@ class Settings(NamedTuple):
     columns_BL: dict[str, jax.Array]
     group_B: jax.Array  # int32: rows with the same number act together in step-wise kinds
     tables: dict[str, jax.Array]  # by the name of a kind, see `StepWise.table`
-    own_k_L: jax.Array | None = None  # int32: the model's own k of each MoE layer, where they differ
+    own_k_L: jax.Array | None = None  # int32: the model's own k of each MoE layer, if they differ
 
     def slice_tokens(self, part: Callable[[jax.Array], jax.Array]) -> Self:
         """The settings for some of a step's tokens: the same, since they belong to requests. See `Replayed`."""
@@ -40,8 +40,8 @@ def settings(
     """Binds one policy per request to a model.
 
     Args:
-        policies: of each row.
-        architecture: of the model.
+        policies: the policy of each row.
+        architecture: the model's architecture.
         k_max: static slots per token.
         group_B: rows with the same number act together in a decode step; None: those with the same policy.
 
@@ -52,9 +52,9 @@ def settings(
     number_of = {policy: number for number, policy in enumerate(dict.fromkeys(policies))}
     models = {policy: model_facts(architecture, policy.calibration) for policy in number_of}
     columns = {policy: policy.columns(model) for policy, model in models.items()}
-    there = [kind for kind in registry.KINDS if _is_there(kind, number_of)]
+    present = [kind for kind in registry.KINDS if _is_present(kind, number_of)]
     model = models[policies[0]]
-    neutral = {name: column_L for kind in there for name, column_L in zip(kind.sets, kind.neutral(model))}
+    neutral = {name: column_L for kind in present for name, column_L in zip(kind.sets, kind.neutral(model))}
     columns = {policy: neutral | own for policy, own in columns.items()}
     for policy, own in columns.items():
         if own["k"].max() > k_max:
@@ -65,13 +65,13 @@ def settings(
     columns_BL = {name: jnp.asarray(np.stack([columns[policy][name] for policy in policies])) for name in neutral}
     if group_B is None:
         group_B = [number_of[policy] for policy in policies]
-    tables = {kind.name: _table(kind, models) for kind in there if issubclass(kind, StepWise)}
+    tables = {kind.name: _table(kind, models) for kind in present if issubclass(kind, StepWise)}
     tables = {name: jnp.asarray(table) for name, table in tables.items() if table is not None}
     own_k_L = jnp.asarray(architecture.k_L, jnp.int32) if architecture.moe.k_of_layers else None
     return Settings(columns_BL, jnp.asarray(group_B, jnp.int32), tables, own_k_L)
 
 
-def _is_there(kind: type[Kind], policies: Sequence[Policy]) -> bool:
+def _is_present(kind: type[Kind], policies: Sequence[Policy]) -> bool:
     return not issubclass(kind, StepWise) or any(isinstance(part, kind) for policy in policies for part in policy.parts)
 
 

@@ -102,7 +102,7 @@ class StepWise(Kind):
 
         Args:
             slots: those that the rows keep so far.
-            routing: of the same rows.
+            routing: the routing of the same rows.
             same_BB: bool, which rows act together; False for padding and finished rows.
             columns_B: in the order of `sets`, then this layer's part of `table`, if there is one.
         """

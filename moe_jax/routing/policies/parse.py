@@ -18,7 +18,7 @@ def parse(spec: str, calibration: Calibration | None = None) -> Policy:
 
     Args:
         spec: the text.
-        calibration: of the model; `median` and `reroute` need it.
+        calibration: the model's calibration; `median` and `reroute` need it.
 
     Raises:
         ValueError: the spec is not valid. The message has the spec, what was expected, and the nearest kind.

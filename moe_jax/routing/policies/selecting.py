@@ -22,7 +22,7 @@ class Context(NamedTuple):
     layer: jax.Array  # int32 scalar: column of the settings
     row_N: jax.Array  # int32: request of each token
     valid_N: jax.Array  # bool: False for padding and finished rows, which keep nothing
-    # the N = B * steps tokens are decode steps of B rows; 0: a prefill, where no step-wise kind acts
+    # the N = B * steps tokens are decode steps of B rows; 0: a prefill, in which no step-wise kind acts
     steps: int
 
 
@@ -30,8 +30,8 @@ def select(routing: Routing, live: Settings | Replayed, context: Context, moe: M
     """Selects the slots of each valid token, by its request's policy for this layer.
 
     Each token starts with its best k experts. The row-wise kinds drop slots; in a decode step, the step-wise kinds in
-    use then act, in the order of the registry. Recorded experts, if any, replace the chosen ones. At last the slots are
-    weighted.
+    use then act, in the order of the registry. Recorded experts, if any, replace the chosen ones. Finally the slots
+    are weighted.
     """
     settings = live.settings if isinstance(live, Replayed) else live
     expert_NK, mix_NK = top_slots(routing, max(k_max, moe.k))
@@ -58,21 +58,21 @@ def select(routing: Routing, live: Settings | Replayed, context: Context, moe: M
 
 def _step_wise(slots: Slots, routing: Routing, settings: Settings, context: Context) -> Slots:
     """Applies the step-wise kinds in use to each decode step separately."""
-    there = {
+    in_use = {
         kind: [settings.columns_BL[name][:, context.layer] for name in kind.sets]
         for kind in registry.KINDS
         if issubclass(kind, StepWise) and settings.columns_BL.keys() >= {*kind.sets}
     }
-    if not context.steps or not there:
+    if not context.steps or not in_use:
         return slots
-    for kind, columns in there.items():
+    for kind, columns in in_use.items():
         if kind.name in settings.tables:
             columns.append(settings.tables[kind.name][context.layer])
-    alike_BB = settings.group_B[:, None] == settings.group_B[None, :]
+    same_group_BB = settings.group_B[:, None] == settings.group_B[None, :]
 
     def one_step(slots: Slots, routing: Routing, valid_B: jax.Array) -> Slots:
-        same_BB = alike_BB & valid_B[:, None] & valid_B[None, :]
-        for kind, columns in there.items():
+        same_BB = same_group_BB & valid_B[:, None] & valid_B[None, :]
+        for kind, columns in in_use.items():
             slots = kind.choose(slots, routing, same_BB, *columns)
         return slots
 
