@@ -5,8 +5,8 @@
 Quality is measured with the model of model.path on held-out text. Speed is measured with the same model or, if
 sweep.timed_config is set, with that model, which replays the routing of the first. For a fine-tuned model,
 sweep.original names the model that it was made from: that one with all its experts is then the reference. A killed run
-resumes when it is started again with the same --out. OUT/frontier.html needs no network; OUT/frontier.csv has every
-point.
+resumes when it is started again with the same --out. OUT/frontier.html needs no network; OUT/frontier.png has
+its charts, OUT/frontier.csv every point.
 """
 
 import dataclasses
@@ -31,6 +31,7 @@ def main(run: command.Command) -> None:
     from moe_jax.evaluation import concurrent
     from moe_jax.evaluation.journal import Journal, identity
     from moe_jax.report import frontier_result
+    from moe_jax.report.frontier_chart import png
     from moe_jax.report.frontier_page import page
     from moe_jax.report.frontier_table import table, to_csv
     from moe_jax.study import sweep as study
@@ -85,6 +86,7 @@ def main(run: command.Command) -> None:
     )
     files.write_atomically(run.out / "frontier.csv", to_csv(found))
     files.write_atomically(run.out / "frontier.html", page(found))
+    files.write_atomically(run.out / "frontier.png", png(found))
     run.finish(frontier_result.figures(found), rows=frontier_result.rows(found), text=table(found))
     journal.forget()
 

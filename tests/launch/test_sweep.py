@@ -75,7 +75,8 @@ def test_every_policy_has_a_point_at_every_concurrency(done):
     assert figures["opportunistic:2", 4]["experts_per_token"]["value"] > 4
     assert 3 < figures["topk:3", 4]["distinct_experts_per_layer_step"]["value"] <= 12
     assert figures["topk:3", 4]["bytes"]["value"] < figures["model", 4]["bytes"]["value"]
-    assert {path.name for path in out.iterdir()} == {"result.json", "config.gin", "frontier.csv", "frontier.html"}
+    drawn = {f"frontier.{suffix}" for suffix in ("csv", "html", "png")}
+    assert {path.name for path in out.iterdir()} == {"result.json", "config.gin", *drawn}
     assert "opportunistic:2" in (out / "frontier.html").read_text() and "| 4 | 0.5% |" in printed.stdout
 
 
