@@ -23,7 +23,7 @@ class Kernels(NamedTuple):
 
 OPERATIONS = Kernels(grouped_matmul, projection, cached_attention, causal_attention)._asdict()
 NATIVE = "native"  # C++
-_ONLY_ON = {NATIVE: "cpu", "pallas_gpu": "gpu"}
+_ONLY_ON = {NATIVE: "cpu", "pallas_gpu": "gpu", "pallas_tpu": "tpu"}
 _STAND_INS = {"padded": "on a Hopper GPU, with weights in 16 bits, 'pallas_gpu' moves a third of the bytes"}
 
 

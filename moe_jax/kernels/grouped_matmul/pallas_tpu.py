@@ -1,0 +1,105 @@
+"""Grouped matmul for TPUs (v5e and newer), on Mosaic; the kernels are in `pallas_tpu_kernel`.
+
+For bfloat16 and float32, with float32 sums. The weights of each expert that has rows are read once, whatever the
+number of rows; the layer is one more index of the blocks, so nothing is sliced out of the stack.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_jax.kernels.grouped_matmul import pallas_tpu_tiles
+from moe_jax.kernels.grouped_matmul.pallas_tpu_tiles import GradientTiles, Tiles
+
+
+def lacks(dtype) -> str | None:
+    """Why the kernels cannot run with numbers of a dtype, as one line; None if they can."""
+    if jnp.dtype(dtype) in map(jnp.dtype, ("bfloat16", "float32")):
+        return None
+    return f"pallas_tpu: expected rows and weights in bfloat16 or float32, got {jnp.dtype(dtype)}; ragged_dot takes any"
+
+
+def _check(rows_SX, weights):
+    if reason := lacks(weights.dtype):
+        raise ValueError(reason)
+    if rows_SX.dtype != weights.dtype:
+        raise ValueError(f"pallas_tpu: expected rows in the weights' {weights.dtype}, got {rows_SX.dtype}")
+
+
+def launch_product(rows_SX, weights_LEIFD, group_sizes_E, layer, *, tiles: Tiles | None = None, transposed=False):
+    """The launch that `forward`, `gated` and `rows_gradient` make, not run: see `pallas_tpu_kernel.product`."""
+    from moe_jax.kernels.grouped_matmul import pallas_tpu_kernel  # takes half a second
+
+    _check(rows_SX, weights_LEIFD)
+    num_matrices, *matrix = weights_LEIFD.shape[2:]
+    columns = matrix[1] if transposed else matrix[0]
+    itemsize = weights_LEIFD.dtype.itemsize
+    tiles = tiles or pallas_tpu_tiles.for_product(*rows_SX.shape, columns, num_matrices, itemsize)
+    return pallas_tpu_kernel.product(rows_SX, weights_LEIFD, group_sizes_E, layer, tiles=tiles, transposed=transposed)
+
+
+def _multiply(rows_SX, weights_LEIFD, group_sizes_E, layer, **settings):
+    launch = launch_product(rows_SX, weights_LEIFD, group_sizes_E, layer, **settings)
+    # The pipeline fetches the blocks of its first step in any case.
+    return lax.cond(group_sizes_E.sum() > 0, launch.run, lambda: jnp.zeros(launch.out.shape, launch.out.dtype))
+
+
+def forward(rows_SD, weights_LEFD, group_sizes_E, layer, *, tiles: Tiles | None = None):
+    """As `api.grouped_matmul`.
+
+    Args:
+        rows_SD: bfloat16 or float32.
+        weights_LEFD: of the same dtype.
+        group_sizes_E: int32.
+        layer: int32 scalar.
+        tiles: block sizes; None: by shape and dtype.
+
+    Raises:
+        ValueError: the kernels lack the dtype, or no block fits.
+    """
+    return _multiply(rows_SD, weights_LEFD[:, :, None], group_sizes_E, layer, tiles=tiles)
+
+
+def gated(rows_SD, gate_up_LEIFD, group_sizes_E, layer, *, tiles: Tiles | None = None):
+    """[S, F]: silu of the gate times the up-projection, in one pass; sums and the product of the two are float32.
+
+    Args:
+        rows_SD: bfloat16 or float32.
+        gate_up_LEIFD: of the same dtype, the gate before the up-projection.
+        group_sizes_E: int32.
+        layer: int32 scalar.
+        tiles: block sizes; None: by shape and dtype.
+
+    Raises:
+        ValueError: the kernels lack the dtype, or no block fits.
+    """
+    return _multiply(rows_SD, gate_up_LEIFD, group_sizes_E, layer, tiles=tiles)
+
+
+def rows_gradient(out_grad_SF, weights_LEFD, group_sizes_E, layer, *, tiles: Tiles | None = None):
+    """[S, D]: the gradient of each group's outputs times its expert's matrix; otherwise as `forward`."""
+    return _multiply(out_grad_SF, weights_LEFD[:, :, None], group_sizes_E, layer, tiles=tiles, transposed=True)
+
+
+def launch_weights_gradient(rows_SD, group_sizes_E, out_grad_SF, *, tiles: GradientTiles | None = None):
+    """The launch that `weights_gradient` makes, not run."""
+    from moe_jax.kernels.grouped_matmul import pallas_tpu_kernel
+
+    _check(rows_SD, out_grad_SF)
+    shape = (rows_SD.shape[0], out_grad_SF.shape[1], rows_SD.shape[1])
+    tiles = tiles or pallas_tpu_tiles.for_gradient(*shape, rows_SD.dtype.itemsize)
+    return pallas_tpu_kernel.weights_gradient(rows_SD, group_sizes_E, out_grad_SF, tiles=tiles)
+
+
+def weights_gradient(rows_SD, group_sizes_E, out_grad_SF, *, tiles: GradientTiles | None = None):
+    """[E, F, D]: for each expert, the transposed gradient of its outputs times its rows; zero without rows."""
+    return launch_weights_gradient(rows_SD, group_sizes_E, out_grad_SF, tiles=tiles).run()
+
+
+def backward(rows_SD, weights_LEFD, group_sizes_E, layer, out_grad_SF):
+    """As `reference.backward`; errors are those of `forward`."""
+    rows_grad_SD = rows_gradient(out_grad_SF, weights_LEFD, group_sizes_E, layer)
+    grad_EFD = weights_gradient(rows_SD, group_sizes_E, out_grad_SF)
+    if weights_LEFD.shape[0] == 1:
+        return rows_grad_SD, grad_EFD[None]
+    return rows_grad_SD, lax.dynamic_update_slice(jnp.zeros_like(weights_LEFD), grad_EFD[None], (layer, 0, 0, 0))
