@@ -2,8 +2,8 @@
 
 Walks the grid in order and evaluates the index maps of the blocks: those that Pallas' pipeline gets, not a copy. A
 block of an operand is fetched when its index differs from that of the step before; a block of an output is written when
-the index changes, and at the end. What lies outside the array is not counted. A grid that is split over two cores moves
-more: each core fetches the operands of its own steps.
+the index changes, and at the end. What lies outside the array is not counted. Where two cores share a grid, each takes
+half of its first axis and fetches the blocks of its own steps.
 """
 
 import math
@@ -26,7 +26,9 @@ class Traffic(NamedTuple):
         return sum(self.fetched) + sum(self.written)
 
 
-def count(grid_spec: Any, scalars: Sequence[Any], operands: Sequence[Any], outputs: Sequence[Any]) -> Traffic:
+def count(
+    grid_spec: Any, scalars: Sequence[Any], operands: Sequence[Any], outputs: Sequence[Any], num_cores: int = 1
+) -> Traffic:
     """Counts the traffic of one launch.
 
     Args:
@@ -34,9 +36,11 @@ def count(grid_spec: Any, scalars: Sequence[Any], operands: Sequence[Any], outpu
         scalars: prefetched arguments, with values; each may be a nest of arrays.
         operands: the other arguments, of which only shape and dtype are read.
         outputs: shape and dtype of each output.
+        num_cores: that share the grid.
     """
     grid = tuple(int(size) for size in grid_spec.grid)
-    steps = np.indices(grid, dtype=np.int32).reshape(len(grid), -1)
+    steps = np.array_split(np.indices(grid, dtype=np.int32), num_cores, axis=1)
+    cores = [steps_of_core.reshape(len(grid), -1) for steps_of_core in steps]
     scalars = jax.tree.map(np.asarray, tuple(scalars))
     in_specs = jax.tree.leaves(grid_spec.in_specs)
     out_specs = jax.tree.leaves(grid_spec.out_specs)
@@ -45,13 +49,17 @@ def count(grid_spec: Any, scalars: Sequence[Any], operands: Sequence[Any], outpu
             f"expected {len(in_specs)} operands and {len(out_specs)} outputs, got {len(operands)}, {len(outputs)}"
         )
     return Traffic(
-        tuple(_moved(spec, array, steps, scalars) for spec, array in zip(in_specs, operands)),
-        tuple(_moved(spec, array, steps, scalars) for spec, array in zip(out_specs, outputs)),
+        tuple(_moved(spec, array, cores, scalars) for spec, array in zip(in_specs, operands)),
+        tuple(_moved(spec, array, cores, scalars) for spec, array in zip(out_specs, outputs)),
     )
 
 
-def _moved(spec, array, steps, scalars) -> int:
-    """Bytes of the blocks that differ from those of the step before: as many are fetched, or written, over all steps."""
+def _moved(spec, array, cores, scalars) -> int:
+    """Bytes of the blocks that differ from those of the step before: all that a core fetches, or writes."""
+    return sum(_moved_by_core(spec, array, steps, scalars) for steps in cores)
+
+
+def _moved_by_core(spec, array, steps, scalars) -> int:
     num_steps = steps.shape[1]
     if num_steps == 0:
         return 0

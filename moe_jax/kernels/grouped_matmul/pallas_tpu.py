@@ -26,15 +26,23 @@ def _check(rows_SX, weights):
         raise ValueError(f"pallas_tpu: expected rows in the weights' {weights.dtype}, got {rows_SX.dtype}")
 
 
-def launch_product(rows_SX, weights_LEIFD, group_sizes_E, layer, *, tiles: Tiles | None = None, transposed=False):
+def _cores(num_cores: int | None) -> int:
+    """The number of cores to share the work; two also suit a device that has one."""
+    if num_cores is not None:
+        return num_cores
+    return jax.devices()[0].num_cores if jax.default_backend() == "tpu" else 2
+
+
+def launch_product(rows_SX, weights_LEIFD, group_sizes_E, layer, *, transposed=False, tiles=None, num_cores=None):
     """The launch that `forward`, `gated` and `rows_gradient` make, not run: see `pallas_tpu_kernel.product`."""
     from moe_jax.kernels.grouped_matmul import pallas_tpu_kernel  # takes half a second
 
     _check(rows_SX, weights_LEIFD)
     num_matrices, *matrix = weights_LEIFD.shape[2:]
     columns = matrix[1] if transposed else matrix[0]
-    itemsize = weights_LEIFD.dtype.itemsize
-    tiles = tiles or pallas_tpu_tiles.for_product(*rows_SX.shape, columns, num_matrices, itemsize)
+    if tiles is None:
+        settings = {"itemsize": weights_LEIFD.dtype.itemsize, "num_cores": _cores(num_cores)}
+        tiles = pallas_tpu_tiles.for_product(*rows_SX.shape, columns, num_matrices, **settings)
     return pallas_tpu_kernel.product(rows_SX, weights_LEIFD, group_sizes_E, layer, tiles=tiles, transposed=transposed)
 
 
@@ -44,7 +52,7 @@ def _multiply(rows_SX, weights_LEIFD, group_sizes_E, layer, **settings):
     return lax.cond(group_sizes_E.sum() > 0, launch.run, lambda: jnp.zeros(launch.out.shape, launch.out.dtype))
 
 
-def forward(rows_SD, weights_LEFD, group_sizes_E, layer, *, tiles: Tiles | None = None):
+def forward(rows_SD, weights_LEFD, group_sizes_E, layer, *, tiles: Tiles | None = None, num_cores: int | None = None):
     """As `api.grouped_matmul`.
 
     Args:
@@ -53,14 +61,15 @@ def forward(rows_SD, weights_LEFD, group_sizes_E, layer, *, tiles: Tiles | None 
         group_sizes_E: int32.
         layer: int32 scalar.
         tiles: block sizes; None: by shape and dtype.
+        num_cores: that share the work, which `tiles` decides; None: those of the device.
 
     Raises:
         ValueError: the kernels lack the dtype, or no block fits.
     """
-    return _multiply(rows_SD, weights_LEFD[:, :, None], group_sizes_E, layer, tiles=tiles)
+    return _multiply(rows_SD, weights_LEFD[:, :, None], group_sizes_E, layer, tiles=tiles, num_cores=num_cores)
 
 
-def gated(rows_SD, gate_up_LEIFD, group_sizes_E, layer, *, tiles: Tiles | None = None):
+def gated(rows_SD, gate_up_LEIFD, group_sizes_E, layer, *, tiles: Tiles | None = None, num_cores: int | None = None):
     """[S, F]: silu of the gate times the up-projection, in one pass; sums and the product of the two are float32.
 
     Args:
@@ -69,31 +78,36 @@ def gated(rows_SD, gate_up_LEIFD, group_sizes_E, layer, *, tiles: Tiles | None =
         group_sizes_E: int32.
         layer: int32 scalar.
         tiles: block sizes; None: by shape and dtype.
+        num_cores: that share the work, which `tiles` decides; None: those of the device.
 
     Raises:
         ValueError: the kernels lack the dtype, or no block fits.
     """
-    return _multiply(rows_SD, gate_up_LEIFD, group_sizes_E, layer, tiles=tiles)
+    return _multiply(rows_SD, gate_up_LEIFD, group_sizes_E, layer, tiles=tiles, num_cores=num_cores)
 
 
-def rows_gradient(out_grad_SF, weights_LEFD, group_sizes_E, layer, *, tiles: Tiles | None = None):
+def rows_gradient(
+    out_grad_SF, weights_LEFD, group_sizes_E, layer, *, tiles: Tiles | None = None, num_cores: int | None = None
+):
     """[S, D]: the gradient of each group's outputs times its expert's matrix; otherwise as `forward`."""
-    return _multiply(out_grad_SF, weights_LEFD[:, :, None], group_sizes_E, layer, tiles=tiles, transposed=True)
+    return _multiply(
+        out_grad_SF, weights_LEFD[:, :, None], group_sizes_E, layer, transposed=True, tiles=tiles, num_cores=num_cores
+    )
 
 
-def launch_weights_gradient(rows_SD, group_sizes_E, out_grad_SF, *, tiles: GradientTiles | None = None):
+def launch_weights_gradient(rows_SD, group_sizes_E, out_grad_SF, *, tiles: GradientTiles | None = None, num_cores=None):
     """The launch that `weights_gradient` makes, not run."""
     from moe_jax.kernels.grouped_matmul import pallas_tpu_kernel
 
     _check(rows_SD, out_grad_SF)
     shape = (rows_SD.shape[0], out_grad_SF.shape[1], rows_SD.shape[1])
-    tiles = tiles or pallas_tpu_tiles.for_gradient(*shape, rows_SD.dtype.itemsize)
+    tiles = tiles or pallas_tpu_tiles.for_gradient(*shape, rows_SD.dtype.itemsize, _cores(num_cores))
     return pallas_tpu_kernel.weights_gradient(rows_SD, group_sizes_E, out_grad_SF, tiles=tiles)
 
 
-def weights_gradient(rows_SD, group_sizes_E, out_grad_SF, *, tiles: GradientTiles | None = None):
+def weights_gradient(rows_SD, group_sizes_E, out_grad_SF, *, tiles: GradientTiles | None = None, num_cores=None):
     """[E, F, D]: for each expert, the transposed gradient of its outputs times its rows; zero without rows."""
-    return launch_weights_gradient(rows_SD, group_sizes_E, out_grad_SF, tiles=tiles).run()
+    return launch_weights_gradient(rows_SD, group_sizes_E, out_grad_SF, tiles=tiles, num_cores=num_cores).run()
 
 
 def backward(rows_SD, weights_LEFD, group_sizes_E, layer, out_grad_SF):

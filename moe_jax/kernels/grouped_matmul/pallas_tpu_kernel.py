@@ -67,9 +67,18 @@ def _own_rows(begin, end, step: int, body):
     lax.fori_loop(lax.div(begin, jnp.int32(step)), last, of_step, None)
 
 
-def product(
-    rows_SX, weights_LEIXX, group_sizes_E, layer, *, tiles: tiles_of.Tiles, transposed: bool = False
-) -> Launch:
+def _in_chunks(size: int, body):
+    """Runs body(part) over parts of an axis, which bounds the length of the program and the sums in flight."""
+    chunk = next((part for part in (256, 128) if size % part == 0), size)
+
+    def of_chunk(number, carry):
+        body(pl.ds(pl.multiple_of(number * chunk, chunk), chunk))
+        return carry
+
+    lax.fori_loop(0, size // chunk, of_chunk, None)
+
+
+def product(rows_SX, weights_LEIXX, group_sizes_E, layer, *, tiles: tiles_of.Tiles, transposed: bool = False) -> Launch:
     """Rows times the matrices of their experts; of two matrices per expert, silu of the first product times the second.
 
     Args:
@@ -94,10 +103,14 @@ def product(
             out[...] = jnp.zeros_like(out)
 
         def multiply(at, own):
-            sums = _dot(rows[at], weights[0], contract)
-            if num_matrices == 2:
-                sums = sums * jax.nn.sigmoid(sums) * _dot(rows[at], weights[1], contract)
-            out[at] = jnp.where(own, sums, out[at].astype(jnp.float32)).astype(out.dtype)
+            def of_columns(part):
+                across = (slice(None), part) if transposed else (part, slice(None))
+                sums = _dot(rows[at], weights[0, *across], contract)
+                if num_matrices == 2:
+                    sums = sums * jax.nn.sigmoid(sums) * _dot(rows[at], weights[1, *across], contract)
+                out[at, part] = jnp.where(own, sums, out[at, part].astype(jnp.float32)).astype(out.dtype)
+
+            _in_chunks(tiles.columns, of_columns)
 
         _own_rows(begin_T[visit], end_T[visit], tiles.step, multiply)
 
@@ -147,8 +160,12 @@ def weights_gradient(rows_SD, group_sizes_E, out_grad_SF, *, tiles: tiles_of.Gra
             sums[...] = jnp.zeros_like(sums)
 
         def multiply(at, own):
-            left, right = (jnp.where(own, x[at], 0) for x in (out_grad, rows))
-            sums[...] += _dot(left, right, ((0,), (0,)))
+            right = jnp.where(own, rows[at], 0)
+
+            def of_outputs(part):
+                sums[part] += _dot(jnp.where(own, out_grad[at, part], 0), right, ((0,), (0,)))
+
+            _in_chunks(tiles.outputs, of_outputs)
 
         _own_rows(begin_T[visit], end_T[visit], tiles.step, multiply)
 
