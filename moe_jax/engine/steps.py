@@ -82,8 +82,8 @@ def prefill(params, tokens_BT, length_B, budget_B, end_I, live: Live, *, executi
         if length > chunk:
             read = _in_chunks(params, cache, tokens_BT, last_B, valid_BT, live.policy, execution, chunk)
         else:
-            x_BTD, cache, traffic = decoder.extend(params, cache, tokens_BT, None, valid_BT, live.policy, execution)
-            read = x_BTD[jnp.arange(batch), last_B], traffic.chosen_NK, traffic.load_E, cache
+            x_BTD, cache, use = decoder.extend(params, cache, tokens_BT, None, valid_BT, live.policy, execution)
+            read = x_BTD[jnp.arange(batch), last_B], use.chosen_NK, use.load_E, cache
     last_BD, chosen_LNK, load_LE, cache = read
     token_B, log_probability_B = _sample(params, last_BD, length_B, live, execution)
     kept_B = _kept(chosen_LNK.reshape(len(chosen_LNK), batch, -1))
@@ -111,15 +111,15 @@ def _in_chunks(params, cache, tokens_BT, last_B, valid_BT, policy, execution, ch
             return lax.dynamic_slice_in_dim(x_LBTK, first, chunk, axis=2).reshape(layers, batch * chunk, -1)
 
         start_B = jnp.full(batch, first, jnp.int32)
-        x_BTD, cache, traffic = decoder.extend(
+        x_BTD, cache, use = decoder.extend(
             params, cache, tokens, start_B, valid, policy.slice_tokens(slice_chunk), execution
         )
         place_B = last_B - first
         ends_here_B = (place_B >= 0) & (place_B < chunk)
         ended_BD = x_BTD[jnp.arange(batch), jnp.clip(place_B, 0, chunk - 1)]
-        chosen = traffic.chosen_NK.reshape(layers, batch, chunk, -1)
+        chosen = use.chosen_NK.reshape(layers, batch, chunk, -1)
         chosen_LBTK = lax.dynamic_update_slice_in_dim(chosen_LBTK, chosen, first, axis=2)
-        return cache, jnp.where(ends_here_B[:, None], ended_BD, last_BD), chosen_LBTK, load_LE + traffic.load_E
+        return cache, jnp.where(ends_here_B[:, None], ended_BD, last_BD), chosen_LBTK, load_LE + use.load_E
 
     last_BD = jnp.zeros((batch, trunk.d_model), decoder.dtype_of(params))
     chosen_LBTK = jnp.full((layers, batch, length, execution.k_max), -1, jnp.int32)
@@ -178,12 +178,12 @@ def decode(params, slots: CacheSlots, continue_B, count, end_I, live: Live, *, e
             lambda x_LNK: lax.dynamic_slice_in_dim(x_LNK, steps.count * batch, batch, axis=1)
         )
         with jax.named_scope("decode"):
-            x_BTD, cache, traffic = decoder.extend(
+            x_BTD, cache, use = decoder.extend(
                 params, slots.cache, slots.token_B[:, None], slots.position_B, alive_B[:, None], policy, execution
             )
         sampled_B, log_probability_B = _sample(params, x_BTD[:, 0], slots.position_B + 1, live, execution)
-        chosen_LBK = traffic.chosen_NK
-        new = (alive_B, sampled_B, log_probability_B, _kept(chosen_LBK), _distinct(traffic.load_E))
+        chosen_LBK = use.chosen_NK
+        new = (alive_B, sampled_B, log_probability_B, _kept(chosen_LBK), _distinct(use.load_E))
         new += (chosen_LBK if routing else None,)
         recorded = jax.tree.map(lambda all_S, own: all_S.at[steps.count].set(own), tuple(steps[1:]), new)
         token_B = jnp.where(alive_B, sampled_B, slots.token_B)

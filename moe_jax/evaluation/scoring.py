@@ -41,8 +41,8 @@ class Scores(NamedTuple):
 @functools.partial(jax.jit, static_argnames=("execution", "side_by_side"))
 def _hidden(params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side):
     rows = (tokens_BT, positions_BT, segments_BT)
-    x_BTD, traffic = decoder.hidden(params, *rows, live, execution, side_by_side=side_by_side, in_stacks=True)
-    return x_BTD.reshape(-1, x_BTD.shape[-1]), traffic.load_E, traffic.chosen_NK
+    x_BTD, use = decoder.hidden(params, *rows, live, execution, side_by_side=side_by_side, in_stacks=True)
+    return x_BTD.reshape(-1, x_BTD.shape[-1]), use.load_E, use.chosen_NK
 
 
 @functools.partial(jax.jit, static_argnames="greedy")

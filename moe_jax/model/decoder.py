@@ -19,7 +19,7 @@ from moe_jax.model import attention, latent_attention, parameters, rope
 from moe_jax.model.attention import Cache
 from moe_jax.model.layers import Stacked, feed_forward, one_layer, project, rms_norm
 from moe_jax.model.low_rank import KEPT, holds_any, merge
-from moe_jax.model.moe import Traffic, moe_layer
+from moe_jax.model.moe import ExpertUse, moe_layer
 from moe_jax.routing import policies
 from moe_jax.routing.policies import Context, Settings
 from moe_jax.routing.policies.parse import MODEL_OWN
@@ -134,18 +134,18 @@ def _dense_ffn(weights):
 
 
 def _moe_ffn(weights, experts, layer: Layer, live, context, execution):
-    """A MoE feed-forward; the `Traffic` of a layer with fewer experts than the largest is padded to that size."""
+    """A MoE feed-forward; the `ExpertUse` of a layer with fewer experts than the largest is padded to that size."""
     most, moe = execution.architecture.moe.num_experts, layer_order.moe_of(execution.architecture, layer.stack)
     k_max = min(execution.k_max, moe.num_experts)
 
     def run(x_ND):
         implementation = execution.kernels.grouped_matmul
-        y_ND, traffic = moe_layer(x_ND, weights, experts, layer.index, live, context, moe, k_max, implementation)
+        y_ND, use = moe_layer(x_ND, weights, experts, layer.index, live, context, moe, k_max, implementation)
         if moe.num_experts == most:
-            return y_ND, traffic
-        load_E = jnp.pad(traffic.load_E, (0, most - moe.num_experts))
-        chosen_NK = jnp.pad(traffic.chosen_NK, ((0, 0), (0, execution.k_max - k_max)), constant_values=-1)
-        return y_ND, traffic._replace(load_E=load_E, chosen_NK=chosen_NK)
+            return y_ND, use
+        load_E = jnp.pad(use.load_E, (0, most - moe.num_experts))
+        chosen_NK = jnp.pad(use.chosen_NK, ((0, 0), (0, execution.k_max - k_max)), constant_values=-1)
+        return y_ND, use._replace(load_E=load_E, chosen_NK=chosen_NK)
 
     return run
 
@@ -170,7 +170,7 @@ def hidden(
     side_by_side: bool = False,
     in_stacks: bool = False,
     remat: bool = False,
-) -> tuple[jax.Array, Traffic]:
+) -> tuple[jax.Array, ExpertUse]:
     """Runs whole sequences, for training and scoring; `logits` applies the output head to the result.
 
     Args:
@@ -189,12 +189,12 @@ def hidden(
             activations: only the input of each layer is kept, at a third more time.
 
     Returns:
-        normed x_BTD, and the `Traffic` of the MoE layers stacked, L first.
+        normed x_BTD, and the `ExpertUse` of the MoE layers stacked, L first.
     """
-    x_BTD, traffic, _ = _whole(
+    x_BTD, use, _ = _whole(
         params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side, lambda x_ND: None, in_stacks, remat
     )
-    return rms_norm(x_BTD, params["norm_D"], execution.architecture.decoder.norm_eps), traffic
+    return rms_norm(x_BTD, params["norm_D"], execution.architecture.decoder.norm_eps), use
 
 
 def moe_inputs(params: Params, tokens_BT: jax.Array, live: Settings, execution: Execution) -> jax.Array:
@@ -207,7 +207,7 @@ def moe_inputs(params: Params, tokens_BT: jax.Array, live: Settings, execution: 
 def _whole(
     params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side, observe, in_stacks, remat=False
 ):
-    """Runs all layers over whole sequences: x_BTD, the traffic, and `observe` of the input of each MoE layer."""
+    """Runs all layers over whole sequences: x_BTD, the use of experts, and `observe` of the input of each MoE layer."""
     architecture = execution.architecture
     cos_sin = _cos_sin(positions_BT, architecture)
     x_BTD = params["embedding_VD"][tokens_BT].astype(dtype_of(params))
@@ -232,8 +232,8 @@ def _whole(
         ffn = _moe_ffn(weights, stack["experts"], layer, live, context, execution)
 
         def observed_ffn(x_ND):
-            y_ND, traffic = ffn(x_ND)
-            return y_ND, (traffic, observe(x_ND))
+            y_ND, use = ffn(x_ND)
+            return y_ND, (use, observe(x_ND))
 
         x_BTD, _, seen = _layer(x_BTD, weights, cos_sin, core, observed_ffn, architecture)
         return x_BTD, seen
@@ -269,8 +269,8 @@ def _whole(
         if block.num_moe > 1:
             seen_in_block = jax.tree.map(lambda part: part.reshape(-1, *part.shape[2:]), seen_in_block)
         seen.append(seen_in_block)
-    traffic, observed = seen[0] if len(seen) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen)
-    return x_BTD, traffic, observed
+    use, observed = seen[0] if len(seen) == 1 else jax.tree.map(lambda *parts: jnp.concatenate(parts), *seen)
+    return x_BTD, use, observed
 
 
 def _alone(stack: Params, index: int) -> Params:
@@ -310,7 +310,7 @@ def extend(
     valid_BT: jax.Array,
     live: Settings,
     execution: Execution,
-) -> tuple[jax.Array, Cache, Traffic]:
+) -> tuple[jax.Array, Cache, ExpertUse]:
     """Appends tokens to cached sequences: a prompt or the next part of one (prefill), or one token each (decode).
 
     Experts are read from the whole stack by layer index; no layer's experts are copied out of it.
@@ -326,7 +326,7 @@ def extend(
         execution: the static half.
 
     Returns:
-        normed x_BTD, the cache with these positions in it, and the `Traffic` of the MoE layers, L first.
+        normed x_BTD, the cache with these positions in it, and the `ExpertUse` of the MoE layers, L first.
     """
     architecture = execution.architecture
     batch, length = tokens_BT.shape
@@ -351,7 +351,7 @@ def extend(
 
     def one_pass(block, time, carried):
         for layer in block.at(time):
-            x_BTD, cache, traffic = carried
+            x_BTD, cache, use = carried
             others = {name: part for name, part in params[layer.stack].items() if name != "experts"}
             weights = _one_layer(others, (layer.stack,), layer.index, execution.kernels.projection)
             ffn = _dense_ffn(weights)
@@ -360,14 +360,14 @@ def extend(
                 ffn = _moe_ffn(weights, params[layer.stack]["experts"], layer, live, context, execution)
             x_BTD, cache, new = _layer(x_BTD, weights, cos_sin, core(layer.number, cache), ffn, architecture)
             if layer.is_moe:
-                traffic = Traffic(
-                    *(all_layers.at[layer.column].set(own) for all_layers, own in zip(traffic, new, strict=True))
+                use = ExpertUse(
+                    *(all_layers.at[layer.column].set(own) for all_layers, own in zip(use, new, strict=True))
                 )
-            carried = x_BTD, cache, traffic
+            carried = x_BTD, cache, use
         return carried
 
     num_moe = architecture.decoder.num_moe_layers
-    zeros = Traffic(
+    zeros = ExpertUse(
         jnp.zeros((num_moe, architecture.moe.num_experts), jnp.int32),
         jnp.zeros(num_moe, jnp.float32),
         jnp.zeros(num_moe, jnp.float32),
@@ -380,5 +380,5 @@ def extend(
         else:
             for time in range(block.times):
                 carried = one_pass(block, time, carried)
-    x_BTD, cache, traffic = carried
-    return rms_norm(x_BTD, params["norm_D"], architecture.decoder.norm_eps), cache, traffic
+    x_BTD, cache, use = carried
+    return rms_norm(x_BTD, params["norm_D"], architecture.decoder.norm_eps), cache, use

@@ -14,8 +14,8 @@ from moe_jax.routing.mask import masked
 from moe_jax.routing.router import route
 
 
-class Traffic(NamedTuple):
-    """What one MoE layer did with its tokens."""
+class ExpertUse(NamedTuple):
+    """How one MoE layer used its experts."""
 
     load_E: jax.Array  # int32: slots that each expert received
     load_loss: jax.Array  # float32 scalar, see `balance.load_loss`
@@ -33,7 +33,7 @@ def moe_layer(
     moe: MoEConfig,
     k_max: int,
     implementation: str,
-) -> tuple[jax.Array, Traffic]:
+) -> tuple[jax.Array, ExpertUse]:
     """One MoE layer.
 
     Args:
@@ -49,7 +49,7 @@ def moe_layer(
         implementation: the implementation of grouped_matmul.
 
     Returns:
-        y_ND, and what the layer did.
+        y_ND, and how it used its experts.
     """
     with jax.named_scope("route"):
         routing = route(x_ND, weights["router"]["weight_ED"], weights["router"].get("bias_E"), moe)
@@ -74,4 +74,4 @@ def moe_layer(
             y_ND = y_ND + shared_ND
     load_loss = balance.load_loss(routing, load_E.astype(jnp.float32), context.valid_N)
     effective_experts = balance.effective_experts(selection, context.valid_N)
-    return y_ND, Traffic(load_E, load_loss, effective_experts, jnp.where(selection.keep_NK, selection.expert_NK, -1))
+    return y_ND, ExpertUse(load_E, load_loss, effective_experts, jnp.where(selection.keep_NK, selection.expert_NK, -1))

@@ -159,7 +159,7 @@ def objective(
         The scalar to minimise, and what was measured.
     """
     rows = batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"]
-    x_BTD, traffic = decoder.hidden(params, *rows, live, execution, remat=remat)
+    x_BTD, use = decoder.hidden(params, *rows, live, execution, remat=remat)
     scored_N = (batch["segments_BT"] > 0).reshape(-1).astype(jnp.float32)
     weight_N = scored_N / jnp.maximum(scored_N.sum(), 1.0)
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
@@ -174,14 +174,14 @@ def objective(
     total, terms = token_losses(x_ND, decoder.head(params), labels_N, weight_N, teacher_ND, teacher_head_VD, config)
     layer_terms = {
         "hidden_distance": (config.hidden, None if teacher is None else _distance(x_ND, teacher_ND, weight_N)),
-        "load_loss": (balance_loss, traffic.load_loss.mean()),
-        "effective_experts": (config.sparsity, traffic.effective_experts.mean()),
+        "load_loss": (balance_loss, use.load_loss.mean()),
+        "effective_experts": (config.sparsity, use.effective_experts.mean()),
     }
     for name, (weight, value) in layer_terms.items():
         if value is not None:
             terms[name] = value
             total = total + weight * value if weight else total
-    return total, BatchMetrics(terms, traffic.load_E)
+    return total, BatchMetrics(terms, use.load_E)
 
 
 def _distance(x_ND: jax.Array, teacher_ND: jax.Array, weight_N: jax.Array) -> jax.Array:

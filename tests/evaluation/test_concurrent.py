@@ -34,8 +34,8 @@ def windows(count=8):
 @jax.jit
 def extend(params, cache, tokens_BT, start_B, live):
     valid_BT = jnp.ones(tokens_BT.shape, bool)
-    x_BTD, cache, traffic = decoder.extend(params, cache, tokens_BT, start_B, valid_BT, live, EXECUTION)
-    return jax.nn.log_softmax(decoder.logits(params, x_BTD)[:, 0]), cache, traffic.chosen_NK
+    x_BTD, cache, use = decoder.extend(params, cache, tokens_BT, start_B, valid_BT, live, EXECUTION)
+    return jax.nn.log_softmax(decoder.logits(params, x_BTD)[:, 0]), cache, use.chosen_NK
 
 
 def decoded(tokens_BT, policy):

@@ -1,4 +1,4 @@
-"""The experts' feed-forward against the plain loop: every implementation, and the gated form of Hopper's kernels."""
+"""The experts' feed-forward against the plain loop: every implementation, and the gated forms, interpreted."""
 
 import jax
 import jax.numpy as jnp
@@ -7,6 +7,7 @@ import pytest
 
 from moe_jax.kernels.expert_ffn import reference
 from moe_jax.kernels.expert_ffn.api import GATED, expert_ffn
+from moe_jax.kernels.grouped_matmul import pallas_gpu
 from moe_jax.kernels.grouped_matmul.api import IMPLEMENTATIONS
 
 # largest difference over the largest value of the reference
@@ -60,12 +61,20 @@ def test_forward_and_gradients(implementation, case, dtype):
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels ask for jax 0.11")
-@pytest.mark.parametrize("case", ["skewed", "dropped_rows"])
-def test_gated_on_hopper_kernels(case):
+def test_gated_on_hopper_kernels(monkeypatch):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
+    monkeypatch.setattr(pallas_gpu, "_NUM_CORES", 2)
     with plgpu.force_gpu_interpret_mode():
-        compare_with_the_loop("pallas_gpu", case, "bfloat16")
+        compare_with_the_loop("pallas_gpu", "dropped_rows", "bfloat16")
+
+
+@pytest.mark.parametrize(("case", "dtype"), [("skewed", "bfloat16"), ("dropped_rows", "float32")])
+def test_gated_on_tpu_kernels(case, dtype):
+    from jax.experimental.pallas import tpu as pltpu
+
+    with pltpu.force_tpu_interpret_mode():
+        compare_with_the_loop("pallas_tpu", case, dtype)
 
 
 def test_weights_may_be_wider_than_rows():

@@ -36,8 +36,8 @@ def tokens(batch, length, seed=0):
 
 @jax.jit
 def score(params, tokens_BT, positions_BT, segments_BT, settings):
-    x_BTD, traffic = decoder.hidden(params, tokens_BT, positions_BT, segments_BT, settings, EXECUTION)
-    return decoder.logits(params, x_BTD), traffic.load_E
+    x_BTD, use = decoder.hidden(params, tokens_BT, positions_BT, segments_BT, settings, EXECUTION)
+    return decoder.logits(params, x_BTD), use.load_E
 
 
 def whole(tokens_BT, settings, segments_BT=None):
@@ -49,8 +49,8 @@ def whole(tokens_BT, settings, segments_BT=None):
 
 @jax.jit
 def extend(params, cache, tokens_BT, start_B, valid_BT, settings):
-    x_BTD, cache, traffic = decoder.extend(params, cache, tokens_BT, start_B, valid_BT, settings, EXECUTION)
-    return decoder.logits(params, x_BTD), cache, traffic.load_E
+    x_BTD, cache, use = decoder.extend(params, cache, tokens_BT, start_B, valid_BT, settings, EXECUTION)
+    return decoder.logits(params, x_BTD), cache, use.load_E
 
 
 def reference_moe(x_ND, weights, moe, k_N):
@@ -144,11 +144,11 @@ def test_a_moe_layer_equals_a_loop_over_all_experts(variant):
             x_ND, weights, experts, jnp.int32(layer), settings, context, moe, 8, tiny_model.KERNELS.grouped_matmul
         )
 
-    y_ND, traffic = run(x_ND, weights, experts, settings)
+    y_ND, use = run(x_ND, weights, experts, settings)
     weights |= {"gate_up_EIFD": experts["gate_up_LEIFD"][layer], "down_EDF": experts["down_LEDF"][layer]}
     expected_ND, load_E = reference_moe(x_ND, weights, moe, np.where(valid_N, k_B[row_N], 0))
     assert_close(y_ND, expected_ND)
-    np.testing.assert_array_equal(traffic.load_E, load_E)
+    np.testing.assert_array_equal(use.load_E, load_E)
 
 
 def test_cached_decode_equals_the_whole_sequence():

@@ -120,19 +120,19 @@ def test_prompts_in_chunks_and_decode(model, tensors):
 
     @jax.jit
     def extend(params, cache, tokens_BT, start_B):
-        x_BTD, cache, traffic = decoder.extend(
+        x_BTD, cache, use = decoder.extend(
             params, cache, tokens_BT, start_B, jnp.ones(tokens_BT.shape, bool), live, execution
         )
-        return decoder.logits(params, x_BTD), cache, traffic
+        return decoder.logits(params, x_BTD), cache, use
 
     cache, at = caches.allocate(ARCHITECTURE, ROWS, LENGTH, jnp.float32), 0
     for count in (5, 5, 1, 1, 1):
-        got, cache, traffic = extend(model.params, cache, TOKENS_BT[:, at : at + count], np.full(ROWS, at, np.int32))
+        got, cache, use = extend(model.params, cache, TOKENS_BT[:, at : at + count], np.full(ROWS, at, np.int32))
         assert_close(got, expected_BTV[:, at : at + count])
         at += count
-        np.testing.assert_array_equal(traffic.load_E.sum(axis=1), np.array(K_L) * ROWS * count)
-        assert not np.asarray(traffic.load_E)[MISSING_LE].any()
-        kept_L = (np.asarray(traffic.chosen_NK) >= 0).sum(axis=(1, 2))
+        np.testing.assert_array_equal(use.load_E.sum(axis=1), np.array(K_L) * ROWS * count)
+        assert not np.asarray(use.load_E)[MISSING_LE].any()
+        kept_L = (np.asarray(use.chosen_NK) >= 0).sum(axis=(1, 2))
         np.testing.assert_array_equal(kept_L, np.array(K_L) * ROWS * count)
 
 
@@ -170,10 +170,10 @@ def test_no_policy_chooses_an_expert_that_a_layer_lacks(model):
     rows = np.repeat(np.arange(len(specs)), ROWS)
     live = policies.settings([parse(specs[row], calibration) for row in rows], ARCHITECTURE, execution.k_max)
     sequences = (np.tile(every_BT, (len(specs), 1)) for every_BT in (TOKENS_BT, POSITIONS_BT, np.ones_like(TOKENS_BT)))
-    _, traffic = decoder.hidden(model.params, *sequences, live, execution, side_by_side=True, in_stacks=True)
-    chosen_LBTK = np.asarray(traffic.chosen_NK).reshape(len(EXPERTS_L), len(rows), LENGTH, -1)
+    _, use = decoder.hidden(model.params, *sequences, live, execution, side_by_side=True, in_stacks=True)
+    chosen_LBTK = np.asarray(use.chosen_NK).reshape(len(EXPERTS_L), len(rows), LENGTH, -1)
     assert (chosen_LBTK < np.array(EXPERTS_L)[:, None, None, None]).all()
-    assert not np.asarray(traffic.load_E)[MISSING_LE].any()
+    assert not np.asarray(use.load_E)[MISSING_LE].any()
     for number, spec in enumerate(specs):
         own_LBTK = chosen_LBTK[:, rows == number]
         assert (own_LBTK >= 0).any(axis=(1, 2, 3)).all(), spec

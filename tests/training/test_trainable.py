@@ -106,11 +106,11 @@ def test_lora_reaches_every_routed_expert_that_a_token_went_to():
     execution, batch = execution_of(ARCHITECTURE), batch_of(ARCHITECTURE)
     live = policies.settings([parse("topk:3")] * ROWS, ARCHITECTURE, execution.k_max)
     rows = batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"]
-    _, traffic = decoder.hidden(jax.tree.map(jnp.asarray, random_params()), *rows, live, execution)
+    _, use = decoder.hidden(jax.tree.map(jnp.asarray, random_params()), *rows, live, execution)
     for name in ("gate_up_LEIFD", "down_LEDF"):
         up = np.asarray(state.params["moe"]["experts"][name]["up"])
         moved_LE = np.abs(up.reshape(*up.shape[:2], -1)).max(axis=2) > 0
-        np.testing.assert_array_equal(moved_LE, np.asarray(traffic.load_E) > 0)
+        np.testing.assert_array_equal(moved_LE, np.asarray(use.load_E) > 0)
     assert 0 < moved_LE.sum() < moved_LE.size
 
 

@@ -39,8 +39,8 @@ def test_a_step_balances_and_adapts_every_stack():
     execution = execution_of(ARCHITECTURE)
     live = policies.settings([MODEL_OWN] * ROWS, ARCHITECTURE, execution.k_max)
     hidden = jax.jit(lambda params: decoder.hidden(params, tokens_BT, positions_BT, ones_BT, live, execution))
-    before, traffic = hidden(params)
-    load_LE = np.asarray(traffic.load_E, np.float64)
+    before, use = hidden(params)
+    load_LE = np.asarray(use.load_E, np.float64)
 
     config = FinetuneConfig(train="lora", lora_rank=2, mask=True)
     parts, frozen = trainable.divide(without, config, "float32", seed=0)

@@ -9,10 +9,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from moe_jax.kernels.grouped_matmul import pallas_gpu
+from moe_jax.kernels.grouped_matmul import pallas_gpu, pallas_tpu
 from moe_jax.kernels.grouped_matmul.api import grouped_matmul
 
-GATED = {"pallas_gpu": pallas_gpu.gated}  # by implementation of grouped matmul
+GATED = {"pallas_gpu": pallas_gpu.gated, "pallas_tpu": pallas_tpu.gated}  # by implementation of grouped matmul
 
 
 def swiglu(gate_up_NI: jax.Array) -> jax.Array:

@@ -4,7 +4,7 @@ import functools
 
 import jax
 
-from moe_jax.kernels.grouped_matmul import blocked, native, padded, pallas_gpu, ragged_dot
+from moe_jax.kernels.grouped_matmul import blocked, native, padded, pallas_gpu, pallas_tpu, ragged_dot
 
 IMPLEMENTATIONS = {
     "native": native,
@@ -12,6 +12,7 @@ IMPLEMENTATIONS = {
     "padded": padded,
     "ragged_dot": ragged_dot,
     "pallas_gpu": pallas_gpu,
+    "pallas_tpu": pallas_tpu,
 }
 BY_PLATFORM = {"cpu": ("native", "blocked"), "gpu": ("pallas_gpu", "padded"), "tpu": ("ragged_dot",)}  # the best first
 

@@ -1,0 +1,85 @@
+"""Counts the bytes that a Pallas TPU kernel moves between device memory and vector memory, from its own grid.
+
+Walks the grid in order and evaluates the index maps of the blocks: those that Pallas' pipeline gets, not a copy. A
+block of an operand is fetched when its index differs from that of the step before; a block of an output is written when
+the index changes, and at the end. What lies outside the array is not counted. Where two cores share a grid, each takes
+half of its first axis and fetches the blocks of its own steps.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+
+class Traffic(NamedTuple):
+    """The bytes that one launch moves."""
+
+    fetched: tuple[int, ...]  # of each operand
+    written: tuple[int, ...]  # of each output
+
+    @property
+    def total(self) -> int:
+        """Of all operands and outputs."""
+        return sum(self.fetched) + sum(self.written)
+
+
+def count(
+    grid_spec: Any, scalars: Sequence[Any], operands: Sequence[Any], outputs: Sequence[Any], num_cores: int = 1
+) -> Traffic:
+    """Counts the traffic of one launch.
+
+    Args:
+        grid_spec: what `pallas_call` is given; blocks are pipelined by Pallas.
+        scalars: prefetched arguments, with values; each may be a nest of arrays.
+        operands: the other arguments, of which only shape and dtype are read.
+        outputs: shape and dtype of each output.
+        num_cores: that share the grid.
+    """
+    grid = tuple(int(size) for size in grid_spec.grid)
+    steps = np.array_split(np.indices(grid, dtype=np.int32), num_cores, axis=1)
+    cores = [steps_of_core.reshape(len(grid), -1) for steps_of_core in steps]
+    scalars = jax.tree.map(np.asarray, tuple(scalars))
+    in_specs = jax.tree.leaves(grid_spec.in_specs)
+    out_specs = jax.tree.leaves(grid_spec.out_specs)
+    if len(in_specs) != len(operands) or len(out_specs) != len(outputs):
+        raise ValueError(
+            f"expected {len(in_specs)} operands and {len(out_specs)} outputs, got {len(operands)}, {len(outputs)}"
+        )
+    return Traffic(
+        tuple(_moved(spec, array, cores, scalars) for spec, array in zip(in_specs, operands)),
+        tuple(_moved(spec, array, cores, scalars) for spec, array in zip(out_specs, outputs)),
+    )
+
+
+def _moved(spec, array, cores, scalars) -> int:
+    """Bytes of the blocks that differ from those of the step before: all that a core fetches, or writes."""
+    return sum(_moved_by_core(spec, array, steps, scalars) for steps in cores)
+
+
+def _moved_by_core(spec, array, steps, scalars) -> int:
+    num_steps = steps.shape[1]
+    if num_steps == 0:
+        return 0
+    index = [np.broadcast_to(axis, num_steps) for axis in spec.index_map(*steps, *scalars)]
+    new = np.ones(num_steps, bool)
+    new[1:] = np.any([axis[1:] != axis[:-1] for axis in index], axis=0)
+    numbers = np.ones(int(new.sum()), np.int64)
+    for axis, block, size in zip(index, spec.block_shape, array.shape, strict=True):
+        block = 1 if block is None else block
+        numbers *= np.clip(size - axis[new].astype(np.int64) * block, 0, block)
+    return int(numbers.sum()) * np.dtype(array.dtype).itemsize
+
+
+def least(kept_experts: int, matrix: int, rows: Sequence[tuple[int, int]], itemsize: int) -> int:
+    """The least bytes of a grouped product: each kept expert's matrix once, and each array of rows once.
+
+    Args:
+        kept_experts: experts that have rows.
+        matrix: numbers of one expert's matrices.
+        rows: shapes of the arrays of rows, read or written.
+        itemsize: bytes of a number.
+    """
+    return itemsize * (kept_experts * matrix + sum(map(math.prod, rows)))
