@@ -98,7 +98,7 @@ def test_generate_passes_all_arguments_to_the_engine(model):
         ([[512]], {}, "token 512: expected 0 to 511"),
         ([[3, -1]], {}, "token -1: expected 0 to 511"),
         ([[1] * 33], {}, "33 positions: expected at most the model's 32"),
-        ([[1], [2]], {"policy": ["topk:1"]}, "1 policies for 2 rows"),
+        ([[1], [2]], {"policy": ["topk:1"]}, "one for each of the 2 rows, got 1"),
         ([[1]], {"policy": "topk:9"}, "expected 1 to 8 experts"),
         ([[1]], {"k_max": 17}, "to 16 experts"),
     ],

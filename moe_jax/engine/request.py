@@ -63,7 +63,7 @@ def policy_of_each(
     """
     each = list(policy) if isinstance(policy, (list, tuple)) else [policy] * count
     if len(each) != count:
-        raise ValueError(f"{len(each)} policies for {count} rows: expected one, or one for each row")
+        raise ValueError(f"expected one policy, or one for each of the {count} rows, got {len(each)}")
     return [_policy(given, calibration) for given in each]
 
 

@@ -300,7 +300,7 @@ def test_one_token_takes_no_decode_step(engine):
         ({"policy": "topk:9"}, "expected 1 to 8 experts in every layer; more need a larger policy.k_max"),
         ({"policy": "layers:8"}, "expected one number for each of the model's 2 MoE layers"),
         ({"policy": "topq:4"}, "did you mean"),
-        ({"policy": ["topk:4"] * 2}, "2 policies for 3 rows"),
+        ({"policy": ["topk:4"] * 2}, "one for each of the 3 rows, got 2"),
         ({"seed": -1}, "seed = -1: expected"),
         ({"seed": [1, 2]}, "or one for each prompt"),
     ],

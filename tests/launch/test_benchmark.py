@@ -124,7 +124,7 @@ def test_a_checkpoint_reads_held_out_text(main, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"policy.spec": "topk:9"}, "policy.spec = 'topk:9': expected 1 to 8 experts"),
+        ({"policy.spec": "topk:9"}, "policy 'topk:9': expected 1 to 8 experts"),
         ({"policy.k_max": 16}, "16 slots per token: expected at most the 8 of the recorded trace"),
         ({"moe.num_experts": 48}, "moe.num_experts = 48: expected a multiple of the 64 experts"),
         ({"benchmark.trace": "nowhere.npz"}, "benchmark.trace = 'nowhere.npz': no trace"),

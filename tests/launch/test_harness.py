@@ -73,7 +73,7 @@ def test_refusals_of_flags(model, tmp_path, arguments, expected):
         (("--tasks=held_out_bits,qqqqq",), "--tasks: 'qqqqq' is not a task of lm-eval"),
         (("--tasks=held_out_bits", "--include=nowhere"), "--include = 'nowhere': expected a folder of tasks"),
         (("--tasks=held_out_bits", '--set=evaluation.policies=("topk:9",)'), "expected 1 to 8 experts"),
-        (("--tasks=held_out_bits", '--set=evaluation.policies=("model","tokp:2")'), "policy.spec = 'tokp:2'"),
+        (("--tasks=held_out_bits", '--set=evaluation.policies=("model","tokp:2")'), "policy 'tokp:2'"),
         (("--tasks=held_out_bits", "--chat"), "has no chat template"),
         (("--tasks=held_out_bits", "--set=model.path=nowhere"), "nowhere"),
         (("--tasks=long_answer", "--include={tasks}"), "max_gen_toks = 128: expected fewer than the model's context"),

@@ -85,7 +85,7 @@ def test_json_is_alone_on_standard_output(folder):
 def test_a_refusal_is_one_line_and_status_2(folder):
     done = start(folder, "--set=policy.spec=topk:0", "--prompt=The", "--out=refused", stdin=subprocess.DEVNULL)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines()[-1].startswith("error: policy.spec = 'topk:0': expected")
+    assert done.stderr.splitlines()[-1].startswith("error: policy 'topk:0': expected")
     assert not (folder.parent / "refused").exists()
 
 

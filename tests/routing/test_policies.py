@@ -296,7 +296,7 @@ def test_a_spec_prints_as_it_parses(spec):
     ],
 )
 def test_refused(spec, message):
-    with pytest.raises(ValueError, match=r"policy\.spec = ") as refusal:
+    with pytest.raises(ValueError, match=r"policy '") as refusal:
         parse(spec)
     assert message in str(refusal.value) and "\n" not in str(refusal.value)
 

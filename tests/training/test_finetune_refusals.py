@@ -27,7 +27,7 @@ WITHOUT_LANGUAGE = {"objective.language_model": 0.0, "objective.distillation": 1
         ),
         ({"policy.spec": "model"} | WITHOUT_LANGUAGE, r"policy.spec = 'model' keeps all 8 experts, .* expected fewer"),
         ({"policy.spec": "opportunistic:3"}, r"policy.spec = 'opportunistic:3' looks at all rows of a decode step"),
-        ({"policy.spec": "layers:3,2,1"}, r"policy.spec = 'layers:3,2,1': .*the model's 2"),
+        ({"policy.spec": "layers:3,2,1"}, r"policy 'layers:3,2,1': .*the model's 2"),
         ({"evaluation.policies": ("topk:1", "oportunistic:3")}, r'did you mean "opportunistic:3"'),
         ({"evaluation.policies": ("topk:1", "opportunistic:3")}, r"'opportunistic:3', which looks at all rows"),
         ({"evaluation.half": "even"}, r"evaluation.half = 'even': expected '', the odd half is"),

@@ -27,7 +27,7 @@ def parse(spec: str, calibration: Calibration | None = None) -> Policy:
         parts = [_part(text.strip()) for text in spec.strip().split("+")]
         _require_different(parts)
     except ValueError as error:
-        raise ValueError(f"policy.spec = {spec!r}: {error}") from error
+        raise ValueError(f"policy {spec!r}: {error}") from error
     return Policy(tuple(sorted(parts, key=lambda part: registry.KINDS.index(type(part)))), calibration)
 
 

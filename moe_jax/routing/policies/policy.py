@@ -39,7 +39,7 @@ class Policy:
             try:
                 columns |= zip(part.sets, part.columns(model), strict=True)
             except ValueError as error:
-                raise ValueError(f"policy.spec = {self.spec!r}: {part.spec}: {error}") from error
+                raise ValueError(f"policy {self.spec!r}: {part.spec}: {error}") from error
         return columns
 
 
