@@ -77,7 +77,7 @@ def test_without_a_compiler_numpy_copies_with_a_warning(stored, monkeypatch, cap
 
 def test_another_number_of_values_is_refused(stored):
     array = filling.allocate((COUNT + 1,), np.dtype(np.float32))
-    with pytest.raises(ValueError, match=f"tensor a has {COUNT} numbers: expected {COUNT + 1}"):
+    with pytest.raises(ValueError, match=f"tensor a has {COUNT} values: expected {COUNT + 1}"):
         filling.fill([filling.Source("a", stored["a"], array)])
 
 
