@@ -132,7 +132,7 @@ def test_the_front_holds_points_that_no_other_beats(concurrency):
     assert {p.policy for p in found} <= {p.policy for p in drawn if not any(beats(q, p) for q in drawn)}
     assert all(any(beats(q, p) or q == p or q.speed.gain.value == p.speed.gain.value for q in found) for p in drawn)
     assert [p.speed.gain.value for p in found] == sorted(p.speed.gain.value for p in found)
-    assert frontier_chart.front(at(load) * 2) == found
+    assert frontier_chart.front(at(concurrency) * 2) == found
 
 
 def drawn(points, recommended=frozenset()):
