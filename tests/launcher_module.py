@@ -1,4 +1,4 @@
-"""Launchers in this process: each is imported once, since its flags can be defined once."""
+"""Launchers and benchmarks in this process: each is imported once, since its flags can be defined once."""
 
 import functools
 import importlib.util
@@ -16,9 +16,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 
 @functools.cache
-def import_launcher(name: str) -> types.ModuleType:
-    """Imports `launch/NAME.py`."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "launch" / f"{name}.py")
+def import_launcher(name: str, folder: str = "launch") -> types.ModuleType:
+    """Imports `FOLDER/NAME.py`."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -59,8 +59,7 @@ def settings(
     for policy, own in columns.items():
         if own["k"].max() > k_max:
             raise ValueError(
-                f"policy {policy.spec!r}: expected 1 to {k_max} experts in every layer; more need a larger "
-                "policy.k_max"
+                f"policy {policy.spec!r}: expected 1 to {k_max} experts in every layer; more need a larger policy.k_max"
             )
     columns_BL = {name: jnp.asarray(np.stack([columns[policy][name] for policy in policies])) for name in neutral}
     if group_B is None:
