@@ -62,7 +62,7 @@ def test_every_tag_is_closed(wide):
 
 
 def test_recommended_are_the_choices():
-    rows = [row for row in Reader(PAGE).rows["recommended"] if row[0] != "Concurrency"]
+    rows = [row for row in Reader(PAGE).rows["recommended"] if row[0] != "Rows"]
     expected = sorted(choices(FRONTIER), key=lambda choice: (LIMITS.index(choice.limit), choice.concurrency))
     for (concurrency, policy, gain, increase), (_, below), choice in zip(rows[::2], rows[1::2], expected, strict=True):
         assert concurrency == str(choice.concurrency)
@@ -76,7 +76,7 @@ def test_recommended_are_the_choices():
 
 def test_a_uniform_choice_is_not_repeated():
     frontier = made_up.frontier(5, {policy: made_up.POLICIES[policy] for policy in ("model", "topk:4")}, (1, 2))
-    rows = [row for row in Reader(page(frontier)).rows["recommended"] if row[0] != "Concurrency"]
+    rows = [row for row in Reader(page(frontier)).rows["recommended"] if row[0] != "Rows"]
     assert [row[-1] for row in rows[1::2]] == ["the best uniform k itself"] * 4
 
 
