@@ -228,7 +228,7 @@ def _judged(config, out: pathlib.Path, original: pathlib.Path, documents) -> str
         models |= {
             f"{name}, {k}": (out / name / "model", f"topk:{k}") for name in runs if (out / name / "model").exists()
         }
-    judged = {name: recovery_judged.judge(config, out, *of, documents) for name, of in models.items()}
+    judged = {name: recovery_judged.judge(config, out, *model, documents) for name, model in models.items()}
     return recovery_judged.table(judged, next(iter(judged)))
 
 
@@ -249,19 +249,19 @@ def summary(folder: pathlib.Path, names) -> tuple[str, dict]:
     seeds, controls = finished(*(f"k4_seed{seed}" for seed in SEEDS)), finished(*CONTROLS)
     one_seed = {f"topk:{k}": finished(f"k{k}") for k in (2, 3, 6)}
     by_k = {"topk:4": tables.Comparison("topk:4", seeds, controls)}
-    by_k |= {policy: tables.Comparison(policy, of, finished(CONTROLS[0])) for policy, of in one_seed.items()}
+    by_k |= {policy: tables.Comparison(policy, tuned, finished(CONTROLS[0])) for policy, tuned in one_seed.items()}
     by_tokens = {
         "0.5 M": tables.Comparison("topk:4", finished("quarter_batch_mixed_4e-4"), finished("control_0.5M")),
         "2 M": by_k["topk:4"],
         "4 M": tables.Comparison("topk:4", finished("k4_4M"), finished("control_4M")),
     }
-    for of, pairs in (("after 2 M tokens", by_k), ("`topk:4` after", by_tokens)):
-        table, found = tables.against_control(pairs, of)
+    for label, comparisons in (("after 2 M tokens", by_k), ("`topk:4` after", by_tokens)):
+        table, found = tables.against_control(comparisons, label)
         parts.append(table)
         for name, share in found.items():
             figures[f"recovered_{name.replace(' ', '')}"] = figure(share, "1")
     long = {"topk:4": seeds} | one_seed
-    specialists = {policy: of[0] for policy, of in sorted(long.items()) if of}
+    specialists = {policy: tuned[0] for policy, tuned in sorted(long.items()) if tuned}
     for name in GROUPS["elastic"] if specialists else ():
         for one in finished(name):
             table, found = tables.elastic(one, name, specialists)

@@ -169,19 +169,18 @@ def main(run: command.Command) -> None:
             for kind, product in products(experts, int(sizes.sum())).items():
                 least = product.least_bytes(sizes)
                 moved = {cores: count(product, sizes, cores).total for cores in (1, 2)}
-                of_case = {f"over_least_{cores}_cores": moved[cores] / least for cores in moved}
+                ratios = {f"over_least_{cores}_cores": moved[cores] / least for cores in moved}
                 if kind != "gated":
-                    of_case["megablox_over_least"] = (
-                        min(count_megablox(product, sizes, tiling, 1).total for tiling in TILINGS) / least
-                    )
+                    megablox = min(count_megablox(product, sizes, tiling, 1).total for tiling in TILINGS)
+                    ratios["megablox_over_least"] = megablox / least
                 bound = [
-                    chip
-                    for chip, of in CHIPS.items()
-                    if moved[of.num_cores] / of.bytes_per_s > product.flops / of.bf16_flops_per_s
+                    chip_name
+                    for chip_name, chip in CHIPS.items()
+                    if moved[chip.num_cores] / chip.bytes_per_s > product.flops / chip.bf16_flops_per_s
                 ]
                 case = f"{name}_{number}_{kind}"
-                figures |= {f"{case}_{ratio}": {"value": value, "unit": "1"} for ratio, value in of_case.items()}
-                columns = "".join(f"{value:9.3f}" for value in of_case.values()) + " " * 9 * (kind == "gated")
+                figures |= {f"{case}_{ratio}": {"value": value, "unit": "1"} for ratio, value in ratios.items()}
+                columns = "".join(f"{value:9.3f}" for value in ratios.values()) + " " * 9 * (kind == "gated")
                 lines.append(f"{name:18}{number:>6} {kind:19}{columns}   {' '.join(bound)}")
     run.finish(figures, text="\n".join(lines))
 

@@ -11,11 +11,13 @@ import pytest
 HOMEMADE = (
     *("so many", "quickly told", "an even cut", "say nothing", "says nothing", "whoever", "nobody's", "anew"),
     *("there and back", "have a say", "has a say", "of one's own", "alike in", "goes along", "storm of kills"),
+    *("behind", "to the last bit", "hands out", "for the sake"),
 )
+RIDDLES = re.compile("(of|wanted)(_|$)")  # how no variable is called: say what it is, or "expected"
 IN_STRINGS = ("wanted",)  # fine as a part of a name, not in what a user reads: say "expected"
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDERS = ("moe_jax", "launch", "configs", "docs", "benchmarks", "colabs", "tests")
-KINDS = {".py", ".md", ".gin", ".sh", ".cc", ".h", ".ipynb"}
+KINDS = {".py", ".md", ".gin", ".sh", ".cc", ".h", ".ipynb", ".html"}
 FILES = [ROOT / "README.md"]
 FILES += sorted(
     path
@@ -121,6 +123,19 @@ CODE = {path: definitions(path.read_text()) for path in FILES if path.suffix == 
 def test_a_name_has_one_meaning(name):
     found = [qualified for defined in CODE.values() for qualified, _ in defined if qualified.rpartition(".")[2] == name]
     assert sorted(found) == sorted(DEFINED[name])
+
+
+def variables(source):
+    """The names of all variables and arguments in Python code."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    return names | {node.arg for node in nodes if isinstance(node, ast.arg)}
+
+
+def test_variables_are_named_by_what_they_are():
+    found = {str(path.relative_to(ROOT)): sorted(filter(RIDDLES.match, variables(path.read_text()))) for path in CODE}
+    assert {path: names for path, names in found.items() if names} == {}
+    assert variables("of_x = [wanted for wanted in y]\ndef f(of, *z): ...") == {"of_x", "wanted", "of", "z"}
 
 
 def test_no_two_classes_have_one_name():

@@ -208,9 +208,9 @@ class Decode:
     def _live_from(self, place: int) -> Live:
         if self._replayed_LBTK is None:
             return self._live
-        of_steps_LBSK = self._replayed_LBTK[:, :, place : place + self._engine.most_steps]
-        of_steps_LSBK = np.moveaxis(of_steps_LBSK, 2, 1)  # one step after the other
-        return _with_replay(self._live, of_steps_LSBK, (self._engine.most_steps, self._rows.padded))
+        taken_LBSK = self._replayed_LBTK[:, :, place : place + self._engine.most_steps]
+        taken_LSBK = np.moveaxis(taken_LBSK, 2, 1)  # one step after the other
+        return _with_replay(self._live, taken_LSBK, (self._engine.most_steps, self._rows.padded))
 
 
 class Replay:
@@ -254,7 +254,7 @@ def _with_replay(live: Live, expert_LXYK: np.ndarray | None, padded: tuple[int, 
     if expert_LXYK is None:
         return live
     layers, *given, k_max = expert_LXYK.shape
-    padding = ((0, 0), *((0, of - size) for of, size in zip(padded, given)), (0, 0))
+    padding = ((0, 0), *((0, full - size) for full, size in zip(padded, given)), (0, 0))
     replay_LNK = np.pad(expert_LXYK, padding, constant_values=-1).reshape(layers, -1, k_max)
     return live._replace(policy=Replayed(live.policy, jax.device_put(replay_LNK).block_until_ready()))
 

@@ -106,17 +106,17 @@ def collect(sources: Sequence[str], held_out: Sequence[Document], chat: jsonl.Ch
 
 def _read(source: str, chat: jsonl.Chat | None) -> Found:
     """Yields the documents of a source in the order of files and lines."""
-    of_library = functools.partial(why_not, library=True)
+    why_not_library = functools.partial(why_not, library=True)
     if source == STDLIB:
         root = pathlib.Path(sysconfig.get_path("stdlib"))
-        yield from read_files(root, walk(root, lambda name: name.endswith(".py")), source, chat, of_library)
+        yield from read_files(root, walk(root, lambda name: name.endswith(".py")), source, chat, why_not_library)
     elif (distribution := distributions.find(source)) is not None:
         root = pathlib.Path(distribution.locate_file(""))
         relative = [pathlib.PurePosixPath(file) for file in distribution.files or ()]
         files = sorted(str(path) for path in relative if path.suffix == ".py" and ".." not in path.parts)
         if not files:
             raise ValueError(f"text.sources: the distribution {source!r} has no Python files; name its folder instead")
-        yield from read_files(root, files, source, chat, of_library)
+        yield from read_files(root, files, source, chat, why_not_library)
     else:
         if not source.strip():
             raise ValueError("text.sources: a source is empty; expected stdlib, a distribution, or a file or folder")

@@ -52,8 +52,8 @@ def random_inputs(sizes, dtype, matrices=(F, D)):
     rows = rng.standard_normal((ROWS, D)).astype(dtype)
     weights = rng.standard_normal((LAYERS, EXPERTS, *matrices)).astype(dtype)
     out_grad = rng.standard_normal((ROWS, F)).astype(dtype)
-    for of_rows in (rows, out_grad):
-        of_rows[sizes.sum() :] = np.nan
+    for array in (rows, out_grad):
+        array[sizes.sum() :] = np.nan
     weights[0] = np.nan
     weights[:, sizes == 0] = np.nan
     return rows, weights, out_grad, sizes

@@ -39,10 +39,10 @@ def test_blocks_are_counted_when_their_index_changes():
         num_scalar_prefetch=1,
         grid=(2, 3),
         in_specs=[
-            pl.BlockSpec((8, 128), lambda i, j, of_step: (i, 0)),  # 2 blocks, the second cut off at 12 rows
-            pl.BlockSpec((None, 8, 128), lambda i, j, of_step: (of_step[j], 0, 0)),  # 5, 5, 2, then the same
+            pl.BlockSpec((8, 128), lambda i, j, expert_J: (i, 0)),  # 2 blocks, the second cut off at 12 rows
+            pl.BlockSpec((None, 8, 128), lambda i, j, expert_J: (expert_J[j], 0, 0)),  # 5, 5, 2, then the same
         ],
-        out_specs=pl.BlockSpec((8, 128), lambda i, j, of_step: (0, i)),
+        out_specs=pl.BlockSpec((8, 128), lambda i, j, expert_J: (0, i)),
     )
     operands = [np.zeros((12, 128), np.float32), np.zeros((6, 8, 128), jnp.bfloat16)]
     out = jax.ShapeDtypeStruct((8, 256), jnp.float32)
@@ -126,5 +126,5 @@ def test_where_nothing_is_kept_no_kernel_runs():
     jaxpr = jax.make_jaxpr(pallas_tpu.forward)(rows, weights, jnp.zeros(4, jnp.int32), 1)
     assert kernels(jaxpr) == 0
     (condition,) = (equation for equation in jaxpr.eqns if equation.primitive.name == "cond")
-    of_nothing, of_rows = condition.params["branches"]
-    assert kernels(of_nothing) == 0 and kernels(of_rows) == 1
+    without_rows, with_rows = condition.params["branches"]
+    assert kernels(without_rows) == 0 and kernels(with_rows) == 1

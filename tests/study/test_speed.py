@@ -55,9 +55,9 @@ def test_each_decode_step_runs_the_experts_of_the_next_recorded_token(engine, tr
     assert len(samples) == 4
     expert_LBTK = trace.replay(LAYERS, 16, 8, rows, 9)
     for number, sample in enumerate(samples):
-        wanted_LE = np.stack([load_of(of_layer[:, 5 + number, :k]) for of_layer in expert_LBTK])
-        np.testing.assert_array_equal([load_of(of_layer[of_layer >= 0]) for of_layer in sample.chosen_LNK], wanted_LE)
-        distinct = int(np.count_nonzero(wanted_LE))
+        expected_LE = np.stack([load_of(layer[:, 5 + number, :k]) for layer in expert_LBTK])
+        np.testing.assert_array_equal([load_of(layer[layer >= 0]) for layer in sample.chosen_LNK], expected_LE)
+        distinct = int(np.count_nonzero(expected_LE))
         assert sample.step == roofline.Step([5 + number] * rows, [1] * rows, rows * k * LAYERS, distinct)
         assert sample.seconds > 0
 
@@ -68,9 +68,9 @@ def test_a_prefill_runs_the_experts_of_its_tokens(engine, trace, policy, k, leng
     model = speed.TimedModel(engine, EXECUTION, policy, SamplingConfig(), trace, routing=True)
     [sample] = speed.Prefill(model, tokens(1, length)[0]).take(1)
     expert_LBTK = trace.replay(LAYERS, 16, 8, 1, length)
-    wanted_LE = np.stack([load_of(of_layer[..., :k]) for of_layer in expert_LBTK])
-    np.testing.assert_array_equal([load_of(of_layer[of_layer >= 0]) for of_layer in sample.chosen_LNK], wanted_LE)
-    assert sample.step == roofline.Step([0], [length], length * k * LAYERS, np.count_nonzero(wanted_LE))
+    expected_LE = np.stack([load_of(layer[..., :k]) for layer in expert_LBTK])
+    np.testing.assert_array_equal([load_of(layer[layer >= 0]) for layer in sample.chosen_LNK], expected_LE)
+    assert sample.step == roofline.Step([0], [length], length * k * LAYERS, np.count_nonzero(expected_LE))
 
 
 def test_a_prefill_in_chunks_runs_the_experts_of_its_tokens(engine, trace, monkeypatch):
@@ -112,7 +112,7 @@ def test_policies_on_the_same_rows_wake_the_experts_recorded_for_each_step(engin
     cases = [speed.Replay(rows, cached, parse(spec), one) for spec, one in zip(("model", "topk:3"), chosen_PSLBK)]
     for samples, chosen_SLBK in zip(speed.take_turns(cases, [2, 2]), chosen_PSLBK, strict=True):
         for sample, chosen_LBK in zip(samples, chosen_SLBK, strict=True):
-            distinct = sum(len({*of_layer[of_layer >= 0].tolist()}) for of_layer in chosen_LBK)
+            distinct = sum(len({*layer[layer >= 0].tolist()}) for layer in chosen_LBK)
             step = roofline.Step([cached] * count, [1] * count, int((chosen_LBK >= 0).sum()), distinct)
             assert sample.step == speed.replayed_step(chosen_LBK, cached) == step
             assert sample.seconds > 0
@@ -125,7 +125,7 @@ def test_cases_take_turns(engine):
     for number in (1, 2, 3):
         for case, taken in zip(cases, speed.take_turns(cases, [1, 2])):
             samples[case.name] += taken
-        assert {name: len(of) for name, of in samples.items()} == {"prefill_16": number, "decode_2": 2 * number}
+        assert {name: len(taken) for name, taken in samples.items()} == {"prefill_16": number, "decode_2": 2 * number}
 
 
 def test_a_timing_compares_medians_with_floors(engine):
