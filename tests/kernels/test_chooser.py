@@ -42,7 +42,7 @@ def pretend(monkeypatch, capability):
 def test_auto_resolves_by_platform():
     assert resolve("cpu") == Kernels("native", "native", "native", "native")
     assert resolve("gpu") == ON_A_GPU
-    assert resolve("tpu") == Kernels("ragged_dot", "xla", "xla", "blocked")
+    assert resolve("tpu") == Kernels("pallas_tpu", "xla", "xla", "blocked")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -67,6 +67,12 @@ def test_auto_says_why_the_hopper_kernels_do_not_run(monkeypatch, caplog, capabi
     with pytest.raises(ValueError) as refusal:
         resolve("gpu", {"grouped_matmul": "pallas_gpu"}, architecture, dtype)
     assert str(refusal.value) == f"kernels.grouped_matmul = 'pallas_gpu': {reason}; padded would run"
+
+
+def test_auto_says_why_the_tpu_kernels_do_not_run(caplog):
+    assert resolve("tpu", dtype="float16").grouped_matmul == "ragged_dot"
+    reason = "'pallas_tpu' multiplies bfloat16 and float32, not float16"
+    assert caplog.messages == [f"kernels.grouped_matmul is 'ragged_dot', which is slower: {reason}"]
 
 
 def test_an_old_jax_has_no_hopper_kernels(hopper, monkeypatch):
@@ -96,6 +102,7 @@ def test_one_operation_can_be_set_by_itself():
         ("cpu", {"grouped_matmul": "bloked"}, "kernels.grouped_matmul = 'bloked': expected auto or one of native"),
         ("gpu", {"projection": "native"}, "kernels.projection = 'native': runs on CPUs only, not on 'gpu'; xla would"),
         ("cpu", {"grouped_matmul": "pallas_gpu"}, "kernels.grouped_matmul = 'pallas_gpu': runs on GPUs only"),
+        ("gpu", {"grouped_matmul": "pallas_tpu"}, "kernels.grouped_matmul = 'pallas_tpu': runs on TPUs only"),
         ("METAL", {**PLAIN._asdict(), "grouped_matmul": "pallas_gpu"}, "kernels.grouped_matmul = 'pallas_gpu': "),
         ("cpu", {"expert_ffn": "native"}, "kernels.expert_ffn: expected one of grouped_matmul, projection"),
     ],

@@ -14,7 +14,11 @@ IMPLEMENTATIONS = {
     "pallas_gpu": pallas_gpu,
     "pallas_tpu": pallas_tpu,
 }
-BY_PLATFORM = {"cpu": ("native", "blocked"), "gpu": ("pallas_gpu", "padded"), "tpu": ("ragged_dot",)}  # the best first
+BY_PLATFORM = {  # the best first
+    "cpu": ("native", "blocked"),
+    "gpu": ("pallas_gpu", "padded"),
+    "tpu": ("pallas_tpu", "ragged_dot"),
+}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
