@@ -1,0 +1,229 @@
+"""What each piece of the output of `pallas_gpu` loads and stores: read by the kernels, and by whoever counts bytes.
+
+Pure functions of int32 scalars. A description has static fields, `num_pieces`, and
+
+- `piece(number, tables)`: one piece; its `blocks` are loaded one after the other, in depth;
+- `loads(piece, block)`: choices; of each, one alternative is loaded: a list of `Block`;
+- `store(piece, warpgroup)`: the `Store` of 64 rows.
+"""
+
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from moe_jax.kernels.grouped_matmul.pallas_gpu import Tiles
+from moe_jax.kernels.grouped_matmul.pallas_gpu_rows import ALIGNMENT, most_tiles, row_tiles, tile_at
+
+WARPGROUP_ROWS = 64  # of the output, per warpgroup: what one wgmma takes
+STORE_COLUMNS = 64
+
+
+class Block(NamedTuple):
+    """A block of an operand that one copy brings into a slot of a ring. What lies outside the operand is not read."""
+
+    operand: int  # its number
+    matrix: jax.Array | None  # index on the first axis, if the operand has three
+    start: tuple[Any, Any]
+    size: tuple[int, int]
+    ring: int  # 0: the left operand of the product, 1: the right one
+    place: int = 0  # first row within the slot
+
+
+class Choice(NamedTuple):
+    """Loads of which one is made."""
+
+    taken: Any  # int32: which; 0 where there is one
+    alternatives: list[list[Block]]
+
+
+class Store(NamedTuple):
+    """Rows `begin` up to `end` of a warpgroup's 64, which go to `row` and after; outside the output nothing is."""
+
+    matrix: jax.Array | None  # index on the first axis, if the output has three
+    row: jax.Array
+    begin: Any  # int32, or an int where all rows are stored
+    end: Any
+    column: jax.Array
+
+    def copies(self) -> list[tuple[Any, Any, int]]:
+        """(whether it is made, its first row, its rows) of each copy: a power of two of rows."""
+        count = self.end - self.begin
+        sizes = [1 << bit for bit in reversed(range(WARPGROUP_ROWS.bit_length()))]
+        if isinstance(count, int):
+            sizes = [size for size in sizes if count & size]
+        return [((count & size) != 0, self.begin + (count & ~(2 * size - 1)), size) for size in sizes]
+
+
+def _ceil(size: int, of: int) -> int:
+    return -(-size // of)
+
+
+class Piece(NamedTuple):
+    """A tile of rows of one expert, times some columns of its matrix."""
+
+    blocks: jax.Array  # 0: rows of no expert, or no rows
+    matrix: jax.Array
+    start: jax.Array  # first row of the tile
+    begin: jax.Array  # the expert's own rows within it
+    end: jax.Array
+    column: jax.Array
+
+
+class Product(NamedTuple):
+    """Rows by matrices [F, D] along D, or by their transposes; gated: by two matrices each.
+
+    Operands: rows, matrices.
+    """
+
+    tiles: Tiles
+    num_experts: int
+    num_rows: int  # a multiple of `ALIGNMENT`
+    depth: int
+    width: int  # columns of the output
+    transposed: bool = False
+    gated: bool = False
+
+    @classmethod
+    def of(cls, rows_SX, weights_LEFD, tiles: Tiles, transposed: bool = False, gated: bool = False) -> Self:
+        """Describes a product of arrays, of which only the shapes are read; rows are then aligned."""
+        num_rows, depth = rows_SX.shape
+        aligned = num_rows + -num_rows % ALIGNMENT
+        width = weights_LEFD.shape[-1 if transposed else -2]
+        return cls(tiles, weights_LEFD.shape[1], aligned, depth, width, transposed, gated)
+
+    @property
+    def out_columns(self) -> int:
+        """Columns of a piece."""
+        return self.tiles.columns // 2 if self.gated else self.tiles.columns
+
+    @property
+    def _column_tiles(self) -> int:
+        return _ceil(self.width, self.out_columns)
+
+    @property
+    def num_pieces(self) -> int:
+        """Empty ones included."""
+        return most_tiles(self.num_experts, self.num_rows, self.tiles.rows) * self._column_tiles
+
+    def tables(self, group_sizes_E, layer) -> tuple[jax.Array, ...]:
+        """What the kernel is given beside its operands."""
+        return jnp.asarray(layer, jnp.int32)[None], *row_tiles(group_sizes_E, self.num_rows, self.tiles.rows)
+
+    def piece(self, number, tables) -> Piece:
+        """All columns of a tile of rows come one after the other."""
+        layer, *entries = tables
+        tile = lax.div(number, jnp.int32(self._column_tiles))
+        column = lax.rem(number, jnp.int32(self._column_tiles)) * self.out_columns
+        entry = [entry_T[tile] for entry_T in entries]
+        group, start, begin, end = tile_at(entry, tile, self.num_experts, self.num_rows, self.tiles.rows)
+        busy = (group < self.num_experts) & (end > begin)
+        blocks = lax.select(busy, jnp.int32(_ceil(self.depth, self.tiles.depth)), jnp.int32(0))
+        return Piece(blocks, layer[0] * self.num_experts + group, start, begin, end, column)
+
+    def loads(self, piece: Piece, block) -> list[Choice]:
+        """Rows, of a short tile the least power of two that holds them; and one block of columns, or two."""
+        tiles, deep = self.tiles, block * self.tiles.depth
+        sizes = [tiles.rows] if tiles.rows > WARPGROUP_ROWS else [8, 16, 32, 64]
+        taken = sum(((piece.end > size).astype(jnp.int32) for size in sizes[:-1]), jnp.int32(0))
+        rows = [[Block(0, None, (piece.start, deep), (size, tiles.depth), 0)] for size in sizes]
+        wide = self.out_columns
+        if self.gated:
+            columns = [
+                Block(1, 2 * piece.matrix + half, (piece.column, deep), (wide, tiles.depth), 1, half * wide)
+                for half in range(2)
+            ]
+        elif self.transposed:
+            columns = [Block(1, piece.matrix, (deep, piece.column), (tiles.depth, wide), 1)]
+        else:
+            columns = [Block(1, piece.matrix, (piece.column, deep), (wide, tiles.depth), 1)]
+        return [Choice(taken, rows), Choice(0, [columns])]
+
+    def store(self, piece: Piece, warpgroup) -> Store:
+        """The expert's own rows; where there is no expert, all, as zeros."""
+        row = warpgroup * WARPGROUP_ROWS
+        begin, end = (lax.clamp(jnp.int32(0), x - row, jnp.int32(WARPGROUP_ROWS)) for x in (piece.begin, piece.end))
+        return Store(None, piece.start + row, begin, end, piece.column)
+
+
+class GradientPiece(NamedTuple):
+    """A part of one expert's gradient."""
+
+    blocks: jax.Array  # of rows; 0: an expert without any
+    expert: jax.Array
+    row: jax.Array
+    column: jax.Array
+    base: jax.Array  # first row of the first block
+
+
+class WeightsGradient(NamedTuple):
+    """[E, F, D]: the transposed gradient of each expert's outputs times its rows; blocks of rows are the depth.
+
+    Operands: gradient, rows, and of both a copy of each expert's first and last block in which rows of others are zero.
+    """
+
+    tiles: Tiles
+    num_experts: int
+    d_out: int
+    d_model: int
+
+    @classmethod
+    def of(cls, rows_SD, out_grad_SF, num_experts: int, tiles: Tiles) -> Self:
+        """Describes the gradient from arrays of which only the shapes are read."""
+        return cls(tiles, num_experts, out_grad_SF.shape[1], rows_SD.shape[1])
+
+    @property
+    def out_columns(self) -> int:
+        """Columns of a piece."""
+        return self.tiles.columns
+
+    @property
+    def _down_tiles(self) -> int:
+        return _ceil(self.d_out, self.tiles.rows)
+
+    @property
+    def _column_tiles(self) -> int:
+        return _ceil(self.d_model, self.tiles.columns)
+
+    @property
+    def num_pieces(self) -> int:
+        """Those of experts without rows included."""
+        return self.num_experts * self._down_tiles * self._column_tiles
+
+    def tables(self, group_sizes_E) -> tuple[jax.Array, jax.Array]:
+        """First row of each expert, and one past its last."""
+        last_E = jnp.cumsum(group_sizes_E, dtype=jnp.int32)
+        return last_E - group_sizes_E, last_E
+
+    def piece(self, number, tables) -> GradientPiece:
+        """All columns of some rows of a gradient come one after the other."""
+        first_E, last_E = tables
+        tiles = self.tiles
+        column = lax.rem(number, jnp.int32(self._column_tiles)) * tiles.columns
+        number = lax.div(number, jnp.int32(self._column_tiles))
+        expert = lax.div(number, jnp.int32(self._down_tiles))
+        row = lax.rem(number, jnp.int32(self._down_tiles)) * tiles.rows
+        first, last = first_E[expert], last_E[expert]
+        base = lax.div(first, jnp.int32(ALIGNMENT)) * ALIGNMENT
+        blocks = lax.div(last - base + (tiles.depth - 1), jnp.int32(tiles.depth))
+        return GradientPiece(lax.select(last > first, blocks, jnp.int32(0)), expert, row, column, base)
+
+    def loads(self, piece: GradientPiece, block) -> list[Choice]:
+        """A block of both operands, or at the edges of the expert's rows of their copies."""
+        tiles = self.tiles
+
+        def both(gradient, rows, start):
+            return [
+                Block(gradient, None, (start, piece.row), (tiles.depth, tiles.rows), 0),
+                Block(rows, None, (start, piece.column), (tiles.depth, tiles.columns), 1),
+            ]
+
+        at_edge = (block == 0) | (block == piece.blocks - 1)
+        edge = (piece.expert * 2 + lax.min(block, jnp.int32(1))) * tiles.depth
+        inner = both(0, 1, piece.base + block * tiles.depth)
+        return [Choice(at_edge.astype(jnp.int32), [inner, both(2, 3, edge)])]
+
+    def store(self, piece: GradientPiece, warpgroup) -> Store:
+        """All rows."""
+        return Store(piece.expert, piece.row + warpgroup * WARPGROUP_ROWS, 0, WARPGROUP_ROWS, piece.column)
