@@ -95,7 +95,7 @@ def run(implementation, query, key, value, segments_BM, start_B, scale, grad):
     @jax.jit
     def call(query, key, value, segments_BM, start_B, grad):
         def mix(*inputs):
-            return causal_attention(*inputs, segments_BM, start_B, scale, implementation)
+            return causal_attention(*inputs, segments_BM, start_B, scale, implementation, prefixes=True)
 
         mixed, pull = jax.vjp(mix, query, key, value)
         return mixed, *pull(grad)
@@ -226,7 +226,7 @@ def test_inputs_of_several_dtypes(implementation):
 def test_integers_are_refused():
     ones = jnp.ones((1, 4, 2, 8), jnp.int32)
     with pytest.raises(ValueError, match="expected float32, bfloat16 or float16, got int32"):
-        causal_attention(ones, ones, ones, ones[:, :, 0, 0], ones[:, 0, 0, 0], 1.0, "native")
+        causal_attention(ones, ones, ones, None, ones[:, 0, 0, 0], 1.0, "native", prefixes=False)
 
 
 def lowered(implementation, length):
@@ -234,8 +234,7 @@ def lowered(implementation, length):
     x = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
 
     def mix(*inputs):
-        places = jnp.ones((1, length), jnp.int32), jnp.zeros(1, jnp.int32)
-        return causal_attention(*inputs, *places, 1.0, implementation)
+        return causal_attention(*inputs, None, jnp.zeros(1, jnp.int32), 1.0, implementation, prefixes=False)
 
     def with_gradient(query, key, value, grad):
         mixed, pull = jax.vjp(mix, query, key, value)
