@@ -110,9 +110,9 @@ def plain(*given):
     return reference.forward(*inputs), *reference.backward(*inputs, grad)
 
 
-def check(got, given, case, dtype):
+def check(results, given, case, dtype):
     """Raises an error if results differ from the plain loop."""
-    for name, got, expected in zip(("mixed", "query", "key", "value"), got, plain(*given)):
+    for name, got, expected in zip(("mixed", "query", "key", "value"), results, plain(*given)):
         assert got.dtype == jnp.dtype(dtype) and got.shape == expected.shape
         allowed = TOLERANCE[dtype] + ROUNDED * CASES[case][-1]
         largest = max(np.abs(expected).max(), given[5] * np.abs(given[1]).max())  # 0 for a query that sees one key
