@@ -1,4 +1,4 @@
-"""Checks and times the grouped matmul of a GPU, one stage per process; `on_device.sh` runs them all.
+"""Checks and times the kernels of a GPU, one stage per process; `on_device.sh` runs them all.
 
     python benchmarks/kernels.py --stage decode --out out/kernels
     python benchmarks/kernel_table.py out/kernels
@@ -16,6 +16,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+from kernel_attention import attention
 from kernel_cases import TOLERANCE, Case, ResultsFile, poison, relative, seconds_of, time_all
 
 from moe_jax.cost import hardware
@@ -273,7 +274,9 @@ def ragged(results: ResultsFile, small: bool):
     time_all(results, [(case, "ragged_dot", ragged_dot.forward)])
 
 
-STAGES = {function.__name__: function for function in (check, ceilings, decode, layer, prefill, peers, ragged)}
+STAGES = {
+    function.__name__: function for function in (check, ceilings, decode, layer, prefill, peers, ragged, attention)
+}
 
 
 def main():

@@ -12,8 +12,8 @@ mkdir -p "$out"
 rm -f "$out"/kernels.{jsonl,log}
 limit=${LIMIT:-290} # seconds for all stages together
 scale=${SCALE:-1} # multiplies the time limits of single stages: use 5 on a slow machine
-declare -A most=([check]=60 [ceilings]=30 [decode]=75 [layer]=90 [prefill]=60 [peers]=45 [ragged]=25)
-for stage in ${STAGES:-check ceilings decode layer prefill peers ragged}; do
+declare -A most=([check]=60 [ceilings]=30 [decode]=75 [layer]=90 [prefill]=60 [peers]=45 [ragged]=25 [attention]=60)
+for stage in ${STAGES:-check ceilings decode layer prefill peers ragged attention}; do
   left=$((limit - SECONDS)) own_limit=$((${most[$stage]} * scale)) flags=${XLA_FLAGS:-}
   [ "$left" -lt 8 ] && { echo "$stage: no time left"; continue; }
   [ "$stage" = ragged ] && flags="$flags --xla_gpu_experimental_use_ragged_dot_fusion=true"

@@ -170,5 +170,6 @@ def load(path: str | os.PathLike, *, dtype: str = "auto", calibration: str | os.
 def _logits(params, tokens_BT, segments_BT, live, *, execution):
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     rows = (tokens_BT, positions_BT, segments_BT)
-    x_BTD, _ = decoder.hidden(params, *rows, live, execution, side_by_side=True, in_stacks=True)
+    settings = {"side_by_side": True, "in_stacks": True, "prefixes": False}
+    x_BTD, _ = decoder.hidden(params, *rows, live, execution, **settings)
     return decoder.logits(params, x_BTD, execution.kernels.projection)

@@ -38,10 +38,11 @@ class Scores(NamedTuple):
     greedy_Y: np.ndarray | None = None  # bool: whether no other token is likelier
 
 
-@functools.partial(jax.jit, static_argnames=("execution", "side_by_side"))
-def _hidden(params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side):
+@functools.partial(jax.jit, static_argnames=("execution", "side_by_side", "prefixes"))
+def _hidden(params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side, prefixes):
     rows = (tokens_BT, positions_BT, segments_BT)
-    x_BTD, use = decoder.hidden(params, *rows, live, execution, side_by_side=side_by_side, in_stacks=True)
+    settings = {"side_by_side": side_by_side, "in_stacks": True, "prefixes": prefixes}
+    x_BTD, use = decoder.hidden(params, *rows, live, execution, **settings)
     return x_BTD.reshape(-1, x_BTD.shape[-1]), use.load_E, use.chosen_NK
 
 
@@ -101,10 +102,11 @@ def score(
     """
     rows = (batch.tokens_BT, batch.positions_BT, batch.segments_BT)
     labels = (batch.source_Y, batch.label_Y, batch.num_labels)
+    prefixes = bool((batch.segments_BT < 0).any())
 
     def hidden(live):
         kept = dataclasses.replace(execution, k_max=int(np.max(live.columns_BL["k"])))
-        return _hidden(params, *rows, live, execution=kept, side_by_side=side_by_side)
+        return _hidden(params, *rows, live, execution=kept, side_by_side=side_by_side, prefixes=prefixes)
 
     from_reference = None if reference is None else hidden(settings[reference])
     reference_ND = None if reference is None else from_reference[0]

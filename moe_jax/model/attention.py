@@ -71,12 +71,11 @@ class GroupedHeads:
         """The keys and values that go into the cache."""
         return Kept(self.key_BTGA, self.value_BTGX)
 
-    def causal(self, segments_BT: jax.Array, implementation: str) -> jax.Array:
+    def causal(self, segments_BT: jax.Array | None, implementation: str, *, prefixes: bool) -> jax.Array:
         """Mixes positions of whole sequences: mixed_BTHX, see `causal_attention`."""
-        start_B = jnp.zeros(len(segments_BT), jnp.int32)
-        return causal_attention(
-            self.query_BTHA, self.key_BTGA, self.value_BTGX, segments_BT, start_B, self.scale, implementation
-        )
+        inputs = (self.query_BTHA, self.key_BTGA, self.value_BTGX)
+        start_B = jnp.zeros(len(self.query_BTHA), jnp.int32)
+        return causal_attention(*inputs, segments_BT, start_B, self.scale, implementation, prefixes=prefixes)
 
     def extend(
         self, cache: Cache, layer: jax.Array | int, start_B: jax.Array, implementation: str
@@ -94,8 +93,8 @@ class GroupedHeads:
         """
         cache = cache.extended(self.kept, layer, start_B)
         key_BMGA, value_BMGX = (one_layer(all_layers, layer) for all_layers in cache)
-        places = jnp.ones(key_BMGA.shape[:2], jnp.int32), start_B
-        mixed_BTHX = causal_attention(self.query_BTHA, key_BMGA, value_BMGX, *places, self.scale, implementation)
+        inputs = (self.query_BTHA, key_BMGA, value_BMGX)
+        mixed_BTHX = causal_attention(*inputs, None, start_B, self.scale, implementation, prefixes=False)
         return mixed_BTHX, cache
 
     def step(

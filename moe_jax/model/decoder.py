@@ -57,7 +57,8 @@ class Decoder(Weights):
         execution = Execution(architecture, architecture.moe.k, kernels)
         live = policies.settings([MODEL_OWN] * batch, architecture, architecture.moe.k)
         positions_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
-        x_BTD, _ = hidden(params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT), live, execution)
+        rows = (tokens_BT, positions_BT, jnp.ones_like(tokens_BT))
+        x_BTD, _ = hidden(params, *rows, live, execution, prefixes=False)
         return logits(params, x_BTD)
 
 
@@ -170,6 +171,7 @@ def hidden(
     side_by_side: bool = False,
     in_stacks: bool = False,
     remat: bool = False,
+    prefixes: bool = True,
 ) -> tuple[jax.Array, ExpertUse]:
     """Runs whole sequences, for training and scoring; `logits` applies the output head to the result.
 
@@ -187,13 +189,14 @@ def hidden(
             out of its stack, so its gradient is only as large as the layer. Ignored if some weights are `LowRank`.
         remat: whether the backward pass recomputes each layer of a loop from its input instead of keeping its
             activations: only the input of each layer is kept, at a third more time.
+        prefixes: whether some segments may be negative; without them more implementations of attention can run.
 
     Returns:
         normed x_BTD, and the `ExpertUse` of the MoE layers stacked, L first.
     """
-    x_BTD, use, _ = _whole(
-        params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side, lambda x_ND: None, in_stacks, remat
-    )
+    rows = (tokens_BT, positions_BT, segments_BT)
+    settings = {"side_by_side": side_by_side, "in_stacks": in_stacks, "remat": remat, "prefixes": prefixes}
+    x_BTD, use, _ = _whole(params, *rows, live, execution, lambda x_ND: None, **settings)
     return rms_norm(x_BTD, params["norm_D"], execution.architecture.decoder.norm_eps), use
 
 
@@ -201,11 +204,22 @@ def moe_inputs(params: Params, tokens_BT: jax.Array, live: Settings, execution: 
     """The inputs of every MoE layer on whole sequences without padding: normed x_LND."""
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     rows = (tokens_BT, positions_BT, jnp.ones_like(positions_BT))
-    return _whole(params, *rows, live, execution, False, lambda x_ND: x_ND, True)[2]
+    return _whole(params, *rows, live, execution, lambda x_ND: x_ND, in_stacks=True)[2]
 
 
 def _whole(
-    params, tokens_BT, positions_BT, segments_BT, live, execution, side_by_side, observe, in_stacks, remat=False
+    params,
+    tokens_BT,
+    positions_BT,
+    segments_BT,
+    live,
+    execution,
+    observe,
+    *,
+    side_by_side=False,
+    in_stacks=False,
+    remat=False,
+    prefixes=False,
 ):
     """Runs all layers over whole sequences: x_BTD, the use of experts, and `observe` of the input of each MoE layer."""
     architecture = execution.architecture
@@ -213,7 +227,7 @@ def _whole(
     x_BTD = params["embedding_VD"][tokens_BT].astype(dtype_of(params))
 
     def core(heads):
-        return heads.causal(segments_BT, execution.kernels.causal_attention), None
+        return heads.causal(segments_BT, execution.kernels.causal_attention, prefixes=prefixes), None
 
     adapted = holds_any(params)
     by_layer = adapted or not in_stacks  # each layer is taken out of its stack
@@ -344,7 +358,7 @@ def extend(
             # padding writes to the cache too; the tokens that follow overwrite it before it is read
             if start_B is not None:
                 return heads.extend(cache, layer, start_B, execution.kernels.causal_attention)
-            mixed_BTHX = heads.causal(jnp.ones_like(tokens_BT), execution.kernels.causal_attention)
+            mixed_BTHX = heads.causal(None, execution.kernels.causal_attention, prefixes=False)
             return mixed_BTHX, cache.opened(heads.kept, layer)
 
         return run

@@ -38,9 +38,10 @@ class LatentHeads:
     def _scale(self) -> float:
         return rope.score_scale(self.attention, self.query_BTHA.shape[-1])
 
-    def causal(self, segments_BT: jax.Array, implementation: str) -> jax.Array:
+    def causal(self, segments_BT: jax.Array | None, implementation: str, *, prefixes: bool) -> jax.Array:
         """Mixes positions of whole sequences: mixed_BTHX, see `causal_attention`."""
-        return self._causal(self.key_BTGA, segments_BT, jnp.zeros(len(segments_BT), jnp.int32), implementation)
+        start_B = jnp.zeros(len(self.query_BTHA), jnp.int32)
+        return self._causal(self.key_BTGA, segments_BT, start_B, implementation, prefixes)
 
     def extend(
         self, cache: Cache, layer: jax.Array | int, start_B: jax.Array, implementation: str
@@ -51,18 +52,16 @@ class LatentHeads:
         """
         cache = cache.extended(self.kept, layer, start_B)
         key_BMGA = one_layer(cache.key_LBMGA, layer)
-        segments_BM = jnp.ones(key_BMGA.shape[:2], jnp.int32)
-        return self._causal(key_BMGA, segments_BM, start_B, implementation), cache
+        return self._causal(key_BMGA, None, start_B, implementation, False), cache
 
-    def _causal(self, key_BMGA, segments_BM, start_B, implementation):
+    def _causal(self, key_BMGA, segments_BM, start_B, implementation, prefixes):
         latent_BMGZ, rotary_BMGA = jnp.split(key_BMGA, [self.attention.latent_rank], axis=-1)
         expanded_BMHO = _einsum("bmz,hoz->bmho", latent_BMGZ[:, :, 0], self.up_HOZ)
         key_BMHA, value_BMHX = jnp.split(expanded_BMHO, [self.attention.nope_head_dim], axis=-1)
         rotary_BMHA = jnp.broadcast_to(rotary_BMGA, (*key_BMHA.shape[:3], rotary_BMGA.shape[-1]))
         key_BMHA = jnp.concatenate([key_BMHA, rotary_BMHA], axis=-1)
-        return causal_attention(
-            self.query_BTHA, key_BMHA, value_BMHX, segments_BM, start_B, self._scale, implementation
-        )
+        inputs = (self.query_BTHA, key_BMHA, value_BMHX)
+        return causal_attention(*inputs, segments_BM, start_B, self._scale, implementation, prefixes=prefixes)
 
     def step(
         self, cache: Cache, layer: jax.Array | int, position_B: jax.Array, implementation: str

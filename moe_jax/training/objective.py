@@ -159,7 +159,7 @@ def objective(
         The scalar to minimise, and what was measured.
     """
     rows = batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"]
-    x_BTD, use = decoder.hidden(params, *rows, live, execution, remat=remat)
+    x_BTD, use = decoder.hidden(params, *rows, live, execution, remat=remat, prefixes=False)
     scored_N = (batch["segments_BT"] > 0).reshape(-1).astype(jnp.float32)
     weight_N = scored_N / jnp.maximum(scored_N.sum(), 1.0)
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
@@ -167,7 +167,7 @@ def objective(
     if teacher is not None:
         with jax.named_scope("teacher"):
             own = decoder.Execution(execution.architecture, execution.architecture.moe.k, execution.kernels)
-            teacher_BTD, _ = decoder.hidden(teacher.params, *rows, teacher.live, own)
+            teacher_BTD, _ = decoder.hidden(teacher.params, *rows, teacher.live, own, prefixes=False)
         teacher_ND = lax.stop_gradient(teacher_BTD.reshape(x_ND.shape))
         teacher_head_VD = lax.stop_gradient(decoder.head(teacher.params))
     labels_N = batch["labels_BT"].reshape(-1)

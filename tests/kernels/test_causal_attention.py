@@ -12,8 +12,9 @@ import pytest
 
 from moe_jax.kernels import compiled
 from moe_jax.kernels.causal_attention import reference
-from moe_jax.kernels.causal_attention.api import IMPLEMENTATIONS, causal_attention
+from moe_jax.kernels.causal_attention.api import BY_PLATFORM, causal_attention
 
+HERE = BY_PLATFORM["cpu"]  # others have files of their own
 # largest difference over the largest value of the reference
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2e-2, "float16": 2e-3}
 # rows, positions of keys, query heads, key heads, channels of keys, channels of values, segments, largest score
@@ -91,11 +92,12 @@ def split_heads(query, key):
 
 def run(implementation, query, key, value, segments_BM, start_B, scale, grad):
     """The mixed values, and the gradients."""
+    prefixes = segments_BM is not None and bool((segments_BM < 0).any())
 
     @jax.jit
     def call(query, key, value, segments_BM, start_B, grad):
         def mix(*inputs):
-            return causal_attention(*inputs, segments_BM, start_B, scale, implementation)
+            return causal_attention(*inputs, segments_BM, start_B, scale, implementation, prefixes=prefixes)
 
         mixed, pull = jax.vjp(mix, query, key, value)
         return mixed, *pull(grad)
@@ -108,18 +110,31 @@ def plain(*given):
     return reference.forward(*inputs), *reference.backward(*inputs, grad)
 
 
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [(case, dtype) for case in CASES for dtype in TOLERANCE if dtype == "float32" or case not in LENGTHS],
-)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_values_and_gradients_equal_the_plain_loop(implementation, case, dtype):
-    given = random_inputs(case, dtype)
-    for name, got, expected in zip(("mixed", "query", "key", "value"), run(implementation, *given), plain(*given)):
+def check(results, given, case, dtype):
+    """Raises an error if results differ from the plain loop."""
+    for name, got, expected in zip(("mixed", "query", "key", "value"), results, plain(*given)):
         assert got.dtype == jnp.dtype(dtype) and got.shape == expected.shape
         allowed = TOLERANCE[dtype] + ROUNDED * CASES[case][-1]
         largest = max(np.abs(expected).max(), given[5] * np.abs(given[1]).max())  # 0 for a query that sees one key
         assert np.abs(np.asarray(got, np.float64) - expected).max() <= allowed * largest, name
+
+
+@pytest.mark.parametrize(
+    ("case", "dtype"),
+    [(case, dtype) for case in CASES for dtype in TOLERANCE if dtype == "float32" or case not in LENGTHS],
+)
+@pytest.mark.parametrize("implementation", HERE)
+def test_values_and_gradients_equal_the_plain_loop(implementation, case, dtype):
+    given = random_inputs(case, dtype)
+    check(run(implementation, *given), given, case, dtype)
+
+
+@pytest.mark.parametrize("implementation", HERE)
+def test_without_segments_a_row_is_one_segment(implementation):
+    given = random_inputs("from_a_block_on", "float32")
+    without = run(implementation, *given[:3], None, *given[4:])
+    for one, other in zip(without, run(implementation, *given)):
+        np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("case", ["prefix_segments", "every_row_from_elsewhere"])
@@ -143,7 +158,7 @@ def test_gradients_of_the_plain_loop_equal_a_dense_softmax(case):
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 def test_parts_of_the_queries_get_the_results_of_all_together(implementation, dtype):
     """There are keys beyond each part."""
     query, key, value, segments_BM, start_B, scale, grad = random_inputs("several_blocks", dtype)
@@ -157,7 +172,7 @@ def test_parts_of_the_queries_get_the_results_of_all_together(implementation, dt
         assert difference <= TOLERANCE[dtype] * np.abs(np.asarray(whole, np.float32)).max()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 def test_keys_after_the_last_query_change_nothing(implementation):
     query, key, value, segments_BM, start_B, scale, grad = random_inputs("every_row_from_elsewhere", "float32")
     unseen_BM = np.arange(key.shape[1])[None, :] >= start_B[:, None] + query.shape[1]
@@ -170,7 +185,7 @@ def test_keys_after_the_last_query_change_nothing(implementation):
         assert unseen_BM.any() and not np.asarray(key_grad)[unseen_BM].any()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 def test_unseen_positions_change_nothing_bit_for_bit(implementation):
     """Other segments and later positions, which get no gradient either."""
     query, key, value, segments_BM, start_B, scale, grad = random_inputs("several_segments", "float32")
@@ -188,7 +203,7 @@ def test_unseen_positions_change_nothing_bit_for_bit(implementation):
         assert not np.asarray(key_grad)[~seen_BM].any()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 def test_blocks_of_later_positions_are_not_multiplied(implementation):
     """NaN there would spread, even times a share of zero."""
     query, key, value, segments_BM, start_B, scale, grad = random_inputs("several_blocks", "float32")
@@ -200,7 +215,7 @@ def test_blocks_of_later_positions_are_not_multiplied(implementation):
         assert np.isnan(got[:, 384:]).all() and np.isfinite(got[:, :256]).all()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 def test_a_nan_score_is_not_hidden(implementation):
     """Divergence in training must be visible."""
     query, key, value, segments_BM, start_B, scale, grad = random_inputs("not_a_multiple_of_the_block", "float32")
@@ -213,7 +228,7 @@ def test_a_nan_score_is_not_hidden(implementation):
         assert all(np.isnan(grad).any() for grad in grads)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 def test_inputs_of_several_dtypes(implementation):
     query, key, value, segments_BM, start_B, scale, grad = random_inputs("one_segment", "float32")
     value, grad = value.astype("bfloat16"), grad.astype("bfloat16")
@@ -226,7 +241,7 @@ def test_inputs_of_several_dtypes(implementation):
 def test_integers_are_refused():
     ones = jnp.ones((1, 4, 2, 8), jnp.int32)
     with pytest.raises(ValueError, match="expected float32, bfloat16 or float16, got int32"):
-        causal_attention(ones, ones, ones, ones[:, :, 0, 0], ones[:, 0, 0, 0], 1.0, "native")
+        causal_attention(ones, ones, ones, None, ones[:, 0, 0, 0], 1.0, "native", prefixes=False)
 
 
 def lowered(implementation, length):
@@ -234,8 +249,7 @@ def lowered(implementation, length):
     x = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
 
     def mix(*inputs):
-        places = jnp.ones((1, length), jnp.int32), jnp.zeros(1, jnp.int32)
-        return causal_attention(*inputs, *places, 1.0, implementation)
+        return causal_attention(*inputs, None, jnp.zeros(1, jnp.int32), 1.0, implementation, prefixes=False)
 
     def with_gradient(query, key, value, grad):
         mixed, pull = jax.vjp(mix, query, key, value)
@@ -244,7 +258,7 @@ def lowered(implementation, length):
     return jax.jit(with_gradient).lower(x, x, x, x)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 def test_no_scores_are_kept(implementation):
     """Allocated memory grows with the length, not with its square."""
 
@@ -254,7 +268,7 @@ def test_no_scores_are_kept(implementation):
     assert size(4096) < 2.2 * size(2048)
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", HERE)
 def test_a_longer_sequence_does_not_make_a_longer_program(implementation):
     lines = [len(lowered(implementation, length).as_text().splitlines()) for length in (2048, 32768)]
     assert lines[1] <= 1.05 * lines[0]

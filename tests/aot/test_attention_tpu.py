@@ -1,0 +1,70 @@
+"""Splash attention through the real TPU compiler, for TPUs that are not there (`requirements-aot.txt` brings it)."""
+
+import functools
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from moe_jax.kernels.causal_attention.api import causal_attention
+
+pytestmark = pytest.mark.aot
+CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
+# query heads, key heads, channels of keys, channels of values
+HEADS = {"olmoe_1b_7b": (16, 16, 128, 128), "qwen3_30b_a3b": (32, 4, 128, 128), "deepseek_v2_lite": (16, 16, 192, 128)}
+# positions of queries and of keys
+LENGTHS = {"2048": (2048, 2048), "8192": (8192, 8192), "chunk": (2048, 8192), "uneven": (700, 700)}
+IN_CI = {("olmoe_1b_7b", "8192"), ("qwen3_30b_a3b", "chunk"), ("deepseek_v2_lite", "2048")}
+
+
+def cases():
+    for chip in CHIPS:
+        for model in HEADS:
+            for length in LENGTHS:
+                marks = () if (model, length) in IN_CI else (pytest.mark.slow,)
+                yield pytest.param(chip, model, length, marks=marks, id=f"{chip}-{model}-{length}")
+
+
+@functools.cache
+def one_device(chip):
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
+    return NamedSharding(Mesh(np.array(topology.devices[:1]), ("x",)), PartitionSpec())
+
+
+def shape(*sizes, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+@pytest.mark.parametrize("segmented", [False, True])
+@pytest.mark.parametrize(("chip", "model", "length"), list(cases()))
+def test_values_and_gradients_compile_and_keep_no_scores(chip, model, length, segmented):
+    heads, kv_heads, channels, value_channels = HEADS[model]
+    queries, keys = LENGTHS[length]
+
+    def with_gradient(query, key, value, segments_BM, start_B, grad):
+        def mix(*inputs):
+            places = segments_BM if segmented else None, start_B
+            return causal_attention(*inputs, *places, 0.09, "splash", prefixes=False)
+
+        mixed, pull = jax.vjp(mix, query, key, value)
+        return mixed, *pull(grad)
+
+    operands = (
+        shape(2, queries, heads, channels),
+        shape(2, keys, kv_heads, channels),
+        shape(2, keys, kv_heads, value_channels),
+        shape(2, keys, dtype=jnp.int32),
+        shape(2, dtype=jnp.int32),
+        shape(2, queries, heads, value_channels),
+    )
+    sharding = one_device(chip)
+    lowered = jax.jit(with_gradient, in_shardings=sharding, out_shardings=sharding).lower(*operands)
+    program = lowered.compile()
+    assert program.as_text().count('custom_call_target="tpu_custom_call"') == 3  # forward and both gradients
+    scores = 2 * heads * queries * keys * 2  # bytes
+    assert program.memory_analysis().temp_size_in_bytes < scores / 2 or queries < 2048
