@@ -1,33 +1,64 @@
-"""Dispatch on one device: sort the slots by expert, run the experts, combine."""
-
-from collections.abc import Callable
+"""Dispatch without exchange, where every device has all experts: sort the slots by expert, run these, combine."""
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
+from moe_jax.dispatch.contract import Counts, Dispatch, Experts
 from moe_jax.dispatch.plan import plan
 from moe_jax.kernels.combine.api import combine, spread
+from moe_jax.kernels.expert_ffn.api import expert_ffn
 from moe_jax.routing.selection import Selection
 
+SPLIT = True
 
-def dispatch(
-    x_ND: jax.Array, selection: Selection, num_experts: int, experts: Callable[[jax.Array, jax.Array], jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """Runs the selected experts on their tokens.
+
+def run_experts(rows_SD: jax.Array, group_sizes_E: jax.Array, experts: Experts, kernel: str) -> jax.Array:
+    """out_SD of rows sorted by expert, unweighted; where F is spread over `tensor`, a device's part of the sum."""
+    with jax.named_scope("experts"):
+        return expert_ffn(
+            rows_SD, experts.gate_up_LEIFD, experts.down_LEDF, group_sizes_E, experts.layer, implementation=kernel
+        )
+
+
+def run_own(x_ND: jax.Array, selection: Selection, experts: Experts, kernel: str) -> tuple[jax.Array, jax.Array]:
+    """Runs the experts of this device on tokens that are here.
 
     Args:
         x_ND: activations.
-        selection: the slots of each token.
-        num_experts: E, static.
-        experts: computes out_SD, unweighted, from rows_SD sorted by expert and group_sizes_E.
+        selection: counted from this device's first expert; slots of other experts are not kept.
+        experts: those of this device.
+        kernel: the implementation of grouped_matmul.
 
     Returns:
-        y_ND, and group_sizes_E int32: the kept slots of each expert.
+        y_ND, and the kept slots of each expert, int32 [E].
     """
-    order = plan(selection, num_experts)
+    order = plan(selection, experts.down_LEDF.shape[1])
     with jax.named_scope("dispatch"):
         rows_SD = spread(x_ND, order.token_S, order.position_NK)
-    with jax.named_scope("experts"):
-        out_SD = experts(rows_SD, order.group_sizes_E)
+    out_SD = run_experts(rows_SD, order.group_sizes_E, experts, kernel)
     with jax.named_scope("combine"):
         y_ND = combine(out_SD, selection.weight_NK, order.token_S, order.position_NK)
     return y_ND, order.group_sizes_E
+
+
+def alone(x_ND: jax.Array, selection: Selection, experts: Experts, kernel: str) -> tuple[jax.Array, Counts]:
+    """As `api.dispatch` on one device."""
+    y_ND, load_E = run_own(x_ND, selection, experts, kernel)
+    return y_ND, Counts(load_E, jnp.int32(0), jnp.int32(0))
+
+
+def run(
+    x_local_ND: jax.Array, selection: Selection, experts: Experts, kernel: str, how: Dispatch
+) -> tuple[jax.Array, Counts]:
+    """As `api.dispatch`, inside `shard_map`. Only columns of D travel, over `tensor`.
+
+    Raises:
+        ValueError: experts lie on several devices.
+    """
+    if how.expert_shards > 1:
+        raise ValueError(f"dispatch = 'local': expected every expert on each device, got {how.expert_shards} shards")
+    x_ND = lax.all_gather(x_local_ND, "tensor", axis=1, tiled=True)
+    y_ND, load_E = run_own(x_ND, selection, experts, kernel)
+    y_local_ND = lax.psum_scatter(y_ND, "tensor", scatter_dimension=1, tiled=True)
+    return y_local_ND, Counts(lax.psum(load_E, how.other_axes), jnp.int32(0), jnp.int32(0))

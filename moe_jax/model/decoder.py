@@ -13,6 +13,7 @@ from jax import lax
 from moe_jax.config import layer_order
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.layer_order import Block, Layer
+from moe_jax.dispatch.contract import Dispatch
 from moe_jax.kernels import chooser
 from moe_jax.kernels.chooser import Kernels
 from moe_jax.model import attention, latent_attention, parameters, rope
@@ -69,6 +70,7 @@ class Execution:
     architecture: Architecture
     k_max: int  # slots per token
     kernels: Kernels
+    dispatch: Dispatch = Dispatch()
 
     @property
     def implementations(self) -> dict[str, str]:
@@ -140,8 +142,8 @@ def _moe_ffn(weights, experts, layer: Layer, live, context, execution):
     k_max = min(execution.k_max, moe.num_experts)
 
     def run(x_ND):
-        implementation = execution.kernels.grouped_matmul
-        y_ND, use = moe_layer(x_ND, weights, experts, layer.index, live, context, moe, k_max, implementation)
+        kernel, how = execution.kernels.grouped_matmul, execution.dispatch
+        y_ND, use = moe_layer(x_ND, weights, experts, layer.index, live, context, moe, k_max, kernel, how)
         if moe.num_experts == most:
             return y_ND, use
         load_E = jnp.pad(use.load_E, (0, most - moe.num_experts))
@@ -386,6 +388,7 @@ def extend(
         jnp.zeros(num_moe, jnp.float32),
         jnp.zeros(num_moe, jnp.float32),
         jnp.zeros((num_moe, batch * length, execution.k_max), jnp.int32),
+        jnp.zeros(num_moe, jnp.int32),
     )
     carried = x_BTD, cache, zeros
     for block in layer_order.blocks(architecture):

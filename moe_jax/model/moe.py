@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.config.architecture import MoEConfig
-from moe_jax.dispatch import local
-from moe_jax.kernels.expert_ffn.api import expert_ffn
+from moe_jax.dispatch.api import dispatch
+from moe_jax.dispatch.contract import Dispatch, Experts
 from moe_jax.model.layers import feed_forward
 from moe_jax.routing import balance, policies
 from moe_jax.routing.mask import masked
@@ -21,6 +21,7 @@ class ExpertUse(NamedTuple):
     load_loss: jax.Array  # float32 scalar, see `balance.load_loss`
     effective_experts: jax.Array  # float32 scalar, see `balance.effective_experts`
     chosen_NK: jax.Array  # int32: the expert of each slot; -1: not kept
+    overflow: jax.Array  # int32 scalar: kept slots that were not computed, see `Dispatch.drop`
 
 
 def moe_layer(
@@ -32,7 +33,8 @@ def moe_layer(
     context: policies.Context,
     moe: MoEConfig,
     k_max: int,
-    implementation: str,
+    kernel: str,
+    how: Dispatch,
 ) -> tuple[jax.Array, ExpertUse]:
     """One MoE layer.
 
@@ -46,7 +48,8 @@ def moe_layer(
         context: requests and validity of the tokens; its layer is the column of the settings.
         moe: the MoE settings.
         k_max: K, static.
-        implementation: the implementation of grouped_matmul.
+        kernel: the implementation of grouped_matmul.
+        how: how tokens reach their experts.
 
     Returns:
         y_ND, and how it used its experts.
@@ -57,14 +60,8 @@ def moe_layer(
         selection = policies.select(routing, live, context, moe, k_max)
         if "mask_E" in weights["router"]:
             selection = masked(selection, weights["router"]["mask_E"])
-    y_ND, load_E = local.dispatch(
-        x_ND,
-        selection,
-        moe.num_experts,
-        lambda rows_SD, group_sizes_E: expert_ffn(
-            rows_SD, experts["gate_up_LEIFD"], experts["down_LEDF"], group_sizes_E, layer, implementation
-        ),
-    )
+    of_layer = Experts(experts["gate_up_LEIFD"], experts["down_LEDF"], layer)
+    y_ND, counts = dispatch(x_ND, selection, of_layer, kernel, how)
     if moe.num_shared_experts:
         with jax.named_scope("shared_experts"):
             shared_ND = feed_forward(x_ND, weights["shared"])
@@ -72,6 +69,7 @@ def moe_layer(
                 gate_N = jnp.einsum("nd,d->n", x_ND, weights["shared_gate_D"], preferred_element_type=jnp.float32)
                 shared_ND = (jax.nn.sigmoid(gate_N)[:, None] * shared_ND).astype(x_ND.dtype)
             y_ND = y_ND + shared_ND
-    load_loss = balance.load_loss(routing, load_E.astype(jnp.float32), context.valid_N)
+    load_loss = balance.load_loss(routing, counts.load_E.astype(jnp.float32), context.valid_N)
     effective_experts = balance.effective_experts(selection, context.valid_N)
-    return y_ND, ExpertUse(load_E, load_loss, effective_experts, jnp.where(selection.keep_NK, selection.expert_NK, -1))
+    chosen_NK = jnp.where(selection.keep_NK, selection.expert_NK, -1)
+    return y_ND, ExpertUse(counts.load_E, load_loss, effective_experts, chosen_NK, counts.overflow)

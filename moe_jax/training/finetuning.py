@@ -1,5 +1,6 @@
 """Fine-tunes a loaded model so that it does with fewer experts what it did with all: text, memory, the run."""
 
+import dataclasses
 import hashlib
 import math
 import pathlib
@@ -210,7 +211,7 @@ def finetune(
         kept = execution
     else:
         settings = policies.settings([policy] * rows, architecture, execution.k_max)
-        kept = Execution(architecture, int(settings.columns_BL["k"].max()), execution.kernels)
+        kept = dataclasses.replace(execution, k_max=int(settings.columns_BL["k"].max()))
 
         def live(step: int):
             return settings

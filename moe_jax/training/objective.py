@@ -4,6 +4,7 @@ The terms that need logits are computed in chunks of tokens, together with their
 whole batch are never in memory.
 """
 
+import dataclasses
 import functools
 from typing import NamedTuple
 
@@ -166,7 +167,7 @@ def objective(
     teacher_ND = teacher_head_VD = None
     if teacher is not None:
         with jax.named_scope("teacher"):
-            own = decoder.Execution(execution.architecture, execution.architecture.moe.k, execution.kernels)
+            own = dataclasses.replace(execution, k_max=execution.architecture.moe.k)
             teacher_BTD, _ = decoder.hidden(teacher.params, *rows, teacher.live, own, prefixes=False)
         teacher_ND = lax.stop_gradient(teacher_BTD.reshape(x_ND.shape))
         teacher_head_VD = lax.stop_gradient(decoder.head(teacher.params))

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.dispatch.contract import Dispatch
 from moe_jax.engine import cache as caches
 from moe_jax.model import decoder
 from moe_jax.model.moe import moe_layer
@@ -140,9 +141,8 @@ def test_a_moe_layer_equals_a_loop_over_all_experts(variant):
     @jax.jit
     def run(x_ND, weights, experts, settings):
         context = Context(jnp.int32(layer), row_N, valid_N, 3)
-        return moe_layer(
-            x_ND, weights, experts, jnp.int32(layer), settings, context, moe, 8, tiny_model.KERNELS.grouped_matmul
-        )
+        kernel = tiny_model.KERNELS.grouped_matmul
+        return moe_layer(x_ND, weights, experts, jnp.int32(layer), settings, context, moe, 8, kernel, Dispatch())
 
     y_ND, use = run(x_ND, weights, experts, settings)
     weights |= {"gate_up_EIFD": experts["gate_up_LEIFD"][layer], "down_EDF": experts["down_LEDF"][layer]}
