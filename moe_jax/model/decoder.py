@@ -158,10 +158,6 @@ def _context(column: jax.Array, valid_BT: jax.Array, steps: int) -> Context:
     return Context(column, jnp.repeat(jnp.arange(batch), length), valid_BT.reshape(-1), steps)
 
 
-def _cos_sin(positions_BT: jax.Array, architecture: Architecture):
-    return rope.angles(positions_BT, architecture.attention)
-
-
 def hidden(
     params: Params,
     tokens_BT: jax.Array,
@@ -225,7 +221,7 @@ def _whole(
 ):
     """Runs all layers over whole sequences: x_BTD, the use of experts, and `observe` of the input of each MoE layer."""
     architecture = execution.architecture
-    cos_sin = _cos_sin(positions_BT, architecture)
+    cos_sin = rope.angles(positions_BT, architecture.attention)
     x_BTD = params["embedding_VD"][tokens_BT].astype(dtype_of(params))
 
     def core(heads):
@@ -350,7 +346,7 @@ def extend(
     if start_B is not None:
         positions_BT = start_B[:, None] + positions_BT
     is_step = start_B is not None and length == 1
-    cos_sin = _cos_sin(positions_BT, architecture)
+    cos_sin = rope.angles(positions_BT, architecture.attention)
     x_BTD = params["embedding_VD"][tokens_BT].astype(dtype_of(params))
 
     def core(layer, cache):

@@ -60,8 +60,8 @@ def moe_layer(
         selection = policies.select(routing, live, context, moe, k_max)
         if "mask_E" in weights["router"]:
             selection = masked(selection, weights["router"]["mask_E"])
-    of_layer = Experts(experts["gate_up_LEIFD"], experts["down_LEDF"], layer)
-    y_ND, counts = dispatch(x_ND, selection, of_layer, kernel, how)
+    layer_experts = Experts(experts["gate_up_LEIFD"], experts["down_LEDF"], layer)
+    y_ND, counts = dispatch(x_ND, selection, layer_experts, kernel, how)
     if moe.num_shared_experts:
         with jax.named_scope("shared_experts"):
             shared_ND = feed_forward(x_ND, weights["shared"])

@@ -23,7 +23,7 @@ PATH = re.compile(
     r"(?<![\w/.{}])((?:launch|configs|docs|benchmarks|assets)/[\w./-]*\w|requirements[\w-]*\.txt)(?![\w*{])"
 )
 FLAG = re.compile(r"(?<![\w(-])--(?:\[no\])?([a-z]\w*)\b(?!\s*:)")  # no properties of CSS
-OTHER_FLAGS = {"help", "version"}  # absl's, and the compiler's
+OTHER_FLAGS = {"help", "version", "xla_gpu_deterministic_ops"}  # absl's, and the compilers'
 
 
 def strings(source):

@@ -72,8 +72,11 @@ def test_auto_says_why_the_hopper_kernels_do_not_run(monkeypatch, caplog, capabi
 
 def test_auto_says_why_the_tpu_kernels_do_not_run(caplog):
     assert resolve("tpu", dtype="float16").grouped_matmul == "ragged_dot"
-    reason = "'pallas_tpu' multiplies bfloat16 and float32, not float16"
-    assert caplog.messages == [f"kernels.grouped_matmul is 'ragged_dot', which is slower: {reason}"]
+    reason = "multiplies bfloat16 and float32, not float16"
+    assert caplog.messages == [
+        f"kernels.grouped_matmul is 'ragged_dot', which is slower: 'pallas_tpu' {reason}",
+        f"kernels.causal_attention is 'blocked', which is slower: 'splash' {reason}",
+    ]
 
 
 def test_an_old_jax_has_no_hopper_kernels(hopper, monkeypatch):
