@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from moe_jax.kernels.grouped_matmul import pallas_tpu
 from tests import launcher_module
 
-benchmark = launcher_module.load("traffic", "benchmarks")
+benchmark = launcher_module.import_launcher("traffic", "benchmarks")
 pytestmark = pytest.mark.aot
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 TOKENS = (1, 8, 64, 512, 2048, 8192)
