@@ -1,6 +1,8 @@
-"""The whole model with the TPU's kernels, interpreted on a CPU, gives the CPU's logits and gradients."""
+"""The demo with a TPU's kernels, interpreted on a CPU: logits, decode steps and gradients are those of the CPU's."""
 
 import functools
+import pathlib
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,50 +10,94 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from moe_jax import checkpoint
 from moe_jax.engine import cache as caches
-from moe_jax.kernels.chooser import resolve
+from moe_jax.kernels import chooser
+from moe_jax.kernels.causal_attention import api as causal_attention
+from moe_jax.kernels.causal_attention import splash
+from moe_jax.kernels.expert_ffn import api as expert_ffn
+from moe_jax.kernels.grouped_matmul import pallas_tpu
 from moe_jax.model import decoder
 from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import parse
-from tests import tiny_model
 
-TOLERANCE = 1e-4  # of the largest value, float32
-ARCHITECTURE = tiny_model.changed(decoder={"num_layers": 2})
-
-
-@functools.partial(jax.jit, static_argnames="execution")
-def step(params, cache, tokens_BT, start_B, live, *, execution):
-    valid_BT = jnp.ones(tokens_BT.shape, bool)
-    x_BTD, cache, _ = decoder.extend(params, cache, tokens_BT, start_B, valid_BT, live, execution)
-    return decoder.logits(params, x_BTD), cache
+TOLERANCE = 1e-4  # of the largest value
+BATCH, LENGTH, PROMPT = 1, 9, 7
+TOKENS_BT = np.random.default_rng(0).integers(0, 4096, (BATCH, LENGTH)).astype(np.int32)
 
 
-@functools.partial(jax.jit, static_argnames="execution")
-def gradients(params, tokens_BT, live, *, execution):
-    def loss(params):
-        positions_BT = jnp.tile(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), (len(tokens_BT), 1))
-        x_BTD, _ = decoder.hidden(params, tokens_BT, positions_BT, jnp.ones_like(tokens_BT), live, execution)
-        return (decoder.logits(params, x_BTD) ** 2).mean()
-
-    return jax.grad(loss)(params)
+@pytest.fixture(scope="module")
+def demo():
+    opened = checkpoint.open(pathlib.Path(__file__).parents[2] / "assets" / "demo")
+    return opened.architecture, opened.load("float32")
 
 
-def assert_close(got, expected):
-    got, expected = np.asarray(got, np.float64), np.asarray(expected, np.float64)
-    assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
-
-
-@pytest.mark.slow
-def test_prefill_decode_and_gradients():
-    params = tiny_model.random_params(ARCHITECTURE)
-    live = policies.settings([parse("topk:8"), parse("topk:3")], ARCHITECTURE, 8)
-    tokens_BT = np.random.default_rng(0).integers(0, 512, (2, 6), dtype=np.int32)
-    results = []
-    for platform in ("cpu", "tpu"):
-        execution = decoder.Execution(ARCHITECTURE, 8, resolve(platform, ARCHITECTURE, "float32"))
+def interpreting(function):
+    def run(*arguments, **settings):
         with pltpu.force_tpu_interpret_mode():
-            cache, start_B = caches.allocate(ARCHITECTURE, 2, 8, jnp.float32), np.zeros(2, np.int32)
-            prefill, cache = step(params, cache, tokens_BT[:, :5], start_B, live, execution=execution)
-            decode, _ = step(params, cache, tokens_BT[:, 5:], start_B + 5, live, execution=execution)
-            results.append((prefill, decode, gradients(params, tokens_BT, live, execution=execution)))
-    jax.tree.map(assert_close, results[1], results[0])
+            return function(*arguments, **settings)
+
+    return run
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Kernels for a TPU run on this CPU; splash attention has an interpreter of its own."""
+    mix = functools.partial(splash.mix, interpret=True)
+    monkeypatch.setitem(causal_attention.IMPLEMENTATIONS, "splash", types.SimpleNamespace(mix=mix, PREFIXES=False))
+    monkeypatch.setitem(expert_ffn.GATED, "pallas_tpu", interpreting(pallas_tpu.gated))
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(pallas_tpu, name, interpreting(getattr(pallas_tpu, name)))
+
+
+@functools.cache
+def execution(architecture, platform):
+    return decoder.Execution(architecture, 8, chooser.resolve(platform, architecture, "float32"))
+
+
+def whole_sequences(params, architecture, platform):
+    live = policies.settings([parse("topk:3")], architecture, 8)
+    positions_BT = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), TOKENS_BT.shape)
+    rows = TOKENS_BT, positions_BT, np.ones_like(TOKENS_BT)
+    x_BTD, _ = decoder.hidden(params, *rows, live, execution(architecture, platform), prefixes=False)
+    return decoder.logits(params, x_BTD)
+
+
+def decoded(params, architecture, platform):
+    """A prompt, then single steps: the logits of the last positions."""
+    live = policies.settings([parse("topk:3")], architecture, 8)
+    cache = caches.allocate(architecture, BATCH, LENGTH, jnp.float32)
+
+    @jax.jit
+    def extend(cache, tokens_BT, start_B):
+        run = execution(architecture, platform)
+        x_BTD, cache, _ = decoder.extend(params, cache, tokens_BT, start_B, jnp.ones_like(tokens_BT, bool), live, run)
+        return decoder.logits(params, x_BTD[:, -1:]), cache
+
+    logits_BTV, cache = extend(cache, TOKENS_BT[:, :PROMPT], np.zeros(BATCH, np.int32))
+    steps = [logits_BTV]
+    for at in range(PROMPT, LENGTH):
+        logits_BTV, cache = extend(cache, TOKENS_BT[:, at : at + 1], np.full(BATCH, at, np.int32))
+        steps.append(logits_BTV)
+    return jnp.concatenate(steps, axis=1)
+
+
+def gradients(params, architecture, platform):
+    def loss(params):
+        return jax.nn.logsumexp(whole_sequences(params, architecture, platform), axis=-1).mean()
+
+    return jax.jit(jax.grad(loss))(params)
+
+
+RUNS = [whole_sequences, *(pytest.param(run, marks=pytest.mark.interpreted) for run in (decoded, gradients))]
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.__name__)
+def test_a_tpu_gives_what_a_cpu_gives(demo, interpreted, run):
+    architecture, params = demo
+    kernels = execution(architecture, "tpu").kernels
+    assert (kernels.grouped_matmul, kernels.causal_attention) == ("pallas_tpu", "splash")
+    expected, got = (run(params, architecture, platform) for platform in ("cpu", "tpu"))
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        one, other = np.asarray(one), np.asarray(other)
+        assert np.abs(one - other).max() <= TOLERANCE * np.abs(other).max()
