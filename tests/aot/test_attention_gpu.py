@@ -12,9 +12,13 @@ import pytest
 
 from moe_jax.kernels.causal_attention.api import causal_attention
 
-pytest.importorskip("jax_cuda13_plugin", reason="needs jax-cuda13-plugin")
-pytest.importorskip("nvidia.cudnn", reason="needs nvidia-cudnn-cu13")
 pytestmark = pytest.mark.aot
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries():
+    pytest.importorskip("jax_cuda13_plugin", reason="needs jax-cuda13-plugin")
+    pytest.importorskip("nvidia.cudnn", reason="needs nvidia-cudnn-cu13")
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,13 @@
 """Splash attention through the real TPU compiler, for TPUs that are not there (`requirements-aot.txt` brings it)."""
 
-import functools
-import os
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.kernels.causal_attention.api import causal_attention
+from tests.aot.test_tpu import TOPOLOGIES, compiled, shape
 
 pytestmark = pytest.mark.aot
-CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 # query heads, key heads, channels of keys, channels of values
 HEADS = {"olmoe_1b_7b": (16, 16, 128, 128), "qwen3_30b_a3b": (32, 4, 128, 128), "deepseek_v2_lite": (16, 16, 192, 128)}
 # positions of queries and of keys
@@ -22,22 +16,11 @@ IN_CI = {("olmoe_1b_7b", "8192"), ("qwen3_30b_a3b", "chunk"), ("deepseek_v2_lite
 
 
 def cases():
-    for chip in CHIPS:
+    for chip in TOPOLOGIES:
         for model in HEADS:
             for length in LENGTHS:
                 marks = () if (model, length) in IN_CI else (pytest.mark.slow,)
                 yield pytest.param(chip, model, length, marks=marks, id=f"{chip}-{model}-{length}")
-
-
-@functools.cache
-def one_device(chip):
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip])
-    return NamedSharding(Mesh(np.array(topology.devices[:1]), ("x",)), PartitionSpec())
-
-
-def shape(*sizes, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(sizes, dtype)
 
 
 @pytest.mark.parametrize("segmented", [False, True])
@@ -62,9 +45,7 @@ def test_values_and_gradients_compile_and_keep_no_scores(chip, model, length, se
         shape(2, dtype=jnp.int32),
         shape(2, queries, heads, value_channels),
     )
-    sharding = one_device(chip)
-    lowered = jax.jit(with_gradient, in_shardings=sharding, out_shardings=sharding).lower(*operands)
-    program = lowered.compile()
+    program = compiled(chip, with_gradient, *operands)
     text = program.as_text()
     assert all(f"%splash_mha_{kernel}" in text for kernel in ("fwd", "dq", "dkv"))
     score_bytes = 4 * 2 * heads * queries * keys
