@@ -27,8 +27,7 @@ class Tiles(NamedTuple):
     stages: int  # blocks of both operands in shared memory
 
 
-FEW = Tiles(64, 64, 128, 6)
-FEW_GATED = Tiles(64, 128, 128, 4)
+FEW = Tiles(64, 128, 128, 4)
 MANY = Tiles(128, 256, 64, 4)
 
 
@@ -104,9 +103,7 @@ def gated(rows_SD, gate_up_LEIFD, group_sizes_E, layer, *, tiles: Tiles | None =
     Raises:
         ValueError: jax is too old, or the kernels lack the dtype or the shape.
     """
-    if tiles is None:
-        tiles = choose_tiles(rows_SD.shape[0], group_sizes_E.shape[0])
-        tiles = FEW_GATED if tiles == FEW else tiles
+    tiles = tiles or choose_tiles(rows_SD.shape[0], group_sizes_E.shape[0])
     settings = _settings(rows_SD, gate_up_LEIFD, tiles, num_cores)
     from moe_jax.kernels.grouped_matmul import pallas_gpu_kernel
 

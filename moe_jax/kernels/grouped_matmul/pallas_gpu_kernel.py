@@ -52,7 +52,7 @@ def _multiply_pieces(description, num_cores: int, tables, operands, rings, full,
         right: from a slot to the right operand.
         finish: takes a piece, the number of a warpgroup and its sums, and stores what is made of them.
     """
-    stages, consumers = description.tiles.stages, description.tiles.rows // WARPGROUP_ROWS
+    stages, consumers = description.tiles.stages, description.warpgroups
     warpgroup, core = lax.axis_index("warpgroup"), lax.axis_index("core")
     mine = lax.div(jnp.int32(description.num_pieces) - core + (num_cores - 1), jnp.int32(num_cores))
 

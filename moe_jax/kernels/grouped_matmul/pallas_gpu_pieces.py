@@ -103,6 +103,11 @@ class Product(NamedTuple):
         return _ceil(self.width, self.out_columns)
 
     @property
+    def warpgroups(self) -> int:
+        """Those that multiply and store."""
+        return self.tiles.rows // WARPGROUP_ROWS
+
+    @property
     def num_pieces(self) -> int:
         """Empty ones included."""
         return most_tiles(self.num_experts, self.num_rows, self.tiles.rows) * self._column_tiles
@@ -185,6 +190,11 @@ class WeightsGradient(NamedTuple):
     @property
     def _column_tiles(self) -> int:
         return _ceil(self.d_model, self.tiles.columns)
+
+    @property
+    def warpgroups(self) -> int:
+        """Those that multiply and store."""
+        return self.tiles.rows // WARPGROUP_ROWS
 
     @property
     def num_pieces(self) -> int:
