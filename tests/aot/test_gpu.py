@@ -6,28 +6,22 @@ python -m pytest -m aot tests/aot/test_gpu.py                   at every number 
 """
 
 import functools
-import importlib.util
 import math
-import os
-import pathlib
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
-from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.kernels.grouped_matmul import pallas_gpu
 from tests import launcher_module
+from tests.aot import h100
+from tests.aot.h100 import compiled, shape
 
 benchmark = launcher_module.import_launcher("traffic", "benchmarks")
 pytestmark = pytest.mark.aot
-TARGET = pathlib.Path(__file__).parent / "h100.txtpb"
 TOKENS = (1, 8, 64, 512, 2048, 8192)
 LAYERS = {"olmoe_1b_7b": 16, "deepseek_v2_lite": 16, "qwen3_30b_a3b": 16, "deepseek_v3": 2}  # as many as a chip holds
 IN_CI = {"olmoe_1b_7b": 1, "deepseek_v2_lite": 64, "qwen3_30b_a3b": 2048, "deepseek_v3": 512}
-SHARED_BYTES = 227 * 1024  # of a block, in NVIDIA's Hopper Tuning Guide
 MOST_TEMPORARIES = 0.01  # of the bytes of the experts
 
 
@@ -36,50 +30,6 @@ def cases():
         for tokens in TOKENS:
             marks = () if tokens == in_ci else (pytest.mark.slow,)
             yield pytest.param(model, tokens, marks=marks, id=f"{model}-{tokens}")
-
-
-@functools.cache
-def one_device():
-    tools = importlib.util.find_spec("nvidia.cu13") if importlib.util.find_spec("nvidia") else None
-    if tools is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None:
-        pytest.fail("expected JAX's CUDA plugin and nvcc: pip install -r requirements-aot-gpu.txt", pytrace=False)
-    os.environ["PATH"] = os.pathsep.join(
-        [*(f"{folder}/bin" for folder in tools.submodule_search_locations), os.environ["PATH"]]
-    )
-    jax.config.update("jax_platforms", "cpu")  # otherwise the plugin asks for cuDNN, which only a device needs
-    topology = topologies.get_topology_desc("h100", "cuda", target_config=TARGET.read_text(), topology="1x1x1")
-    assert topology.devices[0].compute_capability == "9.0"
-    return NamedSharding(Mesh(np.array(topology.devices), ("x",)), PartitionSpec())
-
-
-def compiled(function, *arguments):
-    """Compiles without trying variants, which needs a device."""
-    sharding = one_device()
-    lowered = jax.jit(function, in_shardings=sharding, out_shardings=sharding).lower(*arguments)
-    return lowered.compile({"xla_gpu_autotune_level": 0})
-
-
-def shape(*sizes, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(sizes, dtype)
-
-
-def shared_bytes(jaxpr):
-    """Of each Mosaic GPU kernel in a program: what it reserves in shared memory, barriers of 8 bytes included."""
-    found = []
-    for equation in jaxpr.eqns:
-        for inner in jax.tree.leaves(
-            equation.params, is_leaf=lambda one: hasattr(one, "eqns") or hasattr(one, "jaxpr")
-        ):
-            inner = getattr(inner, "jaxpr", inner)
-            if not hasattr(inner, "eqns"):
-                continue
-            if equation.primitive.name == "run_scoped":
-                own = [one.aval for one in inner.invars if str(getattr(one.aval, "memory_space", "")) == "smem"]
-                if own:
-                    found.append(sum(math.prod(one.shape) * getattr(one.dtype, "itemsize", 8) for one in own))
-            else:
-                found += shared_bytes(inner)
-    return found
 
 
 def product_of(product, experts, layers):
@@ -106,8 +56,8 @@ def test_products_compile_and_copy_no_weights(model, tokens):
         function, arguments = product_of(product, experts.num_experts, LAYERS[model])
         program = compiled(function, *arguments)
         assert "mosaic_gpu" in program.as_text(), name
-        (shared,) = shared_bytes(jax.make_jaxpr(function)(*arguments).jaxpr)
-        assert 0 < shared <= SHARED_BYTES, name
+        (shared,) = h100.shared_bytes(jax.make_jaxpr(function)(*arguments).jaxpr)
+        assert 0 < shared <= h100.SHARED_BYTES, name
         temporaries = program.memory_analysis().temp_size_in_bytes
         expert_bytes = 2 * LAYERS[model] * experts.num_experts * math.prod(product.matrices)
         if product.to_weights:
@@ -121,6 +71,6 @@ def test_products_compile_and_copy_no_weights(model, tokens):
 def test_tiles_beyond_shared_memory_are_refused():
     arguments = shape(64, 2048), shape(2, 64, 1024, 2048), shape(64, dtype=jnp.int32), shape(dtype=jnp.int32)
     call = functools.partial(pallas_gpu.forward, tiles=pallas_gpu.FEW._replace(stages=5))
-    assert shared_bytes(jax.make_jaxpr(call)(*arguments).jaxpr)[0] > SHARED_BYTES
+    assert h100.shared_bytes(jax.make_jaxpr(call)(*arguments).jaxpr)[0] > h100.SHARED_BYTES
     with pytest.raises(ValueError, match="exceeds available shared memory"):
         compiled(call, *arguments)
