@@ -144,14 +144,14 @@ def count_gpu(product: Product, sizes, tiles=None):
     rows, other_rows = shape(aligned, product.rows[1]), shape(aligned, product.other_rows[1])
     sizes_E = jnp.asarray(sizes)
     if product.to_weights:
-        gradient = pallas_gpu_pieces.WeightsGradient.of(rows, other_rows, len(sizes), tiles or pallas_gpu.MANY)
+        gradient = pallas_gpu_pieces.GradientPieces.of(rows, other_rows, len(sizes), tiles or pallas_gpu.MANY)
         edges = [shape(2 * len(sizes) * gradient.tiles.depth, x.shape[1]) for x in (other_rows, rows)]
         out = shape(len(sizes), *product.matrices[1:])
         return traffic.count_pieces(gradient, gradient.tables(sizes_E), (other_rows, rows, *edges), out)
     gated = product.matrices[0] == 2
     weights = shape(1, len(sizes), *(product.matrices if gated else product.matrices[1:]))
-    tiles = tiles or pallas_gpu.choose_tiles(product.rows[0], len(sizes))
-    pieces = pallas_gpu_pieces.Product.of(rows, weights, tiles, product.transposed, gated)
+    tiles = tiles or pallas_gpu.by_rule("gated" if gated else "forward", product.rows[0], len(sizes))
+    pieces = pallas_gpu_pieces.ProductPieces.of(rows, weights, tiles, product.transposed, gated)
     return traffic.count_pieces(pieces, pieces.tables(sizes_E, 0), (rows, weights), other_rows)
 
 

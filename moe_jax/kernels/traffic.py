@@ -91,7 +91,9 @@ def count_pieces(description: Any, tables: Sequence[jax.Array], operands: Sequen
     """
     most = int(jax.jit(jax.vmap(lambda number: description.piece(number, tables).blocks))(_numbers(description)).max())
     shapes = tuple(tuple(array.shape[-2:]) for array in (*operands, output))
-    moved = [np.asarray(of_piece, np.int64).sum(0) for of_piece in _copied(description, tables, shapes, most)]
+    moved = [
+        np.asarray(moved_by_piece, np.int64).sum(0) for moved_by_piece in _copied(description, tables, shapes, most)
+    ]
     *fetched, written = (
         int(numbers) * np.dtype(array.dtype).itemsize
         for numbers, array in zip(np.append(*moved), (*operands, output), strict=True)
@@ -106,37 +108,37 @@ def _numbers(description):
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
 def _copied(description, tables, shapes, most):
     """Numbers that each piece loads of each operand, and those that it stores."""
-    *of_operands, of_output = shapes
+    *operand_shapes, output_shape = shapes
 
     def inside(start, size, limit):
         return jnp.clip(limit - jnp.asarray(start, jnp.int32), 0, size)
 
     def loaded(blocks):
-        moved = [jnp.int32(0)] * len(of_operands)
+        moved = [jnp.int32(0)] * len(operand_shapes)
         for block in blocks:
-            rows, columns = map(inside, block.start, block.size, of_operands[block.operand])
+            rows, columns = map(inside, block.start, block.size, operand_shapes[block.operand])
             moved[block.operand] += rows * columns
         return jnp.stack(moved)
 
-    def of_piece(number):
+    def move_piece(number):
         piece = description.piece(number, tables)
 
-        def of_block(block):
-            of_choices = (
+        def load_block(block):
+            chosen = (
                 jnp.stack([loaded(blocks) for blocks in alternatives])[taken]
                 for taken, alternatives in description.loads(piece, block)
             )
-            return jnp.where(block < piece.blocks, sum(of_choices), 0)
+            return jnp.where(block < piece.blocks, sum(chosen), 0)
 
         stored = jnp.int32(0)
         for warpgroup in range(description.warpgroups):
             store = description.store(piece, jnp.int32(warpgroup))
-            columns = inside(store.column, description.out_columns, of_output[1])
+            columns = inside(store.column, description.out_columns, output_shape[1])
             for made, first, rows in store.copies():
-                stored += jnp.where(made, inside(store.row + first, rows, of_output[0]) * columns, 0)
-        return jax.vmap(of_block)(jnp.arange(most, dtype=jnp.int32)).sum(0, dtype=jnp.int32), stored
+                stored += jnp.where(made, inside(store.row + first, rows, output_shape[0]) * columns, 0)
+        return jax.vmap(load_block)(jnp.arange(most, dtype=jnp.int32)).sum(0, dtype=jnp.int32), stored
 
-    return jax.vmap(of_piece)(_numbers(description))
+    return jax.vmap(move_piece)(_numbers(description))
 
 
 def least(kept_experts: int, matrix: int, rows: Sequence[tuple[int, int]], itemsize: int) -> int:

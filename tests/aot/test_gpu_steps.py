@@ -19,11 +19,17 @@ from moe_jax.engine.request import make_requests
 from moe_jax.kernels import chooser
 from moe_jax.model import decoder, parameters
 from moe_jax.training.objective import objective
-from tests.aot.h100 import compiled, shape
+from tests.aot.h100 import compiled, one_device, shape
 
 pytestmark = pytest.mark.aot
 MODEL = pathlib.Path(__file__).parents[2] / "configs" / "models" / "olmoe_1b_7b.gin"
 MOST_TEMPORARIES = 0.01  # of the bytes of the experts
+
+
+@pytest.fixture(autouse=True)
+def target():
+    """Before any array is made: then it is too late to find the compiler."""
+    one_device()
 
 
 @functools.cache

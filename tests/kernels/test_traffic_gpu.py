@@ -7,7 +7,7 @@ import pytest
 
 from moe_jax.kernels import traffic
 from moe_jax.kernels.grouped_matmul.pallas_gpu import MANY, Tiles
-from moe_jax.kernels.grouped_matmul.pallas_gpu_pieces import Product, WeightsGradient
+from moe_jax.kernels.grouped_matmul.pallas_gpu_pieces import GradientPieces, ProductPieces
 from tests import launcher_module
 
 benchmark = launcher_module.import_launcher("traffic", "benchmarks")
@@ -41,7 +41,7 @@ def by_hand(sizes, num_rows, tiles, depth, width, out_columns):
 def test_product_as_counted_by_hand(tiles):
     """Rows of no expert are stored, as zeros, and not loaded; the last tile of columns is narrower than the others."""
     sizes, num_rows, depth, width = [3, 0, 150, 30], 256, 192, 320
-    pieces = Product.of(shape(num_rows, depth), shape(2, 4, width, depth), tiles)
+    pieces = ProductPieces.of(shape(num_rows, depth), shape(2, 4, width, depth), tiles)
     tables = pieces.tables(jnp.asarray(sizes, jnp.int32), 1)
     operands = shape(num_rows, depth), shape(8, width, depth)
     counted = traffic.count_pieces(pieces, tables, operands, shape(num_rows, width))
@@ -54,7 +54,7 @@ def test_gradient_to_weights_as_counted_by_hand():
     """Each block of rows comes once for every tile of the output; blocks at the edges come from their copies."""
     sizes, num_rows, d_model, d_out = np.asarray([64, 0, 200], np.int32), 264, 320, 192
     tiles = Tiles(64, 128, 64, 2)
-    gradient = WeightsGradient.of(shape(num_rows, d_model), shape(num_rows, d_out), 3, tiles)
+    gradient = GradientPieces.of(shape(num_rows, d_model), shape(num_rows, d_out), 3, tiles)
     wide = [shape(num_rows, d_out), shape(num_rows, d_model)]
     edges = [shape(3 * 2 * 64, d_out), shape(3 * 2 * 64, d_model)]
     counted = traffic.count_pieces(
