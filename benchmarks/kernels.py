@@ -26,9 +26,9 @@ from moe_jax.kernels.grouped_matmul import padded, pallas_gpu, ragged_dot, refer
 Tiles = pallas_gpu.Tiles
 FEW_TILES = [
     pallas_gpu.FEW,
+    Tiles(64, 64, 128, 6),
     Tiles(64, 64, 256, 3),
     Tiles(64, 64, 64, 12),
-    Tiles(64, 128, 128, 4),
 ]
 MANY_TILES = [
     pallas_gpu.MANY,

@@ -1,9 +1,12 @@
-"""Counts the bytes that the TPU kernels of grouped matmul move, and those of megablox, over the least possible.
+"""Counts the bytes that the TPU and GPU kernels of grouped matmul move, and megablox's, over the least possible.
 
     python benchmarks/traffic.py --config configs/benchmark_traffic.gin --out out/traffic
 
-Nothing is multiplied: the kernels' own grids and index maps are walked (`moe_jax/kernels/traffic.py`). Tokens choose
-their experts uniformly at random. Of DeepSeek-V3 a chip has 32 of 256 experts, and as many rows as its own tokens have.
+Nothing is multiplied: the kernels' own grids and maps are walked (`moe_jax/kernels/traffic.py`). On a GPU each copy
+into shared memory counts, also of rows that the cache holds since another piece of the output needed them.
+
+Tokens choose their experts uniformly at random. Of DeepSeek-V3 a chip has 32 of 256 experts, and as many rows as its
+own tokens have.
 """
 
 import importlib
@@ -125,6 +128,33 @@ def count(product: Product, sizes, num_cores: int):
     return traffic.count(launch.grid_spec, launch.scalars, launch.operands, [launch.out], num_cores)
 
 
+def count_gpu(product: Product, sizes, tiles=None):
+    """The `Traffic` of `pallas_gpu`; of a gradient to weights, without the copies of blocks that XLA makes before."""
+    import jax
+    import jax.numpy as jnp
+
+    from moe_jax.kernels import traffic
+    from moe_jax.kernels.grouped_matmul import pallas_gpu, pallas_gpu_pieces
+    from moe_jax.kernels.grouped_matmul.pallas_gpu_rows import ALIGNMENT
+
+    def shape(*size):
+        return jax.ShapeDtypeStruct(size, jnp.bfloat16)
+
+    aligned = -(-product.rows[0] // ALIGNMENT) * ALIGNMENT
+    rows, other_rows = shape(aligned, product.rows[1]), shape(aligned, product.other_rows[1])
+    sizes_E = jnp.asarray(sizes)
+    if product.to_weights:
+        gradient = pallas_gpu_pieces.GradientPieces.of(rows, other_rows, len(sizes), tiles or pallas_gpu.MANY)
+        edges = [shape(2 * len(sizes) * gradient.tiles.depth, x.shape[1]) for x in (other_rows, rows)]
+        out = shape(len(sizes), *product.matrices[1:])
+        return traffic.count_pieces(gradient, gradient.tables(sizes_E), (other_rows, rows, *edges), out)
+    gated = product.matrices[0] == 2
+    weights = shape(1, len(sizes), *(product.matrices if gated else product.matrices[1:]))
+    tiles = tiles or pallas_gpu.by_rule("gated" if gated else "forward", product.rows[0], len(sizes))
+    pieces = pallas_gpu_pieces.ProductPieces.of(rows, weights, tiles, product.transposed, gated)
+    return traffic.count_pieces(pieces, pieces.tables(sizes_E, 0), (rows, weights), other_rows)
+
+
 def count_megablox(product: Product, sizes, tiling: tuple[int, int, int], num_cores: int):
     """The `Traffic` of JAX's megablox, on rows padded to its blocks."""
     import jax.numpy as jnp
@@ -160,7 +190,7 @@ def count_megablox(product: Product, sizes, tiling: tuple[int, int, int], num_co
 
 def main(run: command.Command) -> None:
     """Counts all products of all models at all numbers of tokens, and prints a table."""
-    figures, lines = {}, [f"{'':44}{'one core':>9}{'two':>8}{'megablox':>10}   bound by memory on"]
+    figures, lines = {}, [f"{'':44}{'one core':>9}{'two':>8}{'Hopper':>9}{'megablox':>10}   bound by memory on"]
     tokens = run.config.benchmark.decode_batches + run.config.benchmark.prefill_lengths
     with run.timed("run"):
         for name, number in ((name, number) for name in MODELS for number in tokens):
@@ -170,6 +200,7 @@ def main(run: command.Command) -> None:
                 least = product.least_bytes(sizes)
                 moved = {cores: count(product, sizes, cores).total for cores in (1, 2)}
                 ratios = {f"over_least_{cores}_cores": moved[cores] / least for cores in moved}
+                ratios["hopper_over_least"] = count_gpu(product, sizes).total / least
                 if kind != "gated":
                     megablox = min(count_megablox(product, sizes, tiling, 1).total for tiling in TILINGS)
                     ratios["megablox_over_least"] = megablox / least

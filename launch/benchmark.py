@@ -5,6 +5,9 @@
 The model is that of model.path or, if that is "", one of the configured shape with random weights, whose routing is
 replayed from a trained model (benchmark.trace). The machine's memory bandwidth and matmul rate are measured first, and
 again in every round. With --trace, a profile of every case goes to OUT/trace, for Perfetto or XProf.
+
+With --tune, the tile sizes of the model's expert products are timed instead, and the fastest are written into the table
+that the kernels look them up in (`moe_jax/kernels/grouped_matmul/tuned.json`).
 """
 
 import os
@@ -18,10 +21,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 SPARE_STEPS = 2  # extra steps of each decode case: one to warm up, one for the profile
 
 TRACE = flags.DEFINE_bool("trace", False, "Write a profile of every case to OUT/trace.")
+TUNE = flags.DEFINE_bool("tune", False, "Time the tile sizes of the kernels instead, and keep the fastest.")
 
 
 def main(run: command.Command) -> None:
-    """Measures the machine, compiles every case, and times the cases in turn."""
+    """Measures the machine, compiles every case, and times the cases in turn; or times tile sizes."""
+    if TUNE.value:
+        return tune(run)
     import tqdm
 
     from moe_jax.cost import hardware
@@ -60,6 +66,34 @@ def main(run: command.Command) -> None:
         speed.profile(cases, run.out / "trace")
     figures = figures_of(timings, machines)
     run.finish(figures, text=table(timings, figures, dtype.name, routing, left_out))
+
+
+def tune(run: command.Command) -> None:
+    """Times the tile sizes of the model's expert products at the configured numbers of tokens."""
+    from moe_jax.study import tiles
+
+    config = run.config
+    if config.model.path:
+        opened, execution = run.open_model()
+        dtype = opened.expected_dtype if config.model.dtype == "auto" else config.model.dtype
+    else:
+        dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
+        execution = run.execution_of(config.architecture, dtype)
+    kernels = execution.kernels.grouped_matmul
+    if kernels not in tiles.TUNABLE:
+        raise ValueError(
+            f"--tune: kernels.grouped_matmul is {kernels!r} here, which has no tile sizes to choose: expected "
+            f"{', '.join(tiles.TUNABLE)}, on a device of its own"
+        )
+    tokens = config.benchmark.decode_batches, config.benchmark.prefill_lengths
+    figures, lines = {}, []
+    with run.timed("run"):
+        for timed in tiles.tune(execution.architecture, dtype, *tokens, config.benchmark.rounds, config.run.seed):
+            for one in timed:
+                case = f"{one.tokens}_{one.case.product}_{one.case.outputs}x{one.case.inputs}"
+                figures[f"{case}_{'x'.join(map(str, one.tiles))}"] = {"value": one.microseconds, "unit": "us"}
+                lines.append(f"{case:36}{one.tiles!s:22}{one.microseconds:10.1f} us{' *' * (one is timed[0])}")
+    run.finish(figures, text="\n".join([*lines, "* written into tuned.json"]))
 
 
 def prepare(run: command.Command):

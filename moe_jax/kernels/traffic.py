@@ -1,16 +1,23 @@
-"""Counts the bytes that a Pallas TPU kernel moves between device memory and vector memory, from its own grid.
+"""Counts the bytes that a Pallas kernel moves between device memory and the chip, from what the kernel itself reads.
 
-Walks the grid in order and evaluates the index maps of the blocks: those that Pallas' pipeline gets, not a copy. A
-block of an operand is fetched when its index differs from that of the step before; a block of an output is written when
-the index changes, and at the end. What lies outside the array is not counted. Where two cores share a grid, each takes
-half of its first axis and fetches the blocks of its own steps.
+On a TPU (`count`) that is its grid: it is walked in order, and the index maps of the blocks are evaluated, those that
+Pallas' pipeline gets. A block of an operand is fetched when its index differs from that of the step before; a block of
+an output is written when the index changes, and at the end. Where two cores share a grid, each takes half of its first
+axis and fetches the blocks of its own steps.
+
+On a GPU (`count_pieces`) it is the description of pieces that the kernel copies by. Every copy is counted, also where
+the cache holds what it reads.
+
+What lies outside an array is not counted.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -71,6 +78,67 @@ def _moved_by_core(spec, array, steps, scalars) -> int:
         block = 1 if block is None else block
         numbers *= np.clip(size - axis[new].astype(np.int64) * block, 0, block)
     return int(numbers.sum()) * np.dtype(array.dtype).itemsize
+
+
+def count_pieces(description: Any, tables: Sequence[jax.Array], operands: Sequence[Any], output: Any) -> Traffic:
+    """Counts the copies of a kernel that is described by pieces, as `grouped_matmul/pallas_gpu_pieces.py` does.
+
+    Args:
+        description: hashable: a function `piece`, and of each piece its loads and stores.
+        tables: what `piece` takes beside a number, with values.
+        operands: by their number, of which only shape and dtype are read.
+        output: shape and dtype.
+    """
+    most = int(jax.jit(jax.vmap(lambda number: description.piece(number, tables).blocks))(_numbers(description)).max())
+    shapes = tuple(tuple(array.shape[-2:]) for array in (*operands, output))
+    moved = [
+        np.asarray(moved_by_piece, np.int64).sum(0) for moved_by_piece in _copied(description, tables, shapes, most)
+    ]
+    *fetched, written = (
+        int(numbers) * np.dtype(array.dtype).itemsize
+        for numbers, array in zip(np.append(*moved), (*operands, output), strict=True)
+    )
+    return Traffic(tuple(fetched), (written,))
+
+
+def _numbers(description):
+    return jnp.arange(description.num_pieces, dtype=jnp.int32)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2, 3))
+def _copied(description, tables, shapes, most):
+    """Numbers that each piece loads of each operand, and those that it stores."""
+    *operand_shapes, output_shape = shapes
+
+    def inside(start, size, limit):
+        return jnp.clip(limit - jnp.asarray(start, jnp.int32), 0, size)
+
+    def loaded(blocks):
+        moved = [jnp.int32(0)] * len(operand_shapes)
+        for block in blocks:
+            rows, columns = map(inside, block.start, block.size, operand_shapes[block.operand])
+            moved[block.operand] += rows * columns
+        return jnp.stack(moved)
+
+    def move_piece(number):
+        piece = description.piece(number, tables)
+
+        def load_block(block):
+            chosen = (
+                jnp.stack([loaded(blocks) for blocks in alternatives])[taken]
+                for taken, alternatives in description.loads(piece, block)
+            )
+            return jnp.where(block < piece.blocks, sum(chosen), 0)
+
+        stored = jnp.int32(0)
+        for warpgroup in range(description.warpgroups):
+            store = description.store(piece, jnp.int32(warpgroup))
+            columns = inside(store.column, description.out_columns, output_shape[1])
+            for made, first, rows in store.copies():
+                stored += jnp.where(made, inside(store.row + first, rows, output_shape[0]) * columns, 0)
+        return jax.vmap(load_block)(jnp.arange(most, dtype=jnp.int32)).sum(0, dtype=jnp.int32), stored
+
+    return jax.vmap(move_piece)(_numbers(description))
 
 
 def least(kept_experts: int, matrix: int, rows: Sequence[tuple[int, int]], itemsize: int) -> int:

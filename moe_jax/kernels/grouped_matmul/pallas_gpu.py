@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.config.architecture import Architecture
+from moe_jax.kernels.grouped_matmul import tuned
 
 PLATFORM = "gpu"
 _CAPABILITY = "9.0"
@@ -27,14 +28,39 @@ class Tiles(NamedTuple):
     stages: int  # blocks of both operands in shared memory
 
 
-FEW = Tiles(64, 64, 128, 6)
-FEW_GATED = Tiles(64, 128, 128, 4)
+FEW = Tiles(64, 128, 128, 4)
 MANY = Tiles(128, 256, 64, 4)
+CANDIDATES = {  # worth timing, with few rows per expert and with many
+    FEW: (FEW, Tiles(64, 128, 64, 8), Tiles(64, 256, 64, 4), Tiles(64, 256, 128, 2)),
+    MANY: (MANY, Tiles(128, 128, 64, 6), Tiles(128, 192, 64, 4), Tiles(128, 256, 128, 2)),
+}
 
 
-def choose_tiles(num_rows: int, num_experts: int) -> Tiles:
-    """The tiles for a number of rows: for few rows per expert, those that stream weights."""
-    return MANY if num_rows > 64 * num_experts else FEW
+def by_rule(product: str, num_rows: int, num_experts: int) -> Tiles:
+    """The tiles where nothing was measured: for few rows per expert, those that stream weights."""
+    return FEW if product != "weights_gradient" and num_rows <= 64 * num_experts else MANY
+
+
+def candidates(product: str, num_rows: int, num_experts: int) -> tuple[Tiles, ...]:
+    """The tiles that are worth timing. Those of a gated product hold two blocks of 64 columns, or four."""
+    choices = CANDIDATES[by_rule(product, num_rows, num_experts)]
+    return tuple(tiles for tiles in choices if product != "gated" or tiles.columns % 128 == 0)
+
+
+def case_of(product: str, rows_SX, weights_LEFD) -> tuned.TileKey:
+    """What the tiles of a product are looked up by; product is the name of a function here."""
+    num_experts, (outputs, inputs) = weights_LEFD.shape[1], weights_LEFD.shape[-2:]
+    rows_class = tuned.rows_class(rows_SX.shape[0], num_experts)
+    device = jax.devices()[0].device_kind
+    return tuned.TileKey(
+        device, "pallas_gpu", product, str(weights_LEFD.dtype), num_experts, outputs, inputs, rows_class
+    )
+
+
+def choose_tiles(product: str, rows_SX, weights_LEFD) -> Tiles:
+    """The tiles that were measured for a product of arrays on this device, otherwise those of the rule."""
+    measured = tuned.lookup(case_of(product, rows_SX, weights_LEFD))
+    return Tiles(*measured) if measured else by_rule(product, rows_SX.shape[0], weights_LEFD.shape[1])
 
 
 def lacks(architecture: Architecture, dtype: str) -> str:
@@ -77,13 +103,13 @@ def forward(rows_SD, weights_LEFD, group_sizes_E, layer, *, tiles: Tiles | None 
         weights_LEFD: with the same dtype; F and D are multiples of 64.
         group_sizes_E: int32.
         layer: int32 scalar.
-        tiles: tile sizes; None: chosen by the number of rows.
+        tiles: tile sizes; None: those measured on this device (`tuned.json`), or chosen by the number of rows.
         num_cores: programs to launch; None: one per streaming multiprocessor of the device.
 
     Raises:
         ValueError: jax is too old, or the kernels lack the dtype or the shape.
     """
-    tiles = tiles or choose_tiles(rows_SD.shape[0], group_sizes_E.shape[0])
+    tiles = tiles or choose_tiles("forward", rows_SD, weights_LEFD)
     settings = _settings(rows_SD, weights_LEFD, tiles, num_cores)
     from moe_jax.kernels.grouped_matmul import pallas_gpu_kernel  # takes half a second, and fails with an old jax
 
@@ -98,15 +124,13 @@ def gated(rows_SD, gate_up_LEIFD, group_sizes_E, layer, *, tiles: Tiles | None =
         gate_up_LEIFD: with the same dtype, the gate before the up-projection.
         group_sizes_E: int32.
         layer: int32 scalar.
-        tiles: as `forward`, with at least 128 columns; half of them are the gate's.
+        tiles: as `forward`, with 128 or 256 columns; half of them are the gate's.
         num_cores: as `forward`.
 
     Raises:
         ValueError: jax is too old, or the kernels lack the dtype or the shape.
     """
-    if tiles is None:
-        tiles = choose_tiles(rows_SD.shape[0], group_sizes_E.shape[0])
-        tiles = FEW_GATED if tiles == FEW else tiles
+    tiles = tiles or choose_tiles("gated", rows_SD, gate_up_LEIFD)
     settings = _settings(rows_SD, gate_up_LEIFD, tiles, num_cores)
     from moe_jax.kernels.grouped_matmul import pallas_gpu_kernel
 
@@ -115,7 +139,7 @@ def gated(rows_SD, gate_up_LEIFD, group_sizes_E, layer, *, tiles: Tiles | None =
 
 def rows_gradient(out_grad_SF, weights_LEFD, group_sizes_E, layer, *, tiles=None, num_cores=None):
     """[S, D]: the gradient of each group's outputs times its expert's matrix; otherwise as `forward`."""
-    tiles = tiles or choose_tiles(out_grad_SF.shape[0], group_sizes_E.shape[0])
+    tiles = tiles or choose_tiles("rows_gradient", out_grad_SF, weights_LEFD)
     settings = _settings(out_grad_SF, weights_LEFD, tiles, num_cores)
     from moe_jax.kernels.grouped_matmul import pallas_gpu_kernel
 
@@ -124,7 +148,8 @@ def rows_gradient(out_grad_SF, weights_LEFD, group_sizes_E, layer, *, tiles=None
 
 def weights_gradient(rows_SD, weights_LEFD, group_sizes_E, out_grad_SF, *, tiles=None, num_cores=None):
     """[E, F, D]: for each expert, the transposed gradient of its outputs times its rows; otherwise as `forward`."""
-    settings = _settings(rows_SD, weights_LEFD, tiles or MANY, num_cores)
+    tiles = tiles or choose_tiles("weights_gradient", rows_SD, weights_LEFD)
+    settings = _settings(rows_SD, weights_LEFD, tiles, num_cores)
     from moe_jax.kernels.grouped_matmul import pallas_gpu_kernel
 
     return pallas_gpu_kernel.weights_gradient(rows_SD, group_sizes_E, out_grad_SF, **settings)

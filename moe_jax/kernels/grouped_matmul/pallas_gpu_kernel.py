@@ -18,7 +18,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from moe_jax.kernels.grouped_matmul.pallas_gpu_pieces import STORE_COLUMNS, WARPGROUP_ROWS, Product, WeightsGradient
+from moe_jax.kernels.grouped_matmul.pallas_gpu_pieces import (
+    STORE_COLUMNS,
+    WARPGROUP_ROWS,
+    GradientPieces,
+    ProductPieces,
+)
 from moe_jax.kernels.grouped_matmul.pallas_gpu_rows import ALIGNMENT
 
 _SWIZZLE_BYTES = 128
@@ -31,10 +36,10 @@ def _transforms(dtype):
 
 def _load(operands, rings, blocks, slot, barrier):
     """Copies blocks into a slot of the rings; each arrives at the barrier."""
-    for of in blocks:
-        area = tuple(pl.ds(start, size) for start, size in zip(of.start, of.size))
-        source = operands[of.operand].at[area if of.matrix is None else (of.matrix, *area)]
-        plgpu.copy_gmem_to_smem(source, rings[of.ring].at[slot, pl.ds(of.place, of.size[0])], barrier)
+    for block in blocks:
+        area = tuple(pl.ds(start, size) for start, size in zip(block.start, block.size))
+        source = operands[block.operand].at[area if block.matrix is None else (block.matrix, *area)]
+        plgpu.copy_gmem_to_smem(source, rings[block.ring].at[slot, pl.ds(block.place, block.size[0])], barrier)
 
 
 def _multiply_pieces(description, num_cores: int, tables, operands, rings, full, empty, left, right, finish):
@@ -52,7 +57,7 @@ def _multiply_pieces(description, num_cores: int, tables, operands, rings, full,
         right: from a slot to the right operand.
         finish: takes a piece, the number of a warpgroup and its sums, and stores what is made of them.
     """
-    stages, consumers = description.tiles.stages, description.tiles.rows // WARPGROUP_ROWS
+    stages, consumers = description.tiles.stages, description.warpgroups
     warpgroup, core = lax.axis_index("warpgroup"), lax.axis_index("core")
     mine = lax.div(jnp.int32(description.num_pieces) - core + (num_cores - 1), jnp.int32(num_cores))
 
@@ -188,7 +193,7 @@ def multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, tiles, num_cores, t
 
     Where it is gated, there are two matrices for each expert, weights_LEIFD, and out is silu(first) * second.
     """
-    product = Product.of(rows_SX, weights_LEFD, tiles, transposed, gated)
+    product = ProductPieces.of(rows_SX, weights_LEFD, tiles, transposed, gated)
     wide = product.out_columns
 
     def kernel(*refs):
@@ -244,7 +249,7 @@ def weights_gradient(rows_SD, group_sizes_E, out_grad_SF, *, tiles, num_cores):
 
     Blocks at the edges of a group hold rows of others as well. They come from a copy in which those are zero.
     """
-    gradient = WeightsGradient.of(rows_SD, out_grad_SF, group_sizes_E.shape[0], tiles)
+    gradient = GradientPieces.of(rows_SD, out_grad_SF, group_sizes_E.shape[0], tiles)
     operands = _aligned(out_grad_SF), _aligned(rows_SD)
     tables = gradient.tables(group_sizes_E)
     edges = [_edges(x, *tables, tiles.depth) for x in operands]

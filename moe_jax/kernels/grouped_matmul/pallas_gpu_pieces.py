@@ -3,7 +3,7 @@
 Pure functions of int32 scalars. A description has static fields, `num_pieces`, and
 
 - `piece(number, tables)`: one piece; its `blocks` are loaded one after the other, in depth;
-- `loads(piece, block)`: choices; of each, one alternative is loaded: a list of `Block`;
+- `loads(piece, block)`: choices; of each, one alternative is loaded: a list of `LoadedBlock`;
 - `store(piece, warpgroup)`: the `Store` of 64 rows.
 """
 
@@ -20,7 +20,7 @@ WARPGROUP_ROWS = 64  # of the output, per warpgroup: what one wgmma takes
 STORE_COLUMNS = 64
 
 
-class Block(NamedTuple):
+class LoadedBlock(NamedTuple):
     """A block of an operand that one copy brings into a slot of a ring. What lies outside the operand is not read."""
 
     operand: int  # its number
@@ -31,11 +31,11 @@ class Block(NamedTuple):
     place: int = 0  # first row within the slot
 
 
-class Choice(NamedTuple):
+class Load(NamedTuple):
     """Loads of which one is made."""
 
     taken: Any  # int32: which; 0 where there is one
-    alternatives: list[list[Block]]
+    alternatives: list[list[LoadedBlock]]
 
 
 class Store(NamedTuple):
@@ -56,11 +56,11 @@ class Store(NamedTuple):
         return [((count & size) != 0, self.begin + (count & ~(2 * size - 1)), size) for size in sizes]
 
 
-def _ceil(size: int, of: int) -> int:
-    return -(-size // of)
+def _ceil(size: int, unit: int) -> int:
+    return -(-size // unit)
 
 
-class Piece(NamedTuple):
+class ProductPiece(NamedTuple):
     """A tile of rows of one expert, times some columns of its matrix."""
 
     blocks: jax.Array  # 0: rows of no expert, or no rows
@@ -71,7 +71,7 @@ class Piece(NamedTuple):
     column: jax.Array
 
 
-class Product(NamedTuple):
+class ProductPieces(NamedTuple):
     """Rows by matrices [F, D] along D, or by their transposes; gated: by two matrices each.
 
     Operands: rows, matrices.
@@ -103,6 +103,11 @@ class Product(NamedTuple):
         return _ceil(self.width, self.out_columns)
 
     @property
+    def warpgroups(self) -> int:
+        """Those that multiply and store."""
+        return self.tiles.rows // WARPGROUP_ROWS
+
+    @property
     def num_pieces(self) -> int:
         """Empty ones included."""
         return most_tiles(self.num_experts, self.num_rows, self.tiles.rows) * self._column_tiles
@@ -111,7 +116,7 @@ class Product(NamedTuple):
         """What the kernel is given beside its operands."""
         return jnp.asarray(layer, jnp.int32)[None], *row_tiles(group_sizes_E, self.num_rows, self.tiles.rows)
 
-    def piece(self, number, tables) -> Piece:
+    def piece(self, number, tables) -> ProductPiece:
         """All columns of a tile of rows come one after the other."""
         layer, *entries = tables
         tile = lax.div(number, jnp.int32(self._column_tiles))
@@ -120,27 +125,27 @@ class Product(NamedTuple):
         group, start, begin, end = tile_at(entry, tile, self.num_experts, self.num_rows, self.tiles.rows)
         busy = (group < self.num_experts) & (end > begin)
         blocks = lax.select(busy, jnp.int32(_ceil(self.depth, self.tiles.depth)), jnp.int32(0))
-        return Piece(blocks, layer[0] * self.num_experts + group, start, begin, end, column)
+        return ProductPiece(blocks, layer[0] * self.num_experts + group, start, begin, end, column)
 
-    def loads(self, piece: Piece, block) -> list[Choice]:
+    def loads(self, piece: ProductPiece, block) -> list[Load]:
         """Rows, of a short tile the least power of two that holds them; and one block of columns, or two."""
         tiles, deep = self.tiles, block * self.tiles.depth
         sizes = [tiles.rows] if tiles.rows > WARPGROUP_ROWS else [8, 16, 32, 64]
         taken = sum(((piece.end > size).astype(jnp.int32) for size in sizes[:-1]), jnp.int32(0))
-        rows = [[Block(0, None, (piece.start, deep), (size, tiles.depth), 0)] for size in sizes]
+        rows = [[LoadedBlock(0, None, (piece.start, deep), (size, tiles.depth), 0)] for size in sizes]
         wide = self.out_columns
         if self.gated:
             columns = [
-                Block(1, 2 * piece.matrix + half, (piece.column, deep), (wide, tiles.depth), 1, half * wide)
+                LoadedBlock(1, 2 * piece.matrix + half, (piece.column, deep), (wide, tiles.depth), 1, half * wide)
                 for half in range(2)
             ]
         elif self.transposed:
-            columns = [Block(1, piece.matrix, (deep, piece.column), (tiles.depth, wide), 1)]
+            columns = [LoadedBlock(1, piece.matrix, (deep, piece.column), (tiles.depth, wide), 1)]
         else:
-            columns = [Block(1, piece.matrix, (piece.column, deep), (wide, tiles.depth), 1)]
-        return [Choice(taken, rows), Choice(0, [columns])]
+            columns = [LoadedBlock(1, piece.matrix, (piece.column, deep), (wide, tiles.depth), 1)]
+        return [Load(taken, rows), Load(0, [columns])]
 
-    def store(self, piece: Piece, warpgroup) -> Store:
+    def store(self, piece: ProductPiece, warpgroup) -> Store:
         """The expert's own rows; where there is no expert, all, as zeros."""
         row = warpgroup * WARPGROUP_ROWS
         begin, end = (lax.clamp(jnp.int32(0), x - row, jnp.int32(WARPGROUP_ROWS)) for x in (piece.begin, piece.end))
@@ -157,7 +162,7 @@ class GradientPiece(NamedTuple):
     base: jax.Array  # first row of the first block
 
 
-class WeightsGradient(NamedTuple):
+class GradientPieces(NamedTuple):
     """[E, F, D]: the transposed gradient of each expert's outputs times its rows; blocks of rows are the depth.
 
     Operands: gradient, rows, and of both a copy of each expert's first and last block in which rows of others are zero.
@@ -187,6 +192,11 @@ class WeightsGradient(NamedTuple):
         return _ceil(self.d_model, self.tiles.columns)
 
     @property
+    def warpgroups(self) -> int:
+        """Those that multiply and store."""
+        return self.tiles.rows // WARPGROUP_ROWS
+
+    @property
     def num_pieces(self) -> int:
         """Those of experts without rows included."""
         return self.num_experts * self._down_tiles * self._column_tiles
@@ -209,20 +219,20 @@ class WeightsGradient(NamedTuple):
         blocks = lax.div(last - base + (tiles.depth - 1), jnp.int32(tiles.depth))
         return GradientPiece(lax.select(last > first, blocks, jnp.int32(0)), expert, row, column, base)
 
-    def loads(self, piece: GradientPiece, block) -> list[Choice]:
+    def loads(self, piece: GradientPiece, block) -> list[Load]:
         """A block of both operands, or at the edges of the expert's rows of their copies."""
         tiles = self.tiles
 
         def both(gradient, rows, start):
             return [
-                Block(gradient, None, (start, piece.row), (tiles.depth, tiles.rows), 0),
-                Block(rows, None, (start, piece.column), (tiles.depth, tiles.columns), 1),
+                LoadedBlock(gradient, None, (start, piece.row), (tiles.depth, tiles.rows), 0),
+                LoadedBlock(rows, None, (start, piece.column), (tiles.depth, tiles.columns), 1),
             ]
 
         at_edge = (block == 0) | (block == piece.blocks - 1)
         edge = (piece.expert * 2 + lax.min(block, jnp.int32(1))) * tiles.depth
         inner = both(0, 1, piece.base + block * tiles.depth)
-        return [Choice(at_edge.astype(jnp.int32), [inner, both(2, 3, edge)])]
+        return [Load(at_edge.astype(jnp.int32), [inner, both(2, 3, edge)])]
 
     def store(self, piece: GradientPiece, warpgroup) -> Store:
         """All rows."""
