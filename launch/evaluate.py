@@ -32,7 +32,7 @@ def main(run: command.Command) -> None:
     with run.timed("text"):
         documents, calibration = load_held_out(held_out), opened.calibration
         task = compare.prepare(config.evaluation, seed, documents, tokenizer, execution, calibration)
-        xz = xz_bits_per_byte([document.text.encode() for document in task.documents])
+        xz = xz_bits_per_byte([document.text.encode() for document in task.held_out.documents])
 
     model = run.load(opened)
     places = [opened.folder, held_out, *(pathlib.Path(one) for one in (config.policy.calibration,) if one)]

@@ -3,11 +3,12 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import tokenizers
+from tqdm import tqdm
 
 from moe_jax.evaluation.journal import Journal
 from moe_jax.evaluation.scoring import LabeledRows, score
@@ -114,9 +115,8 @@ def score_options(
     *,
     batch_size: int,
     journal: Journal | None = None,
-    advance: Callable[[int], object] = lambda questions: None,
 ) -> np.ndarray:
-    """Scores every option of every question under every policy.
+    """Scores every option of every question under every policy, with a progress bar on a terminal.
 
     The options of a question share one row, each as a segment that continues the same prefix, so the prefix is read
     only once.
@@ -128,7 +128,6 @@ def score_options(
         execution: the static half of the step.
         batch_size: rows of `ROW` tokens per compiled step.
         journal: keeps finished batches; None: they are not kept.
-        advance: called with the number of questions done since the last call.
 
     Returns:
         float64 [policies, questions, options]: nats per byte of the line; lower is likelier.
@@ -138,20 +137,20 @@ def score_options(
         policies.settings([policy] * batch_size, execution.architecture, execution.k_max) for policy in compared
     ]
     per_byte = [np.zeros((len(compared), 0, OPTIONS))]  # there may be no questions
-    for first in range(0, len(questions), batch_size):
+    starts = range(0, len(questions), batch_size)
+    for first in tqdm(starts, desc="choices", unit="batch", disable=None if questions else True):
         asked = questions[first : first + batch_size]
 
         def compute(asked=asked):
             rows = _lay_out(asked, batch_size)
-            found = [
+            nats_PY = [
                 score(params, rows.batch, [live], execution, specs=[policy.spec])[0].nats_Y
                 for policy, live in zip(compared, settings)
             ]
-            return {"nats": [np.bincount(rows.option_Y, nats_Y, len(asked) * OPTIONS) for nats_Y in found]}
+            return {"nats": [np.bincount(rows.option_Y, nats_Y, len(asked) * OPTIONS) for nats_Y in nats_PY]}
 
         nats = journal.once(f"choices-{first:06d}", compute)["nats"].reshape(len(compared), len(asked), OPTIONS)
         per_byte.append(nats / np.array([question.option_bytes for question in asked]))
-        advance(len(asked))
     return np.concatenate(per_byte, axis=1)
 
 

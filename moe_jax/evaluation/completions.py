@@ -5,10 +5,11 @@ import dataclasses
 import itertools
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import tokenizers
+from tqdm import tqdm
 
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.engine.generate import Engine
@@ -129,9 +130,8 @@ def complete(
     max_new_tokens: int,
     seed: int = 0,
     journal: Journal | None = None,
-    advance: Callable[[int], object] = lambda completions: None,
 ) -> np.ndarray:
-    """Generates every body under every policy, greedily and at a temperature of 0.8.
+    """Generates every body under every policy, greedily and at a temperature of 0.8; shows progress on a terminal.
 
     All policies and temperatures share one compiled step. A header uses the same random numbers under every policy.
 
@@ -144,7 +144,6 @@ def complete(
         max_new_tokens: the most tokens of each body.
         seed: the seed of sampling.
         journal: keeps finished batches; None: they are not kept.
-        advance: called with the number of completions done since the last call.
 
     Returns:
         bool [policies, 2, headers]: whether the completion parses; greedy first, then sampled.
@@ -160,8 +159,8 @@ def complete(
         seeds = [(seed + number) % 2**32 for number in range(len(headers))]
         prompts = [header.ids for header in headers]
         requests += make_requests(prompts, tokenizer, execution, sampling=sampling, policy=policy, seed=seeds)
-    found = []
-    for first in range(0, len(requests), BATCH):
+    parsed = []
+    for first in tqdm(range(0, len(requests), BATCH), desc="completions", unit="batch", disable=None):
         batch = slice(first, first + BATCH)
 
         def compute(batch=batch):
@@ -172,6 +171,5 @@ def complete(
             ]
             return {"parses": judged}
 
-        found.append(journal.once(f"completions-{first:06d}", compute)["parses"])
-        advance(len(found[-1]))
-    return np.concatenate(found).reshape(len(compared), 2, len(headers))
+        parsed.append(journal.once(f"completions-{first:06d}", compute)["parses"])
+    return np.concatenate(parsed).reshape(len(compared), 2, len(headers))
