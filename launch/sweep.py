@@ -62,9 +62,9 @@ def main(run: command.Command) -> None:
         original_execution = dataclasses.replace(execution, architecture=original.architecture)
         candidates[0] = study.Candidate(compared[0], run.load(original).params, original_execution)
 
-    given = (config.policy.calibration, timed.model.path and command.in_repository(timed.model.path))
-    places = [opened.folder, original.folder, held_out, *(pathlib.Path(place) for place in given if place)]
-    depends_on = identity(config, places, run.implementations) | {"timed": dataclasses.asdict(timed)}
+    timed_folder = timed.model.path and command.in_repository(timed.model.path)
+    paths = [opened.folder, original.folder, held_out, config.policy.calibration, timed_folder]
+    depends_on = identity(config, paths, run.implementations) | {"timed": dataclasses.asdict(timed)}
     journal = Journal(run.out / "parts", depends_on)
     total = study.num_qualities(compared, sweep) + sweep.rounds * len(sweep.concurrencies)
     with tqdm.tqdm(total=total, unit="part", disable=None) as progress:

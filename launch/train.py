@@ -18,12 +18,12 @@ def main(run: command.Command) -> None:
     """Prepares the text, trains, exports and measures."""
     from moe_jax.report import trained
     from moe_jax.study import pretrain
-    from moe_jax.study.compared import parse_compared
+    from moe_jax.study.compare import compared_policies
     from moe_jax.training import loop, pretraining
 
     config = run.config
     execution = run.execution_of(config.architecture, config.training.weights)
-    parse_compared(config.evaluation, config.architecture, execution.k_max)  # checks them before hours of training
+    compared_policies(config.evaluation, config.architecture, execution.k_max)  # checked before hours of training
     pretraining.require_possible(config)
     loop.require_same_run(config, run.out)
     with run.timed("text"):

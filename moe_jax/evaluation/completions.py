@@ -15,6 +15,7 @@ from moe_jax.config.schema import SamplingConfig
 from moe_jax.engine.generate import Engine
 from moe_jax.engine.request import make_requests
 from moe_jax.evaluation.journal import Journal
+from moe_jax.evaluation.picking import pick_evenly
 from moe_jax.model import decoder
 from moe_jax.routing import policies
 from moe_jax.text.documents import Document
@@ -28,7 +29,7 @@ SAMPLED_TEMPERATURE = 0.8
 class Header:
     """The header of a function, and the tokens that lead up to its body."""
 
-    document: int
+    document: int  # index
     ids: tuple[int, ...]  # whole tokens; they end with the line break and the indentation before the body
     text: str  # from the line of `def` to the body's first character
     column: int  # of `def`
@@ -48,22 +49,18 @@ def make_headers(
     Raises:
         ValueError: the documents have fewer headers.
     """
-    rng = np.random.default_rng(seed)
-    waiting = [rng.permutation(np.array(_functions(document.text), np.int64)).tolist() for document in documents]
-    found: list[Header] = []
-    while any(waiting) and len(found) < count:
-        for number, functions in enumerate(waiting):
-            while functions:
-                header = _header(documents[number].text, number, *functions.pop(), tokenizer)
-                if header is not None:
-                    found.append(header)
-                    break
-    if len(found) < count:
+
+    def make(document: int, function: Sequence[int]) -> Header | None:
+        return _make_header(document, documents[document].text, *function, tokenizer)
+
+    functions = [_functions(document.text) for document in documents]
+    headers = pick_evenly(functions, make, count, np.random.default_rng(seed))
+    if len(headers) < count:
         raise ValueError(
-            f"the text has {len(found)} headers of functions: expected {count}; "
-            f"with evaluation.completion_headers={len(found)} no more are completed"
+            f"the text has {len(headers)} headers of functions: expected {count}; "
+            f"with evaluation.completion_headers={len(headers)} no more are completed"
         )
-    return found[:count]
+    return headers
 
 
 def _functions(text: str) -> list[tuple[int, int]]:
@@ -82,14 +79,14 @@ def _functions(text: str) -> list[tuple[int, int]]:
     return [(begin, body) for begin, body in spans if "\n" in text[begin:body] and text[:body].endswith((" ", "\t"))]
 
 
-def _header(text: str, number: int, begin: int, body: int, tokenizer: tokenizers.Tokenizer) -> Header | None:
-    """The header; None if a token spans the start of the body, so that no prompt can end there."""
+def _make_header(document: int, text: str, begin: int, body: int, tokenizer: tokenizers.Tokenizer) -> Header | None:
+    """The header between two offsets; None if a token spans the start of the body, so that no prompt can end there."""
     encoded = tokenizer.encode(text[: body + 1])
     count = sum(end <= body for _, end in encoded.offsets)
     if not count or encoded.offsets[count - 1][1] != body:
         return None
     line = text[begin:body]
-    return Header(number, tuple(encoded.ids[max(0, count - PROMPT) : count]), line, len(line) - len(line.lstrip()))
+    return Header(document, tuple(encoded.ids[max(0, count - PROMPT) : count]), line, _indentation(line))
 
 
 def parses(header: Header, text: str, finished: bool) -> bool:

@@ -13,8 +13,7 @@ from moe_jax.evaluation.journal import Journal
 from moe_jax.model.decoder import Execution
 from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration
-from moe_jax.routing.policies.parse import MODEL_OWN
-from moe_jax.study.compared import parse_compared
+from moe_jax.routing.policies.parse import MODEL_OWN, parse
 from moe_jax.text.documents import Document
 from moe_jax.text.held_out import HeldOut, half
 from moe_jax.text.tokenizer import encode_documents
@@ -39,6 +38,32 @@ class Measured(NamedTuple):
     parses: np.ndarray  # bool [policies, greedy and sampled, headers]
 
 
+def compared_policies(
+    config: EvaluationConfig, architecture: Architecture, k_max: int, calibration: Calibration | None = None
+) -> list[policies.Policy]:
+    """Parses the policies and checks that they can be compared on whole texts, before hours of work.
+
+    Args:
+        config: reads `policies`.
+        architecture: the model's architecture.
+        k_max: static slots per token.
+        calibration: the model's calibration, for policies that need one.
+
+    Raises:
+        ValueError: a policy does not parse or does not fit the model, or it looks at all rows of a decode step, of
+            which the likelihood of a whole text has none.
+    """
+    compared = [parse(spec, calibration) for spec in config.policies]
+    policies.settings(compared, architecture, k_max)
+    for policy in compared:
+        if policy.batch_aware:
+            raise ValueError(
+                f"evaluation.policies has {policy.spec!r}, which looks at all rows of a decode step: expected policies "
+                "that look at one row; launch/sweep.py measures the others at every concurrency"
+            )
+    return compared
+
+
 def prepare(
     config: EvaluationConfig,
     seed: int,
@@ -50,8 +75,8 @@ def prepare(
     """Picks questions and headers, and checks the policies against the model.
 
     Raises:
-        ValueError: `parse_compared` refuses a policy, the model's context is too short, or the text has too few lines
-            or functions.
+        ValueError: `compared_policies` refuses a policy, the model's context is too short, or the text has too few
+            lines or functions.
     """
     context = execution.architecture.decoder.max_context
     if config.context > context:
@@ -64,7 +89,7 @@ def prepare(
             raise ValueError(
                 f"the model's context is {context} tokens: expected at least {needed}, or evaluation.{setting}=0"
             )
-    compared = parse_compared(config, execution.architecture, execution.k_max, calibration)
+    compared = compared_policies(config, execution.architecture, execution.k_max, calibration)
     documents = half(documents, config.half)[: config.documents or None]
     return Task(
         HeldOut(documents, encode_documents(tokenizer, documents)),

@@ -9,7 +9,7 @@ from moe_jax.config.schema import Config
 from moe_jax.evaluation.likelihood import Likelihood, score_documents, xz_bits_per_byte
 from moe_jax.model.decoder import Execution, Params
 from moe_jax.routing.policies import Policy
-from moe_jax.study.compared import parse_compared
+from moe_jax.study.compare import compared_policies
 from moe_jax.training import loop
 from moe_jax.training.pretraining import PretrainingText
 
@@ -32,7 +32,7 @@ def export(
     new = checkpoint.new(config.architecture, text.tokenizer)
     new.save(folder / "model", params, dtype="bfloat16", replace=True)
     exported = checkpoint.open(folder / "model").load("float32")
-    compared = parse_compared(config.evaluation, execution.architecture, execution.k_max)
+    compared = compared_policies(config.evaluation, execution.architecture, execution.k_max)
     likelihoods = score_documents(
         exported,
         text.held_out.tokens,

@@ -15,7 +15,7 @@ from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies import Policy
 from moe_jax.routing.policies.parse import MODEL_OWN
-from moe_jax.study.compared import parse_compared
+from moe_jax.study.compare import compared_policies
 from moe_jax.text.batches import Packed
 from moe_jax.training import finetuning, loop, rollouts
 from moe_jax.training.elastic import KSampler
@@ -65,7 +65,7 @@ def recovery_policies(
         raise ValueError(f"evaluation.half = {config.evaluation.half!r}: expected '', the odd half is always reported")
     k_max = max(config.policy.k_max, architecture.moe.k)
     policies.settings([trained], architecture, k_max)
-    others = parse_compared(config.evaluation, architecture, k_max, calibration)
+    others = compared_policies(config.evaluation, architecture, k_max, calibration)
     return RecoveryPolicies(trained, list(dict.fromkeys([MODEL_OWN, trained, *others])))
 
 
