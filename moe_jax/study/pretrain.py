@@ -31,10 +31,10 @@ def export(
     """Exports the trained model with its tokenizer to `folder/model`, in bfloat16, and measures the export."""
     new = checkpoint.new(config.architecture, text.tokenizer)
     new.save(folder / "model", params, dtype="bfloat16", replace=True)
-    exported = checkpoint.open(folder / "model").load("float32")
+    exported_params = checkpoint.open(folder / "model").load("float32")
     compared = compared_policies(config.evaluation, execution.architecture, execution.k_max)
     likelihoods = score_documents(
-        exported,
+        exported_params,
         text.held_out.tokens,
         compared,
         execution,

@@ -126,8 +126,8 @@ def recover(
     architecture = policies.with_own(run_policies.trained, model.architecture) or model.architecture
     exported = model.for_new_weights().with_architecture(architecture)
     exported.save(folder / "model", tuned.params, dtype=model.stored_dtype, replace=True)
-    params = checkpoint.open(folder / "model").load(config.training.weights)
-    after = measure(config, params, text, run_policies.compared, execution, "after")
+    exported_params = checkpoint.open(folder / "model").load(config.training.weights)
+    after = measure(config, exported_params, text, run_policies.compared, execution, "after")
     speed = loop.median_tokens_per_s(folder)
     return Recovered(*run_policies, before, after, text, tuned.step, tuned.steps, tuned.masked_experts, speed)
 

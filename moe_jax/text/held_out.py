@@ -78,7 +78,7 @@ def _load_archive(folder: pathlib.Path) -> tuple[Document, ...]:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         with lzma.open(folder / ARCHIVE, "rt", encoding="utf-8") as lines:
             documents = tuple(Document(**json.loads(line)) for line in lines)
-        found = [(document.source, document.name, document.sha256) for document in documents]
+        names_and_digests = [(document.source, document.name, document.sha256) for document in documents]
         described = [(entry["source"], entry["name"], entry["sha256"]) for entry in entries]
     except FileNotFoundError as error:
         raise ValueError(f"held-out text: {error.filename} is missing (text.held_out names the folder)") from error
@@ -86,7 +86,7 @@ def _load_archive(folder: pathlib.Path) -> tuple[Document, ...]:
         raise ValueError(f"held-out text in {folder} is unreadable: {error}") from error
     except (lzma.LZMAError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(damaged) from error
-    if found != described:
+    if names_and_digests != described:
         raise ValueError(damaged)
     return documents
 
