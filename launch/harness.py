@@ -146,13 +146,8 @@ def write_samples(out: pathlib.Path | None, specs: list[str], results: list[dict
     for spec, result in zip(specs, results):
         for task, samples in result["samples"].items():
             for sample in samples:
-                metrics = {name: sample[name] for name in sample["metrics"]}
-                line = {
-                    "policy": spec,
-                    "task": task,
-                    "document": sample["doc_id"],
-                    "filter": sample["filter"],
-                } | metrics
+                line = {"policy": spec, "task": task, "document": sample["doc_id"], "filter": sample["filter"]}
+                line |= {name: sample[name] for name in sample["metrics"]}
                 lines.append(json.dumps(command.plain(line), ensure_ascii=False, allow_nan=False, default=str) + "\n")
     files.write_atomically(out / "samples.jsonl", "".join(lines).encode(errors="backslashreplace"))
 

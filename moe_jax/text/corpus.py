@@ -96,7 +96,9 @@ def collect(sources: Sequence[str], held_out: Sequence[Document], chat: jsonl.Ch
         num_bytes = sum(document.num_bytes for document in taken)
         statistics[source] = SourceStatistics(len(taken), num_bytes, dict(sorted(left_out.items())))
     if not documents:
-        reasons = sum((collections.Counter(source.left_out) for source in statistics.values()), collections.Counter())
+        reasons = collections.Counter()
+        for counts in statistics.values():
+            reasons.update(counts.left_out)
         raise ValueError(
             f"no training text left in {', '.join(sorted(set(sources)))} ({left_out_in_words(reasons)}): name more "
             "sources in text.sources"
