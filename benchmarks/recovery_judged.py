@@ -43,7 +43,7 @@ def judge(config: Config, out: pathlib.Path, folder: pathlib.Path, spec: str, do
     )
     settings = {"max_new_tokens": config.evaluation.completion_tokens, "seed": config.run.seed}
     parses = completions.complete(model.engine, tokenizer, task.headers, compared, **settings, **shared)[0]
-    count = len(task.documents)
+    count = len(task.held_out.documents)
     asked_by = np.array([question.document for question in task.questions])
     headed_by = np.array([header.document for header in task.headers])
     return Judged(

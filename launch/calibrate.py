@@ -39,16 +39,19 @@ def main(run: command.Command) -> None:
         rows_JT = calibrate.rows_of(documents, min(LENGTH, architecture.decoder.max_context), DOCUMENTS)
     model = run.load(opened)
     with run.timed("run"):
-        found = calibrate.measure(model.params, rows_JT, execution)
-    calibrations.save(run.out / calibrations.NAME, found)
-    others_LEE = np.where(np.eye(architecture.moe.num_experts, dtype=bool), -1, found.similarity_LEE)
+        calibration = calibrate.measure(model.params, rows_JT, execution)
+    calibrations.save(run.out / calibrations.NAME, calibration)
+    others_LEE = np.where(np.eye(architecture.moe.num_experts, dtype=bool), -1, calibration.similarity_LEE)
     nearest_L = np.median(others_LEE.max(axis=2), axis=1)
     figures = {"tokens": {"value": rows_JT.size, "unit": "tokens"}}
-    for layer, (ratio, nearest) in enumerate(zip(found.median_ratio_L.tolist(), nearest_L.tolist())):
+    for layer, (ratio, nearest) in enumerate(zip(calibration.median_ratio_L.tolist(), nearest_L.tolist())):
         figures[f"median_ratio_layer_{layer}"] = {"value": ratio, "unit": "1"}
         figures[f"nearest_expert_layer_{layer}"] = {"value": nearest, "unit": "1"}
     lines = [f"on {rows_JT.size} tokens, for each MoE layer: median w_i / w_1, median similarity to the nearest expert"]
-    lines += [f"{layer:3} {r:.3f} {n:.3f}" for layer, (r, n) in enumerate(zip(found.median_ratio_L, nearest_L))]
+    lines += [
+        f"{layer:3} {ratio:.3f} {nearest:.3f}"
+        for layer, (ratio, nearest) in enumerate(zip(calibration.median_ratio_L, nearest_L))
+    ]
     run.finish(figures, text="\n".join([*lines, str(run.out / calibrations.NAME)]))
 
 

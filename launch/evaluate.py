@@ -32,11 +32,11 @@ def main(run: command.Command) -> None:
     with run.timed("text"):
         documents, calibration = load_held_out(held_out), opened.calibration
         task = compare.prepare(config.evaluation, seed, documents, tokenizer, execution, calibration)
-        xz = xz_bits_per_byte([document.text.encode() for document in task.documents])
+        xz = xz_bits_per_byte([document.text.encode() for document in task.held_out.documents])
 
     model = run.load(opened)
-    places = [opened.folder, held_out, *(pathlib.Path(one) for one in (config.policy.calibration,) if one)]
-    journal = Journal(run.out / "parts", identity(config, places, run.implementations))
+    paths = [opened.folder, held_out, config.policy.calibration]
+    journal = Journal(run.out / "parts", identity(config, paths, run.implementations))
     with run.timed("run"):
         measured = compare.measure(config.evaluation, seed, task, model.engine, tokenizer, execution, journal)
 

@@ -25,18 +25,18 @@ def main(run: command.Command) -> None:
 
     config = run.config
     held_out = config.text.held_out and str(command.in_repository(config.text.held_out, "text.held_out"))
-    found = dataclasses.replace(config, text=dataclasses.replace(config.text, held_out=held_out))
-    opened, execution = run.open_model(dtype=run.config.training.weights)
+    resolved = dataclasses.replace(config, text=dataclasses.replace(config.text, held_out=held_out))
+    opened, execution = run.open_model(dtype=config.training.weights)
     execution = dataclasses.replace(execution, k_max=max(execution.k_max, opened.architecture.moe.k))
     run_policies = recover.recovery_policies(config, opened.architecture, opened.calibration)
     loop.require_same_run(config, run.out)
     with run.timed("text"):
-        text = finetuning.prepare_text(found, opened)
+        text = finetuning.prepare_text(resolved, opened)
     with run.timed("load"):
         params = opened.load(config.training.weights)
     finetuning.require_memory(config, params)
-    places = [opened.folder, *(pathlib.Path(place) for place in (held_out, config.policy.calibration) if place)]
-    depends_on = identity(config, places, run.implementations) | {"text": text.digest}
+    paths = [opened.folder, held_out, config.policy.calibration]
+    depends_on = identity(config, paths, run.implementations) | {"text": text.digest}
     journal = Journal(run.out / "before", depends_on)
     with run.timed("before"):
         before = recover.measure(config, params, text, run_policies.compared, execution, "before", journal)

@@ -145,9 +145,9 @@ def write_samples(out: pathlib.Path | None, specs: list[str], results: list[dict
     lines = []
     for spec, result in zip(specs, results):
         for task, samples in result["samples"].items():
-            for one in samples:
-                metrics = {name: one[name] for name in one["metrics"]}
-                line = {"policy": spec, "task": task, "document": one["doc_id"], "filter": one["filter"], **metrics}
+            for sample in samples:
+                line = {"policy": spec, "task": task, "document": sample["doc_id"], "filter": sample["filter"]}
+                line |= {name: sample[name] for name in sample["metrics"]}
                 lines.append(json.dumps(command.plain(line), ensure_ascii=False, allow_nan=False, default=str) + "\n")
     files.write_atomically(out / "samples.jsonl", "".join(lines).encode(errors="backslashreplace"))
 

@@ -68,8 +68,9 @@ def main(run: command.Command) -> None:
         with run.timed("run"):
             completions, measured = model.engine.run(requests, execution, show)
     except NotFiniteError as error:
-        parts = [dataclasses.asdict(one) for one in error.completions]
-        parts = [one | {"finish_reason": one["finish_reason"] or "not finite"} for one in parts]
+        parts = [dataclasses.asdict(completion) for completion in error.completions]
+        for part in parts:
+            part["finish_reason"] = part["finish_reason"] or "not finite"
         write_completions(run.out, prompts, parts)
         raise
     except KeyboardInterrupt:
@@ -164,7 +165,8 @@ def summary(run: command.Command, figures: dict, completions: list) -> str:
     value = {name: figure["value"] for name, figure in figures.items()}
     seconds = ", ".join(f"{phase} {run.seconds[phase]:.2f} s" for phase in ("load", "compile", "prefill", "decode"))
     names = ", ".join(f"{operation} {name}" for operation, name in run.implementations.items())
-    tokens, reasons = sum(len(one.ids) for one in completions), ", ".join(one.finish_reason for one in completions)
+    tokens = sum(len(completion.ids) for completion in completions)
+    reasons = ", ".join(completion.finish_reason for completion in completions)
     return (
         f"{seconds}\n"
         f"prefill {value['prefill_tokens_per_s']:.0f} tokens/s, first token after "

@@ -62,9 +62,9 @@ def main(run: command.Command) -> None:
         original_execution = dataclasses.replace(execution, architecture=original.architecture)
         candidates[0] = study.Candidate(compared[0], run.load(original).params, original_execution)
 
-    given = (config.policy.calibration, timed.model.path and command.in_repository(timed.model.path))
-    places = [opened.folder, original.folder, held_out, *(pathlib.Path(place) for place in given if place)]
-    depends_on = identity(config, places, run.implementations) | {"timed": dataclasses.asdict(timed)}
+    timed_folder = timed.model.path and command.in_repository(timed.model.path)
+    paths = [opened.folder, original.folder, held_out, config.policy.calibration, timed_folder]
+    depends_on = identity(config, paths, run.implementations) | {"timed": dataclasses.asdict(timed)}
     journal = Journal(run.out / "parts", depends_on)
     total = study.num_qualities(compared, sweep) + sweep.rounds * len(sweep.concurrencies)
     with tqdm.tqdm(total=total, unit="part", disable=None) as progress:
@@ -76,7 +76,7 @@ def main(run: command.Command) -> None:
             progress.set_description("speed")
             timed_engine, in_words = make_timed_engine(config, timed, timed_opened, model, execution)
             speeds = study.measure_speed(timed_engine, compared, qualities, **shared)
-    found = Frontier(
+    frontier = Frontier(
         study.points(windows, compared, qualities, speeds, architecture),
         f"{config.model.path}{f' (`model` is {sweep.original})' if sweep.original else ''}, {config.model.dtype}, "
         f"{len(windows.bytes_J)} windows of {sweep.context} tokens "
@@ -84,10 +84,10 @@ def main(run: command.Command) -> None:
         in_words,
         hardware.in_words(),
     )
-    files.write_atomically(run.out / "frontier.csv", to_csv(found))
-    files.write_atomically(run.out / "frontier.html", page(found))
-    files.write_atomically(run.out / "frontier.png", png(found))
-    run.finish(frontier_result.figures(found), rows=frontier_result.rows(found), text=table(found))
+    files.write_atomically(run.out / "frontier.csv", to_csv(frontier))
+    files.write_atomically(run.out / "frontier.html", page(frontier))
+    files.write_atomically(run.out / "frontier.png", png(frontier))
+    run.finish(frontier_result.figures(frontier), rows=frontier_result.rows(frontier), text=table(frontier))
     journal.forget()
 
 
@@ -101,12 +101,13 @@ def timed_model(config, opened):
         timed = gin.read_config(command.in_repository(config.sweep.timed_config, "sweep.timed_config"))
         path = timed.model.path
         other = checkpoint.open(command.in_repository(path)) if path else None
-    own = timed.architecture if other is None else other.architecture
-    require_alike(own, opened.architecture, "sweep.timed_config")
-    if own.decoder.max_context < config.sweep.cached_tokens + 2:
+    architecture = timed.architecture if other is None else other.architecture
+    require_alike(architecture, opened.architecture, "sweep.timed_config")
+    most = architecture.decoder.max_context - 2
+    if config.sweep.cached_tokens > most:
         raise ValueError(
-            f"sweep.cached_tokens = {config.sweep.cached_tokens}: expected at most {own.decoder.max_context - 2}, two "
-            "less than the timed model's context"
+            f"sweep.cached_tokens = {config.sweep.cached_tokens}: expected at most {most}, two less than the timed "
+            "model's context"
         )
     return timed, other
 

@@ -18,17 +18,18 @@ def main(run: command.Command) -> None:
     """Prepares the text, trains, exports and measures."""
     from moe_jax.report import trained
     from moe_jax.study import pretrain
+    from moe_jax.study.compare import compared_policies
     from moe_jax.training import loop, pretraining
 
     config = run.config
     execution = run.execution_of(config.architecture, config.training.weights)
-    pretrain.policies_of(config, execution)  # checks them before hours of training
+    compared_policies(config.evaluation, config.architecture, execution.k_max)  # checked before hours of training
     pretraining.require_possible(config)
     loop.require_same_run(config, run.out)
     with run.timed("text"):
         held_out = str(command.in_repository(config.text.held_out, "text.held_out"))
-        found = dataclasses.replace(config, text=dataclasses.replace(config.text, held_out=held_out))
-        text = pretraining.prepare_text(found, run.out)
+        resolved = dataclasses.replace(config, text=dataclasses.replace(config.text, held_out=held_out))
+        text = pretraining.prepare_text(resolved, run.out)
     with run.timed("run"):
         params = pretraining.train(config, run.out, text, execution)
     with run.timed("measure"):

@@ -70,13 +70,14 @@ def convert(
     huggingface.require_free(destination)
     if (source / _RUN).is_file():
         with_k(gin.read_config(source / _RUN).architecture, policy)
-        given = _read_run(source)
+        model = _read_run(source)
     else:
         opened = checkpoint.open(source)
         with_k(opened.architecture, policy)
         is_orbax = (opened.folder / _PARAMS).is_dir()
-        given = _read_orbax(opened) if is_orbax else ModelWithWeights(opened, opened.read(dtype))
-    model = given._replace(checkpoint=given.checkpoint.with_architecture(with_k(given.checkpoint.architecture, policy)))
+        model = _read_orbax(opened) if is_orbax else ModelWithWeights(opened, opened.read(dtype))
+    architecture = with_k(model.checkpoint.architecture, policy)
+    model = model._replace(checkpoint=model.checkpoint.with_architecture(architecture))
     if layout == "orbax":
         _write_orbax(destination, model, dtype)
     else:

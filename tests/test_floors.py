@@ -26,47 +26,47 @@ TOP = len(FLOORS) - 1
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def room_of(path):
+def package_of(path):
     """The package or module directly below `moe_jax` that a file belongs to."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported_rooms(tree, package):
-    """The packages that code in `package` (dotted) imports anywhere; `import moe_jax` is its `__init__`."""
+def imported_packages(tree, folder):
+    """The packages that code in a folder (dotted) imports anywhere; `import moe_jax` is its `__init__`."""
     names = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = folder.split(".")[: len(folder.split(".")) - node.level + 1] if node.level else []
             module = ".".join(base + ([node.module] if node.module else []))
             names += [f"{module}.{alias.name}" for alias in node.names] if module == "moe_jax" else [module]
     parts = [name.split(".") for name in names]
     return {part[1] if len(part) > 1 else "__init__" for part in parts if part[0] == "moe_jax"}
 
 
-def violations(room, tree, package):
-    """The imports in a file of package `room` that break the rule, which exempts the modules of the top floor."""
-    found = []
-    for imported in sorted(imported_rooms(tree, package) - {room}):
-        if (room, imported) in SIDEWAYS:
+def violations(package, tree, folder):
+    """The imports in a file of a package that break the rule, which exempts the modules of the top floor."""
+    broken = []
+    for imported in sorted(imported_packages(tree, folder) - {package}):
+        if (package, imported) in SIDEWAYS:
             continue
         if imported not in FLOOR_OF:
-            found.append(f"{imported} has no floor")
-        elif FLOOR_OF[imported] >= FLOOR_OF[room] and FLOOR_OF[room] != TOP:
-            found.append(f"{room} (floor {FLOOR_OF[room]}) imports {imported} (floor {FLOOR_OF[imported]})")
-    return found
+            broken.append(f"{imported} has no floor")
+        elif FLOOR_OF[imported] >= FLOOR_OF[package] and FLOOR_OF[package] != TOP:
+            broken.append(f"{package} (floor {FLOOR_OF[package]}) imports {imported} (floor {FLOOR_OF[imported]})")
+    return broken
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_point_down(path):
-    assert room_of(path) in FLOOR_OF, f"give {room_of(path)} a floor"
-    package = ".".join(path.parent.relative_to(ROOT).parts)
-    assert violations(room_of(path), ast.parse(path.read_text()), package) == []
+    assert package_of(path) in FLOOR_OF, f"give {package_of(path)} a floor"
+    folder = ".".join(path.parent.relative_to(ROOT).parts)
+    assert violations(package_of(path), ast.parse(path.read_text()), folder) == []
 
 
 @pytest.mark.parametrize(
-    ("room", "source", "refused"),
+    ("package", "source", "refused"),
     [
         ("model", "from moe_jax.routing import selection", False),
         ("model", "import jax, moe_jaxlike", False),
@@ -89,8 +89,8 @@ def test_imports_point_down(path):
         ("command", "from moe_jax import api", False),
     ],
 )
-def test_the_rule_itself(room, source, refused):
-    assert bool(violations(room, ast.parse(source), f"moe_jax.{room}")) == refused
+def test_the_rule_itself(package, source, refused):
+    assert bool(violations(package, ast.parse(source), f"moe_jax.{package}")) == refused
 
 
 def test_launchers_hold_no_preamble_twice():

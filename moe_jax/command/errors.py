@@ -12,7 +12,7 @@ READER_GONE = 128 + signal.SIGPIPE  # as the shell reports a process ended by SI
 
 
 def refuse(error: Exception) -> int:
-    """Prints an error in one line, with `--verbosity=1` after its traceback; returns the exit status."""
+    """Prints an error in one line, after its traceback if `--verbosity=1` is given; returns the exit status."""
     logging.debug("refused", exc_info=error)
     message = str(error)
     if isinstance(error, OSError) and error.strerror:

@@ -161,9 +161,9 @@ def run(
 def _refuse_other_shape(config: schema.Config, architecture: Architecture) -> None:
     """Refuses shape settings that contradict the model's own, since they would be ignored."""
     for section in ("decoder", "attention", "moe"):
-        given, own = getattr(config, section), getattr(architecture, section)
-        for field in dataclasses.fields(given):
-            value, expected = getattr(given, field.name), getattr(own, field.name)
+        settings, shape = getattr(config, section), getattr(architecture, section)
+        for field in dataclasses.fields(settings):
+            value, expected = getattr(settings, field.name), getattr(shape, field.name)
             if value not in (field.default, expected):
                 hint = "; for fewer active experts: policy.spec=topk:4" if field.name == "k" else ""
                 raise ValueError(f"{section}.{field.name} = {value!r}: expected the model's own, {expected!r}{hint}")

@@ -86,7 +86,7 @@ def _flops(architecture: Architecture, step: Step) -> float:
         _mixed_numbers(architecture.attention, new) * (new * cached + new * (new + 1) // 2)
         for cached, new in zip(step.cached_B, step.new_B)
     )
-    matrices = count(architecture, lambda one: _always_read(one) and one.kind is Matrix)
+    matrices = count(architecture, lambda parameter: _always_read(parameter) and parameter.kind is Matrix)
     head = len(step.new_B) * _head_size(architecture)
     products = step.tokens * matrices + mixing + step.kept_slots * count_expert(architecture) + head
     return 2 * products

@@ -3,13 +3,15 @@
 import collections
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import tokenizers
+from tqdm import tqdm
 
 from moe_jax.evaluation.journal import Journal
+from moe_jax.evaluation.picking import pick_evenly
 from moe_jax.evaluation.scoring import LabeledRows, score
 from moe_jax.model import decoder
 from moe_jax.routing import policies
@@ -26,10 +28,10 @@ EARLIEST_LINE = 5  # lines before the question
 class Question:
     """A prefix, and four lines of which the first is the true continuation."""
 
-    document: int
+    document: int  # index
     prefix_ids: tuple[int, ...]
     option_ids: tuple[tuple[int, ...], ...]
-    option_bytes: tuple[int, ...]
+    option_bytes: tuple[int, ...]  # of each option's line
 
 
 def make_questions(
@@ -51,59 +53,55 @@ def make_questions(
         ValueError: the documents have fewer questions.
     """
     rng = np.random.default_rng(seed)
-    questions: list[Question] = []
-    places = _places(documents)
-    waiting = [rng.permutation(np.array(document_places, np.int64)).tolist() for document_places in places]
-    while any(waiting) and len(questions) < count:
-        for number, document in enumerate(documents):
-            question = _find_question(document.text, number, places[number], waiting[number], tokenizer, rng)
-            questions += [] if question is None else [question]
+    lines = [[line.rstrip() for line in document.text.split("\n")] for document in documents]
+    places = _places(lines)
+
+    def make(document: int, place: int) -> Question | None:
+        later = [other for other in places[document] if other > place]
+        if place < EARLIEST_LINE or len(later) < OPTIONS - 1:
+            return None
+        asked = [place, *rng.choice(later, OPTIONS - 1, replace=False).tolist()]
+        return _make_question(document, lines[document], asked, tokenizer)
+
+    questions = pick_evenly(places, make, count, rng)
     if len(questions) < count:
         raise ValueError(
             f"the text has {len(questions)} next-line questions: expected {count}; "
             f"with evaluation.choice_questions={len(questions)} no more are asked"
         )
-    return questions[:count]
+    return questions
 
 
-def _lines(text: str) -> list[str]:
-    return [line.rstrip() for line in text.split("\n")]
-
-
-def _places(documents: Sequence[Document]) -> list[list[int]]:
+def _places(lines: Sequence[Sequence[str]]) -> list[list[int]]:
     """For each document, the numbers of lines that can be asked for: long enough, and unique in the whole text."""
-    bare = [[line.strip() for line in _lines(document.text)] for document in documents]
-    written = collections.Counter(itertools.chain.from_iterable(bare))
+    bare = [[line.strip() for line in document_lines] for document_lines in lines]
+    occurrences = collections.Counter(itertools.chain.from_iterable(bare))
     return [
-        [place for place, line in enumerate(lines) if len(line) >= SHORTEST_LINE and written[line] == 1]
-        for lines in bare
+        [place for place, line in enumerate(bare_lines) if len(line) >= SHORTEST_LINE and occurrences[line] == 1]
+        for bare_lines in bare
     ]
 
 
-def _find_question(text, number, places, waiting, tokenizer, rng) -> Question | None:
-    """Tries the remaining places until one gives a question that fits; None if the document has no more."""
-    lines = _lines(text)
-    while waiting:
-        place = waiting.pop()
-        others = [other for other in places if other > place]
-        if place < EARLIEST_LINE or len(others) < OPTIONS - 1:
-            continue
-        picked = [place, *(int(other) for other in rng.choice(others, OPTIONS - 1, replace=False))]
-        before = "\n".join(lines[:place])
-        encoded = tokenizer.encode_batch([f"{before}\n{lines[line]}" for line in picked])
-        ids = [encoding.ids for encoding in encoded]
-        shared = _shared(ids)
-        options = tuple(tuple(option_ids[shared:]) for option_ids in ids)
-        if all(options) and sum(map(len, options)) <= LONGEST_OPTIONS:
-            room = ROW - sum(map(len, options))
-            prefix = tuple(ids[0][max(0, shared - room) : shared])
-            return Question(number, prefix, options, tuple(len(lines[line].encode()) for line in picked))
-    return None
+def _make_question(
+    document: int, lines: Sequence[str], asked: Sequence[int], tokenizer: tokenizers.Tokenizer
+) -> Question | None:
+    """The question for four lines of a document, the true one first; None if they do not fit in a row.
 
-
-def _shared(ids: Sequence[Sequence[int]]) -> int:
-    """The number of leading tokens that all have in common."""
-    return sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*ids)))
+    Args:
+        document: its index.
+        lines: all its lines.
+        asked: the numbers of the four lines.
+        tokenizer: the model's tokenizer.
+    """
+    before = "\n".join(lines[: asked[0]])
+    ids = [encoding.ids for encoding in tokenizer.encode_batch([f"{before}\n{lines[place]}" for place in asked])]
+    num_shared = sum(1 for _ in itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*ids)))
+    options = tuple(tuple(option_ids[num_shared:]) for option_ids in ids)
+    num_option_tokens = sum(map(len, options))
+    if not all(options) or num_option_tokens > LONGEST_OPTIONS:
+        return None
+    prefix = tuple(ids[0][max(0, num_shared - (ROW - num_option_tokens)) : num_shared])
+    return Question(document, prefix, options, tuple(len(lines[place].encode()) for place in asked))
 
 
 def score_options(
@@ -114,9 +112,8 @@ def score_options(
     *,
     batch_size: int,
     journal: Journal | None = None,
-    advance: Callable[[int], object] = lambda questions: None,
 ) -> np.ndarray:
-    """Scores every option of every question under every policy.
+    """Scores every option of every question under every policy, with a progress bar on a terminal.
 
     The options of a question share one row, each as a segment that continues the same prefix, so the prefix is read
     only once.
@@ -128,7 +125,6 @@ def score_options(
         execution: the static half of the step.
         batch_size: rows of `ROW` tokens per compiled step.
         journal: keeps finished batches; None: they are not kept.
-        advance: called with the number of questions done since the last call.
 
     Returns:
         float64 [policies, questions, options]: nats per byte of the line; lower is likelier.
@@ -138,20 +134,20 @@ def score_options(
         policies.settings([policy] * batch_size, execution.architecture, execution.k_max) for policy in compared
     ]
     per_byte = [np.zeros((len(compared), 0, OPTIONS))]  # there may be no questions
-    for first in range(0, len(questions), batch_size):
+    starts = range(0, len(questions), batch_size)
+    for first in tqdm(starts, desc="choices", unit="batch", disable=None if questions else True):
         asked = questions[first : first + batch_size]
 
         def compute(asked=asked):
             rows = _lay_out(asked, batch_size)
-            found = [
+            nats_PY = [
                 score(params, rows.batch, [live], execution, specs=[policy.spec])[0].nats_Y
                 for policy, live in zip(compared, settings)
             ]
-            return {"nats": [np.bincount(rows.option_Y, nats_Y, len(asked) * OPTIONS) for nats_Y in found]}
+            return {"nats": [np.bincount(rows.option_Y, nats_Y, len(asked) * OPTIONS) for nats_Y in nats_PY]}
 
         nats = journal.once(f"choices-{first:06d}", compute)["nats"].reshape(len(compared), len(asked), OPTIONS)
         per_byte.append(nats / np.array([question.option_bytes for question in asked]))
-        advance(len(asked))
     return np.concatenate(per_byte, axis=1)
 
 
@@ -166,20 +162,21 @@ class _QuestionRows(NamedTuple):
 
 
 def _lay_out(questions: Sequence[Question], batch_size: int) -> _QuestionRows:
+    """One row per question: the prefix (segment -1), then each option (segments 1 to 4), with positions after it."""
     tokens_BT, positions_BT, segments_BT = np.zeros((3, batch_size, ROW), np.int32)
     source, label, option = [], [], []
     for row, question in enumerate(questions):
-        end = len(question.prefix_ids)
-        tokens_BT[row, :end] = question.prefix_ids
-        positions_BT[row, :end] = np.arange(end)
-        segments_BT[row, :end] = -1
-        begin = end
+        prefix_length = len(question.prefix_ids)
+        tokens_BT[row, :prefix_length] = question.prefix_ids
+        positions_BT[row, :prefix_length] = np.arange(prefix_length)
+        segments_BT[row, :prefix_length] = -1
+        begin = prefix_length
         for number, ids in enumerate(question.option_ids):
-            at = slice(begin, begin + len(ids))
-            tokens_BT[row, at] = ids
-            positions_BT[row, at] = end + np.arange(len(ids))
-            segments_BT[row, at] = number + 1
-            source += [row * ROW + end - 1, *range(row * ROW + begin, row * ROW + begin + len(ids) - 1)]
+            columns = slice(begin, begin + len(ids))
+            tokens_BT[row, columns] = ids
+            positions_BT[row, columns] = prefix_length + np.arange(len(ids))
+            segments_BT[row, columns] = number + 1
+            source += [row * ROW + prefix_length - 1, *range(row * ROW + begin, row * ROW + begin + len(ids) - 1)]
             label += ids
             option += [row * OPTIONS + number] * len(ids)
             begin += len(ids)

@@ -5,15 +5,17 @@ import dataclasses
 import itertools
 import textwrap
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import tokenizers
+from tqdm import tqdm
 
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.engine.generate import Engine
 from moe_jax.engine.request import make_requests
 from moe_jax.evaluation.journal import Journal
+from moe_jax.evaluation.picking import pick_evenly
 from moe_jax.model import decoder
 from moe_jax.routing import policies
 from moe_jax.text.documents import Document
@@ -27,7 +29,7 @@ SAMPLED_TEMPERATURE = 0.8
 class Header:
     """The header of a function, and the tokens that lead up to its body."""
 
-    document: int
+    document: int  # index
     ids: tuple[int, ...]  # whole tokens; they end with the line break and the indentation before the body
     text: str  # from the line of `def` to the body's first character
     column: int  # of `def`
@@ -47,22 +49,18 @@ def make_headers(
     Raises:
         ValueError: the documents have fewer headers.
     """
-    rng = np.random.default_rng(seed)
-    waiting = [rng.permutation(np.array(_functions(document.text), np.int64)).tolist() for document in documents]
-    found: list[Header] = []
-    while any(waiting) and len(found) < count:
-        for number, functions in enumerate(waiting):
-            while functions:
-                header = _header(documents[number].text, number, *functions.pop(), tokenizer)
-                if header is not None:
-                    found.append(header)
-                    break
-    if len(found) < count:
+
+    def make(document: int, function: Sequence[int]) -> Header | None:
+        return _make_header(document, documents[document].text, *function, tokenizer)
+
+    functions = [_functions(document.text) for document in documents]
+    headers = pick_evenly(functions, make, count, np.random.default_rng(seed))
+    if len(headers) < count:
         raise ValueError(
-            f"the text has {len(found)} headers of functions: expected {count}; "
-            f"with evaluation.completion_headers={len(found)} no more are completed"
+            f"the text has {len(headers)} headers of functions: expected {count}; "
+            f"with evaluation.completion_headers={len(headers)} no more are completed"
         )
-    return found[:count]
+    return headers
 
 
 def _functions(text: str) -> list[tuple[int, int]]:
@@ -81,14 +79,14 @@ def _functions(text: str) -> list[tuple[int, int]]:
     return [(begin, body) for begin, body in spans if "\n" in text[begin:body] and text[:body].endswith((" ", "\t"))]
 
 
-def _header(text: str, number: int, begin: int, body: int, tokenizer: tokenizers.Tokenizer) -> Header | None:
-    """The header; None if a token spans the start of the body, so that no prompt can end there."""
+def _make_header(document: int, text: str, begin: int, body: int, tokenizer: tokenizers.Tokenizer) -> Header | None:
+    """The header between two offsets; None if a token spans the start of the body, so that no prompt can end there."""
     encoded = tokenizer.encode(text[: body + 1])
     count = sum(end <= body for _, end in encoded.offsets)
     if not count or encoded.offsets[count - 1][1] != body:
         return None
     line = text[begin:body]
-    return Header(number, tuple(encoded.ids[max(0, count - PROMPT) : count]), line, len(line) - len(line.lstrip()))
+    return Header(document, tuple(encoded.ids[max(0, count - PROMPT) : count]), line, _indentation(line))
 
 
 def parses(header: Header, text: str, finished: bool) -> bool:
@@ -129,9 +127,8 @@ def complete(
     max_new_tokens: int,
     seed: int = 0,
     journal: Journal | None = None,
-    advance: Callable[[int], object] = lambda completions: None,
 ) -> np.ndarray:
-    """Generates every body under every policy, greedily and at a temperature of 0.8.
+    """Generates every body under every policy, greedily and at a temperature of 0.8; shows progress on a terminal.
 
     All policies and temperatures share one compiled step. A header uses the same random numbers under every policy.
 
@@ -144,7 +141,6 @@ def complete(
         max_new_tokens: the most tokens of each body.
         seed: the seed of sampling.
         journal: keeps finished batches; None: they are not kept.
-        advance: called with the number of completions done since the last call.
 
     Returns:
         bool [policies, 2, headers]: whether the completion parses; greedy first, then sampled.
@@ -160,8 +156,8 @@ def complete(
         seeds = [(seed + number) % 2**32 for number in range(len(headers))]
         prompts = [header.ids for header in headers]
         requests += make_requests(prompts, tokenizer, execution, sampling=sampling, policy=policy, seed=seeds)
-    found = []
-    for first in range(0, len(requests), BATCH):
+    parsed = []
+    for first in tqdm(range(0, len(requests), BATCH), desc="completions", unit="batch", disable=None):
         batch = slice(first, first + BATCH)
 
         def compute(batch=batch):
@@ -172,6 +168,5 @@ def complete(
             ]
             return {"parses": judged}
 
-        found.append(journal.once(f"completions-{first:06d}", compute)["parses"])
-        advance(len(found[-1]))
-    return np.concatenate(found).reshape(len(compared), 2, len(headers))
+        parsed.append(journal.once(f"completions-{first:06d}", compute)["parses"])
+    return np.concatenate(parsed).reshape(len(compared), 2, len(headers))

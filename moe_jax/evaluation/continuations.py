@@ -84,7 +84,7 @@ def score_continuations(
     longest_first = sorted(sharing, key=len, reverse=True)
     rows = min(batch_size, round_up(max(len(longest_first), 1)))
     live = settings_of(policy, rows, execution)
-    found = [Scored(0.0, True)] * len(pairs)
+    results = [Scored(0.0, True)] * len(pairs)
     for first in range(0, len(longest_first), rows):
         read = longest_first[first : first + rows]
         asked = [index for ids in read for index in sharing[ids]]
@@ -94,9 +94,9 @@ def score_continuations(
         nats = np.bincount(rows_asked.asked_Y, np.float64(scores.nats_Y), len(asked))
         misses = np.bincount(rows_asked.asked_Y, ~scores.greedy_Y, len(asked))
         for number, index in enumerate(asked):
-            found[index] = Scored(-float(nats[number]), not misses[number])
-            on_scored(index, found[index])
-    return found
+            results[index] = Scored(-float(nats[number]), not misses[number])
+            on_scored(index, results[index])
+    return results
 
 
 def _tokens_read(index: int, pair: Pair, max_context: int) -> tuple[int, ...]:

@@ -135,7 +135,7 @@ class LanguageModel(TemplateLM):
                 owner.append(number)
                 pairs.append(Pair(*make_disjoint_window(window)))
         scored = self._score(pairs, "loglikelihood_rolling", lambda index, scored: None)
-        totals = np.bincount(owner, [one.log_probability for one in scored], len(requests)).tolist()
+        totals = np.bincount(owner, [pair.log_probability for pair in scored], len(requests)).tolist()
         for request, total in zip(requests, totals):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return totals
@@ -196,8 +196,8 @@ class LanguageModel(TemplateLM):
 
     def _cut(self, ids: Sequence[int], stop: Sequence[str]) -> str:
         text = self._tokenizer.decode(list(ids))
-        for one in stop:
-            text = text.split(one)[0]
+        for stop_string in stop:
+            text = text.split(stop_string)[0]
         return text
 
 
@@ -207,16 +207,14 @@ def sampling_of(arguments: Mapping[str, Any]) -> SamplingConfig:
     Raises:
         ValueError: a setting is not supported, or a value is out of range.
     """
-    given = normalize_gen_kwargs(dict(arguments), MAX_NEW_TOKENS)
-    unknown = sorted(name for name in given if name not in _SAMPLING and (name, given[name]) != ("num_beams", 1))
-    if unknown:
-        raise ValueError(
-            f"generation_kwargs: {unknown[0]} = {given[unknown[0]]!r} is not supported: expected {', '.join(_SAMPLING)}"
-        )
+    settings = normalize_gen_kwargs(dict(arguments), MAX_NEW_TOKENS)
+    for name, value in sorted(settings.items()):
+        if name not in _SAMPLING and (name, value) != ("num_beams", 1):
+            raise ValueError(f"generation_kwargs: {name} = {value!r} is not supported: expected {', '.join(_SAMPLING)}")
     return SamplingConfig(
-        given["max_gen_toks"],
-        float(given.get("temperature", 1.0)) if given["do_sample"] else 0.0,
-        int(given.get("top_k", 0)),
-        float(given.get("top_p", 1.0)),
-        tuple(filter(None, given["until"])),
+        settings["max_gen_toks"],
+        float(settings.get("temperature", 1.0)) if settings["do_sample"] else 0.0,
+        int(settings.get("top_k", 0)),
+        float(settings.get("top_p", 1.0)),
+        tuple(filter(None, settings["until"])),
     )

@@ -5,6 +5,7 @@ import hashlib
 import importlib.metadata
 import io
 import json
+import os
 import pathlib
 import shutil
 import zipfile
@@ -14,8 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax import files
 from moe_jax.config.schema import Config
+from moe_jax.files import write_atomically
 
 
 class Journal:
@@ -31,8 +32,7 @@ class Journal:
 
     def __init__(self, folder: pathlib.Path | None, identity: Mapping[str, Any]):
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        self.name = digest[:16]
-        self._folder = None if folder is None else folder / self.name
+        self._folder = None if folder is None else folder / digest[:16]
 
     def once(self, name: str, compute: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
         """The arrays of a part: read if it is finished, else computed and written."""
@@ -49,7 +49,7 @@ class Journal:
         arrays = _arrays(compute())
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
-        files.write_atomically(path, buffer.getvalue())
+        write_atomically(path, buffer.getvalue())
         return arrays
 
     def forget(self) -> None:
@@ -60,18 +60,21 @@ class Journal:
                 self._folder.parent.rmdir()
 
 
-def identity(config: Config, places: Sequence[pathlib.Path], implementations: Mapping[str, str]) -> dict[str, Any]:
+def identity(config: Config, paths: Sequence[str | os.PathLike], implementations: Mapping[str, str]) -> dict[str, Any]:
     """Everything that the parts of a measurement depend on.
 
     Args:
         config: all settings.
-        places: files, and folders of files, identified by size and time of modification.
+        paths: of files, and of folders whose files count, each by its size and time of modification; "": none.
         implementations: by operation.
     """
-    found = [file for place in places for file in ([place] if place.is_file() else sorted(place.iterdir()))]
-    written = {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in found if file.is_file()}
+    files = {}
+    for path in map(pathlib.Path, filter(None, paths)):
+        for file in [path] if path.is_file() else sorted(path.iterdir()):
+            if file.is_file():
+                files[str(file)] = [file.stat().st_size, file.stat().st_mtime_ns]
     versions = {"moe_jax": importlib.metadata.version("moe_jax"), "jax": jax.__version__}
-    return dataclasses.asdict(config) | {"files": written, "versions": versions, "implementations": implementations}
+    return dataclasses.asdict(config) | {"files": files, "versions": versions, "implementations": implementations}
 
 
 def _arrays(part: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -1,10 +1,11 @@
 """Held-out likelihood: how many bits per byte a model needs for a text that it has not seen."""
 
 import lzma
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from moe_jax.evaluation.journal import Journal
 from moe_jax.evaluation.scoring import LabeledRows, score
@@ -34,7 +35,7 @@ def score_documents(
     batch_size: int,
     reference: int | None = None,
     journal: Journal | None = None,
-    advance: Callable[[int], object] = lambda windows: None,
+    progress: str = "",
 ) -> list[Likelihood]:
     """Scores every token of every document but its leading `<|endoftext|>`.
 
@@ -50,7 +51,7 @@ def score_documents(
         batch_size: windows per compiled step; fewer if they would have more than `TOKENS` tokens.
         reference: index of the policy from which divergences are measured; None: no divergences.
         journal: keeps finished batches; None: they are not kept.
-        advance: called with the number of windows done since the last call, for a progress bar.
+        progress: the title of a progress bar, which a terminal shows; "": no bar.
 
     Returns:
         The likelihood under each policy, in order.
@@ -66,14 +67,15 @@ def score_documents(
     nats_PJ, kl_PJ = np.zeros((2, len(compared), len(documents)))
     num_experts_L = np.array(architecture.num_experts_L)
     load_PLE = np.zeros((len(compared), len(num_experts_L), architecture.moe.num_experts), np.int64)
-    for first in range(0, len(all_windows.owner), batch_size):
+    starts = range(0, len(all_windows.owner), batch_size)
+    for first in tqdm(starts, desc=progress, unit="batch", disable=None if progress else True):
         batch = all_windows.batch(first, batch_size)
 
         def compute(batch=batch):
             specs = [policy.spec for policy in compared]
             scores = score(params, batch, settings, execution, reference, specs=specs)
-            arrays = {"nats_PY": [own.nats_Y for own in scores], "load_PLE": [own.load_LE for own in scores]}
-            return arrays | ({} if reference is None else {"kl_PY": [own.kl_Y for own in scores]})
+            arrays = {"nats_PY": [part.nats_Y for part in scores], "load_PLE": [part.load_LE for part in scores]}
+            return arrays | ({} if reference is None else {"kl_PY": [part.kl_Y for part in scores]})
 
         part = journal.once(f"windows-{first:06d}", compute)
         owner_Y = all_windows.owner[first + batch.source_Y[: batch.num_labels] // context]
@@ -82,7 +84,6 @@ def score_documents(
             if reference is not None:
                 kl_PJ[number] += np.bincount(owner_Y, np.float64(part["kl_PY"][number]), len(documents))
         load_PLE += part["load_PLE"]
-        advance(min(batch_size, len(all_windows.owner) - first))
     if architecture.moe.num_experts_of_layers:
         missing_LE = np.arange(load_PLE.shape[2]) >= num_experts_L[:, None]
         load_PLE = np.ma.masked_array(load_PLE, np.broadcast_to(missing_LE, load_PLE.shape))
@@ -91,11 +92,6 @@ def score_documents(
         Likelihood(nats_J / np.log(2), None if reference is None else kl_J, tokens_J, load_LE)
         for nats_J, kl_J, load_LE in zip(nats_PJ, kl_PJ, load_PLE)
     ]
-
-
-def num_windows(documents: Sequence[np.ndarray], context: int) -> int:
-    """The number of windows into which `score_documents` cuts documents."""
-    return len(_Windows(documents, context).owner)
 
 
 class _Windows:

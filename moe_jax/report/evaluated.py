@@ -1,7 +1,6 @@
 """What each policy costs in quality: the measurements of one model, as figures and as a table."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -10,42 +9,43 @@ from moe_jax.report.figures import Row, csv_text, documents_csv, figure, load_fi
 from moe_jax.study.compare import Measured, Task
 
 
-def rows(task: Task, measured: Measured) -> list[dict[str, Any]]:
+def rows(task: Task, measured: Measured) -> list[Row]:
     """The rows of result.json: each policy's figures and, from the second on, their differences from the first's.
 
     Differences are paired by document. `bits_per_byte_increase` is a fraction of the first policy's bits per byte; the
     others have the unit of their figure. What nothing was asked for has no figure.
     """
-    sizes = np.array([len(document.text.encode()) for document in task.documents])
-    count = len(sizes)
+    bytes_J = task.held_out.bytes_J
+    count = len(bytes_J)
     asked = np.array([question.document for question in task.questions], int)
     headed = np.array([header.document for header in task.headers], int)
     asked_J, headed_J = np.bincount(asked, minlength=count), np.bincount(headed, minlength=count)
 
     def rates(policy: int) -> list[tuple[str, str, np.ndarray, np.ndarray]]:
+        """Name, unit, part and whole by document of each rate that was asked for."""
         greedy, sampled = (np.bincount(headed, parses, count) for parses in measured.parses[policy])
-        found = [
+        asked_for = [
             ("choice_accuracy", "1", np.bincount(asked, measured.right[policy], count), asked_J),
             ("completion_parse_rate", "1", greedy, headed_J),
             ("completion_parse_rate_sampled", "1", sampled, headed_J),
         ]
-        return [rate for rate in found if rate[-1].any()]
+        return [rate for rate in asked_for if rate[-1].any()]
 
-    found = []
-    for policy, spec in enumerate(task.compared):
-        one, first = measured.likelihoods[policy], measured.likelihoods[0]
+    rows = []
+    first = measured.likelihoods[0]
+    for number, (policy, scored) in enumerate(zip(task.compared, measured.likelihoods, strict=True)):
         figures = {
-            "bits_per_byte": figure(ratio(one.bits_J, sizes), "bit/byte"),
-            "kl_to_full": figure(ratio(one.kl_J, one.tokens_J), "nat/token"),
-            **load_figures(one.load_LE),
+            "bits_per_byte": figure(ratio(scored.bits_J, bytes_J), "bit/byte"),
+            "kl_to_full": figure(ratio(scored.kl_J, scored.tokens_J), "nat/token"),
+            **load_figures(scored.load_LE),
         }
-        figures |= {name: figure(ratio(part, whole), unit) for name, unit, part, whole in rates(policy)}
-        if policy:
-            figures["bits_per_byte_increase"] = figure(paired_ratio(one.bits_J, first.bits_J), "1")
-            for (name, unit, part, whole), (_, _, reference, _) in zip(rates(policy), rates(0)):
+        figures |= {name: figure(ratio(part, whole), unit) for name, unit, part, whole in rates(number)}
+        if number:
+            figures["bits_per_byte_increase"] = figure(paired_ratio(scored.bits_J, first.bits_J), "1")
+            for (name, unit, part, whole), (_, _, reference, _) in zip(rates(number), rates(0)):
                 figures[f"{name}_difference"] = figure(paired_difference(part, reference, whole), unit)
-        found.append({"policy": spec.spec, "figures": figures})
-    return found
+        rows.append({"policy": policy.spec, "figures": figures})
+    return rows
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -60,20 +60,24 @@ def table(rows: Sequence[Row]) -> str:
         "parses, T=0.8": ("completion_parse_rate_sampled", "{:.3f}"),
         "max/mean load": ("expert_load_max_over_mean", "{:.2f}"),
     }
-    columns = {title: one for title, one in columns.items() if any(one[0] in row["figures"] for row in rows)}
+    columns = {
+        head: (name, form) for head, (name, form) in columns.items() if any(name in row["figures"] for row in rows)
+    }
     return policy_table(rows, columns)
 
 
 def details(task: Task, measured: Measured) -> dict[str, str]:
     """`documents.csv`, each document's bits under each policy, and `expert_load.csv`, each expert's slots."""
     specs = [policy.spec for policy in task.compared]
-    loads_PLE = [one.load_LE for one in measured.likelihoods]
+    loads_PLE = [scored.load_LE for scored in measured.likelihoods]
     expert_lines = [
         [spec, layer, *load_E]
         for spec, load_LE in zip(specs, loads_PLE)
         for layer, load_E in enumerate(load_LE.tolist())
     ]
     return {
-        "documents.csv": documents_csv(task.documents, zip(specs, [one.bits_J for one in measured.likelihoods])),
+        "documents.csv": documents_csv(
+            task.held_out.documents, zip(specs, [scored.bits_J for scored in measured.likelihoods])
+        ),
         "expert_load.csv": csv_text(["policy", "moe_layer", *range(loads_PLE[0].shape[1])], expert_lines),
     }

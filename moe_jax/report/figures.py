@@ -68,7 +68,7 @@ def documents_csv(documents: Sequence[Document], bits: Iterable[tuple[str, np.nd
     """The bits of each document, one column per pair of a head and bits_J."""
     heads, bits_PJ = zip(*bits)
     lines = (
-        [document.source, document.name, len(document.text.encode()), *(f"{bits:.6f}" for bits in bits_P)]
+        [document.source, document.name, document.num_bytes, *(f"{bits:.6f}" for bits in bits_P)]
         for document, bits_P in zip(documents, zip(*bits_PJ))
     )
     return csv_text(["source", "name", "bytes", *heads], lines)

@@ -9,38 +9,38 @@ import numpy as np
 from moe_jax import files
 from moe_jax.config.schema import Config
 from moe_jax.evaluation.intervals import paired_ratio, ratio, recovered
-from moe_jax.report.figures import documents_csv, figure, policy_table
+from moe_jax.report.figures import Row, documents_csv, figure, policy_table
 from moe_jax.report.plots import draw_training_curve
 from moe_jax.study.recover import Recovered
 
 
-def rows(finished: Recovered) -> list[dict[str, Any]]:
+def rows(finished: Recovered) -> list[Row]:
     """The rows of result.json, one for each policy.
 
     `bits_per_byte_increase` is relative to the full model before, `change` to the same policy before, both paired by
     document. `recovered` is the share of the policy's cost that was won back, the cost being relative to the better of
     the full models before and after; only policies whose cost has an interval above zero have it.
     """
-    sizes = np.array([len(document.text.encode()) for document in finished.text.reported.documents])
+    bytes_J = finished.text.reported.bytes_J
     full = min(finished.before[0].bits_J, finished.after[0].bits_J, key=np.sum)
-    found = []
+    rows = []
     for number, (policy, before, after) in enumerate(zip(finished.compared, finished.before, finished.after)):
         figures = {
-            "bits_per_byte_before": figure(ratio(before.bits_J, sizes), "bit/byte"),
-            "bits_per_byte": figure(ratio(after.bits_J, sizes), "bit/byte"),
+            "bits_per_byte_before": figure(ratio(before.bits_J, bytes_J), "bit/byte"),
+            "bits_per_byte": figure(ratio(after.bits_J, bytes_J), "bit/byte"),
             "change": figure(paired_ratio(after.bits_J, before.bits_J), "1"),
             "bits_per_byte_increase": figure(paired_ratio(after.bits_J, finished.before[0].bits_J), "1"),
         }
         if number and paired_ratio(before.bits_J, full).ci95[0] > 0:
             figures["recovered"] = figure(recovered(before.bits_J, after.bits_J, full), "1")
-        found.append({"policy": policy.spec, "figures": figures})
-    return found
+        rows.append({"policy": policy.spec, "figures": figures})
+    return rows
 
 
-def figures(finished: Recovered, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def figures(finished: Recovered, rows: Sequence[Row]) -> dict[str, Any]:
     """The figures of result.json: of the trained policy and of the run."""
-    [own] = [row["figures"] for row in rows if row["policy"] == finished.trained.spec]
-    return own | {
+    [trained] = [row["figures"] for row in rows if row["policy"] == finished.trained.spec]
+    return trained | {
         "training_tokens_per_s": {"value": finished.tokens_per_s, "unit": "token/s"},
         "steps": {"value": finished.steps, "unit": "1"},
         "best_step": {"value": finished.step, "unit": "1"},
@@ -48,7 +48,7 @@ def figures(finished: Recovered, rows: Sequence[dict[str, Any]]) -> dict[str, An
     }
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """One line per policy, in Markdown; intervals are 95%."""
     columns = {
         "bits per byte before": ("bits_per_byte_before", "{:.4f}"),
@@ -103,12 +103,12 @@ Fine-tuned by `launch/finetune.py` from `{config.model.path}`, so that it does w
 """
 
 
-def write(config: Config, folder: pathlib.Path, finished: Recovered, rows: Sequence[dict[str, Any]]) -> None:
+def write(config: Config, folder: pathlib.Path, finished: Recovered, rows: Sequence[Row]) -> None:
     """Writes `documents.csv`, the bits of each document before and after, and the exported model's card and curve."""
     bits = [
-        (f"{when} {policy.spec}", one.bits_J)
-        for when, scored in (("before", finished.before), ("after", finished.after))
-        for policy, one in zip(finished.compared, scored)
+        (f"{when} {policy.spec}", scored.bits_J)
+        for when, likelihoods in (("before", finished.before), ("after", finished.after))
+        for policy, scored in zip(finished.compared, likelihoods)
     ]
     files.write_atomically(folder / "documents.csv", documents_csv(finished.text.reported.documents, bits))
     files.write_atomically(folder / "model" / "training_curve.png", draw_training_curve(folder / "metrics.jsonl"))

@@ -57,12 +57,12 @@ def look(policy: str) -> Look:
 
 def front(points: Sequence[Point]) -> list[Point]:
     """The points up to `CEILING` that no other beats in both quality and speed, slowest first; of equals, the first."""
-    found, least = [], math.nextafter(CEILING, 1)
+    unbeaten, least = [], math.nextafter(CEILING, 1)
     for point in sorted(points, key=lambda point: (-point.speed.gain.value, point.quality.increase.value)):
         if point.quality.increase.value < least:
-            found.append(point)
+            unbeaten.append(point)
             least = point.quality.increase.value
-    return found[::-1]
+    return unbeaten[::-1]
 
 
 def svg(points: Sequence[Point], recommended: Collection[str], numbers: Mapping[str, int]) -> str:

@@ -61,9 +61,10 @@ def page(frontier: Frontier) -> str:
 def _at_the_middle(frontier: Frontier, policy: str) -> tuple[Point, bool]:
     """The policy's point at the middle concurrency, or at its first; and whether its kept experts vary with it."""
     concurrencies = sorted({point.concurrency for point in frontier.points})
-    own = {point.concurrency: point for point in frontier.points if point.policy == policy}
-    varies = len({point.quality.kept_L for point in own.values()}) > 1
-    return own.get(concurrencies[len(concurrencies) // 2], own[min(own)]), varies
+    by_concurrency = {point.concurrency: point for point in frontier.points if point.policy == policy}
+    varies = len({point.quality.kept_L for point in by_concurrency.values()}) > 1
+    first = by_concurrency[min(by_concurrency)]
+    return by_concurrency.get(concurrencies[len(concurrencies) // 2], first), varies
 
 
 def _interval(estimate: Estimate, decimals: int = 1) -> str:

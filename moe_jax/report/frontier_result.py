@@ -6,22 +6,22 @@ from moe_jax.study.frontier import Frontier, choices
 
 def figures(frontier: Frontier) -> dict[str, dict]:
     """The gains of the recommended policies and of the best uniform k."""
-    found = {}
+    gains = {}
     for choice in choices(frontier):
         where = f"at_{choice.concurrency}_for_{1e3 * choice.limit:.0f}_per_mille"
         for name, point in (("best", choice.best), ("uniform", choice.uniform)):
             key = f"{name}_gain_{where}"
             gain, increase = point.speed.gain, point.quality.increase
-            found[key] = {"value": gain.value, "unit": "1", "quartiles": gain.ci95, "policy": point.policy}
-            found[key] |= {"bits_per_byte_increase": increase.value, "bits_per_byte_increase_ci95": increase.ci95}
+            gains[key] = {"value": gain.value, "unit": "1", "quartiles": gain.ci95, "policy": point.policy}
+            gains[key] |= {"bits_per_byte_increase": increase.value, "bits_per_byte_increase_ci95": increase.ci95}
         over = choice.over_uniform
-        found[f"best_over_uniform_{where}"] = {"value": over.value, "unit": "1", "quartiles": over.ci95}
-    return found
+        gains[f"best_over_uniform_{where}"] = {"value": over.value, "unit": "1", "quartiles": over.ci95}
+    return gains
 
 
 def rows(frontier: Frontier) -> list[dict]:
     """One row per point, a policy at a concurrency."""
-    found = []
+    rows = []
     for point in frontier.points:
         quality, speed = point.quality, point.speed
         figures = {
@@ -36,5 +36,5 @@ def rows(frontier: Frontier) -> list[dict]:
         if point.rival is not None:
             figures["bits_per_byte_over_rival"] = figure(point.rival.difference, "1")
         rival = None if point.rival is None else point.rival.policy
-        found.append({"policy": point.policy, "concurrency": point.concurrency, "rival": rival, "figures": figures})
-    return found
+        rows.append({"policy": point.policy, "concurrency": point.concurrency, "rival": rival, "figures": figures})
+    return rows

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.evaluation.intervals import Estimate, paired_difference, ratio
-from moe_jax.report.figures import cell, figure, markdown
+from moe_jax.report.figures import Figure, Row, cell, figure, markdown
 
 _UNITS = {"bits_per_byte": "bit/byte"}
 _Z95 = 1.96  # standard errors on each side of a 95% interval
@@ -24,23 +24,23 @@ def rows(specs: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[dic
         specs: the specs of the policies.
         results: for each policy, what `lm_eval.simple_evaluate` returns, samples included.
     """
-    found = []
+    rows = []
     for spec, result in zip(specs, results):
         figures = {}
         for task, metric, chosen in _metrics(result):
             name = "/".join([task, metric] + ([chosen] if chosen != "none" else []))
             unit = _UNITS.get(metric, "1")
             figures[name] = _figure(result, task, metric, chosen, unit)
-            first, own = (_parts(one, task, metric, chosen) for one in (results[0], result))
-            if found and first is not None and own is not None:
-                figures[f"{name}_difference"] = figure(paired_difference(own[0], first[0], own[1]), unit)
-        found.append({"policy": spec, "figures": figures})
-    return found
+            first, parts = _parts(results[0], task, metric, chosen), _parts(result, task, metric, chosen)
+            if rows and first is not None and parts is not None:
+                figures[f"{name}_difference"] = figure(paired_difference(parts[0], first[0], parts[1]), unit)
+        rows.append({"policy": spec, "figures": figures})
+    return rows
 
 
 def _metrics(result: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """Task or group, metric and filter of each figure; standard errors and other entries are left out."""
-    keys = [(task, *key.partition(",")[::2]) for task, found in result["results"].items() for key in found]
+    keys = [(task, *key.partition(",")[::2]) for task, values in result["results"].items() for key in values]
     return [
         (task, metric, chosen)
         for task, metric, chosen in keys
@@ -61,12 +61,12 @@ def _figure(result: Mapping[str, Any], task: str, metric: str, chosen: str, unit
 
 def _parts(result: Mapping[str, Any], task: str, metric: str, chosen: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Each document's part of the numerator and of the denominator; None if the figure is not a ratio of such sums."""
-    samples = [one for one in result.get("samples", {}).get(task, ()) if one.get("filter") == chosen]
-    samples = sorted((one for one in samples if metric in one), key=lambda one: one["doc_id"])
-    values = [one[metric] for one in samples]
+    samples = [sample for sample in result.get("samples", {}).get(task, ()) if sample.get("filter") == chosen]
+    samples = sorted((sample for sample in samples if metric in sample), key=lambda sample: sample["doc_id"])
+    values = [sample[metric] for sample in samples]
     if values and all(map(_is_number, values)):
         part_J, whole_J = np.array(values, np.float64), np.ones(len(values))
-    elif values and all(isinstance(one, (tuple, list)) and len(one) == 2 for one in values):
+    elif values and all(isinstance(value, (tuple, list)) and len(value) == 2 for value in values):
         part_J, whole_J = np.array(values, np.float64).T
         part_J = -part_J / np.log(2) if metric == "bits_per_byte" else part_J
     else:
@@ -81,14 +81,14 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (bool, int, float, np.integer, np.floating, np.bool_))
 
 
-def table(found: Sequence[Mapping[str, Any]]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """One line per figure and one column per policy, in Markdown; intervals are 95%."""
-    names = dict.fromkeys(name for row in reversed(found) for name in row["figures"])  # the first has no differences
-    head = ["", *(f"`{row['policy']}`" for row in found)]
-    return markdown(head, ([name, *(_cell(row["figures"].get(name), name) for row in found)] for name in names))
+    names = dict.fromkeys(name for row in reversed(rows) for name in row["figures"])  # the first has no differences
+    head = ["", *(f"`{row['policy']}`" for row in rows)]
+    return markdown(head, ([name, *(_cell(row["figures"].get(name), name) for row in rows)] for name in names))
 
 
-def _cell(given: Mapping[str, Any] | None, name: str) -> str:
-    if given is not None and isinstance(given["value"], int):
-        return cell(given, "{:d}")
-    return cell(given, "{:+.3f}" if name.endswith("_difference") else "{:.3f}")
+def _cell(shown: Figure | None, name: str) -> str:
+    if shown is not None and isinstance(shown["value"], int):
+        return cell(shown, "{:d}")
+    return cell(shown, "{:+.3f}" if name.endswith("_difference") else "{:.3f}")

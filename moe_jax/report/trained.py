@@ -4,8 +4,6 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from moe_jax import files
 from moe_jax.checkpoint import families
 from moe_jax.config.schema import Config
@@ -16,17 +14,17 @@ from moe_jax.report.plots import draw_training_curve
 from moe_jax.study.pretrain import Exported
 
 
-def rows(exported: Exported) -> list[dict[str, Any]]:
+def rows(exported: Exported) -> list[Row]:
     """The rows of result.json, one for each policy; `worse_than_first` is paired by document."""
-    sizes = np.array([len(document.text.encode()) for document in exported.text.held_out])
+    bytes_J = exported.text.held_out.bytes_J
     first, *_ = exported.likelihoods
-    found = []
-    for number, (policy, one) in enumerate(zip(exported.compared, exported.likelihoods)):
-        figures = {"bits_per_byte": figure(ratio(one.bits_J, sizes), "bit/byte"), **load_figures(one.load_LE)}
+    rows = []
+    for number, (policy, scored) in enumerate(zip(exported.compared, exported.likelihoods)):
+        figures = {"bits_per_byte": figure(ratio(scored.bits_J, bytes_J), "bit/byte"), **load_figures(scored.load_LE)}
         if number:
-            figures["worse_than_first"] = figure(paired_ratio(one.bits_J, first.bits_J), "1")
-        found.append({"policy": policy.spec, "figures": figures})
-    return found
+            figures["worse_than_first"] = figure(paired_ratio(scored.bits_J, first.bits_J), "1")
+        rows.append({"policy": policy.spec, "figures": figures})
+    return rows
 
 
 def figures(config: Config, exported: Exported, rows: Sequence[Row]) -> dict[str, Any]:
@@ -63,7 +61,7 @@ def model_card(config: Config, exported: Exported, rows: Sequence[Row]) -> str:
     whole, active = parameters.count(architecture), parameters.count_active(architecture)
     moe, decoder, attention, training = config.moe, config.decoder, config.attention, config.training
     seen_M = training.steps * training.batch_size * training.sequence_length / 1e6
-    held_out_MB = sum(len(document.text.encode()) for document in text.held_out) / 1e6
+    held_out_MB = text.held_out.bytes_J.sum() / 1e6
     sources = "\n".join(
         f"| {name} | {source.files} | {source.bytes / 1e6:.2f} |" for name, source in text.corpus.statistics.items()
     )
@@ -94,7 +92,7 @@ text like that of its sources; it knows nothing else and follows no instructions
 
 ## Quality
 
-Measured on the exported weights, in float32, on the whole held-out text ({len(text.held_out)} files,
+Measured on the exported weights, in float32, on the whole held-out text ({len(text.held_out.documents)} files,
 {held_out_MB:.2f} MB; `{config.text.held_out}`), in windows of {decoder.max_context} tokens that overlap by a quarter.
 Intervals resample files; "worse" is relative to the first policy, paired by file.
 

@@ -55,8 +55,10 @@ def find(path: str | os.PathLike, folder: str | os.PathLike) -> Calibration | No
     Raises:
         ValueError: as `read`.
     """
-    own = pathlib.Path(folder) / NAME
-    return read(path) if path else read(own) if own.exists() else None
+    if path:
+        return read(path)
+    in_folder = pathlib.Path(folder) / NAME
+    return read(in_folder) if in_folder.exists() else None
 
 
 def read(path: str | os.PathLike) -> Calibration:
@@ -67,15 +69,15 @@ def read(path: str | os.PathLike) -> Calibration:
     """
     try:
         with np.load(io.BytesIO(pathlib.Path(path).read_bytes()), allow_pickle=False) as arrays:
-            found = Calibration(
+            calibration = Calibration(
                 np.float32(arrays["median_ratio_L"]), np.float32(arrays["similarity_LEE"]), np.float32(arrays["router"])
             )
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"policy.calibration = {os.fspath(path)!r}: no calibration ({error})") from error
-    layers = len(found.median_ratio_L)
-    if found.similarity_LEE.ndim != 3 or len(found.similarity_LEE) != layers or found.median_ratio_L.ndim != 1:
+    ratio_L, similarity_LEE = calibration.median_ratio_L, calibration.similarity_LEE
+    if ratio_L.ndim != 1 or similarity_LEE.ndim != 3 or len(similarity_LEE) != len(ratio_L):
         raise ValueError(f"policy.calibration = {os.fspath(path)!r}: expected median_ratio_L and similarity_LEE")
-    return found
+    return calibration
 
 
 def save(path: str | os.PathLike, calibration: Calibration) -> None:

@@ -23,12 +23,12 @@ SAMPLED = 64  # tokens per batch that run through every expert, to compare exper
 
 
 def rows_of(documents: Sequence[np.ndarray], length: int, count: int) -> np.ndarray:
-    """tokens_JT: the first `length` tokens of up to `count` documents that are long enough, in whole batches.
+    """tokens_JT int32: the first `length` tokens of up to `count` documents that have as many, in whole batches.
 
     Raises:
         ValueError: fewer than `ROWS` documents are long enough.
     """
-    long_enough = [tokens[:length] for tokens in documents if len(tokens) >= length][: count - count % ROWS]
+    long_enough = [tokens[:length] for tokens in documents if len(tokens) >= length][:count]
     if len(long_enough) < ROWS:
         raise ValueError(
             f"text.sources: expected at least {ROWS} documents of {length} tokens or more to calibrate on, got "
@@ -38,7 +38,7 @@ def rows_of(documents: Sequence[np.ndarray], length: int, count: int) -> np.ndar
 
 
 def measure(params: decoder.Params, tokens_JT: np.ndarray, execution: decoder.Execution) -> Calibration:
-    """Runs the full model on rows of tokens.
+    """Runs the full model on rows of tokens, and every expert on a sample of them.
 
     The weight ratios of a token are w_i / w_1 for its slots i = 2 to k, heaviest first. The similarity of two experts
     is the cosine between their outputs for the same tokens, concatenated over tokens, whether routed there or not.
@@ -48,6 +48,10 @@ def measure(params: decoder.Params, tokens_JT: np.ndarray, execution: decoder.Ex
         tokens_JT: a multiple of `ROWS` rows.
         execution: static settings of the full model.
 
+    Returns:
+        The median ratio of each MoE layer (1 if its k is 1), and the similarity of its experts; the entries of experts
+        that a layer does not have are 0.
+
     Raises:
         NotFiniteError: a measured number is NaN or infinite.
     """
@@ -55,7 +59,9 @@ def measure(params: decoder.Params, tokens_JT: np.ndarray, execution: decoder.Ex
     live = policies.settings([MODEL_OWN] * ROWS, architecture, execution.k_max)
     inputs = jax.jit(decoder.moe_inputs, static_argnums=3)
     moe_layers = [layer for layer in layer_order.layers(architecture) if layer.is_moe]
-    ratios, gram_LEE = [[] for _ in moe_layers], np.zeros((len(moe_layers), *[architecture.moe.num_experts] * 2))
+    ratios: list[list[np.ndarray]] = [[] for _ in moe_layers]
+    most_experts = architecture.moe.num_experts
+    gram_LEE = np.zeros((len(moe_layers), most_experts, most_experts))
     for first in range(0, len(tokens_JT), ROWS):
         x_LND = inputs(params, tokens_JT[first : first + ROWS], live, execution)
         sample = np.linspace(0, x_LND.shape[1] - 1, SAMPLED).astype(int)
@@ -64,9 +70,8 @@ def measure(params: decoder.Params, tokens_JT: np.ndarray, execution: decoder.Ex
             router = {name: value[index] for name, value in params[stack]["router"].items()}
             with_own_k = dataclasses.replace(moe, k=architecture.k_L[column], k_of_layers=())
             ratios[column].append(np.asarray(_ratios(x_LND[column], router, moe=with_own_k)))
-            own = slice(moe.num_experts)  # a layer with fewer experts leaves the other entries zero
             gram_EE = _gram(x_LND[column, sample], experts["gate_up_LEIFD"][index], experts["down_LEDF"][index])
-            gram_LEE[column, own, own] += gram_EE
+            gram_LEE[column, : moe.num_experts, : moe.num_experts] += gram_EE  # a layer may have fewer experts
     norm_LE = np.sqrt(np.maximum(np.einsum("lee->le", gram_LEE), np.finfo(np.float32).tiny))
     require_finite(gram_LEE, "the outputs of experts", params)
     medians = [np.median(values) if values.size else 1.0 for values in map(np.concatenate, ratios)]
@@ -80,6 +85,7 @@ def measure(params: decoder.Params, tokens_JT: np.ndarray, execution: decoder.Ex
 
 @functools.partial(jax.jit, static_argnames="moe")
 def _ratios(x_ND, router, *, moe):
+    """w_i / w_1 of the slots i = 2 to k of all tokens, in one dimension."""
     routing = route(x_ND, router["weight_LED"], router.get("bias_LE"), moe)
     mix_NK = jnp.sort(top_slots(routing, moe.k)[1], axis=1, descending=True)
     return (mix_NK[:, 1:] / mix_NK[:, :1]).reshape(-1)

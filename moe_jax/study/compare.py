@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import EvaluationConfig
@@ -16,7 +15,7 @@ from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
 from moe_jax.text.documents import Document
-from moe_jax.text.held_out import half
+from moe_jax.text.held_out import HeldOut, half
 from moe_jax.text.tokenizer import encode_documents
 
 LONGEST_WINDOW = 2048  # tokens, unless evaluation.context is set: contexts are up to a hundred times longer
@@ -25,8 +24,7 @@ LONGEST_WINDOW = 2048  # tokens, unless evaluation.context is set: contexts are 
 class Task(NamedTuple):
     """What every policy is measured on, prepared and checked before anything is computed."""
 
-    documents: Sequence[Document]
-    tokens: Sequence[np.ndarray]
+    held_out: HeldOut
     questions: Sequence[choices.Question]
     headers: Sequence[completions.Header]
     compared: Sequence[policies.Policy]
@@ -40,6 +38,32 @@ class Measured(NamedTuple):
     parses: np.ndarray  # bool [policies, greedy and sampled, headers]
 
 
+def compared_policies(
+    config: EvaluationConfig, architecture: Architecture, k_max: int, calibration: Calibration | None = None
+) -> list[policies.Policy]:
+    """Parses the policies and checks that they can be compared on whole texts, before hours of work.
+
+    Args:
+        config: reads `policies`.
+        architecture: the model's architecture.
+        k_max: static slots per token.
+        calibration: the model's calibration, for policies that need one.
+
+    Raises:
+        ValueError: a policy does not parse or does not fit the model, or it looks at all rows of a decode step, of
+            which the likelihood of a whole text has none.
+    """
+    compared = [parse(spec, calibration) for spec in config.policies]
+    policies.settings(compared, architecture, k_max)
+    for policy in compared:
+        if policy.batch_aware:
+            raise ValueError(
+                f"evaluation.policies has {policy.spec!r}, which looks at all rows of a decode step: expected policies "
+                "that look at one row; launch/sweep.py measures the others at every concurrency"
+            )
+    return compared
+
+
 def prepare(
     config: EvaluationConfig,
     seed: int,
@@ -48,11 +72,11 @@ def prepare(
     execution: Execution,
     calibration: Calibration | None = None,
 ) -> Task:
-    """Draws questions and headers, and checks the policies against the model.
+    """Picks questions and headers, and checks the policies against the model.
 
     Raises:
-        ValueError: a policy does not fit the model, the model's context is too short, or the text has too few lines or
-            functions.
+        ValueError: `compared_policies` refuses a policy, the model's context is too short, or the text has too few
+            lines or functions.
     """
     context = execution.architecture.decoder.max_context
     if config.context > context:
@@ -65,18 +89,10 @@ def prepare(
             raise ValueError(
                 f"the model's context is {context} tokens: expected at least {needed}, or evaluation.{setting}=0"
             )
-    compared = [parse(spec, calibration) for spec in config.policies]
-    policies.settings(compared, execution.architecture, execution.k_max)
-    for policy in compared:
-        if policy.batch_aware:
-            raise ValueError(
-                f"evaluation.policies: {policy.spec!r} looks at all rows of a decode step; expected policies that look "
-                "at one row; launch/sweep.py measures the others at every concurrency"
-            )
+    compared = compared_policies(config, execution.architecture, execution.k_max, calibration)
     documents = half(documents, config.half)[: config.documents or None]
     return Task(
-        documents,
-        encode_documents(tokenizer, documents),
+        HeldOut(documents, encode_documents(tokenizer, documents)),
         choices.make_questions(documents, tokenizer, config.choice_questions, seed),
         completions.make_headers(documents, tokenizer, config.completion_headers, seed),
         compared,
@@ -87,34 +103,31 @@ def measure(
     config: EvaluationConfig, seed: int, task: Task, engine: Engine, tokenizer, execution: Execution, journal: Journal
 ) -> Measured:
     """Runs every measurement under every policy, except those that the journal already holds."""
-    context = window_of(config, execution.architecture)
-    shared = {"execution": execution, "journal": journal}
-    scored, reference = _with_full(task.compared, execution.architecture)
-
-    def bar(total, name, unit):
-        return tqdm(total=total, desc=name, unit=unit, disable=None)
-
-    with bar(likelihood.num_windows(task.tokens, context), "likelihood", "window") as progress:
-        settings = {"context": context, "batch_size": config.batch_size, "reference": reference}
-        likelihoods = likelihood.score_documents(
-            engine.params, task.tokens, scored, advance=progress.update, **settings, **shared
-        )
-    with bar(len(task.questions), "choices", "question") as progress:
-        per_byte = choices.score_options(
-            engine.params,
-            *(task.questions, task.compared),
-            batch_size=config.batch_size,
-            advance=progress.update,
-            **shared,
-        )
-    with bar(2 * len(task.headers) * len(task.compared), "completions", "text") as progress:
-        parses = completions.complete(
-            *(engine, tokenizer, task.headers, task.compared),
-            max_new_tokens=config.completion_tokens,
-            seed=seed,
-            advance=progress.update,
-            **shared,
-        )
+    with_full, reference = _with_full(task.compared, execution.architecture)
+    likelihoods = likelihood.score_documents(
+        engine.params,
+        task.held_out.tokens,
+        with_full,
+        execution,
+        context=window_of(config, execution.architecture),
+        batch_size=config.batch_size,
+        reference=reference,
+        journal=journal,
+        progress="likelihood",
+    )
+    per_byte = choices.score_options(
+        engine.params, task.questions, task.compared, execution, batch_size=config.batch_size, journal=journal
+    )
+    parses = completions.complete(
+        engine,
+        tokenizer,
+        task.headers,
+        task.compared,
+        execution,
+        max_new_tokens=config.completion_tokens,
+        seed=seed,
+        journal=journal,
+    )
     return Measured(likelihoods[: len(task.compared)], choices.is_right(per_byte), parses)
 
 

@@ -71,15 +71,15 @@ class Frontier(NamedTuple):
 
 def choices(frontier: Frontier) -> list[Choice]:
     """The recommended policy for every concurrency and limit."""
-    found = []
+    recommended = []
     for concurrency in sorted({point.concurrency for point in frontier.points}):
         at_concurrency = [point for point in frontier.points if point.concurrency == concurrency]
         for limit in LIMITS:
             allowed = [point for point in at_concurrency if point.quality.increase.ci95[1] <= limit]
             best, uniform = _fastest(allowed), _fastest([point for point in allowed if point.uniform])
             over_uniform = gain(best.speed.rounds_ms, uniform.speed.rounds_ms)
-            found.append(Choice(concurrency, limit, best, uniform, over_uniform))
-    return found
+            recommended.append(Choice(concurrency, limit, best, uniform, over_uniform))
+    return recommended
 
 
 def gain(rounds_ms: Sequence[float], reference_ms: Sequence[float]) -> Estimate:

@@ -4,15 +4,12 @@ import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from moe_jax import checkpoint
 from moe_jax.config.schema import Config
-from moe_jax.evaluation.likelihood import Likelihood, num_windows, score_documents, xz_bits_per_byte
+from moe_jax.evaluation.likelihood import Likelihood, score_documents, xz_bits_per_byte
 from moe_jax.model.decoder import Execution, Params
-from moe_jax.routing import policies
 from moe_jax.routing.policies import Policy
-from moe_jax.routing.policies.parse import parse
+from moe_jax.study.compare import compared_policies
 from moe_jax.training import loop
 from moe_jax.training.pretraining import PretrainingText
 
@@ -28,30 +25,26 @@ class Exported(NamedTuple):
     tokens_per_s: float  # in training, median over the run
 
 
-def policies_of(config: Config, execution: Execution) -> list[Policy]:
-    """The policies of `evaluation.policies`.
-
-    Raises:
-        ValueError: one does not fit the model: hours of training would end in an error.
-    """
-    compared = [parse(spec) for spec in config.evaluation.policies]
-    policies.settings(compared, execution.architecture, execution.k_max)
-    return compared
-
-
 def export(
     config: Config, folder: pathlib.Path, text: PretrainingText, execution: Execution, params: Params
 ) -> Exported:
     """Exports the trained model with its tokenizer to `folder/model`, in bfloat16, and measures the export."""
     new = checkpoint.new(config.architecture, text.tokenizer)
     new.save(folder / "model", params, dtype="bfloat16", replace=True)
-    exported = checkpoint.open(folder / "model").load("float32")
-    compared, context = policies_of(config, execution), config.decoder.max_context
-    with tqdm(total=num_windows(text.held_out_tokens, context), unit="window", disable=None) as bar:
-        settings = {"context": context, "batch_size": config.evaluation.batch_size, "advance": bar.update}
-        likelihoods = score_documents(exported, text.held_out_tokens, compared, execution, **settings)
+    exported_params = checkpoint.open(folder / "model").load("float32")
+    compared = compared_policies(config.evaluation, execution.architecture, execution.k_max)
+    likelihoods = score_documents(
+        exported_params,
+        text.held_out.tokens,
+        compared,
+        execution,
+        context=config.decoder.max_context,
+        batch_size=config.evaluation.batch_size,
+        progress="likelihood",
+    )
     held_out, training = (
-        [document.text.encode() for document in documents] for documents in (text.held_out, text.corpus.documents)
+        [document.text.encode() for document in documents]
+        for documents in (text.held_out.documents, text.corpus.documents)
     )
     return Exported(
         compared,

@@ -4,19 +4,18 @@ import pathlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tqdm import tqdm
-
 from moe_jax import checkpoint
 from moe_jax.checkpoint import Checkpoint
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import Config
 from moe_jax.evaluation.journal import Journal
-from moe_jax.evaluation.likelihood import Likelihood, num_windows, score_documents
+from moe_jax.evaluation.likelihood import Likelihood, score_documents
 from moe_jax.model.decoder import Execution, Params
 from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies import Policy
-from moe_jax.routing.policies.parse import MODEL_OWN, parse
+from moe_jax.routing.policies.parse import MODEL_OWN
+from moe_jax.study.compare import compared_policies
 from moe_jax.text.batches import Packed
 from moe_jax.training import finetuning, loop, rollouts
 from moe_jax.training.elastic import KSampler
@@ -62,18 +61,12 @@ def recovery_policies(
     trained = finetuning.trained_policy(config, architecture, calibration)
     if config.finetune.elastic:
         KSampler(config.finetune, architecture, config.training.batch_size, config.run.seed)
-    given = [parse(spec, calibration) for spec in config.evaluation.policies]
-    for policy in given:
-        if policy.batch_aware:
-            raise ValueError(
-                f"evaluation.policies has {policy.spec!r}, which looks at all rows of a decode step: expected policies "
-                "that look at one row; launch/sweep.py measures the others"
-            )
     if config.evaluation.half:
         raise ValueError(f"evaluation.half = {config.evaluation.half!r}: expected '', the odd half is always reported")
-    compared = list(dict.fromkeys([MODEL_OWN, trained, *given]))
-    policies.settings(compared, architecture, max(config.policy.k_max, architecture.moe.k))
-    return RecoveryPolicies(trained, compared)
+    k_max = max(config.policy.k_max, architecture.moe.k)
+    policies.settings([trained], architecture, k_max)
+    others = compared_policies(config.evaluation, architecture, k_max, calibration)
+    return RecoveryPolicies(trained, list(dict.fromkeys([MODEL_OWN, trained, *others])))
 
 
 def measure(
@@ -87,13 +80,18 @@ def measure(
 ) -> list[Likelihood]:
     """The likelihood of the reported half of the held-out text under each policy.
 
-    The progress bar shows `name`. Recovered parts are kept in the journal, if there is one.
+    The progress bar shows `name`. Finished parts are kept in the journal, if there is one.
     """
-    documents, context = text.reported.tokens, config.training.sequence_length
-    with tqdm(total=num_windows(documents, context), desc=name, unit="window", disable=None) as bar:
-        settings = {"context": context, "batch_size": config.evaluation.batch_size, "advance": bar.update}
-        settings["journal"] = journal
-        return score_documents(params, documents, compared, execution, **settings)
+    return score_documents(
+        params,
+        text.reported.tokens,
+        compared,
+        execution,
+        context=config.training.sequence_length,
+        batch_size=config.evaluation.batch_size,
+        journal=journal,
+        progress=name,
+    )
 
 
 def recover(
@@ -125,11 +123,11 @@ def recover(
     if config.finetune.rollouts:
         text = text._replace(packed=_rollouts(config, folder / "rollouts", model, params, text, execution))
     tuned = finetuning.finetune(config, folder, params, text, run_policies.trained, execution)
-    own = policies.with_own(run_policies.trained, model.architecture) or model.architecture
-    exported = model.for_new_weights().with_architecture(own)
+    architecture = policies.with_own(run_policies.trained, model.architecture) or model.architecture
+    exported = model.for_new_weights().with_architecture(architecture)
     exported.save(folder / "model", tuned.params, dtype=model.stored_dtype, replace=True)
-    params = checkpoint.open(folder / "model").load(config.training.weights)
-    after = measure(config, params, text, run_policies.compared, execution, "after")
+    exported_params = checkpoint.open(folder / "model").load(config.training.weights)
+    after = measure(config, exported_params, text, run_policies.compared, execution, "after")
     speed = loop.median_tokens_per_s(folder)
     return Recovered(*run_policies, before, after, text, tuned.step, tuned.steps, tuned.masked_experts, speed)
 

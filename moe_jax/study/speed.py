@@ -95,9 +95,9 @@ class Prefill:
     def take(self, most: int) -> list[Sample]:
         """Calls the program once, whatever `most` is."""
         batch, engine = self._batch, self._engine
-        given = (batch.tokens_BT, batch.length_B, batch.budget_B, engine.end_I, batch.live)
+        arguments = (batch.tokens_BT, batch.length_B, batch.budget_B, engine.end_I, batch.live)
         began = time.perf_counter()
-        drawn, _ = self._program(engine.params, *given)
+        drawn, _ = self._program(engine.params, *arguments)
         drawn = jax.device_get(drawn)
         seconds = time.perf_counter() - began
         require_finite(drawn.log_probability_B[:1], f"a step of {self.name}", engine.params)
@@ -253,8 +253,8 @@ def _with_replay(live: Live, expert_LXYK: np.ndarray | None, padded: tuple[int, 
     """The live settings that make tokens take these experts; -1 in padding leaves the choice to the router."""
     if expert_LXYK is None:
         return live
-    layers, *given, k_max = expert_LXYK.shape
-    padding = ((0, 0), *((0, full - size) for full, size in zip(padded, given)), (0, 0))
+    layers, *sizes, k_max = expert_LXYK.shape
+    padding = ((0, 0), *((0, full - size) for full, size in zip(padded, sizes)), (0, 0))
     replay_LNK = np.pad(expert_LXYK, padding, constant_values=-1).reshape(layers, -1, k_max)
     return live._replace(policy=Replayed(live.policy, jax.device_put(replay_LNK).block_until_ready()))
 
@@ -271,13 +271,13 @@ Case = Prefill | Decode | Replay
 
 def take_turns(cases: Sequence[Case], steps: Sequence[int]) -> list[list[Sample]]:
     """Runs one round: every case in turn, for its number of steps. A slow moment of the machine affects all of them."""
-    found = []
+    taken = []
     for case, count in zip(cases, steps, strict=True):
         samples = []
         while len(samples) < count:
             samples += case.take(count - len(samples))
-        found.append(samples)
-    return found
+        taken.append(samples)
+    return taken
 
 
 def profile(cases: Sequence[Case], folder: str | os.PathLike) -> None:

@@ -42,9 +42,9 @@ def parsed(config: SweepConfig, calibration: Calibration | None, execution: Exec
     Raises:
         ValueError: one does not parse, or does not fit the model.
     """
-    found = [parse(spec, calibration) for spec in config.policies]
-    policies.settings(found, execution.architecture, execution.k_max)
-    return [MODEL_OWN, *(policy for policy in found if policy.parts != MODEL_OWN.parts)]
+    compared = [parse(spec, calibration) for spec in config.policies]
+    policies.settings(compared, execution.architecture, execution.k_max)
+    return [MODEL_OWN, *(policy for policy in compared if policy.parts != MODEL_OWN.parts)]
 
 
 def require_alike(other: Architecture, model: Architecture, setting: str) -> None:
@@ -53,13 +53,13 @@ def require_alike(other: Architecture, model: Architecture, setting: str) -> Non
     Raises:
         ValueError: it differs; the message names `setting`, which gave the other model.
     """
-    for name, own, expected in (
+    for name, value, expected in (
         ("MoE layers", other.decoder.num_moe_layers, model.decoder.num_moe_layers),
         ("moe.num_experts", other.moe.num_experts, model.moe.num_experts),
         ("moe.num_experts_of_layers", other.num_experts_L, model.num_experts_L),
     ):
-        if own != expected:
-            raise ValueError(f"{setting}: {name} = {own}; expected {expected}, as the model that is swept")
+        if value != expected:
+            raise ValueError(f"{setting}: {name} = {value}; expected {expected}, as in the model that is swept")
 
 
 def num_qualities(compared: Sequence[policies.Policy], config: SweepConfig) -> int:
@@ -79,7 +79,7 @@ def measure_quality(
     Returns:
         (candidate index, concurrency) -> `bits_J`, `kept_L`, `distinct`, and `chosen_SLBK`, the routing of timed steps.
     """
-    found = {}
+    qualities = {}
     for number, candidate in enumerate(candidates):
         batch_aware = candidate.policy.batch_aware
         reads = [[concurrency] for concurrency in config.concurrencies] if batch_aware else [list(config.concurrencies)]
@@ -100,9 +100,9 @@ def measure_quality(
             part = journal.once(f"quality-{number:02d}-{at[0]:04d}", compute)
             for concurrency in at:
                 routed = {"distinct": part[f"distinct_{concurrency}"], "chosen_SLBK": part[f"chosen_{concurrency}"]}
-                found[number, concurrency] = {"bits_J": part["bits_J"], "kept_L": part["kept_L"]} | routed
+                qualities[number, concurrency] = {"bits_J": part["bits_J"], "kept_L": part["kept_L"]} | routed
             advance()
-    return found
+    return qualities
 
 
 def measure_speed(
@@ -119,7 +119,7 @@ def measure_speed(
     """
     itemsize = dtype_of(timed.engine.params).itemsize
     seconds = {concurrency: [] for concurrency in config.concurrencies}
-    work = {}
+    bytes_moved = {}
 
     @functools.cache
     def rows_of(concurrency: int) -> speed.Rows:
@@ -147,10 +147,10 @@ def measure_speed(
     for at, quality in qualities.items():
         recorded = [speed.replayed_step(chosen_LBK, config.cached_tokens) for chosen_LBK in quality["chosen_SLBK"]]
         works = [roofline.work(timed.execution.architecture, step, itemsize) for step in recorded]
-        work[at] = float(np.mean([one.bytes for one in works]))
+        bytes_moved[at] = float(np.mean([work.bytes for work in works]))
     return {
-        (number, rows): _speed(np.stack(seconds[rows]), number, rows, work[number, rows], qualities[number, rows])
-        for number, rows in qualities
+        (number, rows): _speed(np.stack(seconds[rows]), number, rows, bytes_moved[number, rows], quality)
+        for (number, rows), quality in qualities.items()
     }
 
 
@@ -184,10 +184,10 @@ def points(
 
     def rival(number: int, concurrency: int) -> frontier.Rival | None:
         distinct = qualities[number, concurrency]["distinct"] - 1e-9
-        enough = [one for one in uniform if qualities[one, concurrency]["distinct"] >= distinct]
+        enough = [other for other in uniform if qualities[other, concurrency]["distinct"] >= distinct]
         if number in uniform or not enough:
             return None
-        nearest = min(enough, key=lambda one: qualities[one, concurrency]["distinct"])
+        nearest = min(enough, key=lambda other: qualities[other, concurrency]["distinct"])
         difference = paired_ratio(bits[number, concurrency], bits[nearest, concurrency])
         return frontier.Rival(compared[nearest].spec, float(qualities[nearest, concurrency]["distinct"]), difference)
 

@@ -72,7 +72,7 @@ def load_renderer(folder: str | os.PathLike) -> Callable[[Sequence[Mapping[str, 
 def _find_template(folder: pathlib.Path) -> tuple[str | None, dict[str, str]]:
     template = declared.read_fields(folder / declared.CONFIG).get("chat_template")
     if isinstance(template, list):  # several templates, by name
-        named = {one.get("name"): one.get("template") for one in template if isinstance(one, dict)}
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
         template = named.get("default")
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")

@@ -93,10 +93,12 @@ def collect(sources: Sequence[str], held_out: Sequence[Document], chat: jsonl.Ch
             else:
                 taken.append(document)
         documents += taken
-        num_bytes = sum(len(document.text.encode()) for document in taken)
+        num_bytes = sum(document.num_bytes for document in taken)
         statistics[source] = SourceStatistics(len(taken), num_bytes, dict(sorted(left_out.items())))
     if not documents:
-        reasons = sum((collections.Counter(one.left_out) for one in statistics.values()), collections.Counter())
+        reasons = collections.Counter()
+        for counts in statistics.values():
+            reasons.update(counts.left_out)
         raise ValueError(
             f"no training text left in {', '.join(sorted(set(sources)))} ({left_out_in_words(reasons)}): name more "
             "sources in text.sources"

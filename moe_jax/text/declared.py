@@ -106,11 +106,11 @@ def _add_tokens(tokenizer: tokenizers.Tokenizer, folder: pathlib.Path, fields: M
             add([tokenizers.AddedToken(content, **{"normalized": not declared.special, **declared.options})])
             kind = "a special token" if declared.special else "a token"
             _warn_once(f"{folder}: {content!r} is {kind}, as declared outside tokenizer.json")
-        found = tokenizer.token_to_id(content)
-        if declared.token_id is not None and found != declared.token_id:
+        token_id = tokenizer.token_to_id(content)
+        if declared.token_id is not None and token_id != declared.token_id:
             raise ValueError(
                 f"{folder}: {content!r} is declared as the token {declared.token_id}: tokenizer.json has it, or the "
-                f"next free place, at {found}"
+                f"next free place, at {token_id}"
             )
 
 
@@ -155,8 +155,8 @@ def _with_outer_tokens(
 def _reframed(tokenizer: tokenizers.Tokenizer, before: list[int], after: list[int]) -> tokenizers.Tokenizer:
     """A copy of the tokenizer with other tokens around a text; only a ByteLevel step of the post-processor stays."""
     fields = json.loads(tokenizer.to_str())
-    given = fields["post_processor"]
-    steps = given["processors"] if given and given["type"] == "Sequence" else [given]
+    processor = fields["post_processor"]
+    steps = processor["processors"] if processor and processor["type"] == "Sequence" else [processor]
     kept = [step for step in steps if step and step["type"] == "ByteLevel"]
 
     def framed(sequence: str, type_id: int) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ def find(source: str) -> importlib.metadata.Distribution | None:
 
 def did_you_mean(source: str, *others: str) -> str:
     """A hint for an unknown name: the distribution, or the one of `others`, with the most similar name; else ""."""
-    names = sorted({name for one in importlib.metadata.distributions() if (name := one.metadata["Name"])})
+    installed = importlib.metadata.distributions()
+    names = sorted({name for distribution in installed if (name := distribution.metadata["Name"])})
     near = difflib.get_close_matches(source, [*others, *names], n=1)
     return f'; did you mean "{near[0]}"?' if near else ""

@@ -29,8 +29,13 @@ class Document:
     special_tokens: bool = False
 
     @property
+    def num_bytes(self) -> int:
+        """Length of the text in UTF-8."""
+        return len(self.text.encode())
+
+    @property
     def sha256(self) -> str:
-        """Of the text."""
+        """Digest of the text, in hexadecimal."""
         return hashlib.sha256(self.text.encode()).hexdigest()
 
 

@@ -31,17 +31,19 @@ def outer_ids(
     Raises:
         ValueError: neither file names such a token, or `tokenizer_config.json` is damaged.
     """
-    named = {name: tokenizer.token_to_id(token) for name, token in declared.read_named(pathlib.Path(folder)).items()}
+    named = {role: tokenizer.token_to_id(token) for role, token in declared.read_named(pathlib.Path(folder)).items()}
     ids = {name: int(np.atleast_1d(value)[0]) for name, value in token_ids.items() if np.size(value)}
     end = named.get("eos_token"), ids.get("eos_token_id")
     begin = named.get("bos_token"), *end, ids.get("bos_token_id")
-    found = [next((one for one in candidates if one is not None), None) for candidates in (begin, end)]
-    if None in found:
+    begin_id, end_id = (
+        next((token_id for token_id in candidates if token_id is not None), None) for candidates in (begin, end)
+    )
+    if begin_id is None or end_id is None:
         raise ValueError(
             f"{folder} names no token that begins or ends a text: expected bos_token or eos_token in "
             "tokenizer_config.json, or eos_token_id in config.json"
         )
-    return found[0], found[1]
+    return begin_id, end_id
 
 
 def frame_documents(

@@ -6,7 +6,9 @@ import lzma
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 from absl import logging
 
 from moe_jax.text import jsonl
@@ -14,6 +16,23 @@ from moe_jax.text.documents import Document, is_file_or_folder, left_out_in_word
 
 ARCHIVE = "held_out.jsonl.xz"
 MANIFEST = "MANIFEST.json"
+
+
+class HeldOut(NamedTuple):
+    """Held-out documents and their tokens."""
+
+    documents: Sequence[Document]
+    tokens: Sequence[np.ndarray]  # int32, of each document
+
+    @property
+    def bytes_J(self) -> np.ndarray:
+        """Bytes of each document, int64."""
+        return np.array([document.num_bytes for document in self.documents], np.int64)
+
+    def first_bytes(self, num_bytes: int) -> "HeldOut":
+        """The first documents that together reach `num_bytes`; all if they have fewer."""
+        count = int(np.searchsorted(np.cumsum(self.bytes_J), num_bytes)) + 1
+        return HeldOut(self.documents[:count], self.tokens[:count])
 
 
 def load_held_out(path: str | os.PathLike, chat: jsonl.Chat | None = None) -> tuple[Document, ...]:
@@ -59,7 +78,7 @@ def _load_archive(folder: pathlib.Path) -> tuple[Document, ...]:
         entries = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         with lzma.open(folder / ARCHIVE, "rt", encoding="utf-8") as lines:
             documents = tuple(Document(**json.loads(line)) for line in lines)
-        found = [(document.source, document.name, document.sha256) for document in documents]
+        names_and_digests = [(document.source, document.name, document.sha256) for document in documents]
         described = [(entry["source"], entry["name"], entry["sha256"]) for entry in entries]
     except FileNotFoundError as error:
         raise ValueError(f"held-out text: {error.filename} is missing (text.held_out names the folder)") from error
@@ -67,7 +86,7 @@ def _load_archive(folder: pathlib.Path) -> tuple[Document, ...]:
         raise ValueError(f"held-out text in {folder} is unreadable: {error}") from error
     except (lzma.LZMAError, EOFError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(damaged) from error
-    if found != described:
+    if names_and_digests != described:
         raise ValueError(damaged)
     return documents
 

@@ -70,17 +70,18 @@ def _parse(line: bytes, number: int, where: str, chat: Chat | None) -> Line:
         raise ValueError(f"{where} is not JSON in UTF-8: {error}") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{where} = {_shown(fields)}: expected an object with text or messages")
-    given = [name for name in _FIELDS if fields.get(name) is not None]
-    if len(given) != 1:
-        raise ValueError(f"{where} has {' and '.join(given) or 'neither text nor messages'}: expected one of the two")
-    text = _render(fields["messages"], where, chat) if given == ["messages"] else fields["text"]
+    names = [name for name in _FIELDS if fields.get(name) is not None]
+    if len(names) != 1:
+        raise ValueError(f"{where} has {' and '.join(names) or 'neither text nor messages'}: expected one of the two")
+    is_chat = names == ["messages"]
+    text = _render(fields["messages"], where, chat) if is_chat else fields["text"]
     if not isinstance(text, str):
         raise ValueError(f"{where}: text = {_shown(text)}: expected a string")
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"{where} holds half of a surrogate pair: expected Unicode text") from error
-    return Line(number, text, given == ["messages"])
+    return Line(number, text, is_chat)
 
 
 def _render(messages: Any, where: str, chat: Chat | None) -> str:

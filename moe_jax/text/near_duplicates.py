@@ -30,7 +30,7 @@ class HeldOutIndex:
         self._texts = {document.text for document in held_out}
         shingles = [shingle(text) for text in dict.fromkeys(document.text for document in held_out)]
         hashes = np.concatenate([np.zeros(0, np.uint64), *shingles])
-        owners = np.repeat(np.arange(len(shingles)), [len(one) for one in shingles])
+        owners = np.repeat(np.arange(len(shingles)), list(map(len, shingles)))
         unique, inverse, files = np.unique(hashes, return_inverse=True, return_counts=True)
         self._boilerplate = unique[files >= BOILERPLATE_FILES]
         telling = files[inverse] < BOILERPLATE_FILES

@@ -153,14 +153,14 @@ def encode_documents(tokenizer: tokenizers.Tokenizer, documents: Sequence[Docume
     try:
         for special_tokens in (False, True):
             tokenizer.encode_special_tokens = not special_tokens
-            places = [place for place, one in enumerate(documents) if one.special_tokens == special_tokens]
+            places = [place for place, document in enumerate(documents) if document.special_tokens == special_tokens]
             for first in range(0, len(places), _ENCODE_AT_ONCE):
                 some = places[first : first + _ENCODE_AT_ONCE]
                 texts = [documents[place].text for place in some]
                 encoded = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts)]
                 if special_tokens:
-                    bare = [one.ids for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
-                    encoded = [own if own[:1] == opening else ids for own, ids in zip(bare, encoded)]
+                    bare = [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+                    encoded = [plain if plain[:1] == opening else ids for plain, ids in zip(bare, encoded)]
                 for place, ids in zip(some, encoded):
                     arrays[place] = np.array(ids, np.int32)
     finally:

@@ -16,7 +16,6 @@ from moe_jax.checkpoint import Checkpoint
 from moe_jax.config import layer_order
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import Config, TextConfig
-from moe_jax.evaluation import likelihood
 from moe_jax.model.decoder import Execution, Params
 from moe_jax.routing import mask, policies
 from moe_jax.routing.policies import Policy
@@ -26,22 +25,15 @@ from moe_jax.text.batches import Packed, pack
 from moe_jax.text.chat import load_renderer
 from moe_jax.text.documents import Document
 from moe_jax.text.framing import frame_documents, outer_ids
-from moe_jax.text.held_out import half, load_held_out
+from moe_jax.text.held_out import HeldOut, half, load_held_out
 from moe_jax.text.near_duplicates import HeldOutIndex
-from moe_jax.training import loop, trainable
+from moe_jax.training import judging, loop, trainable
 from moe_jax.training.elastic import KSampler
 from moe_jax.training.objective import Teacher
 from moe_jax.training.optimizer import with_selection_bias, without_selection_bias
 from moe_jax.training.step import Fixed, State, make_step, state_of
 
 FEW_DOCUMENTS = 10  # 95% intervals from resampling cover less with few documents: 89% with 10, 76% with 3
-
-
-class HeldOut(NamedTuple):
-    """Held-out documents and their tokens."""
-
-    documents: Sequence[Document]
-    tokens: Sequence[np.ndarray]
 
 
 class FinetuningText(NamedTuple):
@@ -221,22 +213,12 @@ def finetune(
     if config.objective.has_teacher:
         teacher = Teacher(params, policies.settings([MODEL_OWN] * rows, architecture, architecture.moe.k))
     lora_scale = config.finetune.lora_alpha / config.finetune.lora_rank
-    judged = _judged_by(config, policy, architecture)
-
-    watched = _first_bytes(text.watched, training.evaluate_bytes)
-    sizes = np.array([len(document.text.encode()) for document in watched.documents])
+    judged_under = _judged_under(config, policy, architecture)
+    watched = text.watched.first_bytes(training.evaluate_bytes)
 
     def judge(state: State) -> float:
-        joined = trainable.join(state.params, frozen, lora_scale)
-        scored = likelihood.score_documents(
-            with_selection_bias(joined, state.biases),
-            watched.tokens,
-            judged,
-            execution,
-            context=training.sequence_length,
-            batch_size=config.evaluation.batch_size,
-        )
-        return float(np.mean([policy_scores.bits_J.sum() for policy_scores in scored]) / sizes.sum())
+        whole = with_selection_bias(trainable.join(state.params, frozen, lora_scale), state.biases)
+        return judging.bits_per_byte(config, whole, watched, judged_under, execution)
 
     task = loop.TrainingTask(
         state_of(trained, {stack: bias_LE + 0 for stack, bias_LE in biases.items()}, training),
@@ -258,22 +240,15 @@ def finetune(
 
 def _digest(text: FinetuningText) -> str:
     """SHA-256 of the held-out text."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for tokens in (*text.watched.tokens, *text.reported.tokens):
-        found.update(np.asarray(tokens, np.int64).tobytes() + b"/")
-    return found.hexdigest()
+        digest.update(np.asarray(tokens, np.int64).tobytes() + b"/")
+    return digest.hexdigest()
 
 
-def _judged_by(config: Config, policy: Policy, architecture: Architecture) -> list[Policy]:
+def _judged_under(config: Config, policy: Policy, architecture: Architecture) -> list[Policy]:
     """The trained policy; if k is sampled, the smallest k, the middle one and the largest."""
     if not config.finetune.elastic:
         return [policy]
     least, most = config.finetune.k_min, architecture.moe.k
     return [parse(f"topk:{k}") for k in sorted({least, (least + most) // 2, most})]
-
-
-def _first_bytes(held: HeldOut, num_bytes: int) -> HeldOut:
-    """The first documents that together reach `num_bytes`."""
-    sizes = np.cumsum([len(document.text.encode()) for document in held.documents])
-    count = int(np.searchsorted(sizes, num_bytes)) + 1
-    return HeldOut(held.documents[:count], held.tokens[:count])

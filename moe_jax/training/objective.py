@@ -167,8 +167,8 @@ def objective(
     teacher_ND = teacher_head_VD = None
     if teacher is not None:
         with jax.named_scope("teacher"):
-            own = dataclasses.replace(execution, k_max=execution.architecture.moe.k)
-            teacher_BTD, _ = decoder.hidden(teacher.params, *rows, teacher.live, own, prefixes=False)
+            full = dataclasses.replace(execution, k_max=execution.architecture.moe.k)
+            teacher_BTD, _ = decoder.hidden(teacher.params, *rows, teacher.live, full, prefixes=False)
         teacher_ND = lax.stop_gradient(teacher_BTD.reshape(x_ND.shape))
         teacher_head_VD = lax.stop_gradient(decoder.head(teacher.params))
     labels_N = batch["labels_BT"].reshape(-1)

@@ -59,8 +59,7 @@ def apply_updates(params: Params, updates: Params, step: jax.Array) -> Params:
     """
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(0), step), len(leaves))
-    moved = [_moved(*one) for one in zip(leaves, jax.tree.leaves(updates), keys)]
-    return jax.tree.unflatten(tree, moved)
+    return jax.tree.unflatten(tree, map(_moved, leaves, jax.tree.leaves(updates), keys))
 
 
 def _moved(param: jax.Array, update: jax.Array, key: jax.Array) -> jax.Array:

@@ -1,26 +1,22 @@
 """Training from scratch: memory check, text, and the run."""
 
 import pathlib
-from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
 import tokenizers
 from absl import logging
 
 from moe_jax import files, memory
 from moe_jax.config.checks import require
 from moe_jax.config.schema import Config
-from moe_jax.evaluation import likelihood
 from moe_jax.model import decoder, parameters
 from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import MODEL_OWN
 from moe_jax.text import corpus as corpora
 from moe_jax.text.batches import Packed, pack
-from moe_jax.text.documents import Document
-from moe_jax.text.held_out import load_held_out
+from moe_jax.text.held_out import HeldOut, load_held_out
 from moe_jax.text.tokenizer import encode_documents, load_tokenizer, save_tokenizer, train_tokenizer
-from moe_jax.training import loop
+from moe_jax.training import judging, loop
 from moe_jax.training.step import NOTHING_FIXED, State, make_step, start
 
 
@@ -60,8 +56,7 @@ class PretrainingText(NamedTuple):
     tokenizer: tokenizers.Tokenizer
     packed: Packed
     corpus: corpora.Corpus
-    held_out: Sequence[Document]
-    held_out_tokens: Sequence[np.ndarray]
+    held_out: HeldOut
 
 
 def prepare_text(config: Config, folder: pathlib.Path) -> PretrainingText:
@@ -69,14 +64,14 @@ def prepare_text(config: Config, folder: pathlib.Path) -> PretrainingText:
     held_out = load_held_out(config.text.held_out)
     corpus = corpora.collect(config.text.sources, held_out)
     logging.info("%d documents, %.1f MB of training text", len(corpus.documents), corpus.num_bytes / 1e6)
-    own = folder / "tokenizer"
+    kept = folder / "tokenizer"  # that this run has trained
     if config.text.tokenizer:
         tokenizer = load_tokenizer(config.text.tokenizer)
-    elif own.exists():
-        tokenizer = load_tokenizer(own)
+    elif kept.exists():
+        tokenizer = load_tokenizer(kept)
     else:
         tokenizer = train_tokenizer((document.text for document in corpus.documents), config.text.vocab_size)
-        with files.replaced_folder(own) as partial:
+        with files.replaced_folder(kept) as partial:
             save_tokenizer(tokenizer, partial, config.decoder.max_context)
     if tokenizer.get_vocab_size() > config.decoder.vocab_size:
         raise ValueError(
@@ -85,34 +80,24 @@ def prepare_text(config: Config, folder: pathlib.Path) -> PretrainingText:
         )
     packed = pack(encode_documents(tokenizer, corpus.documents), config.training.sequence_length)
     logging.info("%.2f M tokens, rows filled to %.1f%%", packed.num_tokens / 1e6, 100 * packed.fill_fraction)
-    return PretrainingText(tokenizer, packed, corpus, held_out, encode_documents(tokenizer, held_out))
+    return PretrainingText(tokenizer, packed, corpus, HeldOut(held_out, encode_documents(tokenizer, held_out)))
 
 
 def train(config: Config, folder: pathlib.Path, text: PretrainingText, execution: decoder.Execution) -> decoder.Params:
     """Trains from scratch (see `loop.run`) and returns the parameters after the last step."""
     training = config.training
     live = policies.settings([MODEL_OWN] * training.batch_size, execution.architecture, execution.k_max)
-    sizes = np.array([len(document.text.encode()) for document in text.held_out])
-    count = int(np.searchsorted(np.cumsum(sizes), training.evaluate_bytes)) + 1
+    watched = text.held_out.first_bytes(training.evaluate_bytes)
 
-    def bits_per_byte(state: State) -> float:
-        """Of the first held-out documents, about `training.evaluate_bytes` in all, with the model's own k."""
-        [scored] = likelihood.score_documents(
-            state.all_params(),
-            text.held_out_tokens[:count],
-            [MODEL_OWN],
-            execution,
-            context=training.sequence_length,
-            batch_size=config.evaluation.batch_size,
-        )
-        return float(scored.bits_J.sum() / sizes[:count].sum())
+    def judge(state: State) -> float:
+        return judging.bits_per_byte(config, state.all_params(), watched, [MODEL_OWN], execution)
 
     task = loop.TrainingTask(
         start(execution, training, config.run.seed),
         NOTHING_FIXED,
         make_step(execution, training, config.objective),
         lambda step: live,
-        bits_per_byte,
+        judge,
         text.packed,
         {"text.sources": text.corpus.sha256},
     )

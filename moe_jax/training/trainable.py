@@ -105,11 +105,11 @@ def _merge_layers(weight: LowRank) -> jax.Array:
 
 def digest(params: Params) -> str:
     """SHA-256 of all parameters: their paths, dtypes, shapes and values."""
-    found = hashlib.sha256()
+    total = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        found.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-        found.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
-    return found.hexdigest()
+        total.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        total.update(np.ascontiguousarray(leaf).reshape(-1).view(np.uint8))
+    return total.hexdigest()
 
 
 def num_bytes(params: Params) -> int:

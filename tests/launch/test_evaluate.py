@@ -90,6 +90,7 @@ def test_a_short_text_that_is_no_python_has_likelihoods_alone(model, tmp_path):
     ("setting", "expected"),
     [
         ('evaluation.policies=("topk:9",)', "expected 1 to 8 experts"),
+        ('evaluation.policies=("model","budget:4")', "'budget:4', which looks at all rows of a decode step"),
         (
             "evaluation.choice_questions=100000",
             "next-line questions: expected 100000; with evaluation.choice_questions=",

@@ -17,7 +17,7 @@ from moe_jax.config.gin import read_config
 from moe_jax.engine.request import execution_of
 from moe_jax.training import pretraining
 from moe_jax.training.step import start
-from tests import tiny_training
+from tests import launcher_module, tiny_training
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -74,6 +74,14 @@ def test_another_configuration_or_text_is_refused(prepared, sources, tmp_path):
     changed = text._replace(corpus=text.corpus.__class__(text.corpus.documents, text.corpus.statistics, "0" * 64))
     with pytest.raises(ValueError, match=r"text\.sources: its contents changed"):
         pretraining.train(config, tmp_path, changed, execution)
+
+
+def test_policies_that_cannot_be_compared_are_refused_before_training(sources, tmp_path):
+    flags = tiny_training.overrides(sources, **{"evaluation.policies": ("model", "budget:4")})
+    settings = dict(flag.split("=", 1) for flag in flags)
+    with pytest.raises(ValueError, match="'budget:4', which looks at all rows of a decode step: expected policies"):
+        launcher_module.run_main("train", settings, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_ctrl_c_saves_a_checkpoint(sources, tmp_path):
