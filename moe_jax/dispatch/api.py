@@ -18,11 +18,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.dispatch import all_gather, local, replicated
+from moe_jax.dispatch import all_gather, all_to_all, local, ragged, replicated
 from moe_jax.dispatch.contract import Counts, Dispatch, Experts
 from moe_jax.routing.selection import Selection
 
-IMPLEMENTATIONS = {"local": local, "replicated": replicated, "all_gather": all_gather}
+IMPLEMENTATIONS = {
+    "local": local,
+    "replicated": replicated,
+    "all_gather": all_gather,
+    "all_to_all": all_to_all,
+    "ragged": ragged,
+}
 
 
 def dispatch(
