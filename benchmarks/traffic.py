@@ -40,8 +40,8 @@ CHIPS = {
 }
 
 
-class Experts(NamedTuple):
-    """The experts of one layer on one chip."""
+class LayerShape(NamedTuple):
+    """The shape of the experts of one layer on one chip."""
 
     num_experts: int
     k: int
@@ -69,16 +69,16 @@ class Product(NamedTuple):
         return 2 * (experts * math.prod(self.matrices) + math.prod(self.rows) + math.prod(self.other_rows))
 
 
-def experts_of(model: str) -> Experts:
+def experts_of(model: str) -> LayerShape:
     """The experts of a model in `configs/models`, or of a chip's share."""
     from moe_jax.config import gin
 
     config = gin.read_config(ROOT / "configs" / "models" / f"{model}.gin")
     moe = config.moe
-    return Experts(moe.num_experts // MODELS[model], moe.k, moe.expert_hidden, config.decoder.d_model)
+    return LayerShape(moe.num_experts // MODELS[model], moe.k, moe.expert_hidden, config.decoder.d_model)
 
 
-def draw_sizes(experts: Experts, tokens: int, seed: int = 0):
+def draw_sizes(experts: LayerShape, tokens: int, seed: int = 0):
     """Rows per expert if each token chooses k different experts."""
     import numpy as np
 
@@ -87,7 +87,7 @@ def draw_sizes(experts: Experts, tokens: int, seed: int = 0):
     return np.bincount(chosen.ravel(), minlength=experts.num_experts).astype(np.int32)
 
 
-def products(experts: Experts, num_rows: int) -> dict[str, Product]:
+def products(experts: LayerShape, num_rows: int) -> dict[str, Product]:
     """The products of a layer and their gradients."""
     wide, hidden = (num_rows, experts.d_model), (num_rows, experts.hidden)
     both = (num_rows, 2 * experts.hidden)

@@ -66,9 +66,9 @@ def run(
         out_SD = travel(out, routes, len(rows_SD), False, how)
         y_local_ND = combine(out_SD, selection.weight_NK, order.token_S, order.position_NK)
     me = lax.axis_index(how.expert_axes)
-    load_E, of_mine = _own(sizes, how).sum(axis=0), routes.sent[me]
-    sent = of_mine.sum() - _own(routes.sent, how)[me].sum()  # a device's own rows stay
-    overflow = order.group_sizes_E.sum() - of_mine.sum()
+    load_E, from_me = _own(sizes, how).sum(axis=0), routes.sent[me]
+    sent = from_me.sum() - _own(routes.sent, how)[me].sum()  # a device's own rows stay
+    overflow = order.group_sizes_E.sum() - from_me.sum()
     return y_local_ND, Counts(lax.psum(load_E, how.other_axes), *lax.psum((overflow, sent), how.row_axes))
 
 

@@ -63,10 +63,13 @@ def int32(*sizes):
 
 @pytest.mark.parametrize("rows", [1, 64])
 def test_decode_steps_copy_no_weights(rows):
-    given = params_of(), slots_of(rows, 1024), shape(rows, dtype=bool), int32(), int32(1), live_of(rows)
+    """Beside the keys and values of one layer, which XLA's attention slices out of the cache."""
+    slots = slots_of(rows, 1024)
+    given = params_of(), slots, shape(rows, dtype=bool), int32(), int32(1), live_of(rows)
     program = compiled(steps.decode, *given, execution=execution(), most=8, routing=False)
     assert "mosaic_gpu" in program.as_text()
-    assert program.memory_analysis().temp_size_in_bytes < MOST_TEMPORARIES * expert_bytes()
+    cached = sum(2 * array.size for array in jax.tree.leaves(slots.cache)) / execution().architecture.decoder.num_layers
+    assert program.memory_analysis().temp_size_in_bytes < cached + MOST_TEMPORARIES * expert_bytes()
 
 
 def test_prefill_copies_no_weights():

@@ -1,4 +1,4 @@
-"""What each piece of the output of `pallas_gpu` loads and stores: read by the kernels, and by whoever counts bytes.
+"""What each piece of the output of `pallas_gpu` loads and stores: read by the kernels, and by what counts bytes.
 
 Pure functions of int32 scalars. A description has static fields, `num_pieces`, and
 
