@@ -79,6 +79,13 @@ def test_auto_says_why_the_tpu_kernels_do_not_run(caplog):
     ]
 
 
+@pytest.mark.parametrize(("kind", "expected"), [("TPU v4", "ragged_dot"), ("TPU v5 lite", "pallas_tpu")])
+def test_auto_takes_the_tpu_kernels_from_v5e_on(monkeypatch, kind, expected):
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
+    assert resolve("tpu").grouped_matmul == expected
+
+
 def test_an_old_jax_has_no_hopper_kernels(hopper, monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
     with pytest.raises(ValueError, match=r"needs jax 0\.11 or newer, not .*; padded would run"):

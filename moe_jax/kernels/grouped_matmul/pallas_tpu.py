@@ -13,6 +13,7 @@ from moe_jax.kernels.grouped_matmul import pallas_tpu_tiles
 from moe_jax.kernels.grouped_matmul.pallas_tpu_tiles import GradientTiles, Tiles
 
 PLATFORM = "tpu"
+_TOO_SMALL = ("TPU v2", "TPU v3", "TPU v4")
 
 
 def lacks(architecture: Architecture, dtype: str) -> str:
@@ -21,6 +22,8 @@ def lacks(architecture: Architecture, dtype: str) -> str:
 
 
 def _lacks(dtype: str) -> str:
+    if jax.default_backend() == "tpu" and (kind := jax.devices()[0].device_kind).startswith(_TOO_SMALL):
+        return f"needs the vector memory of a TPU v5e or newer, not {kind}"
     return "" if dtype in ("bfloat16", "float32") else f"multiplies bfloat16 and float32, not {dtype}"
 
 
