@@ -1,6 +1,7 @@
 #!/bin/bash
 # Times whole decode steps and prefills of OLMoE-1B-7B's shape, random bfloat16 weights and recorded routing, on the
-# GPU of this machine: `bash benchmarks/whole_steps.sh FOLDER`. With 8 experts per token, and at batch 1 also with 4.
+# GPU of this machine: `bash benchmarks/whole_steps.sh FOLDER`. First with 8, 6, 4 and 2 experts per token at loads of 1 to
+# 512 rows, then beside other kernels with 8, and at batch 1 also with 4.
 # Each run is a process; all share LIMIT seconds. FOLDER/whole_steps.jsonl has one line per run: name and result.json.
 # OURS=native PEERS=blocked LAYERS=1 SMALL="--set decoder.d_model=128 --set moe.expert_hidden=64" runs on a CPU.
 set -u
@@ -13,7 +14,7 @@ export JAX_COMPILATION_CACHE_DIR=$scratch/programs # runs with 4 and 8 experts u
 trap 'rm -rf "$scratch"' EXIT
 mkdir -p "$out"
 rm -f "$out"/whole_steps.{jsonl,log}
-limit=${LIMIT:-150}
+limit=${LIMIT:-240}
 run() { # implementation, policy, further settings
   local name="$1 $2" left=$((limit - SECONDS)) status
   [ "$left" -lt 15 ] && { echo "$name: no time left"; return; }
@@ -26,11 +27,12 @@ run() { # implementation, policy, further settings
     "$name" "$scratch/run/result.json" >>"$out/whole_steps.jsonl"
   echo "$name: exit status $status, after $SECONDS s"
 }
+loads=(--set "benchmark.decode_batches=${LOADS:-(1, 8, 64, 512)}" --set 'benchmark.prefill_lengths=()')
 all=(--set 'benchmark.decode_batches=(1, 8, 64)' --set 'benchmark.prefill_lengths=(2048,)')
 one=(--set 'benchmark.decode_batches=(1,)' --set 'benchmark.prefill_lengths=()')
 read -ra peers <<<"${PEERS-ragged_dot padded}"
 ours=${OURS:-pallas_gpu}
+for policy in model topk:6 topk:4 topk:2; do run "$ours" "$policy" "${loads[@]}"; done
 run "$ours" model "${all[@]}"
-run "$ours" topk:4 "${one[@]}"
 for peer in "${peers[@]}"; do run "$peer" model "${all[@]}"; done
 for peer in "${peers[@]}"; do run "$peer" topk:4 "${one[@]}"; done
