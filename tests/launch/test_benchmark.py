@@ -49,6 +49,7 @@ def main(tmp_path, monkeypatch):
     return main
 
 
+@pytest.mark.processes
 def test_as_a_user_runs_it_with_a_profile(tmp_path):
     settings = [f"--set={name}={value}" for name, value in TINY.items()]
     command_line = [sys.executable, str(ROOT / "launch" / "benchmark.py"), *settings]

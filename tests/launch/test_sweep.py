@@ -62,6 +62,7 @@ def done(model, tmp_path_factory):
     return done, out
 
 
+@pytest.mark.processes
 def test_every_policy_has_a_point_at_every_concurrency(done):
     printed, out = done
     rows = json.loads((out / "result.json").read_text())["rows"]
@@ -80,6 +81,7 @@ def test_every_policy_has_a_point_at_every_concurrency(done):
     assert "opportunistic:2" in (out / "frontier.html").read_text() and "| 4 | 0.5% |" in printed.stdout
 
 
+@pytest.mark.processes
 def test_a_rival_runs_as_many_distinct_experts(done):
     with open(done[1] / "frontier.csv", newline="") as file:
         points = {(row["policy"], row["concurrency"]): row for row in csv.DictReader(file)}

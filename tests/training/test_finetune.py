@@ -27,6 +27,8 @@ from tests import tiny_model, tiny_training
 from tests.faults import launched
 from tests.training.finetuned import IDLE, finetune, texts, write_lines
 
+pytestmark = pytest.mark.processes
+
 NOTHING_MOVES = {"training.learning_rate": 1e-30}  # no float32 weight of the model is so small that it would
 
 

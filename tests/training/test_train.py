@@ -19,6 +19,8 @@ from moe_jax.training import pretraining
 from moe_jax.training.step import start
 from tests import launcher_module, tiny_training
 
+pytestmark = pytest.mark.processes
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
