@@ -89,7 +89,7 @@ def count_pieces(description: Any, tables: Sequence[jax.Array], operands: Sequen
         operands: by their number, of which only shape and dtype are read.
         output: shape and dtype.
     """
-    most = int(jax.jit(jax.vmap(lambda number: description.piece(number, tables).blocks))(_numbers(description)).max())
+    most = int(_most_blocks(description, tables))
     shapes = tuple(tuple(array.shape[-2:]) for array in (*operands, output))
     moved = [
         np.asarray(moved_by_piece, np.int64).sum(0) for moved_by_piece in _copied(description, tables, shapes, most)
@@ -99,6 +99,11 @@ def count_pieces(description: Any, tables: Sequence[jax.Array], operands: Sequen
         for numbers, array in zip(np.append(*moved), (*operands, output), strict=True)
     )
     return Traffic(tuple(fetched), (written,))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _most_blocks(description, tables):
+    return jax.vmap(lambda number: description.piece(number, tables).blocks)(_numbers(description)).max()
 
 
 def _numbers(description):

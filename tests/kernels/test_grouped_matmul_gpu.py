@@ -2,10 +2,12 @@
 
 import functools
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from moe_jax.kernels.grouped_matmul import pallas_gpu, pallas_gpu_rows, reference
 from moe_jax.kernels.grouped_matmul.pallas_gpu import Tiles
@@ -86,6 +88,27 @@ def test_gradients(case, interpreted):
     rows, weights, out_grad = exact(rows, weights, out_grad)
     for gradient, expected in zip(got, reference.backward(rows, weights, sizes, 1, out_grad)):
         assert_close(gradient, expected)
+
+
+@new_enough
+@pytest.mark.interpreted
+def test_drawn_groups(interpreted):
+    """Compiled once for all groups that are drawn."""
+    rows, weights, out_grad = random_inputs(104, 3)
+    settings = {"tiles": ONE_WARPGROUP, "num_cores": 2}
+    forward, backward = (jax.jit(functools.partial(f, **settings)) for f in (pallas_gpu.forward, pallas_gpu.backward))
+    exact_rows, exact_weights, exact_grad = exact(rows, weights, out_grad)
+
+    @hypothesis.settings(max_examples=6)
+    @hypothesis.given(st.lists(st.integers(0, 34), min_size=3, max_size=3))
+    def check(sizes):
+        operands = rows, weights, jnp.asarray(sizes, jnp.int32), jnp.int32(0)
+        assert_close(forward(*operands), reference.forward(exact_rows, exact_weights, sizes, 0))
+        expected_gradients = reference.backward(exact_rows, exact_weights, sizes, 0, exact_grad)
+        for gradient, expected in zip(backward(*operands, out_grad), expected_gradients):
+            assert_close(gradient, expected)
+
+    check()
 
 
 @new_enough
