@@ -21,6 +21,7 @@ from moe_jax.model.attention import Cache
 from moe_jax.model.layers import Stacked, feed_forward, one_layer, project, rms_norm
 from moe_jax.model.low_rank import KEPT, holds_any, merge
 from moe_jax.model.moe import ExpertUse, moe_layer
+from moe_jax.model.sharding import Layout, constrained, gathered
 from moe_jax.routing import policies
 from moe_jax.routing.policies import Context, Settings
 from moe_jax.routing.policies.parse import MODEL_OWN
@@ -71,11 +72,17 @@ class Execution:
     k_max: int  # slots per token
     kernels: Kernels
     dispatch: Dispatch = Dispatch()
+    layout: Layout | None = None  # the mesh that it runs on; None: one device
 
     @property
     def implementations(self) -> dict[str, str]:
         """Of the operations that have several, as results name them."""
         return self.kernels._asdict()
+
+    @property
+    def data_parts(self) -> int:
+        """The number of parts of a batch: its rows are a multiple."""
+        return 1 if self.layout is None else self.layout.data_parts
 
 
 def split(decoder: Decoder) -> Params:
@@ -118,8 +125,9 @@ def _one_layer(weights: Params, modules: tuple[str, ...], layer: jax.Array | int
     return {name.replace("_L", "_"): take(name, value) for name, value in weights.items()}
 
 
-def _layer(x_BTD, weights, cos_sin, core, ffn, architecture):
+def _layer(x_BTD, weights, cos_sin, core, ffn, execution):
     """One pre-norm layer; `core` mixes positions, `ffn` runs on flattened tokens. Also returns what both report."""
+    architecture = execution.architecture
     eps = architecture.decoder.norm_eps
     with jax.named_scope("attention"):
         normed = rms_norm(x_BTD, weights["attention_norm_D"], eps)
@@ -129,7 +137,7 @@ def _layer(x_BTD, weights, cos_sin, core, ffn, architecture):
     with jax.named_scope("ffn"):
         normed = rms_norm(x_BTD, weights["ffn_norm_D"], eps)
         y_ND, from_ffn = ffn(normed.reshape(-1, normed.shape[-1]))
-    return x_BTD + y_ND.reshape(x_BTD.shape), from_core, from_ffn
+    return constrained(x_BTD + y_ND.reshape(x_BTD.shape), "BTD", execution.layout), from_core, from_ffn
 
 
 def _dense_ffn(weights):
@@ -156,6 +164,11 @@ def _moe_ffn(weights, experts, layer: Layer, live, context, execution):
 def _context(column: jax.Array, valid_BT: jax.Array, steps: int) -> Context:
     batch, length = valid_BT.shape
     return Context(column, jnp.repeat(jnp.arange(batch), length), valid_BT.reshape(-1), steps)
+
+
+def _embed(params: Params, tokens_BT: jax.Array, execution: Execution) -> jax.Array:
+    x_BTD = params["embedding_VD"][tokens_BT].astype(dtype_of(params))
+    return constrained(x_BTD, "BTD", execution.layout)
 
 
 def hidden(
@@ -222,7 +235,7 @@ def _whole(
     """Runs all layers over whole sequences: x_BTD, the use of experts, and `observe` of the input of each MoE layer."""
     architecture = execution.architecture
     cos_sin = rope.angles(positions_BT, architecture.attention)
-    x_BTD = params["embedding_VD"][tokens_BT].astype(dtype_of(params))
+    x_BTD = _embed(params, tokens_BT, execution)
 
     def core(heads):
         return heads.causal(segments_BT, execution.kernels.causal_attention, prefixes=prefixes), None
@@ -234,11 +247,11 @@ def _whole(
 
     def run(layer, x_BTD, stack):
         if by_layer:
-            stack = merge(stack)
+            stack = gathered(merge(stack), (layer.stack,), execution.layout)
         others = {name: part for name, part in stack.items() if name != "experts"}
         weights = _one_layer(others, (layer.stack,), layer.index, projection)
         if not layer.is_moe:
-            x_BTD, _, _ = _layer(x_BTD, weights, cos_sin, core, _dense_ffn(weights), architecture)
+            x_BTD, _, _ = _layer(x_BTD, weights, cos_sin, core, _dense_ffn(weights), execution)
             return x_BTD, None
         context = _context(layer.column, segments_BT != 0, steps)
         ffn = _moe_ffn(weights, stack["experts"], layer, live, context, execution)
@@ -247,7 +260,7 @@ def _whole(
             y_ND, use = ffn(x_ND)
             return y_ND, (use, observe(x_ND))
 
-        x_BTD, _, seen = _layer(x_BTD, weights, cos_sin, core, observed_ffn, architecture)
+        x_BTD, _, seen = _layer(x_BTD, weights, cos_sin, core, observed_ffn, execution)
         return x_BTD, seen
 
     def recomputed(layer):  # the layer, with the part that the backward pass recomputes
@@ -347,7 +360,7 @@ def extend(
         positions_BT = start_B[:, None] + positions_BT
     is_step = start_B is not None and length == 1
     cos_sin = rope.angles(positions_BT, architecture.attention)
-    x_BTD = params["embedding_VD"][tokens_BT].astype(dtype_of(params))
+    x_BTD = _embed(params, tokens_BT, execution)
 
     def core(layer, cache):
         def run(heads):
@@ -370,7 +383,7 @@ def extend(
             if layer.is_moe:
                 context = _context(layer.column, valid_BT, 1 if is_step else 0)
                 ffn = _moe_ffn(weights, params[layer.stack]["experts"], layer, live, context, execution)
-            x_BTD, cache, new = _layer(x_BTD, weights, cos_sin, core(layer.number, cache), ffn, architecture)
+            x_BTD, cache, new = _layer(x_BTD, weights, cos_sin, core(layer.number, cache), ffn, execution)
             if layer.is_moe:
                 use = ExpertUse(
                     *(all_layers.at[layer.column].set(own) for all_layers, own in zip(use, new, strict=True))

@@ -31,7 +31,7 @@ METRICS = "metrics.jsonl"  # a line per logged step or evaluation
 
 # May differ when a run is resumed: they change what is written, not what is learned.
 _FREE_SETTINGS = ("checkpoint_every", "checkpoints_kept", "log_every")
-_UNUSED_SECTIONS = ("sampling", "evaluation", "benchmark", "sweep")  # sections that training does not read
+_FREE_SECTIONS = ("sampling", "evaluation", "benchmark", "sweep", "mesh")  # training does not read them, or may move
 
 
 class TrainingTask(NamedTuple):
@@ -80,7 +80,7 @@ def require_same_run(config: Config, folder: pathlib.Path) -> None:
         return {
             f"{section}.{name}": value
             for section, settings in dataclasses.asdict(dataclasses.replace(config, training=training)).items()
-            if section not in _UNUSED_SECTIONS
+            if section not in _FREE_SECTIONS
             for name, value in settings.items()
         }
 
