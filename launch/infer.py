@@ -106,7 +106,7 @@ def read_prompts() -> list[str]:
         except OSError as error:
             raise ValueError(f"--prompt_file = {name!r}: {error.strerror}") from error
     if not prompts:
-        piped = read_piped()
+        piped = b"" if flags.FLAGS.coordinator else read_piped()  # of several processes, not all have it
         prompts = [as_text(piped, "standard input") if piped.strip() else DEFAULT_PROMPT]
     return prompts
 
@@ -178,4 +178,4 @@ def summary(run: command.Command, figures: dict, completions: list) -> str:
 
 
 if __name__ == "__main__":
-    command.run(main, default_config=os.path.relpath(ROOT / "configs" / "infer_demo.gin"))
+    command.run(main, default_config=os.path.relpath(ROOT / "configs" / "infer_demo.gin"), on_mesh=True)

@@ -10,7 +10,7 @@ from moe_jax.engine import cache as caches
 from moe_jax.engine.request import Request
 from moe_jax.engine.sampling import Sampling
 from moe_jax.engine.steps import Live
-from moe_jax.model.decoder import Execution
+from moe_jax.model.execution import Execution
 from moe_jax.model.sharding import on_all
 from moe_jax.routing import policies
 

@@ -20,6 +20,7 @@ from moe_jax.model.finite import NotFiniteError, require_finite
 from moe_jax.model.sharding import on_all
 
 MOST_STEPS = 32  # in one call
+STEPS_OF_SEVERAL = 8  # in one call, if several processes run
 CALL_S = 0.05  # target time of a call of several steps: between calls, text is shown and Ctrl-C handled
 
 
@@ -159,6 +160,8 @@ class Engine:
             call_began = time.perf_counter()
             result, slots = self.step(slots, continue_B, count, prepared.live, execution)
             seconds = (time.perf_counter() - call_began) / int(result.count)
+            if jax.process_count() > 1:  # whose clocks differ, and which must take the same steps
+                seconds = CALL_S / STEPS_OF_SEVERAL
             count = 1 if one_by_one else steps_at_once(seconds, self.most_steps)
             for number in range(int(result.count)):
                 alive_B = result.alive_SB[number] & continue_B

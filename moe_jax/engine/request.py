@@ -12,7 +12,7 @@ from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import KernelsConfig, SamplingConfig
 from moe_jax.dispatch.contract import Dispatch
 from moe_jax.kernels import chooser
-from moe_jax.model.decoder import Execution
+from moe_jax.model.execution import Execution
 from moe_jax.model.sharding import Layout
 from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration

@@ -54,7 +54,7 @@ class Journal:
 
     def forget(self) -> None:
         """Removes the parts, once the measurement's results are written elsewhere."""
-        if self._folder is not None:
+        if self._folder is not None and files.is_first():
             shutil.rmtree(self._folder, ignore_errors=True)
             if self._folder.parent.is_dir() and not any(self._folder.parent.iterdir()):
                 self._folder.parent.rmdir()

@@ -1,6 +1,5 @@
 """The decoder, dense and MoE layers: whole sequences for training and scoring, prefill and decode with a cache."""
 
-import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -13,11 +12,10 @@ from jax import lax
 from moe_jax.config import layer_order
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.layer_order import Block, Layer
-from moe_jax.dispatch.contract import Dispatch
 from moe_jax.kernels import chooser
-from moe_jax.kernels.chooser import Kernels
 from moe_jax.model import attention, latent_attention, parameters, rope
 from moe_jax.model.attention import Cache
+from moe_jax.model.execution import Execution
 from moe_jax.model.layers import Stacked, feed_forward, one_layer, project, rms_norm
 from moe_jax.model.low_rank import KEPT, holds_any, merge
 from moe_jax.model.moe import ExpertUse, moe_layer
@@ -62,27 +60,6 @@ class Decoder(Weights):
         rows = (tokens_BT, positions_BT, jnp.ones_like(tokens_BT))
         x_BTD, _ = hidden(params, *rows, live, execution, prefixes=False)
         return logits(params, x_BTD)
-
-
-@dataclasses.dataclass(frozen=True)
-class Execution:
-    """How a decoder runs: the static half of a compiled step."""
-
-    architecture: Architecture
-    k_max: int  # slots per token
-    kernels: Kernels
-    dispatch: Dispatch = Dispatch()
-    layout: Layout | None = None  # the mesh that it runs on; None: one device
-
-    @property
-    def implementations(self) -> dict[str, str]:
-        """Of the operations that have several, as results name them."""
-        return self.kernels._asdict()
-
-    @property
-    def data_parts(self) -> int:
-        """The number of parts of a batch: its rows are a multiple."""
-        return 1 if self.layout is None else self.layout.data_parts
 
 
 def split(decoder: Decoder) -> Params:
@@ -166,9 +143,14 @@ def _context(column: jax.Array, valid_BT: jax.Array, steps: int) -> Context:
     return Context(column, jnp.repeat(jnp.arange(batch), length), valid_BT.reshape(-1), steps)
 
 
-def _embed(params: Params, tokens_BT: jax.Array, execution: Execution) -> jax.Array:
-    x_BTD = params["embedding_VD"][tokens_BT].astype(dtype_of(params))
-    return constrained(x_BTD, "BTD", execution.layout)
+def _embed(params: Params, tokens_BT: jax.Array, layout: Layout | None) -> jax.Array:
+    embedding_VD = _top(params, "embedding_VD", layout)
+    return constrained(embedding_VD[tokens_BT].astype(dtype_of(params)), "BTD", layout)
+
+
+def _top(params: Params, name: str, layout: Layout | None) -> jax.Array:
+    """A matrix outside of all layers, whole along D."""
+    return gathered({name: params[name]}, (), layout)[name]
 
 
 def hidden(
@@ -235,13 +217,14 @@ def _whole(
     """Runs all layers over whole sequences: x_BTD, the use of experts, and `observe` of the input of each MoE layer."""
     architecture = execution.architecture
     cos_sin = rope.angles(positions_BT, architecture.attention)
-    x_BTD = _embed(params, tokens_BT, execution)
+    x_BTD = _embed(params, tokens_BT, execution.layout)
 
     def core(heads):
         return heads.causal(segments_BT, execution.kernels.causal_attention, prefixes=prefixes), None
 
     adapted = holds_any(params)
-    by_layer = adapted or not in_stacks  # each layer is taken out of its stack
+    spread = execution.layout is not None and execution.layout.fsdp
+    by_layer = adapted or spread or not in_stacks  # each layer is taken out of its stack
     projection = "" if by_layer else execution.kernels.projection
     steps = tokens_BT.shape[1] if side_by_side else 0
 
@@ -313,9 +296,9 @@ def _by_pass(weights: Params, stack: str, block: Block) -> Params:
     return jax.tree.map(split_passes, weights)
 
 
-def head(params: Params) -> jax.Array:
-    """The output projection [V, D]; the embedding if they are tied."""
-    return params.get("head_VD", params["embedding_VD"])
+def head(params: Params, layout: Layout | None = None) -> jax.Array:
+    """The output projection [V, D], whole along D; the embedding if they are tied."""
+    return _top(params, "head_VD" if "head_VD" in params else "embedding_VD", layout)
 
 
 def logits(params: Params, x_BTD: jax.Array, projection: str = "") -> jax.Array:
@@ -360,7 +343,7 @@ def extend(
         positions_BT = start_B[:, None] + positions_BT
     is_step = start_B is not None and length == 1
     cos_sin = rope.angles(positions_BT, architecture.attention)
-    x_BTD = _embed(params, tokens_BT, execution)
+    x_BTD = _embed(params, tokens_BT, execution.layout)
 
     def core(layer, cache):
         def run(heads):

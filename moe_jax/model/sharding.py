@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.config.architecture import Architecture
@@ -158,6 +159,23 @@ def gathered(weights: Any, modules: tuple[str, ...], layout: Layout | None) -> A
         return jax.lax.with_sharding_constraint(leaf, layout.of_leaf(at, leaf, gathered=True))
 
     return jax.tree_util.tree_map_with_path(gather, weights)
+
+
+def of_tree(tree: Any, layout: Layout) -> Any:
+    """The sharding of every leaf of training state, or of its shapes."""
+    return jax.tree_util.tree_map_with_path(layout.of_leaf, tree)
+
+
+def placed(tree: Any, layout: Layout | None) -> Any:
+    """Parameters or training state on their devices; unchanged without a layout."""
+    return tree if layout is None else jax.jit(lambda state: state, out_shardings=of_tree(tree, layout))(tree)
+
+
+def on_host(array: jax.Array | np.ndarray) -> np.ndarray:
+    """A whole array in host memory; all processes must call this if the array lies on devices of several."""
+    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)
 
 
 def on_all(tree: Any, layout: Layout | None) -> Any:

@@ -113,7 +113,7 @@ class _Log:
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{path} is damaged ({error}): repair it, or remove it and lose its steps") from error
         files.write_atomically(path, "".join(kept))
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by `close`
+        self._file = open(path if files.is_first() else os.devnull, "ab", buffering=0)  # noqa: SIM115  closed by `close`
 
     def write(self, **figures) -> None:
         line = json.dumps(figures).encode() + b"\n"
