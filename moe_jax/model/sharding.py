@@ -178,6 +178,12 @@ def on_host(array: jax.Array | np.ndarray) -> np.ndarray:
     return multihost_utils.process_allgather(array, tiled=True)
 
 
+def wait_for_all(what: str) -> None:
+    """Waits until all processes have come here; `what` names the place."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
+
+
 def on_all(tree: Any, layout: Layout | None) -> Any:
     """Values of the host, the same in every process, as arrays that are whole on every device of the layout, if any."""
     if layout is None:

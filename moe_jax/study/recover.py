@@ -130,8 +130,8 @@ def recover(
     architecture = policies.with_own(run_policies.trained, model.architecture) or model.architecture
     exported = model.for_new_weights().with_architecture(architecture)
     exported.save(folder / "model", tuned.params, dtype=model.stored_dtype, replace=True)
-    exported = checkpoint.open(folder / "model")
-    exported_params = exported.load(config.training.weights, sharding_of(execution.layout))
+    saved = checkpoint.open(folder / "model")
+    exported_params = saved.load(config.training.weights, sharding_of(execution.layout))
     after = measure(config, exported_params, text, run_policies.compared, execution, "after")
     speed = loop.median_tokens_per_s(folder)
     return Recovered(*run_policies, before, after, text, tuned.step, tuned.steps, tuned.masked_experts, speed)
