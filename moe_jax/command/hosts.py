@@ -45,6 +45,7 @@ def join() -> None:
         arguments = {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
     import jax
 
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `interruption`
     try:
         jax.distributed.initialize(**arguments, initialization_timeout=wait_s, heartbeat_timeout_seconds=_HEARTBEAT_S)
     except (RuntimeError, ValueError) as error:

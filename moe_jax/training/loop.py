@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import jax
 from absl import logging
 from tqdm import tqdm
 
@@ -172,7 +173,7 @@ def run(config: Config, folder: pathlib.Path, task: TrainingTask) -> Outcome:
     Raises:
         ValueError: the folder holds another run; its text or model has changed; the loss or the gradient is not finite;
             or no evaluation is. The last good checkpoint stays.
-        KeyboardInterrupt: SIGINT or SIGTERM, after saving a checkpoint.
+        KeyboardInterrupt: SIGINT or SIGTERM, after saving a checkpoint if this is the only process.
     """
     training = config.training
     require_same_run(config, folder)
@@ -237,7 +238,8 @@ def run(config: Config, folder: pathlib.Path, task: TrainingTask) -> Outcome:
                     since += time.perf_counter() - began
                 if done % training.checkpoint_every == 0 or is_over():
                     save()
-            if not is_over() and done != checkpoints.latest_step:
+            # several processes are interrupted at different steps: the last checkpoint that all wrote stays
+            if not is_over() and done != checkpoints.latest_step and jax.process_count() == 1:
                 save()
         if best_kept is None:
             return Outcome(state, done, done)
