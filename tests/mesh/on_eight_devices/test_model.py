@@ -1,11 +1,15 @@
 """A model on a mesh computes what it computes on one device, and each device holds and reads its own part."""
 
+import math
+import re
+
 import jax
 import numpy as np
 import pytest
 
 import moe_jax
 from moe_jax.checkpoint import filling, huggingface
+from moe_jax.engine import steps
 
 PROMPTS = [[3, 4, 5, 6, 7], [7, 8, 9], [30, 31]]
 SPECS = ["model", "topk:3", "opportunistic:2"]
@@ -40,6 +44,18 @@ def test_logits_and_greedy_text_are_those_of_one_device(one, folder, mesh_of, si
         assert on_mesh.ids == alone.ids
         assert on_mesh.experts_per_token == alone.experts_per_token
         assert on_mesh.distinct_experts_per_layer_step == alone.distinct_experts_per_layer_step
+    gathered = [size for program in decode_programs(model) for size in gathered_sizes(program.as_text())]
+    assert max(gathered, default=0) < 16 * 64 * 24  # a layer's down-projections stay where they are
+
+
+def decode_programs(model):
+    return [program for key, program in model.engine._programs.items() if key[0] is steps.decode]
+
+
+def gathered_sizes(text):
+    """The number of elements of every array that an all-gather of a compiled program makes."""
+    shapes = re.findall(r"= \w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", text)
+    return [math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes]
 
 
 def test_the_policies_differ(one):
