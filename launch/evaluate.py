@@ -54,4 +54,5 @@ if __name__ == "__main__":
         default_config=os.path.relpath(ROOT / "configs" / "evaluate_demo.gin"),
         default_out="out/evaluate",
         huge_pages=True,
+        on_mesh=True,
     )

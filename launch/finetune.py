@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 def main(run: command.Command) -> None:
     """Checks the configuration, then measures, trains, exports and measures again."""
     from moe_jax.evaluation.journal import Journal, identity
+    from moe_jax.model.sharding import sharding_of
     from moe_jax.report import finetuned
     from moe_jax.study import recover
     from moe_jax.training import finetuning, loop
@@ -33,7 +34,7 @@ def main(run: command.Command) -> None:
     with run.timed("text"):
         text = finetuning.prepare_text(resolved, opened)
     with run.timed("load"):
-        params = opened.load(config.training.weights)
+        params = opened.load(config.training.weights, sharding_of(execution.layout))
     finetuning.require_memory(config, params)
     paths = [opened.folder, held_out, config.policy.calibration]
     depends_on = identity(config, paths, run.implementations) | {"text": text.digest}
@@ -55,4 +56,5 @@ if __name__ == "__main__":
         default_config=os.path.relpath(ROOT / "configs" / "finetune_demo.gin"),
         default_out="out/finetune",
         huge_pages=True,
+        on_mesh=True,
     )

@@ -99,6 +99,8 @@ def chat_ids(folder: pathlib.Path, tokenizer, messages: list[str]) -> list[list[
 
 def read_prompts() -> list[str]:
     """The prompts of the flags, then of the files; without either, standard input; without that, the default."""
+    import jax
+
     prompts = list(PROMPT.value)
     for name in PROMPT_FILE.value:
         try:
@@ -106,7 +108,7 @@ def read_prompts() -> list[str]:
         except OSError as error:
             raise ValueError(f"--prompt_file = {name!r}: {error.strerror}") from error
     if not prompts:
-        piped = read_piped()
+        piped = read_piped() if jax.process_count() == 1 else b""  # of several processes, not all have it
         prompts = [as_text(piped, "standard input") if piped.strip() else DEFAULT_PROMPT]
     return prompts
 
@@ -178,4 +180,4 @@ def summary(run: command.Command, figures: dict, completions: list) -> str:
 
 
 if __name__ == "__main__":
-    command.run(main, default_config=os.path.relpath(ROOT / "configs" / "infer_demo.gin"))
+    command.run(main, default_config=os.path.relpath(ROOT / "configs" / "infer_demo.gin"), on_mesh=True)

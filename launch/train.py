@@ -45,4 +45,5 @@ if __name__ == "__main__":
         default_config=os.path.relpath(ROOT / "configs" / "train_demo.gin"),
         default_out="out/train",
         huge_pages=True,
+        on_mesh=True,
     )

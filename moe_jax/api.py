@@ -16,11 +16,12 @@ from moe_jax.engine.generate import Completion, Engine
 from moe_jax.engine.request import AnyPolicy, execution_of, make_requests, policy_of_each
 from moe_jax.model import decoder
 from moe_jax.model.finite import require_finite
+from moe_jax.model.sharding import Layout, layout_of, on_all, sharding_of, whole
 from moe_jax.routing import policies
 
 
 class Model:
-    """A model in memory, on the default device. `load` makes one.
+    """A model in memory, on one device or a mesh. `load` makes one.
 
     Attributes:
         checkpoint: everything in its folder but the weights.
@@ -28,10 +29,12 @@ class Model:
         tokenizer: None if its folder has none.
         calibration: measurements that the policies `median` and `reroute` need; None if there are none.
         engine: generates text.
+        layout: where its parameters lie on a mesh; None: on one device.
     """
 
-    def __init__(self, checkpoint: Checkpoint, params: decoder.Params):
+    def __init__(self, checkpoint: Checkpoint, params: decoder.Params, layout: Layout | None = None):
         self.checkpoint = checkpoint
+        self.layout = layout
         self.architecture = checkpoint.architecture
         self.tokenizer = checkpoint.tokenizer
         self.calibration = checkpoint.calibration
@@ -71,16 +74,21 @@ class Model:
         if tokens_BT.min() < 0 or tokens_BT.max() >= trunk.vocab_size:
             wrong = tokens_BT.min() if tokens_BT.min() < 0 else tokens_BT.max()
             raise ValueError(f"tokens_BT has the token {wrong}: expected 0 to {trunk.vocab_size - 1}")
-        execution = execution_of(self.architecture, k_max, dtype=decoder.experts_dtype(self.params).name)
+        execution = self._execution(k_max)
         policy_B = policy_of_each(policy, batch, self.calibration)
-        rows = caches.round_up(batch)
+        rows = caches.round_up(batch, execution.data_parts)
         padding = ((0, rows - batch), (0, caches.length_bucket(length, trunk.max_context) - length))
         live = policies.settings(policy_B + policy_B[:1] * (rows - batch), self.architecture, execution.k_max)
         segments_BT = np.pad(np.ones_like(tokens_BT, np.int32), padding)
         tokens_BT = np.pad(tokens_BT.astype(np.int32), padding)
-        logits_BTV = np.asarray(_logits(self.params, tokens_BT, segments_BT, live, execution=execution))
+        given = on_all((tokens_BT, segments_BT, live), self.layout)
+        logits_BTV = np.asarray(_logits(self.params, *given, execution=execution))
         require_finite(logits_BTV[:batch, :length], "logits", self.params)
         return logits_BTV[:batch, :length]
+
+    def _execution(self, k_max: int) -> decoder.Execution:
+        dtype = decoder.experts_dtype(self.params).name
+        return execution_of(self.architecture, k_max, dtype=dtype, layout=self.layout)
 
     def generate(
         self,
@@ -127,7 +135,7 @@ class Model:
             raise ValueError("the model's folder has no tokenizer.json: expected one, to generate text")
         stop = (stop,) if isinstance(stop, str) else tuple(stop)
         sampling = SamplingConfig(max_new_tokens, temperature, top_k, top_p, stop)
-        execution = execution_of(self.architecture, k_max, dtype=decoder.experts_dtype(self.params).name)
+        execution = self._execution(k_max)
         settings = {"sampling": sampling, "policy": policy, "seed": seed, "calibration": self.calibration}
         requests = make_requests(prompts, self.tokenizer, execution, **settings)
         return self.engine.run(requests, execution, on_text).completions
@@ -148,8 +156,14 @@ class Model:
         self.checkpoint.save(path, self.params, dtype=dtype)
 
 
-def load(path: str | os.PathLike, *, dtype: str = "auto", calibration: str | os.PathLike | None = "") -> Model:
-    """Loads a model onto the default device.
+def load(
+    path: str | os.PathLike,
+    *,
+    dtype: str = "auto",
+    calibration: str | os.PathLike | None = "",
+    mesh: jax.sharding.Mesh | None = None,
+) -> Model:
+    """Loads a model onto the default device, or onto a mesh of devices.
 
     Args:
         path: a folder in Hugging Face layout, a stacked folder from `launch/convert.py`, whose weights are mapped, or
@@ -157,13 +171,16 @@ def load(path: str | os.PathLike, *, dtype: str = "auto", calibration: str | os.
         dtype: the dtype of weights and activations: "float32", "bfloat16", "float16", or "auto": as stored.
         calibration: a file that `launch/calibrate.py` wrote for this model, for policies that need one; "":
             calibration.npz in the folder, if there is one; None: none.
+        mesh: has axes among `data` (rows), `expert` (experts) and `tensor` (heads, hidden widths, vocabulary); each
+            device gets its own slices of the weights, and a process reads only those of its devices. None: one device.
 
     Raises:
         ValueError: there is no such model, it is not supported, a file is damaged, it does not fit in the memory that
-            is available, or the calibration is of another model.
+            is available, the calibration is of another model, or the mesh does not divide the model.
     """
     opened = checkpoint.open(path, calibration=calibration)
-    return Model(opened, opened.load(dtype))
+    layout = layout_of(mesh, opened.architecture)
+    return Model(opened, opened.load(dtype, sharding_of(layout)), layout)
 
 
 @functools.partial(jax.jit, static_argnames="execution")
@@ -172,4 +189,4 @@ def _logits(params, tokens_BT, segments_BT, live, *, execution):
     rows = (tokens_BT, positions_BT, segments_BT)
     settings = {"side_by_side": True, "in_stacks": True, "prefixes": False}
     x_BTD, _ = decoder.hidden(params, *rows, live, execution, **settings)
-    return decoder.logits(params, x_BTD, execution.kernels.projection)
+    return whole(decoder.logits(params, x_BTD, execution.kernels.projection), execution.layout)

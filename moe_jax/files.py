@@ -9,9 +9,11 @@ import ctypes
 import os
 import pathlib
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator
 
+_is_first = True  # of several processes, the first writes
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
 
@@ -20,6 +22,17 @@ def cache_folder() -> pathlib.Path:
     """The folder for files that can be made again, kept between runs; it may not exist yet."""
     caches = os.environ.get("XDG_CACHE_HOME") or os.path.join("~", ".cache")
     return pathlib.Path(os.path.expanduser(caches)) / "moe_jax"
+
+
+def leave_to_first() -> None:
+    """Makes this module write nothing from now on: of several processes that share a disk, the first writes."""
+    global _is_first
+    _is_first = False
+
+
+def is_first() -> bool:
+    """Whether this process writes."""
+    return _is_first
 
 
 def partial_sibling(path: pathlib.Path) -> pathlib.Path:
@@ -50,6 +63,8 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
     Raises:
         OSError: The file could not be written; `path` is unchanged. The error names `path`.
     """
+    if not _is_first:
+        return
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_sibling(path)
@@ -79,6 +94,10 @@ def replaced_folder(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         NotADirectoryError: `path` is a file.
         OSError: The folder could not be written or renamed; `path` is unchanged.
     """
+    if not _is_first:
+        with tempfile.TemporaryDirectory() as folder:
+            yield pathlib.Path(folder)
+        return
     path = pathlib.Path(os.path.realpath(path))
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(20, "is a file where a folder is to be written", str(path))

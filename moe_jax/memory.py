@@ -9,10 +9,10 @@ def host_bytes() -> int:
     return psutil.virtual_memory().available
 
 
-def device_bytes() -> int:
-    """Free memory of the first device; of this machine, if the device does not report its own (a CPU)."""
+def device_bytes(count: int = 1) -> int:
+    """Free memory of `count` devices like the first; of this machine, if devices do not report their own (a CPU)."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else host_bytes()
+    return count * (stats["bytes_limit"] - stats["bytes_in_use"]) if "bytes_limit" in stats else host_bytes()
 
 
 def require(what: str, needed_bytes: int, available_bytes: int, remedy: str) -> None:

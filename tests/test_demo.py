@@ -9,7 +9,7 @@ import pytest
 import moe_jax
 from moe_jax.evaluation import likelihood
 from moe_jax.evaluation.intervals import paired_ratio, ratio
-from moe_jax.model.decoder import Execution
+from moe_jax.model.execution import Execution
 from moe_jax.routing.policies.parse import parse
 from moe_jax.text.held_out import load_held_out
 from moe_jax.text.tokenizer import encode_documents

@@ -28,6 +28,7 @@ from moe_jax.checkpoint.tables import INDEX, WEIGHTS, read_tables
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import DTYPES
 from moe_jax.files import replaced_folder
+from moe_jax.model.sharding import on_host
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SHARD_BYTES = 5_000_000_000  # of one file, as in transformers
@@ -164,7 +165,7 @@ def write_checkpoint(
     family = family_of({"model_type": model_type})
     fields = config_fields(family, architecture)  # first, so that a setting that the family lacks is refused early
     rules = family.rules(architecture)
-    arrays = {path: np.asarray(array) for path, array in flattened(params)}
+    arrays = {path: on_host(array) for path, array in flattened(params)}
     require_same_names(folder, {rule.parameter for rule in rules}, set(arrays))
     shapes, dtypes = {}, {}
     for rule in rules:

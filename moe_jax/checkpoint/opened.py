@@ -16,6 +16,7 @@ from moe_jax.checkpoint.quantization import blocks_of
 from moe_jax.checkpoint.safetensors_file import StoredTensor
 from moe_jax.checkpoint.tables import read_json, read_tables
 from moe_jax.config.architecture import Architecture
+from moe_jax.model.sharding import wait_for_all
 from moe_jax.routing import calibration as calibrations
 from moe_jax.routing.calibration import Calibration
 from moe_jax.text.tokenizer import END_OF_TEXT_ID, load_tokenizer, tokenizer_files
@@ -156,20 +157,21 @@ class Checkpoint:
             raise ValueError(f"layout = {layout!r}: expected one of {', '.join(LAYOUTS)}")
         if layout == "stacked":
             stacked.write(path, self.architecture, params, self.texts, self.files, dtype=dtype, replace=replace)
-            return
-        huggingface.write_checkpoint(
-            path,
-            self.architecture,
-            params,
-            dtype=dtype,
-            model_type=self.family.model_type,
-            token_ids=self.token_ids,
-            config=self.config,
-            generation_config=self.generation_config,
-            extra_files=self.files,
-            replace=replace,
-            shard_bytes=shard_bytes,
-        )
+        else:
+            huggingface.write_checkpoint(
+                path,
+                self.architecture,
+                params,
+                dtype=dtype,
+                model_type=self.family.model_type,
+                token_ids=self.token_ids,
+                config=self.config,
+                generation_config=self.generation_config,
+                extra_files=self.files,
+                replace=replace,
+                shard_bytes=shard_bytes,
+            )
+        wait_for_all(f"{path} is written")
 
     def texts(self, dtype: np.dtype) -> dict[str, str]:
         """The text of config.json and generation_config.json, for the dtype of most weights."""

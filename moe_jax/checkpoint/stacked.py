@@ -24,6 +24,7 @@ from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import DTYPES
 from moe_jax.files import replaced_folder
 from moe_jax.model import parameters
+from moe_jax.model.sharding import on_host
 
 STACKS, WRITTEN = "stacked.safetensors", "stacked.json"
 _FORMAT = 1
@@ -94,7 +95,7 @@ def in_dtype(params: Mapping[str, Any], architecture: Architecture, dtype: str) 
     """
     arrays = dict(huggingface.flattened(params))
     for path, expected in dtypes_of(params, architecture, dtype).items():
-        given = np.asarray(arrays[path])
+        given = on_host(arrays[path])
         if given.dtype != expected:
             values, given = given, filling.allocate(given.shape, expected)
             filling.cast_into(given, values)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from absl import app, flags
 
 from moe_jax import files
-from moe_jax.command import devices, errors, folders, interruption, results
+from moe_jax.command import devices, errors, folders, hosts, interruption, results
 from moe_jax.command.flags import define_flags, parse_flags
 from moe_jax.command.huge_pages import use_huge_pages
 from moe_jax.config import gin, schema
@@ -69,17 +69,21 @@ class Command:
     def execution_of(self, architecture: Architecture, dtype: str) -> "decoder.Execution":
         """How a model runs here, its weights in `dtype`; the chosen implementations go into the result."""
         from moe_jax.engine.request import execution_of
+        from moe_jax.model.sharding import layout_of
 
-        execution = execution_of(architecture, self.config.policy.k_max, self.config.kernels, dtype)
+        layout = layout_of(self.config.mesh, architecture)
+        execution = execution_of(architecture, self.config.policy.k_max, self.config.kernels, dtype, layout)
         self.implementations |= execution.implementations
         return execution
 
     def load(self, opened: "checkpoint.Checkpoint") -> "api.Model":
-        """Loads a model in `model.dtype`, timed."""
+        """Loads a model in `model.dtype` onto the mesh, timed."""
         from moe_jax import api
+        from moe_jax.model.sharding import layout_of, sharding_of
 
+        layout = layout_of(self.config.mesh, opened.architecture)
         with self.timed("load"):
-            return api.Model(opened, opened.load(self.config.model.dtype))
+            return api.Model(opened, opened.load(self.config.model.dtype, sharding_of(layout)), layout)
 
     def finish(
         self,
@@ -132,6 +136,7 @@ def run(
     default_config: str | os.PathLike | None = None,
     default_out: str | os.PathLike | None = None,
     huge_pages: bool = False,
+    on_mesh: bool = False,
 ) -> NoReturn:
     """Reads the command line, runs `main`, and exits.
 
@@ -145,15 +150,18 @@ def run(
         default_config: The config file without `--config`. None: the schema's defaults.
         default_out: The output folder without `--out`. None: nothing is written.
         huge_pages: Whether to restart the process with huge pages where possible, see `use_huge_pages`.
+        on_mesh: Whether `main` can run on a mesh of devices and in several processes.
     """
     if huge_pages:
         use_huge_pages()
     received = interruption.raise_on_signals()
     define_flags(default_config, default_out)
+    if on_mesh:
+        hosts.define_flags()
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app.run(lambda _: _status_of(main, received), flags_parser=parse_flags)
+        app.run(lambda _: _status_of(main, received, on_mesh), flags_parser=parse_flags)
     except KeyboardInterrupt:
         _leave(received)
 
@@ -169,9 +177,9 @@ def _refuse_other_shape(config: schema.Config, architecture: Architecture) -> No
                 raise ValueError(f"{section}.{field.name} = {value!r}: expected the model's own, {expected!r}{hint}")
 
 
-def _status_of(main: Callable[[Command], int | None], received: list[int]) -> int:
+def _status_of(main: Callable[[Command], int | None], received: list[int], on_mesh: bool) -> int:
     try:
-        status = _run_main(main)
+        status = _run_main(main, on_mesh)
         interruption.ignore()
         if received:
             _leave(received)
@@ -196,9 +204,11 @@ def _leave(received: list[int]) -> NoReturn:
     os._exit(128 + (received[0] if received else signal.SIGINT))
 
 
-def _run_main(main: Callable[[Command], int | None]) -> int:
+def _run_main(main: Callable[[Command], int | None], on_mesh: bool) -> int:
     values = flags.FLAGS
     config = gin.read_config(values["config"].value, values["set"].value)
+    if not on_mesh and config.mesh != schema.MeshConfig():
+        raise ValueError("mesh.data, mesh.expert or mesh.tensor is set: expected 1, this command runs on one device")
     out, made = None, []
     if values["out"].value is not None:
         try:
@@ -207,12 +217,16 @@ def _run_main(main: Callable[[Command], int | None]) -> int:
             raise ValueError(f"--out = {error}") from error
     try:
         devices.configure_jax()
+        if on_mesh:
+            hosts.join()
         devices.require_device()
+        if on_mesh:
+            hosts.require_mesh(config.mesh)
         as_json = values["json"].value
         redirected = contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext()
         name = pathlib.Path(sys.argv[0]).stem
         run = Command(name, config, out, as_json, sys.stdout or io.StringIO())  # None: closed by the caller
-        with redirected:
+        with redirected, hosts.first_prints():
             status = main(run)
         if sys.stdout is not None:
             sys.stdout.flush()

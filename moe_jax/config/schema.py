@@ -10,6 +10,7 @@ import math
 from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 from moe_jax.config.checks import require, require_fraction, require_one_of, require_positive
 from moe_jax.config.finetuning import FinetuneConfig, ObjectiveConfig
+from moe_jax.config.mesh import MeshConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -231,6 +232,7 @@ class Config:
     moe: MoEConfig = MoEConfig()
     policy: PolicyConfig = PolicyConfig()
     kernels: KernelsConfig = KernelsConfig()
+    mesh: MeshConfig = MeshConfig()
     text: TextConfig = TextConfig()
     training: TrainingConfig = TrainingConfig()
     objective: ObjectiveConfig = ObjectiveConfig()

@@ -10,7 +10,8 @@ from moe_jax.engine import cache as caches
 from moe_jax.engine.request import Request
 from moe_jax.engine.sampling import Sampling
 from moe_jax.engine.steps import Live
-from moe_jax.model.decoder import Execution
+from moe_jax.model.execution import Execution
+from moe_jax.model.sharding import on_all
 from moe_jax.routing import policies
 
 MOST_PADDING = 4  # a prompt joins a group if its bucket is at least 1 / MOST_PADDING of the longest
@@ -50,25 +51,25 @@ def group_by_length(requests: Sequence[Request], execution: Execution) -> Groupi
     groups: list[list[int]] = []
     for index in sorted(range(len(requests)), key=lambda index: -lengths[index]):
         if groups:
-            longest, rows = buckets[groups[-1][0]], caches.round_up(len(groups[-1]) + 1)
+            longest, rows = buckets[groups[-1][0]], caches.round_up(len(groups[-1]) + 1, execution.data_parts)
             is_similar = MOST_PADDING * buckets[index] >= longest or rows * longest <= caches.CHUNK
             if is_similar and rows * min(longest, caches.CHUNK) <= MOST_TOKENS:
                 groups[-1].append(index)
                 continue
         groups.append([index])
-    whole = _shape_of(requests, context)
+    whole = _shape_of(requests, execution)
     if len(groups) == 1:
         return Grouping(whole.batch, whole.memory, ((tuple(range(len(requests))), whole),))
     shapes = []
     for group in groups:
-        shape = _shape_of([requests[index] for index in group], context)
+        shape = _shape_of([requests[index] for index in group], execution)
         shapes.append(shape._replace(memory=shape.length))
     return Grouping(whole.batch, whole.memory, tuple(zip(map(tuple, map(sorted, groups)), shapes)))
 
 
 def pad_prompts(requests: Sequence[Request], execution: Execution, shape: caches.Shape | None = None) -> PaddedPrompts:
     """Pads requests to a shape and puts their live settings on the device. None: the smallest shape that holds them."""
-    shape = shape or _shape_of(requests, execution.architecture.decoder.max_context)
+    shape = shape or _shape_of(requests, execution)
     tokens_BT = np.zeros((shape.batch, shape.length), np.int32)
     length_B, budget_B = np.zeros((2, shape.batch), np.int32)
     for row, request in enumerate(requests):
@@ -89,9 +90,9 @@ def live_of(requests: Sequence[Request], rows: int, execution: Execution) -> Liv
             np.array([request.seed for request in padded], np.uint32),
         ),
     )
-    return jax.device_put(live)
+    return jax.device_put(live) if execution.layout is None else on_all(live, execution.layout)
 
 
-def _shape_of(requests: Sequence[Request], context: int) -> caches.Shape:
-    prompts = [len(request.ids) for request in requests]
-    return caches.shape_of(prompts, [request.max_new_tokens for request in requests], context)
+def _shape_of(requests: Sequence[Request], execution: Execution) -> caches.Shape:
+    prompts, continuations = zip(*((len(request.ids), request.max_new_tokens) for request in requests))
+    return caches.shape_of(prompts, continuations, execution.architecture.decoder.max_context, execution.data_parts)

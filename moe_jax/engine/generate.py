@@ -17,8 +17,10 @@ from moe_jax.engine.request import Request
 from moe_jax.engine.steps import CacheSlots, DecodeResult, Live, PrefillResult
 from moe_jax.model import decoder
 from moe_jax.model.finite import NotFiniteError, require_finite
+from moe_jax.model.sharding import on_all
 
 MOST_STEPS = 32  # in one call
+STEPS_OF_SEVERAL = 8  # in one call, if several processes run
 CALL_S = 0.05  # target time of a call of several steps: between calls, text is shown and Ctrl-C handled
 
 
@@ -158,6 +160,8 @@ class Engine:
             call_began = time.perf_counter()
             result, slots = self.step(slots, continue_B, count, prepared.live, execution)
             seconds = (time.perf_counter() - call_began) / int(result.count)
+            if jax.process_count() > 1:  # whose clocks differ, and which must take the same steps
+                seconds = CALL_S / STEPS_OF_SEVERAL
             count = 1 if one_by_one else steps_at_once(seconds, self.most_steps)
             for number in range(int(result.count)):
                 alive_B = result.alive_SB[number] & continue_B
@@ -181,13 +185,13 @@ class Engine:
         whole = len(batches) == 1
         prefixes = [] if whole else [(batch.shape.batch, batch.shape.memory) for batch in batches]
         needed = [(grouping.slots, grouping.memory), *sorted(prefixes, key=np.prod)[-1:]]
-        caches.require_memory(execution.architecture, needed, decoder.dtype_of(self.params))
+        caches.require_memory(execution.architecture, needed, decoder.dtype_of(self.params), execution.layout)
         live = batches[0].live if whole else live_of(requests, grouping.slots, execution)
         slots = self._shapes(grouping.slots, grouping.memory, execution)
         for batch in batches:
             self.prefill_program(batch, execution)
         for prefix in prefixes:
-            self._insert_program(slots, self._shapes(*prefix, execution))
+            self._insert_program(slots, self._shapes(*prefix, execution), execution)
         if max(request.max_new_tokens for request in requests) > 1:
             self.decode_program(slots, live, execution)
         return _Prepared(grouping, batches, live)
@@ -201,7 +205,7 @@ class Engine:
         slots, parts = self.empty(grouping.slots, grouping.memory, execution), []
         for (group, _), batch in zip(grouping.groups, batches):
             result, prefix = self.prefill(batch, execution)
-            slots = self.insert(slots, prefix, group)
+            slots = self.insert(slots, prefix, group, execution)
             del prefix  # before the next one is made
             parts.append((list(group), jax.device_get(result)))
         token_B, kept_B = np.zeros((2, grouping.slots), np.int32)
@@ -231,19 +235,28 @@ class Engine:
         Raises:
             ValueError: the cache does not fit in the memory that is available.
         """
-        program = self.prefill_program(batch, execution)
-        return program(self.params, batch.tokens_BT, batch.length_B, batch.budget_B, self.end_I, batch.live)
+        return self.prefill_program(batch, execution)(*self._prefill_inputs(batch, execution))
 
     def empty(self, slots: int, memory: int, execution: decoder.Execution) -> CacheSlots:
         """Empty slots, each with a cache of `memory` positions."""
-        cache = caches.allocate(execution.architecture, slots, memory, decoder.dtype_of(self.params))
-        return CacheSlots(cache, *(jax.numpy.zeros(slots, np.int32) for _ in CacheSlots._fields[1:]))
+        layout, dtype = execution.layout, decoder.dtype_of(self.params)
 
-    def insert(self, slots: CacheSlots, prefix: CacheSlots, places: Sequence[int]) -> CacheSlots:
+        def make():
+            cache = caches.allocate(execution.architecture, slots, memory, dtype, layout)
+            return CacheSlots(cache, *(jax.numpy.zeros(slots, np.int32) for _ in CacheSlots._fields[1:]))
+
+        if layout is None:
+            return make()
+        return jax.jit(make, out_shardings=steps.shardings_of(jax.eval_shape(make), layout))()
+
+    def insert(
+        self, slots: CacheSlots, prefix: CacheSlots, places: Sequence[int], execution: decoder.Execution
+    ) -> CacheSlots:
         """Writes the first rows of a prefix into the slots `places`. Do not use `slots` or `prefix` afterwards."""
         place_B = np.zeros(len(prefix.token_B), np.int32)
         place_B[: len(places)] = places
-        return self._insert_program(slots, prefix)(slots, prefix, place_B, np.int32(len(places)))
+        given = on_all((place_B, np.int32(len(places))), execution.layout)
+        return self._insert_program(slots, prefix, execution)(slots, prefix, *given)
 
     def step(
         self, slots: CacheSlots, continue_B: np.ndarray, count: int, live: Live, execution: decoder.Execution
@@ -261,11 +274,22 @@ class Engine:
             The result, on the host, and the slots.
         """
         program = self.decode_program(slots, live, execution)
-        result, slots = program(self.params, slots, continue_B, np.int32(count), self.end_I, live)
+        continue_B, count, end_I = on_all((continue_B, np.int32(count), self.end_I), execution.layout)
+        result, slots = program(self.params, slots, continue_B, count, end_I, live)
         return jax.device_get(result), slots
 
     def _shapes(self, slots: int, memory: int, execution: decoder.Execution) -> CacheSlots:
-        return jax.eval_shape(lambda: self.empty(slots, memory, execution))
+        shapes = jax.eval_shape(lambda: self.empty(slots, memory, execution))
+        if execution.layout is None:
+            return shapes
+        shardings = steps.shardings_of(shapes, execution.layout)
+        return jax.tree.map(
+            lambda one, sharding: jax.ShapeDtypeStruct(one.shape, one.dtype, sharding=sharding), shapes, shardings
+        )
+
+    def _prefill_inputs(self, batch: PaddedPrompts, execution: decoder.Execution) -> tuple:
+        given = (batch.tokens_BT, batch.length_B, batch.budget_B, self.end_I)
+        return self.params, *on_all(given, execution.layout), batch.live
 
     def prefill_program(
         self, batch: PaddedPrompts, execution: decoder.Execution, routing: bool = False
@@ -277,23 +301,27 @@ class Engine:
         """
         shape = batch.shape
         static = {"execution": execution, "memory": shape.memory, "chunk": caches.CHUNK, "routing": routing}
-        given = (self.params, batch.tokens_BT, batch.length_B, batch.budget_B, self.end_I, batch.live)
         key = (steps.prefill, execution, shape, routing, jax.tree.structure(batch.live))
         if key not in self._programs:
-            caches.require_memory(execution.architecture, [(shape.batch, shape.memory)], decoder.dtype_of(self.params))
-        return self._program(key, lambda: steps.prefill.lower(*given, **static))
+            needed, dtype = [(shape.batch, shape.memory)], decoder.dtype_of(self.params)
+            caches.require_memory(execution.architecture, needed, dtype, execution.layout)
+        return self._program(key, lambda: steps.prefill.lower(*self._prefill_inputs(batch, execution), **static))
 
-    def _insert_program(self, slots: CacheSlots, prefix: CacheSlots) -> jax.stages.Compiled:
-        place_B = jax.ShapeDtypeStruct(prefix.token_B.shape, np.int32)
-        key = (steps.insert, slots.cache[0].shape, prefix.cache[0].shape)
-        return self._program(key, lambda: steps.insert.lower(slots, prefix, place_B, np.int32(0)))
+    def _insert_program(
+        self, slots: CacheSlots, prefix: CacheSlots, execution: decoder.Execution
+    ) -> jax.stages.Compiled:
+        layout = execution.layout
+        key = (steps.insert, slots.cache[0].shape, prefix.cache[0].shape, layout)
+        given = on_all((np.zeros(prefix.token_B.shape, np.int32), np.int32(0)), layout)
+        return self._program(key, lambda: steps.insert.lower(slots, prefix, *given, layout=layout))
 
     def decode_program(
         self, slots: CacheSlots, live: Live, execution: decoder.Execution, routing: bool = False
     ) -> jax.stages.Compiled:
         """`steps.decode`, compiled for slots, or for their shapes, with room for `most_steps` steps."""
         rows, memory = slots.cache[0].shape[1:3]
-        given = (self.params, slots, np.zeros(rows, bool), np.int32(1), self.end_I, live)
+        continue_B, count, end_I = on_all((np.zeros(rows, bool), np.int32(1), self.end_I), execution.layout)
+        given = (self.params, slots, continue_B, count, end_I, live)
         static = {"execution": execution, "most": self.most_steps, "routing": routing}
         key = (steps.decode, execution, rows, memory, routing, jax.tree.structure(live))
         return self._program(key, lambda: steps.decode.lower(*given, **static))

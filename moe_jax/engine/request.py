@@ -10,8 +10,10 @@ import tokenizers
 
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import KernelsConfig, SamplingConfig
+from moe_jax.dispatch.contract import Dispatch
 from moe_jax.kernels import chooser
-from moe_jax.model.decoder import Execution
+from moe_jax.model.execution import Execution
+from moe_jax.model.sharding import Layout
 from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
@@ -31,7 +33,11 @@ class Request:
 
 
 def execution_of(
-    architecture: Architecture, k_max: int = 0, kernels: KernelsConfig | None = None, dtype: str = "float32"
+    architecture: Architecture,
+    k_max: int = 0,
+    kernels: KernelsConfig | None = None,
+    dtype: str = "float32",
+    layout: Layout | None = None,
 ) -> Execution:
     """The static settings of the programs that run a model here.
 
@@ -40,6 +46,7 @@ def execution_of(
         k_max: static slots per token; 0: the model's own k.
         kernels: the implementation of each operation; None: by platform, device and model.
         dtype: of the routed experts' weights; some kernels are for 16 bits only.
+        layout: the mesh that it runs on; None: one device.
 
     Raises:
         ValueError: the router cannot choose `k_max` experts, or an implementation is unknown or does not run here.
@@ -49,8 +56,12 @@ def execution_of(
     if not 0 <= operator.index(k_max) <= reachable:
         raise ValueError(f"policy.k_max = {k_max}: expected 0 (the model's own {moe.k}) to {reachable} experts")
     asked = dataclasses.asdict(kernels or KernelsConfig())
-    resolved = chooser.resolve(jax.default_backend(), architecture, dtype, asked)
-    return Execution(architecture, k_max or moe.k, resolved)
+    num_devices = 1 if layout is None else layout.mesh.size
+    resolved = chooser.resolve(jax.default_backend(), architecture, dtype, asked, num_devices)
+    if layout is None:
+        return Execution(architecture, k_max or moe.k, resolved)
+    how = Dispatch("replicated", layout.mesh, layout.expert_axes)
+    return Execution(architecture, k_max or moe.k, resolved, how, layout)
 
 
 def policy_of_each(

@@ -14,6 +14,7 @@ from moe_jax.engine import cache as caches
 from moe_jax.engine.sampling import Sampling, sample_tokens
 from moe_jax.model import decoder
 from moe_jax.model.attention import Cache
+from moe_jax.model.sharding import Layout, whole
 from moe_jax.routing import policies
 
 
@@ -55,6 +56,17 @@ class DecodeResult(NamedTuple):
     chosen_SLBK: jax.Array | None
 
 
+def shardings_of(slots: CacheSlots, layout: Layout) -> CacheSlots:
+    """Where slots lie on a mesh: rows of the cache over the data axis; the rest is whole on every device."""
+    cache = Cache(*(x if x is None else layout.of_letters(letters) for x, letters in zip(slots.cache, caches.LETTERS)))
+    return CacheSlots(cache, *[layout.replicated] * (len(slots) - 1))
+
+
+def placed(slots: CacheSlots, layout: Layout | None) -> CacheSlots:
+    """Slots as `shardings_of` says, in a compiled function; unchanged without a layout."""
+    return slots if layout is None else lax.with_sharding_constraint(slots, shardings_of(slots, layout))
+
+
 @functools.partial(jax.jit, static_argnames=("execution", "memory", "chunk", "routing"))
 def prefill(params, tokens_BT, length_B, budget_B, end_I, live: Live, *, execution, memory, chunk, routing):
     """Reads prompts into a prefix, and samples the first token of each.
@@ -75,7 +87,8 @@ def prefill(params, tokens_BT, length_B, budget_B, end_I, live: Live, *, executi
         `PrefillResult`, and the prefix as `CacheSlots`.
     """
     batch, length = tokens_BT.shape
-    cache = caches.allocate(execution.architecture, batch, memory, decoder.dtype_of(params))
+    layout = execution.layout
+    cache = caches.allocate(execution.architecture, batch, memory, decoder.dtype_of(params), layout)
     valid_BT = jnp.arange(length)[None, :] < length_B[:, None]
     last_B = jnp.maximum(length_B - 1, 0)
     with jax.named_scope("prefill"):
@@ -88,7 +101,8 @@ def prefill(params, tokens_BT, length_B, budget_B, end_I, live: Live, *, executi
     token_B, log_probability_B = _sample(params, last_BD, length_B, live, execution)
     kept_B = _kept(chosen_LNK.reshape(len(chosen_LNK), batch, -1))
     result = PrefillResult(token_B, log_probability_B, kept_B, _distinct(load_LE), chosen_LNK if routing else None)
-    return result, CacheSlots(cache, token_B, length_B, _left(budget_B, token_B, end_I))
+    slots = CacheSlots(cache, token_B, length_B, _left(budget_B, token_B, end_I))
+    return whole(result, layout), placed(slots, layout)
 
 
 def _in_chunks(params, cache, tokens_BT, last_B, valid_BT, policy, execution, chunk):
@@ -129,8 +143,8 @@ def _in_chunks(params, cache, tokens_BT, last_B, valid_BT, policy, execution, ch
     return last_BD, chosen_LBTK.reshape(layers, batch * length, -1), load_LE, cache
 
 
-@functools.partial(jax.jit, donate_argnames="slots")
-def insert(slots: CacheSlots, prefix: CacheSlots, place_B, count) -> CacheSlots:
+@functools.partial(jax.jit, static_argnames="layout", donate_argnames="slots")
+def insert(slots: CacheSlots, prefix: CacheSlots, place_B, count, *, layout=None) -> CacheSlots:
     """Copies the first `count` rows of a prefix into slots: row r overwrites slot `place_B[r]`."""
 
     def insert_row(row, slots):
@@ -141,7 +155,7 @@ def insert(slots: CacheSlots, prefix: CacheSlots, place_B, count) -> CacheSlots:
         cache = Cache(*(x if x is None else copy(x, new) for x, new in zip(slots.cache, prefix.cache)))
         return CacheSlots(cache, *(x_B.at[place_B[row]].set(new_B[row]) for x_B, new_B in zip(slots[1:], prefix[1:])))
 
-    return lax.fori_loop(0, count, insert_row, slots)
+    return placed(lax.fori_loop(0, count, insert_row, slots), layout)
 
 
 @functools.partial(jax.jit, static_argnames=("execution", "most", "routing"), donate_argnames="slots")
@@ -200,9 +214,8 @@ def decode(params, slots: CacheSlots, continue_B, count, end_I, live: Live, *, e
         jnp.zeros(most, jnp.int32),
         jnp.full((most, layers, batch, k_max), -1, jnp.int32) if routing else None,
     )
-    if most == 1:
-        return step((steps, slots))
-    return lax.while_loop(is_unfinished, step, (steps, slots))
+    steps, slots = step((steps, slots)) if most == 1 else lax.while_loop(is_unfinished, step, (steps, slots))
+    return whole(steps, execution.layout), placed(slots, execution.layout)
 
 
 def _sample(params, x_BD, position_B, live, execution):

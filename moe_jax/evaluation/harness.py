@@ -22,7 +22,7 @@ from moe_jax.config.schema import SamplingConfig
 from moe_jax.engine.generate import Engine
 from moe_jax.engine.request import AnyPolicy, Request, make_requests, policy_of_each
 from moe_jax.evaluation.continuations import Pair, Scored, num_truncated, score_continuations, settings_of
-from moe_jax.model.decoder import Execution
+from moe_jax.model.execution import Execution
 from moe_jax.text import chat, framing
 
 MAX_NEW_TOKENS = 256  # default if a task gives none, as in lm-eval's own models

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from moe_jax.config.schema import Config
-from moe_jax.files import write_atomically
+from moe_jax.files import is_first, write_atomically
 
 
 class Journal:
@@ -54,7 +54,7 @@ class Journal:
 
     def forget(self) -> None:
         """Removes the parts, once the measurement's results are written elsewhere."""
-        if self._folder is not None:
+        if self._folder is not None and is_first():
             shutil.rmtree(self._folder, ignore_errors=True)
             if self._folder.parent.is_dir() and not any(self._folder.parent.iterdir()):
                 self._folder.parent.rmdir()

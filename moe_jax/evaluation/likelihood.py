@@ -61,7 +61,8 @@ def score_documents(
     """
     journal = journal or Journal(None, {})
     all_windows = _Windows(documents, context)
-    batch_size = max(1, min(batch_size, TOKENS // context))
+    parts = execution.data_parts
+    batch_size = parts * max(1, min(batch_size, TOKENS // context) // parts)
     architecture = execution.architecture
     settings = [policies.settings([policy] * batch_size, architecture, execution.k_max) for policy in compared]
     nats_PJ, kl_PJ = np.zeros((2, len(compared), len(documents)))

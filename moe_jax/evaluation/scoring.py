@@ -12,6 +12,7 @@ from jax import lax
 
 from moe_jax.model import decoder
 from moe_jax.model.finite import require_finite
+from moe_jax.model.sharding import constrained, on_all, whole
 from moe_jax.routing import policies
 
 CHUNK = 1024  # labels whose logits are in memory at a time
@@ -43,11 +44,13 @@ def _hidden(params, tokens_BT, positions_BT, segments_BT, live, execution, side_
     rows = (tokens_BT, positions_BT, segments_BT)
     settings = {"side_by_side": side_by_side, "in_stacks": True, "prefixes": prefixes}
     x_BTD, use = decoder.hidden(params, *rows, live, execution, **settings)
-    return x_BTD.reshape(-1, x_BTD.shape[-1]), use.load_E, use.chosen_NK
+    x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
+    load_LE, chosen_LNK = whole((use.load_E, use.chosen_NK), execution.layout)
+    return constrained(x_ND, "ND", execution.layout), load_LE, chosen_LNK
 
 
-@functools.partial(jax.jit, static_argnames="greedy")
-def _score_labels(params, x_ND, reference_ND, source_Y, label_Y, num_labels, *, greedy):
+@functools.partial(jax.jit, static_argnames=("layout", "greedy"))
+def _score_labels(params, x_ND, reference_ND, source_Y, label_Y, num_labels, *, layout, greedy):
     """The requested fields of `Scores` with one value per label, computed chunk by chunk."""
     size = min(CHUNK, len(label_Y))
 
@@ -72,7 +75,7 @@ def _score_labels(params, x_ND, reference_ND, source_Y, label_Y, num_labels, *, 
         zeros["greedy_Y"] = jnp.zeros(len(label_Y), bool)
     if reference_ND is not None:
         zeros["kl_Y"] = jnp.zeros(len(label_Y), jnp.float32)
-    return lax.fori_loop(0, (num_labels + size - 1) // size, score_chunk, zeros)
+    return whole(lax.fori_loop(0, (num_labels + size - 1) // size, score_chunk, zeros), layout)
 
 
 def score(
@@ -100,20 +103,23 @@ def score(
     Raises:
         NotFiniteError: the log-probability of a label is NaN or infinite.
     """
-    rows = (batch.tokens_BT, batch.positions_BT, batch.segments_BT)
-    labels = (batch.source_Y, batch.label_Y, batch.num_labels)
+    layout = execution.layout
+    rows = on_all((batch.tokens_BT, batch.positions_BT, batch.segments_BT), layout)
+    labels = on_all((batch.source_Y, batch.label_Y, batch.num_labels), layout)
+
     prefixes = bool((batch.segments_BT < 0).any())
 
     def hidden(live):
         kept = dataclasses.replace(execution, k_max=int(np.max(live.columns_BL["k"])))
-        return _hidden(params, *rows, live, execution=kept, side_by_side=side_by_side, prefixes=prefixes)
+        given = on_all(live, layout)
+        return _hidden(params, *rows, given, execution=kept, side_by_side=side_by_side, prefixes=prefixes)
 
     from_reference = None if reference is None else hidden(settings[reference])
     reference_ND = None if reference is None else from_reference[0]
     scores = []
     for number, live in enumerate(settings):
         x_ND, load_LE, chosen_LNK = from_reference if number == reference else hidden(live)
-        scored = _score_labels(params, x_ND, reference_ND, *labels, greedy=greedy)
+        scored = _score_labels(params, x_ND, reference_ND, *labels, layout=layout, greedy=greedy)
         scored = {name: np.asarray(part)[: batch.num_labels] for name, part in scored.items()}
         named = f", {specs[number]!r}" if specs else ""
         require_finite(scored["nats_Y"], f"the log-probabilities of a text{named}", params)

@@ -1,7 +1,7 @@
 """Chooses the implementation of each operation: by name, or for the platform, the device and the model.
 
 A module of an implementation may say where it runs: `PLATFORM`, if on one alone; and `lacks(architecture, dtype)`, the
-reason why it cannot run this model here, or "".
+reason why it cannot run this model here, or ""; and `ONE_DEVICE = True`, if it reads whole arrays only.
 """
 
 import functools
@@ -30,7 +30,13 @@ class Kernels(NamedTuple):
 OPERATIONS = Kernels(grouped_matmul, projection, cached_attention, causal_attention)._asdict()
 
 
-def resolve(platform: str, architecture: Architecture, dtype: str, asked: Mapping[str, str] | None = None) -> Kernels:
+def resolve(
+    platform: str,
+    architecture: Architecture,
+    dtype: str,
+    asked: Mapping[str, str] | None = None,
+    num_devices: int = 1,
+) -> Kernels:
     """Chooses an implementation of every operation.
 
     "auto" takes the first of the operation's `BY_PLATFORM` that runs here, and says why an earlier one does not.
@@ -40,6 +46,7 @@ def resolve(platform: str, architecture: Architecture, dtype: str, asked: Mappin
         architecture: of the model.
         dtype: of the routed experts' weights.
         asked: by operation, the name of an implementation or "auto"; missing operations are "auto".
+        num_devices: of the mesh that the model runs on.
 
     Raises:
         ValueError: an operation or a name is unknown, there is no implementation for the platform, or the named one
@@ -53,6 +60,8 @@ def resolve(platform: str, architecture: Architecture, dtype: str, asked: Mappin
         only = getattr(implementation, "PLATFORM", platform)
         if only != platform:
             return f"runs on {only.upper()}s only, not on {platform!r}"
+        if num_devices > 1 and getattr(implementation, "ONE_DEVICE", False):
+            return f"runs on one device only, not on a mesh of {num_devices}"
         return implementation.lacks(architecture, dtype) if hasattr(implementation, "lacks") else ""
 
     return Kernels(*(_resolve(name, asked.get(name, "auto"), platform, lacks) for name in OPERATIONS))

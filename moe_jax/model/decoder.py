@@ -1,6 +1,5 @@
 """The decoder, dense and MoE layers: whole sequences for training and scoring, prefill and decode with a cache."""
 
-import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -13,14 +12,14 @@ from jax import lax
 from moe_jax.config import layer_order
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.layer_order import Block, Layer
-from moe_jax.dispatch.contract import Dispatch
 from moe_jax.kernels import chooser
-from moe_jax.kernels.chooser import Kernels
 from moe_jax.model import attention, latent_attention, parameters, rope
 from moe_jax.model.attention import Cache
+from moe_jax.model.execution import Execution
 from moe_jax.model.layers import Stacked, feed_forward, one_layer, project, rms_norm
 from moe_jax.model.low_rank import KEPT, holds_any, merge
 from moe_jax.model.moe import ExpertUse, moe_layer
+from moe_jax.model.sharding import Layout, constrained, gathered
 from moe_jax.routing import policies
 from moe_jax.routing.policies import Context, Settings
 from moe_jax.routing.policies.parse import MODEL_OWN
@@ -63,21 +62,6 @@ class Decoder(Weights):
         return logits(params, x_BTD)
 
 
-@dataclasses.dataclass(frozen=True)
-class Execution:
-    """How a decoder runs: the static half of a compiled step."""
-
-    architecture: Architecture
-    k_max: int  # slots per token
-    kernels: Kernels
-    dispatch: Dispatch = Dispatch()
-
-    @property
-    def implementations(self) -> dict[str, str]:
-        """Of the operations that have several, as results name them."""
-        return self.kernels._asdict()
-
-
 def split(decoder: Decoder) -> Params:
     """Returns the parameters as nested dicts of arrays."""
     return nnx.to_pure_dict(nnx.state(decoder))
@@ -118,8 +102,9 @@ def _one_layer(weights: Params, modules: tuple[str, ...], layer: jax.Array | int
     return {name.replace("_L", "_"): take(name, value) for name, value in weights.items()}
 
 
-def _layer(x_BTD, weights, cos_sin, core, ffn, architecture):
+def _layer(x_BTD, weights, cos_sin, core, ffn, execution):
     """One pre-norm layer; `core` mixes positions, `ffn` runs on flattened tokens. Also returns what both report."""
+    architecture = execution.architecture
     eps = architecture.decoder.norm_eps
     with jax.named_scope("attention"):
         normed = rms_norm(x_BTD, weights["attention_norm_D"], eps)
@@ -129,7 +114,7 @@ def _layer(x_BTD, weights, cos_sin, core, ffn, architecture):
     with jax.named_scope("ffn"):
         normed = rms_norm(x_BTD, weights["ffn_norm_D"], eps)
         y_ND, from_ffn = ffn(normed.reshape(-1, normed.shape[-1]))
-    return x_BTD + y_ND.reshape(x_BTD.shape), from_core, from_ffn
+    return constrained(x_BTD + y_ND.reshape(x_BTD.shape), "BTD", execution.layout), from_core, from_ffn
 
 
 def _dense_ffn(weights):
@@ -156,6 +141,16 @@ def _moe_ffn(weights, experts, layer: Layer, live, context, execution):
 def _context(column: jax.Array, valid_BT: jax.Array, steps: int) -> Context:
     batch, length = valid_BT.shape
     return Context(column, jnp.repeat(jnp.arange(batch), length), valid_BT.reshape(-1), steps)
+
+
+def _embed(params: Params, tokens_BT: jax.Array, layout: Layout | None) -> jax.Array:
+    embedding_VD = _top(params, "embedding_VD", layout)
+    return constrained(embedding_VD[tokens_BT].astype(dtype_of(params)), "BTD", layout)
+
+
+def _top(params: Params, name: str, layout: Layout | None) -> jax.Array:
+    """A matrix outside of all layers, whole along D."""
+    return gathered({name: params[name]}, (), layout)[name]
 
 
 def hidden(
@@ -222,23 +217,24 @@ def _whole(
     """Runs all layers over whole sequences: x_BTD, the use of experts, and `observe` of the input of each MoE layer."""
     architecture = execution.architecture
     cos_sin = rope.angles(positions_BT, architecture.attention)
-    x_BTD = params["embedding_VD"][tokens_BT].astype(dtype_of(params))
+    x_BTD = _embed(params, tokens_BT, execution.layout)
 
     def core(heads):
         return heads.causal(segments_BT, execution.kernels.causal_attention, prefixes=prefixes), None
 
     adapted = holds_any(params)
-    by_layer = adapted or not in_stacks  # each layer is taken out of its stack
+    spread = execution.layout is not None and execution.layout.fsdp
+    by_layer = adapted or spread or not in_stacks  # each layer is taken out of its stack
     projection = "" if by_layer else execution.kernels.projection
     steps = tokens_BT.shape[1] if side_by_side else 0
 
     def run(layer, x_BTD, stack):
         if by_layer:
-            stack = merge(stack)
+            stack = gathered(merge(stack), (layer.stack,), execution.layout)
         others = {name: part for name, part in stack.items() if name != "experts"}
         weights = _one_layer(others, (layer.stack,), layer.index, projection)
         if not layer.is_moe:
-            x_BTD, _, _ = _layer(x_BTD, weights, cos_sin, core, _dense_ffn(weights), architecture)
+            x_BTD, _, _ = _layer(x_BTD, weights, cos_sin, core, _dense_ffn(weights), execution)
             return x_BTD, None
         context = _context(layer.column, segments_BT != 0, steps)
         ffn = _moe_ffn(weights, stack["experts"], layer, live, context, execution)
@@ -247,7 +243,7 @@ def _whole(
             y_ND, use = ffn(x_ND)
             return y_ND, (use, observe(x_ND))
 
-        x_BTD, _, seen = _layer(x_BTD, weights, cos_sin, core, observed_ffn, architecture)
+        x_BTD, _, seen = _layer(x_BTD, weights, cos_sin, core, observed_ffn, execution)
         return x_BTD, seen
 
     def recomputed(layer):  # the layer, with the part that the backward pass recomputes
@@ -300,9 +296,9 @@ def _by_pass(weights: Params, stack: str, block: Block) -> Params:
     return jax.tree.map(split_passes, weights)
 
 
-def head(params: Params) -> jax.Array:
-    """The output projection [V, D]; the embedding if they are tied."""
-    return params.get("head_VD", params["embedding_VD"])
+def head(params: Params, layout: Layout | None = None) -> jax.Array:
+    """The output projection [V, D], whole along D; the embedding if they are tied."""
+    return _top(params, "head_VD" if "head_VD" in params else "embedding_VD", layout)
 
 
 def logits(params: Params, x_BTD: jax.Array, projection: str = "") -> jax.Array:
@@ -347,7 +343,7 @@ def extend(
         positions_BT = start_B[:, None] + positions_BT
     is_step = start_B is not None and length == 1
     cos_sin = rope.angles(positions_BT, architecture.attention)
-    x_BTD = params["embedding_VD"][tokens_BT].astype(dtype_of(params))
+    x_BTD = _embed(params, tokens_BT, execution.layout)
 
     def core(layer, cache):
         def run(heads):
@@ -370,7 +366,7 @@ def extend(
             if layer.is_moe:
                 context = _context(layer.column, valid_BT, 1 if is_step else 0)
                 ffn = _moe_ffn(weights, params[layer.stack]["experts"], layer, live, context, execution)
-            x_BTD, cache, new = _layer(x_BTD, weights, cos_sin, core(layer.number, cache), ffn, architecture)
+            x_BTD, cache, new = _layer(x_BTD, weights, cos_sin, core(layer.number, cache), ffn, execution)
             if layer.is_moe:
                 use = ExpertUse(
                     *(all_layers.at[layer.column].set(own) for all_layers, own in zip(use, new, strict=True))

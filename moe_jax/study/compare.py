@@ -10,7 +10,7 @@ from moe_jax.config.schema import EvaluationConfig
 from moe_jax.engine.generate import Engine
 from moe_jax.evaluation import choices, completions, likelihood
 from moe_jax.evaluation.journal import Journal
-from moe_jax.model.decoder import Execution
+from moe_jax.model.execution import Execution
 from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
@@ -89,6 +89,8 @@ def prepare(
             raise ValueError(
                 f"the model's context is {context} tokens: expected at least {needed}, or evaluation.{setting}=0"
             )
+    if execution.layout is not None:
+        execution.layout.config.require_batch("evaluation.batch_size", config.batch_size)
     compared = compared_policies(config, execution.architecture, execution.k_max, calibration)
     documents = half(documents, config.half)[: config.documents or None]
     return Task(

@@ -7,7 +7,9 @@ from typing import NamedTuple
 from moe_jax import checkpoint
 from moe_jax.config.schema import Config
 from moe_jax.evaluation.likelihood import Likelihood, score_documents, xz_bits_per_byte
-from moe_jax.model.decoder import Execution, Params
+from moe_jax.model.decoder import Params
+from moe_jax.model.execution import Execution
+from moe_jax.model.sharding import sharding_of
 from moe_jax.routing.policies import Policy
 from moe_jax.study.compare import compared_policies
 from moe_jax.training import loop
@@ -31,7 +33,7 @@ def export(
     """Exports the trained model with its tokenizer to `folder/model`, in bfloat16, and measures the export."""
     new = checkpoint.new(config.architecture, text.tokenizer)
     new.save(folder / "model", params, dtype="bfloat16", replace=True)
-    exported_params = checkpoint.open(folder / "model").load("float32")
+    exported_params = checkpoint.open(folder / "model").load("float32", sharding_of(execution.layout))
     compared = compared_policies(config.evaluation, execution.architecture, execution.k_max)
     likelihoods = score_documents(
         exported_params,

@@ -10,7 +10,9 @@ from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import Config
 from moe_jax.evaluation.journal import Journal
 from moe_jax.evaluation.likelihood import Likelihood, score_documents
-from moe_jax.model.decoder import Execution, Params
+from moe_jax.model.decoder import Params
+from moe_jax.model.execution import Execution
+from moe_jax.model.sharding import sharding_of
 from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies import Policy
@@ -61,6 +63,8 @@ def recovery_policies(
     trained = finetuning.trained_policy(config, architecture, calibration)
     if config.finetune.elastic:
         KSampler(config.finetune, architecture, config.training.batch_size, config.run.seed)
+    for setting in ("training", "evaluation"):
+        config.mesh.require_batch(f"{setting}.batch_size", getattr(config, setting).batch_size)
     if config.evaluation.half:
         raise ValueError(f"evaluation.half = {config.evaluation.half!r}: expected '', the odd half is always reported")
     k_max = max(config.policy.k_max, architecture.moe.k)
@@ -126,7 +130,8 @@ def recover(
     architecture = policies.with_own(run_policies.trained, model.architecture) or model.architecture
     exported = model.for_new_weights().with_architecture(architecture)
     exported.save(folder / "model", tuned.params, dtype=model.stored_dtype, replace=True)
-    exported_params = checkpoint.open(folder / "model").load(config.training.weights)
+    saved = checkpoint.open(folder / "model")
+    exported_params = saved.load(config.training.weights, sharding_of(execution.layout))
     after = measure(config, exported_params, text, run_policies.compared, execution, "after")
     speed = loop.median_tokens_per_s(folder)
     return Recovered(*run_policies, before, after, text, tuned.step, tuned.steps, tuned.masked_experts, speed)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_jax.cost import roofline
-from moe_jax.model.decoder import Execution
+from moe_jax.model.execution import Execution
 from moe_jax.study.speed import Case, Sample
 
 

@@ -16,7 +16,9 @@ from moe_jax.checkpoint import Checkpoint
 from moe_jax.config import layer_order
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import Config, TextConfig
-from moe_jax.model.decoder import Execution, Params
+from moe_jax.model.decoder import Params
+from moe_jax.model.execution import Execution
+from moe_jax.model.sharding import on_all, placed
 from moe_jax.routing import mask, policies
 from moe_jax.routing.policies import Policy
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
@@ -173,7 +175,7 @@ def require_memory(config: Config, params: Params) -> None:
     memory.require(
         f"finetune.train = {config.finetune.train!r}, beside the model's {model_bytes / 1e9:,.1f} GB,",
         needed_bytes,
-        memory.device_bytes(),
+        memory.device_bytes(config.mesh.num_devices),
         "fewer weights, as with finetune.train=lora, training.weights=bfloat16, or a smaller training.batch_size",
     )
 
@@ -209,9 +211,11 @@ def finetune(
             return settings
 
     trained, frozen, biases = _divided(config, params)
+    state = state_of(trained, {stack: bias_LE + 0 for stack, bias_LE in biases.items()}, training)
     teacher = None
     if config.objective.has_teacher:
-        teacher = Teacher(params, policies.settings([MODEL_OWN] * rows, architecture, architecture.moe.k))
+        own = policies.settings([MODEL_OWN] * rows, architecture, architecture.moe.k)
+        teacher = Teacher(params, on_all(own, execution.layout))
     lora_scale = config.finetune.lora_alpha / config.finetune.lora_rank
     judged_under = _judged_under(config, policy, architecture)
     watched = text.watched.first_bytes(training.evaluate_bytes)
@@ -221,7 +225,7 @@ def finetune(
         return judging.bits_per_byte(config, whole, watched, judged_under, execution)
 
     task = loop.TrainingTask(
-        state_of(trained, {stack: bias_LE + 0 for stack, bias_LE in biases.items()}, training),
+        placed(state, execution.layout),
         Fixed(frozen, teacher),
         make_step(kept, training, config.objective, lora_scale),
         live,

@@ -6,7 +6,8 @@ import numpy as np
 
 from moe_jax.config.schema import Config
 from moe_jax.evaluation import likelihood
-from moe_jax.model.decoder import Execution, Params
+from moe_jax.model.decoder import Params
+from moe_jax.model.execution import Execution
 from moe_jax.routing.policies import Policy
 from moe_jax.text.held_out import HeldOut
 

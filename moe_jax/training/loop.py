@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import jax
 from absl import logging
 from tqdm import tqdm
 
@@ -31,7 +32,7 @@ METRICS = "metrics.jsonl"  # a line per logged step or evaluation
 
 # May differ when a run is resumed: they change what is written, not what is learned.
 _FREE_SETTINGS = ("checkpoint_every", "checkpoints_kept", "log_every")
-_UNUSED_SECTIONS = ("sampling", "evaluation", "benchmark", "sweep")  # sections that training does not read
+_FREE_SECTIONS = ("sampling", "evaluation", "benchmark", "sweep", "mesh")  # training does not read them, or may move
 
 
 class TrainingTask(NamedTuple):
@@ -80,7 +81,7 @@ def require_same_run(config: Config, folder: pathlib.Path) -> None:
         return {
             f"{section}.{name}": value
             for section, settings in dataclasses.asdict(dataclasses.replace(config, training=training)).items()
-            if section not in _UNUSED_SECTIONS
+            if section not in _FREE_SECTIONS
             for name, value in settings.items()
         }
 
@@ -113,7 +114,7 @@ class _Log:
             except (ValueError, TypeError, KeyError) as error:
                 raise ValueError(f"{path} is damaged ({error}): repair it, or remove it and lose its steps") from error
         files.write_atomically(path, "".join(kept))
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed by `close`
+        self._file = open(path if files.is_first() else os.devnull, "ab", buffering=0)  # noqa: SIM115  closed by `close`
 
     def write(self, **figures) -> None:
         line = json.dumps(figures).encode() + b"\n"
@@ -172,7 +173,7 @@ def run(config: Config, folder: pathlib.Path, task: TrainingTask) -> Outcome:
     Raises:
         ValueError: the folder holds another run; its text or model has changed; the loss or the gradient is not finite;
             or no evaluation is. The last good checkpoint stays.
-        KeyboardInterrupt: SIGINT or SIGTERM, after saving a checkpoint.
+        KeyboardInterrupt: SIGINT or SIGTERM, after saving a checkpoint if this is the only process.
     """
     training = config.training
     require_same_run(config, folder)
@@ -237,7 +238,8 @@ def run(config: Config, folder: pathlib.Path, task: TrainingTask) -> Outcome:
                     since += time.perf_counter() - began
                 if done % training.checkpoint_every == 0 or is_over():
                     save()
-            if not is_over() and done != checkpoints.latest_step:
+            # several processes are interrupted at different steps: the last checkpoint that all wrote stays
+            if not is_over() and done != checkpoints.latest_step and jax.process_count() == 1:
                 save()
         if best_kept is None:
             return Outcome(state, done, done)

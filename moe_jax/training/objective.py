@@ -60,7 +60,7 @@ def _divergence(log_NV: jax.Array, share_NV: jax.Array, teacher_NV: jax.Array, d
     return kl_N, share_NV * (log_NV - teacher_log_NV - kl_N[:, None])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
 def token_losses(
     x_ND: jax.Array,
     head_VD: jax.Array,
@@ -69,6 +69,7 @@ def token_losses(
     teacher_ND: jax.Array | None,
     teacher_head_VD: jax.Array | None,
     config: ObjectiveConfig,
+    parts: int = 1,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The weighted sum, over tokens, of the terms that need logits.
 
@@ -82,18 +83,28 @@ def token_losses(
         teacher_ND: input of the teacher's output head, or None without a teacher. No gradient flows to it.
         teacher_head_VD: the teacher's output projection.
         config: the weight of each term, static.
+        parts: of the mesh's data axis, static: each chunk has tokens of all parts.
 
     Returns:
         float32 scalar, the weighted sum, which is differentiated; and the terms before weighting, which are not.
     """
-    return _forward(x_ND, head_VD, labels_N, weight_N, teacher_ND, teacher_head_VD, config)[0]
+    return _forward(x_ND, head_VD, labels_N, weight_N, teacher_ND, teacher_head_VD, config, parts)[0]
 
 
-def _forward(x_ND, head_VD, labels_N, weight_N, teacher_ND, teacher_head_VD, config):
+def _forward(x_ND, head_VD, labels_N, weight_N, teacher_ND, teacher_head_VD, config, parts):
     num_tokens = x_ND.shape[0]
     most = max(1, num_tokens // CHUNK_TOKENS)
-    chunks = next(count for count in range(most, 0, -1) if num_tokens % count == 0)
-    split = functools.partial(jax.tree.map, lambda a: a.reshape(chunks, -1, *a.shape[1:]))
+    chunks = next(count for count in range(most, 0, -1) if num_tokens % (count * parts) == 0)
+
+    def in_chunks(a):
+        by_part = a.reshape(parts, chunks, -1, *a.shape[1:]).swapaxes(0, 1)
+        return by_part.reshape(chunks, -1, *a.shape[1:])
+
+    def joined(a):
+        by_part = a.reshape(chunks, parts, -1, *a.shape[2:]).swapaxes(0, 1)
+        return by_part.reshape(num_tokens, *a.shape[2:])
+
+    split = functools.partial(jax.tree.map, in_chunks)
 
     def chunk_terms(x_ND, labels_N, weight_N, teacher_ND):
         logits_NV = jnp.dot(x_ND, head_VD.T, preferred_element_type=jnp.float32)
@@ -122,10 +133,10 @@ def _forward(x_ND, head_VD, labels_N, weight_N, teacher_ND, teacher_head_VD, con
     start = zeros, jnp.zeros(head_VD.shape, jnp.float32)
     (terms, head_grad_VD), x_grad = lax.scan(step, start, split((x_ND, labels_N, weight_N, teacher_ND)))
     total = config.language_model * terms["loss"] + config.distillation * terms.get("divergence", 0.0)
-    return (total, terms), (x_grad.reshape(x_ND.shape), head_grad_VD.astype(head_VD.dtype))
+    return (total, terms), (joined(x_grad), head_grad_VD.astype(head_VD.dtype))
 
 
-def _backward(config, gradients, scales):
+def _backward(config, parts, gradients, scales):
     scale, _ = scales  # the terms themselves are only reported
     x_grad_ND, head_grad_VD = (gradient * scale.astype(gradient.dtype) for gradient in gradients)
     return x_grad_ND, head_grad_VD, None, None, None, None
@@ -159,7 +170,7 @@ def objective(
     Returns:
         The scalar to minimise, and what was measured.
     """
-    rows = batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"]
+    rows, layout = (batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"]), execution.layout
     x_BTD, use = decoder.hidden(params, *rows, live, execution, remat=remat, prefixes=False)
     scored_N = (batch["segments_BT"] > 0).reshape(-1).astype(jnp.float32)
     weight_N = scored_N / jnp.maximum(scored_N.sum(), 1.0)
@@ -170,9 +181,10 @@ def objective(
             full = dataclasses.replace(execution, k_max=execution.architecture.moe.k)
             teacher_BTD, _ = decoder.hidden(teacher.params, *rows, teacher.live, full, prefixes=False)
         teacher_ND = lax.stop_gradient(teacher_BTD.reshape(x_ND.shape))
-        teacher_head_VD = lax.stop_gradient(decoder.head(teacher.params))
+        teacher_head_VD = lax.stop_gradient(decoder.head(teacher.params, layout))
     labels_N = batch["labels_BT"].reshape(-1)
-    total, terms = token_losses(x_ND, decoder.head(params), labels_N, weight_N, teacher_ND, teacher_head_VD, config)
+    heads = decoder.head(params, layout), teacher_head_VD
+    total, terms = token_losses(x_ND, heads[0], labels_N, weight_N, teacher_ND, heads[1], config, execution.data_parts)
     layer_terms = {
         "hidden_distance": (config.hidden, None if teacher is None else _distance(x_ND, teacher_ND, weight_N)),
         "load_loss": (balance_loss, use.load_loss.mean()),

@@ -38,6 +38,9 @@ def require_possible(config: Config) -> None:
         training.sequence_length,
         f"at most decoder.max_context = {decoder.max_context}",
     )
+    config.mesh.require_divides(config.architecture)
+    config.mesh.require_batch("training.batch_size", training.batch_size)
+    config.mesh.require_batch("evaluation.batch_size", config.evaluation.batch_size)
     numbers = parameters.count(config.architecture)
     weights_bytes = 16 * numbers
     batch_bytes = 4 * training.batch_size * training.sequence_length * decoder.d_model * decoder.num_layers
@@ -45,7 +48,7 @@ def require_possible(config: Config) -> None:
         f"training {numbers / 1e6:,.1f} M parameters ({weights_bytes / 1e9:,.1f} GB) on batches of training.batch_size "
         f"= {training.batch_size} (at least {batch_bytes / 1e9:,.1f} GB)",
         weights_bytes + batch_bytes,
-        memory.device_bytes(),
+        memory.device_bytes(config.mesh.num_devices),
         "a smaller model or a smaller training.batch_size",
     )
 

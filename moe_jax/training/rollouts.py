@@ -16,7 +16,8 @@ from moe_jax.config.schema import SamplingConfig
 from moe_jax.engine.generate import Engine
 from moe_jax.engine.request import make_requests
 from moe_jax.evaluation.journal import Journal
-from moe_jax.model.decoder import Execution, Params
+from moe_jax.model.decoder import Params
+from moe_jax.model.execution import Execution
 from moe_jax.text.batches import Packed, pack
 from moe_jax.training.trainable import digest
 

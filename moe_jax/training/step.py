@@ -15,6 +15,7 @@ from moe_jax.config.architecture import Architecture
 from moe_jax.config.finetuning import ObjectiveConfig
 from moe_jax.config.schema import TrainingConfig
 from moe_jax.model import decoder
+from moe_jax.model.sharding import constrained, of_tree, on_all, whole
 from moe_jax.routing import balance
 from moe_jax.routing.policies import Settings
 from moe_jax.training import optimizer, trainable
@@ -46,8 +47,14 @@ Step = Callable[[State, Fixed, dict[str, jax.Array], Settings], tuple[State, dic
 
 def start(execution: decoder.Execution, training: TrainingConfig, seed: int) -> State:
     """The initial state: random parameters from the seed, and a fresh optimizer."""
-    whole = decoder.split(decoder.Decoder(execution.architecture, nnx.Rngs(seed)))
-    return state_of(*optimizer.without_selection_bias(whole), training)
+
+    def make() -> State:
+        params = decoder.split(decoder.Decoder(execution.architecture, nnx.Rngs(seed)))
+        return state_of(*optimizer.without_selection_bias(params), training)
+
+    if execution.layout is None:
+        return make()
+    return jax.jit(make, out_shardings=of_tree(jax.eval_shape(make), execution.layout))()
 
 
 def state_of(params: decoder.Params, biases: dict[str, jax.Array], training: TrainingConfig) -> State:
@@ -65,14 +72,16 @@ def make_step(
     token), "gradient_norm" before clipping, and "load_max_over_mean" of the most uneven MoE layer.
     """
     update_rule, architecture = optimizer.make_optimizer(training), execution.architecture
-    num_experts_L = np.array(architecture.num_experts_L, np.float32)
+    num_experts_L, layout = np.array(architecture.num_experts_L, np.float32), execution.layout
 
     def gradient_of(state: State, fixed: Fixed, batch, live) -> tuple[BatchMetrics, decoder.Params]:
+        batch = {name: constrained(rows, "BT", layout) for name, rows in batch.items()}
+
         def loss(params):
             joined = trainable.join(params, fixed.frozen, lora_scale)
-            whole = optimizer.with_selection_bias(joined, state.biases)
+            all_params = optimizer.with_selection_bias(joined, state.biases)
             return objective(
-                whole, batch, live, execution, config, training.balance_loss, fixed.teacher, training.remat
+                all_params, batch, live, execution, config, training.balance_loss, fixed.teacher, training.remat
             )
 
         (_, measured), gradient = jax.value_and_grad(loss, has_aux=True)(state.params)
@@ -109,9 +118,15 @@ def make_step(
             "load_max_over_mean": (load_LE.max(axis=1) / (load_LE.sum(axis=1) / num_experts_L)).max(),
         }
         params = optimizer.apply_updates(state.params, updates, optimizer.steps_done(state.optimizer))
-        return State(params, biases, optimizer_state), metrics
+        state = State(params, biases, optimizer_state)
+        if layout is not None:
+            state = lax.with_sharding_constraint(state, of_tree(state, layout))
+        return state, whole(metrics, layout)
 
-    return jax.jit(step, donate_argnums=0)
+    compiled = jax.jit(step, donate_argnums=0)
+    if layout is None:
+        return compiled
+    return lambda state, fixed, batch, live: compiled(state, fixed, *on_all((batch, live), layout))
 
 
 def _of_stack(load_LE: jax.Array, stack: str, architecture: Architecture) -> jax.Array:

@@ -15,14 +15,17 @@ import sys
 from absl import flags
 
 from moe_jax import command
+from moe_jax.command import hosts
 from moe_jax.command.flags import define_flags, parse_flags
 from moe_jax.config import gin
 from moe_jax.routing.policies.parse import parse
 
 
-def read(main, *, default_config=None, default_out=None, huge_pages=False):
+def read(main, *, default_config=None, default_out=None, huge_pages=False, on_mesh=False):
     """Does what `command.run` does before it calls `main`; policies are parsed too."""
     define_flags(default_config, default_out)
+    if on_mesh:
+        hosts.define_flags()
     parse_flags(sys.argv)
     config = gin.read_config(flags.FLAGS["config"].value, flags.FLAGS["set"].value)
     for spec in (config.policy.spec, *config.evaluation.policies, *config.sweep.policies):

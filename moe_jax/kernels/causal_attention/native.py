@@ -8,7 +8,7 @@ import numpy as np
 
 from moe_jax.kernels import compiled
 
-PLATFORM, lacks = "cpu", compiled.lacks
+PLATFORM, lacks, ONE_DEVICE = "cpu", compiled.lacks, True
 _SOURCE = pathlib.Path(__file__).with_suffix(".cc")
 
 

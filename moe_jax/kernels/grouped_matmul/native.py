@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from moe_jax.kernels import compiled
 from moe_jax.kernels.grouped_matmul import blocked
 
-PLATFORM, lacks = "cpu", compiled.lacks
+PLATFORM, lacks, ONE_DEVICE = "cpu", compiled.lacks, True
 _SOURCE = pathlib.Path(__file__).with_suffix(".cc")
 
 

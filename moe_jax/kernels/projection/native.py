@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from moe_jax.kernels import compiled
 from moe_jax.kernels.grouped_matmul import native as grouped_matmul
 
-PLATFORM, lacks = "cpu", compiled.lacks
+PLATFORM, lacks, ONE_DEVICE = "cpu", compiled.lacks, True
 
 
 def forward(x, stack, layer, contracted, dtype):

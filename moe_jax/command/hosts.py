@@ -1,0 +1,86 @@
+"""Several processes as one run: joined once, for all launchers, by JAX's own distributed runtime."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+from absl import flags, logging
+
+from moe_jax import files
+from moe_jax.config.mesh import MeshConfig
+
+flags.disclaim_key_flags()
+
+FOUND = "auto"
+_HEARTBEAT_S = 30  # a process that is silent for this long has died; the others then end
+
+
+def define_flags() -> None:
+    """Defines `--coordinator`, `--num_processes`, `--process_id` and `--join_s`."""
+    flags.DEFINE_string(
+        "coordinator", None, "host:port of process 0, or auto (SLURM, Open MPI, GKE, TPU): joins several processes."
+    )
+    flags.DEFINE_integer("num_processes", None, "The number of processes, unless --coordinator=auto.")
+    flags.DEFINE_integer("process_id", None, "This process, from 0 on, unless --coordinator=auto.")
+    flags.DEFINE_integer("join_s", 300, "Seconds to wait for the other processes.", lower_bound=1)
+
+
+def join() -> None:
+    """Joins the processes that the flags name; nothing without `--coordinator`.
+
+    Raises:
+        ValueError: the flags contradict each other, no cluster is found, or a process did not come within `--join_s`.
+    """
+    coordinator, count, index, wait_s = (
+        flags.FLAGS[name].value for name in ("coordinator", "num_processes", "process_id", "join_s")
+    )
+    if coordinator is None:
+        for name, given in (("num_processes", count), ("process_id", index)):
+            if given is not None:
+                raise ValueError(f"--{name} = {given}: expected --coordinator with it")
+        return
+    arguments = {}
+    if coordinator != FOUND:
+        _require_flags(coordinator, count, index)
+        arguments = {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
+    import jax
+
+    jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `interruption`
+    try:
+        jax.distributed.initialize(**arguments, initialization_timeout=wait_s, heartbeat_timeout_seconds=_HEARTBEAT_S)
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        expected = "a cluster that JAX knows (SLURM, Open MPI, GKE, TPU)"
+        if coordinator != FOUND:
+            expected = f"all {count} processes to start, and to reach it, within --join_s={wait_s} seconds"
+        raise ValueError(f"--coordinator = {coordinator!r}: expected {expected} ({reason})") from error
+    if jax.process_index() > 0:
+        files.leave_to_first()
+        logging.set_verbosity(logging.ERROR)
+
+
+def _require_flags(coordinator: str, count: int | None, index: int | None) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"--coordinator = {coordinator!r}: expected host:port, as 10.0.0.1:8476, or {FOUND}")
+    if count is None or count < 1:
+        raise ValueError(f"--num_processes = {count}: expected the number of processes, at least 1")
+    if index is None or not 0 <= index < count:
+        raise ValueError(f"--process_id = {index}: expected 0 to {count - 1}")
+
+
+def require_mesh(mesh: MeshConfig) -> None:
+    """Raises ValueError if there are too few devices for a mesh, or more than it has in several processes."""
+    import jax
+
+    mesh.require_devices(jax.device_count(), jax.process_count())
+
+
+@contextlib.contextmanager
+def first_prints() -> Iterator[None]:
+    """Drops what processes other than the first print on standard output."""
+    if files.is_first():
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
+        yield

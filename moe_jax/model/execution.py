@@ -1,0 +1,29 @@
+"""How a decoder runs: the static half of a compiled step."""
+
+import dataclasses
+
+from moe_jax.config.architecture import Architecture
+from moe_jax.dispatch.contract import Dispatch
+from moe_jax.kernels.chooser import Kernels
+from moe_jax.model.sharding import Layout
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a decoder runs: the static half of a compiled step."""
+
+    architecture: Architecture
+    k_max: int  # slots per token
+    kernels: Kernels
+    dispatch: Dispatch = Dispatch()
+    layout: Layout | None = None  # the mesh that it runs on; None: one device
+
+    @property
+    def implementations(self) -> dict[str, str]:
+        """Of the operations that have several, as results name them."""
+        return self.kernels._asdict() | ({} if self.layout is None else {"dispatch": self.dispatch.name})
+
+    @property
+    def data_parts(self) -> int:
+        """The number of parts of a batch: its rows are a multiple."""
+        return 1 if self.layout is None else self.layout.data_parts
