@@ -76,6 +76,6 @@ class MeshConfig:
             raise ValueError(f"mesh.data x expert x tensor = {sizes} = {self.num_devices} devices: expected {expected}")
 
 
-def require_divisor(setting: str, parts: int, count: int, of_what: str) -> None:
+def require_divisor(setting: str, parts: int, count: int, things: str) -> None:
     """Refuses a number of parts that does not divide a count."""
-    require(count % parts == 0, setting, parts, f"a divisor of the model's {count} {of_what}")
+    require(count % parts == 0, setting, parts, f"a divisor of the model's {count} {things}")

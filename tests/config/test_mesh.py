@@ -5,7 +5,7 @@ import pytest
 from moe_jax.config.mesh import MeshConfig
 from tests import tiny_model
 
-LATENT = tiny_model.changed(attention={"kind": "latent", "num_kv_heads": 4})
+LATENT = tiny_model.changed(attention={"kind": "latent", "num_kv_heads": 4, "qk_norm": False})
 
 
 @pytest.mark.parametrize(

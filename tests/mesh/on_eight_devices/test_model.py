@@ -59,7 +59,7 @@ def gathered_sizes(text):
 
 
 def test_the_policies_differ(one):
-    """Otherwise equal sets on every mesh would say nothing."""
+    """Otherwise equal sets on every mesh would prove nothing."""
     _, (full, few, together), _ = one
     assert np.abs(full - few).max() > 0.1 and np.abs(full - together).max() > 0.1
 
