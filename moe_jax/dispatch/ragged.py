@@ -72,6 +72,11 @@ def run(
     return y_local_ND, Counts(lax.psum(load_E, how.other_axes), *lax.psum((overflow, sent), how.row_axes))
 
 
+def is_emulated(how: Dispatch) -> bool:
+    """Whether the mesh lacks the operation."""
+    return how.mesh.devices.flat[0].platform == "cpu"
+
+
 def _own(table: jax.Array, how: Dispatch) -> jax.Array:
     """The columns of this device's experts: [shards, own experts]."""
     own_experts = table.shape[1] // how.expert_shards
@@ -92,7 +97,7 @@ def travel(rows_SD: jax.Array, routes: Routes, num_rows: int, there: bool, how: 
     Returns:
         The rows at their places; zero where none comes.
     """
-    if how.mesh.devices.flat[0].platform == "cpu":
+    if is_emulated(how):
         return _gathered(rows_SD, routes, num_rows, there, how)
     me = lax.axis_index(how.expert_axes)
     by_sender = [table[me] for table in routes]  # an entry for each expert
