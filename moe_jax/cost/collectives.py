@@ -13,7 +13,9 @@ SHARE_SENT = {  # of the larger of operand and result, by each of n devices: the
 }
 _CALL = re.compile(r"= (?P<result>.+?) (?P<name>[a-z-]+?)(?:-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]")
+# the ways in which XLA writes the devices of a group: {{0,1},{2,3}}, [2,4]<=[8], mesh['data'=2,'expert'=4] {'expert'}
 _LISTED, _COUNTED = re.compile(r"replica_groups=\{\{([\d,]*)\}"), re.compile(r"replica_groups=\[\d+,(\d+)\]")
+_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 
 
 class Collective(NamedTuple):
@@ -36,23 +38,35 @@ def collectives(program: str) -> list[Collective]:
 
     Args:
         program: the text of a compiled program, `compiled.as_text()`.
+
+    Raises:
+        ValueError: the groups of devices are written in a form that is not known.
     """
     found = []
     for line in program.splitlines():
         call = _CALL.search(line)
         if call is None or call["name"] not in SHARE_SENT:
             continue
-        if call["name"] == "collective-permute":
-            devices = 2
-        elif listed := _LISTED.search(line):
-            devices = len(listed[1].split(","))
-        else:
-            devices = int(_COUNTED.search(line)[1])
+        devices = _devices(line)
         result = _bytes(call["result"])
         size = result * devices if call["name"] == "reduce-scatter" else result
         if devices > 1:
             found.append(Collective(call["name"], devices, size))
     return found
+
+
+def _devices(line: str) -> int:
+    """The devices of a group."""
+    if "source_target_pairs=" in line:
+        return 2
+    if listed := _LISTED.search(line):
+        return len(listed[1].split(","))
+    if counted := _COUNTED.search(line):
+        return int(counted[1])
+    if named := _NAMED.search(line):
+        sizes = dict(axis.split("=") for axis in named[1].split(","))
+        return math.prod(int(sizes[axis]) for axis in named[2].split(","))
+    raise ValueError(f"{line.strip()[:200]}: expected replica_groups in a form that is known")
 
 
 def _bytes(shapes: str) -> int:
