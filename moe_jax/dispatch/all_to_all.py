@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.dispatch.contract import Counts, Dispatch, Experts
-from moe_jax.dispatch.local import run_experts
+from moe_jax.dispatch.local import gather_columns, run_experts, scatter_columns
 from moe_jax.dispatch.plan import plan
 from moe_jax.kernels.combine.api import combine, spread
 from moe_jax.routing.selection import Selection
@@ -75,10 +75,10 @@ def _exchange(rows_SD, gate_up_LEIFD, down_LEDF, layer, sizes, number, *, kernel
     swap = functools.partial(lax.all_to_all, axis_name=how.expert_axes, split_axis=0, concat_axis=0, tiled=True)
     with jax.named_scope("dispatch"):
         arrived = move(swap(move(rows_SD, source, target_S)), origin, position)
-        arrived = lax.all_gather(arrived, "tensor", axis=1, tiled=True)
+        arrived = gather_columns(arrived, how)
     out = run_experts(arrived, group_sizes_E, Experts(gate_up_LEIFD, down_LEDF, layer), kernel)
     with jax.named_scope("combine"):
-        out = lax.psum_scatter(out, "tensor", scatter_dimension=1, tiled=True)
+        out = scatter_columns(out, how)
         return move(swap(move(out, position, origin)), target_S, source)
 
 

@@ -80,11 +80,10 @@ def dispatch(
 
 def _require_divisible(experts: Experts, how: Dispatch) -> None:
     _, num_experts, _, hidden, d_model = experts.gate_up_LEIFD.shape
-    tensor = how.mesh.shape["tensor"]
     for what, size, axes, shards in (
         ("experts", num_experts, " x ".join(how.expert_axes), how.expert_shards),
-        ("hidden width of an expert", hidden, "tensor", tensor),
-        ("model width", d_model, "tensor", tensor),
+        ("hidden width of an expert", hidden, "tensor", how.tensor_shards),
+        ("model width", d_model, "tensor", how.tensor_shards),
     ):
         if size % shards:
             raise ValueError(f"{what} = {size}: expected a multiple of {shards}, the size of mesh axis {axes}")

@@ -78,6 +78,11 @@ class Dispatch:
         return 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in self.expert_axes)
 
     @property
+    def tensor_shards(self) -> int:
+        """The number of devices that share the hidden width of an expert."""
+        return self.mesh.shape["tensor"]
+
+    @property
     def experts_specs(self) -> Experts:
         """The layout of the stacks: E over the expert axes, F over `tensor`."""
         return Experts(P(None, self.expert_axes, None, "tensor", None), P(None, self.expert_axes, None, "tensor"), P())

@@ -21,6 +21,18 @@ def run_experts(rows_SD: jax.Array, group_sizes_E: jax.Array, experts: Experts, 
         )
 
 
+def gather_columns(rows_local_SD: jax.Array, how: Dispatch) -> jax.Array:
+    """All of D, from all devices of `tensor`."""
+    return rows_local_SD if how.tensor_shards == 1 else lax.all_gather(rows_local_SD, "tensor", axis=1, tiled=True)
+
+
+def scatter_columns(rows_SD: jax.Array, how: Dispatch) -> jax.Array:
+    """The sum over `tensor`, of which each device gets its columns."""
+    if how.tensor_shards == 1:
+        return rows_SD
+    return lax.psum_scatter(rows_SD, "tensor", scatter_dimension=1, tiled=True)
+
+
 def run_own(x_ND: jax.Array, selection: Selection, experts: Experts, kernel: str) -> tuple[jax.Array, jax.Array]:
     """Runs the experts of this device on tokens that are here.
 
@@ -58,7 +70,7 @@ def run(
     """
     if how.expert_shards > 1:
         raise ValueError(f"dispatch = 'local': expected every expert on each device, got {how.expert_shards} shards")
-    x_ND = lax.all_gather(x_local_ND, "tensor", axis=1, tiled=True)
+    x_ND = gather_columns(x_local_ND, how)
     y_ND, load_E = run_own(x_ND, selection, experts, kernel)
-    y_local_ND = lax.psum_scatter(y_ND, "tensor", scatter_dimension=1, tiled=True)
+    y_local_ND = scatter_columns(y_ND, how)
     return y_local_ND, Counts(lax.psum(load_E, how.other_axes), jnp.int32(0), jnp.int32(0))

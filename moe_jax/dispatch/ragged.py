@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.dispatch.contract import Counts, Dispatch, Experts
-from moe_jax.dispatch.local import run_experts
+from moe_jax.dispatch.local import gather_columns, run_experts, scatter_columns
 from moe_jax.dispatch.plan import plan
 from moe_jax.kernels.combine.api import combine, spread
 from moe_jax.routing.selection import Selection
@@ -59,10 +59,10 @@ def run(
         routes = routes_of(sizes, room)
         rows_SD = spread(x_local_ND, order.token_S, order.position_NK)
         arrived = travel(rows_SD, routes, room, True, how)
-        arrived = lax.all_gather(arrived, "tensor", axis=1, tiled=True)
+        arrived = gather_columns(arrived, how)
     out = run_experts(arrived, _own(routes.sent, how).sum(axis=0), experts, kernel)
     with jax.named_scope("combine"):
-        out = lax.psum_scatter(out, "tensor", scatter_dimension=1, tiled=True)
+        out = scatter_columns(out, how)
         out_SD = travel(out, routes, len(rows_SD), False, how)
         y_local_ND = combine(out_SD, selection.weight_NK, order.token_S, order.position_NK)
     me = lax.axis_index(how.expert_axes)
@@ -70,6 +70,11 @@ def run(
     sent = from_me.sum() - _own(routes.sent, how)[me].sum()  # a device's own rows stay
     overflow = order.group_sizes_E.sum() - from_me.sum()
     return y_local_ND, Counts(lax.psum(load_E, how.other_axes), *lax.psum((overflow, sent), how.row_axes))
+
+
+def is_emulated(how: Dispatch) -> bool:
+    """Whether the mesh lacks the operation."""
+    return how.mesh.devices.flat[0].platform == "cpu"
 
 
 def _own(table: jax.Array, how: Dispatch) -> jax.Array:
@@ -92,7 +97,7 @@ def travel(rows_SD: jax.Array, routes: Routes, num_rows: int, there: bool, how: 
     Returns:
         The rows at their places; zero where none comes.
     """
-    if how.mesh.devices.flat[0].platform == "cpu":
+    if is_emulated(how):
         return _gathered(rows_SD, routes, num_rows, there, how)
     me = lax.axis_index(how.expert_axes)
     by_sender = [table[me] for table in routes]  # an entry for each expert

@@ -1,0 +1,79 @@
+"""Reads from a compiled program what its devices send each other."""
+
+import math
+import re
+from typing import NamedTuple
+
+SHARE_SENT = {  # of the larger of operand and result, by each of n devices: the least with links between neighbours
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "collective-permute": lambda n: 1,
+}
+_CALL = re.compile(r"= (?P<result>.+?) (?P<name>[a-z-]+?)(?:-start)?\(")
+_ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]")
+# the ways in which XLA writes the devices of a group: {{0,1},{2,3}}, [2,4]<=[8], mesh['data'=2,'expert'=4] {'expert'}
+_LISTED, _COUNTED = re.compile(r"replica_groups=\{\{([\d,]*)\}"), re.compile(r"replica_groups=\[\d+,(\d+)\]")
+_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+
+
+class Collective(NamedTuple):
+    """One operation between devices, in the program of each."""
+
+    name: str
+    devices: int  # that take part in one group
+    array_bytes: int  # the larger of operand and result, of one device
+
+    @property
+    def sent_bytes(self) -> float:
+        """By one device."""
+        return self.array_bytes * SHARE_SENT[self.name](self.devices)
+
+
+def collectives(program: str) -> list[Collective]:
+    """The collectives with more than one device.
+
+    Each is listed once, however often a loop runs it.
+
+    Args:
+        program: the text of a compiled program, `compiled.as_text()`.
+
+    Raises:
+        ValueError: the groups of devices are written in a form that is not known.
+    """
+    found = []
+    for line in program.splitlines():
+        call = _CALL.search(line)
+        if call is None or call["name"] not in SHARE_SENT:
+            continue
+        devices = _devices(line)
+        result = _bytes(call["result"])
+        size = result * devices if call["name"] == "reduce-scatter" else result
+        if devices > 1:
+            found.append(Collective(call["name"], devices, size))
+    return found
+
+
+def _devices(line: str) -> int:
+    """The devices of a group."""
+    if "source_target_pairs=" in line:
+        return 2
+    if listed := _LISTED.search(line):
+        return len(listed[1].split(","))
+    if counted := _COUNTED.search(line):
+        return int(counted[1])
+    if named := _NAMED.search(line):
+        sizes = dict(axis.split("=") for axis in named[1].split(","))
+        return math.prod(int(sizes[axis]) for axis in named[2].split(","))
+    raise ValueError(f"{line.strip()[:200]}: expected replica_groups in a form that is known")
+
+
+def _bytes(shapes: str) -> int:
+    """Of all arrays in the text of a shape; a tuple holds several."""
+    arrays = [(dtype, sizes.split(",") if sizes else []) for dtype, sizes in _ARRAY.findall(shapes)]
+    return sum(math.prod(map(int, sizes)) * _itemsize(dtype) for dtype, sizes in arrays)
+
+
+def _itemsize(dtype: str) -> int:
+    return 1 if dtype == "pred" else int(re.search(r"\d+", dtype)[0]) // 8
