@@ -16,7 +16,7 @@ from moe_jax.routing.selection import Selection
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
+class ExpertPlacement:
     """The expert of every place.
 
     Attributes:
@@ -44,8 +44,8 @@ class Placement:
 
     def device_loads(self, load_LE: np.ndarray) -> np.ndarray:
         """The load of each device, float64 [L, devices], where copies of an expert share its load evenly."""
-        of_places = np.take_along_axis(load_LE / self.copies_LE, self.held_LE, axis=1)
-        return of_places.reshape(len(load_LE), self.devices, -1).sum(axis=2)
+        places = np.take_along_axis(load_LE / self.copies_LE, self.held_LE, axis=1)
+        return places.reshape(len(load_LE), self.devices, -1).sum(axis=2)
 
     def to_places(self, selection: Selection, layer: jax.Array) -> Selection:
         """Replaces the router's experts by places; the copies of an expert take its tokens in turn."""
@@ -58,7 +58,7 @@ class Placement:
         return jnp.zeros(self.copies_LE.shape[1], load_E.dtype).at[jnp.asarray(self.held_LE)[layer]].add(load_E)
 
 
-def place(load_LE: np.ndarray, devices: int, replicas: int = 0, nodes: int = 1, groups: int = 1) -> Placement:
+def place(load_LE: np.ndarray, devices: int, replicas: int = 0, nodes: int = 1, groups: int = 1) -> ExpertPlacement:
     """Places the experts of every layer so that the busiest device has little more than the mean.
 
     Extra copies go to the expert with the largest load per copy, one after the other. Copies are then placed by falling
@@ -86,7 +86,7 @@ def place(load_LE: np.ndarray, devices: int, replicas: int = 0, nodes: int = 1, 
     ):
         if size % by:
             raise ValueError(f"placement: {size} {what}: expected a multiple of {by}")
-    return Placement(np.stack([_place(load_E, devices, replicas, nodes, groups) for load_E in load_LE]), devices)
+    return ExpertPlacement(np.stack([_place(load_E, devices, replicas, nodes, groups) for load_E in load_LE]), devices)
 
 
 def _place(load_E, devices, replicas, nodes, groups):
@@ -95,8 +95,8 @@ def _place(load_E, devices, replicas, nodes, groups):
     if nodes == 1:
         return _balance(np.arange(len(load_E)), load_E, devices, replicas)
     members = np.arange(len(load_E)).reshape(groups, -1)
-    of_node = _balance(np.arange(groups), load_E[members].sum(axis=1), nodes, 0).reshape(nodes, -1)
-    experts = members[of_node].reshape(nodes, -1)
+    node_devices = _balance(np.arange(groups), load_E[members].sum(axis=1), nodes, 0).reshape(nodes, -1)
+    experts = members[node_devices].reshape(nodes, -1)
     parts = [_balance(own, load_E[own], devices // nodes, replicas // nodes) for own in experts]
     return np.concatenate(parts)
 

@@ -19,6 +19,7 @@ def run(*arguments):
     return done.stdout
 
 
+@pytest.mark.processes
 def test_dispatch_on_eight_devices():
     assert " passed" in run("-v")
 

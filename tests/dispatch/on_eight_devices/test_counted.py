@@ -35,13 +35,13 @@ def sent(program, *names):
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
 def test_all_to_all_sends_at_most_k_rows_of_a_token(mesh_of, sizes):
-    capacity, of_k = 1.25, []
+    capacity, tokens, bytes_sent = 1.25, 256, []  # with which the capacity is whole rows
     for k in (4, 2):
-        program = compiled(Dispatch("all_to_all", mesh_of(sizes), capacity=capacity, drop=True), k)
-        of_k.append(sent(program, "all-to-all"))
+        program = compiled(Dispatch("all_to_all", mesh_of(sizes), capacity=capacity, drop=True), k, tokens)
+        bytes_sent.append(sent(program, "all-to-all"))
         arrays = DEVICES * sum(one.array_bytes for one in collectives(program.as_text()) if one.name == "all-to-all")
-        assert 0 < of_k[-1] < arrays <= 2 * k * TOKENS * routed.D * 4 * capacity
-    assert of_k[1] == of_k[0] / 2
+        assert 0 < bytes_sent[-1] < arrays <= 2 * k * tokens * routed.D * 4 * capacity
+    assert bytes_sent[1] == bytes_sent[0] / 2
 
 
 @pytest.mark.parametrize(
@@ -50,19 +50,19 @@ def test_all_to_all_sends_at_most_k_rows_of_a_token(mesh_of, sizes):
 )
 def test_others_send_the_same_whatever_the_number_of_slots(mesh_of, name, collective, times):
     """As much as tensor parallelism; `all_gather` sends the router's choice as well, which is small."""
-    of_k = []
+    bytes_sent = []
     for k in (4, 2):
         found = collectives(compiled(Dispatch(name, mesh_of((1, 8, 1))), k).as_text())
         rows = [one for one in found if one.array_bytes >= TOKENS * routed.D * 4]
         assert {one.name for one in rows} == collective
-        of_k.append(DEVICES * sum(one.sent_bytes for one in rows))
+        bytes_sent.append(DEVICES * sum(one.sent_bytes for one in rows))
         choice = sum(one.array_bytes for one in found) - sum(one.array_bytes for one in rows)
         assert choice <= TOKENS * (k * 9 + 4)  # an int32, a float32 and a bool of each slot
-    assert of_k[0] == of_k[1] == times * (DEVICES - 1) * TOKENS * routed.D * 4
+    assert bytes_sent[0] == bytes_sent[1] == times * (DEVICES - 1) * TOKENS * routed.D * 4
 
 
 def test_ragged_sends_only_kept_slots(mesh_of):
-    how, of_live = Dispatch("ragged", mesh_of((2, 4, 1))), []
+    how, rows_sent = Dispatch("ragged", mesh_of((2, 4, 1))), []
     run = jax.jit(lambda *operands: dispatch(*operands, "blocked", how)[1])
     for live in (4, 2, 1):
         selection = routed.selection("even", TOKENS)
@@ -71,9 +71,9 @@ def test_ragged_sends_only_kept_slots(mesh_of):
         home_N = np.arange(TOKENS) // (TOKENS // DEVICES) % 4  # the shard of experts where a token lives
         away_NK = selection.keep_NK & (selection.expert_NK // 4 != home_N[:, None])
         assert counts.sent == away_NK.sum() <= TOKENS * live
-        of_live.append(int(counts.sent))
-    assert of_live[1] == pytest.approx(of_live[0] / 2, rel=0.1)
-    assert of_live[2] == pytest.approx(of_live[0] / 4, rel=0.1)
+        rows_sent.append(int(counts.sent))
+    assert rows_sent[1] == pytest.approx(rows_sent[0] / 2, rel=0.1)
+    assert rows_sent[2] == pytest.approx(rows_sent[0] / 4, rel=0.1)
 
 
 def kept_by_capacity(name, selection, how):
@@ -135,11 +135,11 @@ def test_experts_stay_where_they_are(mesh_of, name):
         return lax.fori_loop(0, layers, layer, x_ND)
 
     program = step.lower(routed.tokens(4, d_model), routed.selection("even", 4), *weights).compile()
-    of_a_layer = (gate_up[0].nbytes + down[0].nbytes) // 4  # of one device
-    assert sum(part.nbytes for part in weights) // 4 == layers * of_a_layer
-    moved = [one for one in collectives(program.as_text()) if one.array_bytes >= of_a_layer // routed.EXPERTS]
+    layer_bytes = (gate_up[0].nbytes + down[0].nbytes) // 4  # of one device
+    assert sum(part.nbytes for part in weights) // 4 == layers * layer_bytes
+    moved = [one for one in collectives(program.as_text()) if one.array_bytes >= layer_bytes // routed.EXPERTS]
     assert moved == []
-    assert program.memory_analysis().temp_size_in_bytes < of_a_layer
+    assert program.memory_analysis().temp_size_in_bytes < layer_bytes
 
 
 def documented(operand, output, begin, send, arrive, received, *, axis_name):
