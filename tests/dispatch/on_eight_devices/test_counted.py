@@ -35,7 +35,7 @@ def sent(program, *names):
 
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
 def test_all_to_all_sends_at_most_k_rows_of_a_token(mesh_of, sizes):
-    capacity, of_k = 1.25, []
+    capacity, of_k = 1.5, []  # blocks of whole rows at both k
     for k in (4, 2):
         program = compiled(Dispatch("all_to_all", mesh_of(sizes), capacity=capacity, drop=True), k)
         of_k.append(sent(program, "all-to-all"))
