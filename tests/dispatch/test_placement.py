@@ -1,0 +1,73 @@
+"""Placement: balanced on loads that it has not seen, whole groups on nodes, and the same results."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moe_jax.dispatch.api import dispatch
+from moe_jax.dispatch.contract import Dispatch
+from moe_jax.dispatch.placement import place
+from moe_jax.routing import trace
+from tests.dispatch import routed
+
+DEMO = trace.read(pathlib.Path(__file__).parents[2] / "assets" / "traces" / "demo.npz")
+
+
+def loads(expert_LJTK):
+    return np.stack([np.bincount(chosen.reshape(-1), minlength=DEMO.num_experts) for chosen in expert_LJTK])
+
+
+def max_over_mean(placement, load_LE):
+    load = placement.device_loads(load_LE)
+    return load.max(axis=1) / load.mean(axis=1)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_half_of_the_demos_loads_balances_the_other(half):
+    """Every second token of each document, on eight devices with eight replicas."""
+    measured, unseen = (loads(DEMO.expert_LJTK[:, :, start::2]) for start in (half, 1 - half))
+    placement = place(measured, 8, replicas=8)
+    assert placement.held_LE.shape == (len(measured), 72)
+    assert max_over_mean(placement, unseen).max() <= 1.10
+
+
+def test_hot_experts_are_copied_to_several_devices():
+    load_LE = np.ones((1, 16))
+    load_LE[0, 5] = 33  # the mean of four devices is 12
+    assert max_over_mean(place(load_LE, 4), load_LE) > 2
+    placement = place(load_LE, 4, replicas=4)
+    assert max_over_mean(placement, load_LE) <= 1.2
+    held = placement.held_LE[0].reshape(4, -1)
+    assert all((own == 5).sum() <= 1 for own in held)
+    assert set(held.reshape(-1)) == set(range(16))
+
+
+def test_groups_stay_on_one_node():
+    load_LE = np.random.default_rng(0).random((2, 32)) + 0.1
+    placement = place(load_LE, 8, replicas=8, nodes=2, groups=4)
+    for held_E in placement.held_LE:
+        nodes = [set(own // 8) for own in held_E.reshape(2, -1)]
+        assert nodes[0].isdisjoint(nodes[1])
+        assert len(nodes[0]) == len(nodes[1]) == 2
+
+
+def test_placed_experts_give_the_same_results():
+    selection, x_ND, experts = routed.selection("dropped", 13), routed.tokens(13), routed.experts()
+    selection = jax.tree.map(jnp.asarray, selection)
+    load_LE = np.stack([np.bincount(selection.expert_NK.reshape(-1), minlength=16)] * 2)
+    placement = place(load_LE, 4, replicas=4)
+    held_E = placement.held_LE[1]
+    placed = experts._replace(gate_up_LEIFD=experts.gate_up_LEIFD[:, held_E], down_LEDF=experts.down_LEDF[:, held_E])
+    y_ND, counts = dispatch(x_ND, placement.to_places(selection, experts.layer), placed, "blocked", Dispatch())
+    expected_ND = routed.expected(x_ND, selection, experts)
+    assert np.linalg.norm(y_ND - expected_ND) <= 1e-5 * np.linalg.norm(expected_ND)
+    kept = np.bincount(selection.expert_NK[selection.keep_NK], minlength=16)
+    np.testing.assert_array_equal(placement.to_experts(counts.load_E, experts.layer), kept)
+
+
+def test_uneven_placements_are_refused():
+    with pytest.raises(ValueError, match="18 experts and replicas: expected a multiple of 4"):
+        place(np.ones((1, 16)), 4, replicas=2)
