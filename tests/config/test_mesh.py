@@ -52,8 +52,9 @@ def test_a_mesh_that_does_not_divide_a_model_is_refused(settings, changed, expec
         MeshConfig(**settings).require_divides(tiny_model.changed(**changed))
 
 
-def test_key_and_value_heads_may_be_fewer_than_the_tensor_axis_has_parts():
-    MeshConfig(tensor=4).require_divides(tiny_model.ARCHITECTURE)
+@pytest.mark.parametrize("architecture", [tiny_model.ARCHITECTURE, LATENT], ids=["grouped", "latent"])
+def test_key_and_value_heads_may_be_fewer_than_the_tensor_axis_has_parts(architecture):
+    MeshConfig(tensor=4).require_divides(architecture)
 
 
 def test_a_batch_that_the_data_axis_does_not_divide_is_refused():
