@@ -61,7 +61,12 @@ def test_placed_experts_give_the_same_results():
     placement = place(load_LE, 4, replicas=4)
     held_E = placement.held_LE[1]
     placed = experts._replace(gate_up_LEIFD=experts.gate_up_LEIFD[:, held_E], down_LEDF=experts.down_LEDF[:, held_E])
-    y_ND, counts = dispatch(x_ND, placement.to_places(selection, experts.layer), placed, "blocked", Dispatch())
+
+    @jax.jit
+    def run(x_ND, selection, experts):
+        return dispatch(x_ND, placement.to_places(selection, experts.layer), experts, "blocked", Dispatch())
+
+    y_ND, counts = run(x_ND, selection, placed)
     expected_ND = routed.expected(x_ND, selection, experts)
     assert np.linalg.norm(y_ND - expected_ND) <= 1e-5 * np.linalg.norm(expected_ND)
     kept = np.bincount(selection.expert_NK[selection.keep_NK], minlength=16)
