@@ -2,16 +2,19 @@
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 
 from absl import flags, logging
 
 from moe_jax import files
+from moe_jax.command import errors
 from moe_jax.config.mesh import MeshConfig
 
 flags.disclaim_key_flags()
 
 FOUND = "auto"
+_GRACE_S = 60
 _HEARTBEAT_S = 30  # a process that is silent for this long has died; the others then end
 
 
@@ -46,14 +49,25 @@ def join() -> None:
     import jax
 
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `interruption`
+    expected = "a cluster that JAX knows (SLURM, Open MPI, GKE, TPU)"
+    if coordinator != FOUND:
+        expected = f"all {count} processes to start, and to reach it, within --join_s={wait_s} seconds"
+    refusal = f"--coordinator = {coordinator!r}: expected {expected}"
+
+    def give_up() -> None:
+        os._exit(errors.refuse(ValueError(refusal)))
+
+    limit = threading.Timer(wait_s, give_up)  # JAX aborts the process at its own limit
+    limit.daemon = True
+    limit.start()
     try:
-        jax.distributed.initialize(**arguments, initialization_timeout=wait_s, heartbeat_timeout_seconds=_HEARTBEAT_S)
+        jax.distributed.initialize(
+            **arguments, initialization_timeout=wait_s + _GRACE_S, heartbeat_timeout_seconds=_HEARTBEAT_S
+        )
     except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        expected = "a cluster that JAX knows (SLURM, Open MPI, GKE, TPU)"
-        if coordinator != FOUND:
-            expected = f"all {count} processes to start, and to reach it, within --join_s={wait_s} seconds"
-        raise ValueError(f"--coordinator = {coordinator!r}: expected {expected} ({reason})") from error
+        raise ValueError(f"{refusal} ({' '.join(str(error).split())[:200]})") from error
+    finally:
+        limit.cancel()
     if jax.process_index() > 0:
         files.leave_to_first()
         logging.set_verbosity(logging.ERROR)
