@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import sys
 import threading
 from collections.abc import Iterator
 
@@ -68,9 +69,20 @@ def join() -> None:
         raise ValueError(f"{refusal} ({' '.join(str(error).split())[:200]})") from error
     finally:
         limit.cancel()
+    _separate_output()
     if jax.process_index() > 0:
         files.leave_to_first()
         logging.set_verbosity(logging.ERROR)
+
+
+def _separate_output() -> None:
+    """Leaves standard output to Python; what libraries print there, as gloo does of connections, goes to stderr."""
+    if sys.stdout is None:
+        return
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(kept, "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors)
 
 
 def _require_flags(coordinator: str, count: int | None, index: int | None) -> None:
