@@ -92,6 +92,7 @@ def test_gradients(case, interpreted):
 
 @new_enough
 @pytest.mark.interpreted
+@pytest.mark.slow
 def test_drawn_groups(interpreted):
     """Compiled once for all groups that are drawn."""
     rows, weights, out_grad = random_inputs(104, 3)
