@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.dispatch.contract import Counts, Dispatch, Experts
-from moe_jax.dispatch.local import gather_columns, run_experts, scatter_columns
+from moe_jax.dispatch.local import gather_columns, own_columns, run_experts, scatter_columns
 from moe_jax.dispatch.plan import plan
 from moe_jax.kernels.combine.api import combine, spread
 from moe_jax.routing.selection import Selection
@@ -47,7 +47,7 @@ def run(
         out_SD = out_SD + _further(exchange, rows_SD, *experts, sizes, exchanges)
     with jax.named_scope("combine"):
         y_local_ND = combine(out_SD, selection.weight_NK, order.token_S, order.position_NK)
-    load_E = lax.dynamic_slice_in_dim(sizes, lax.axis_index(how.expert_axes) * own_experts, own_experts, 1).sum(axis=0)
+    load_E = own_columns(sizes, how).sum(axis=0)
     sent = jnp.maximum(exchanges, 1) * (shards - 1) * room
     return y_local_ND, Counts(lax.psum(load_E, how.other_axes), *lax.psum((overflow, sent), how.row_axes))
 
@@ -98,7 +98,7 @@ def _blocks(sizes_E, num_rows, number, room, how):
 
 def _arrived(sizes, own_experts, number, room, how):
     """For the rows that arrive: their places sorted by expert, the inverse, and how many each expert gets."""
-    mine = lax.dynamic_slice_in_dim(sizes, lax.axis_index(how.expert_axes) * own_experts, own_experts, 1)
+    mine = own_columns(sizes, how)
     last = jnp.cumsum(mine, axis=1)
     begin, end = (jnp.clip(edge - number * room, 0, room) for edge in (last - mine, last))  # within each block
     now = end - begin  # [shards, E]

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-AXES = ("data", "expert", "tensor")  # of a mesh; any of them may have size 1, and a mesh may have others
+from moe_jax.config.mesh import AXES
 
 
 class Experts(NamedTuple):
@@ -33,7 +33,7 @@ class Dispatch:
 
     Attributes:
         name: of the implementation, one of `api.IMPLEMENTATIONS`.
-        mesh: of `AXES`; None: one device.
+        mesh: has the axes of `config.mesh.AXES`, of any size, and may have others; None: one device.
         expert_axes: the axes over which experts lie, in the order of the mesh: "expert", or also "data".
         capacity: for `all_to_all`, the rows that a device can send to another in one exchange, and for `ragged` with
             `drop`, those that it can receive: as a multiple of the even share with no slot dropped.

@@ -21,6 +21,12 @@ def run_experts(rows_SD: jax.Array, group_sizes_E: jax.Array, experts: Experts, 
         )
 
 
+def own_columns(table: jax.Array, how: Dispatch) -> jax.Array:
+    """The columns of this device's experts, of a table with one for each expert."""
+    own_experts = table.shape[1] // how.expert_shards
+    return lax.dynamic_slice_in_dim(table, lax.axis_index(how.expert_axes) * own_experts, own_experts, 1)
+
+
 def gather_columns(rows_local_SD: jax.Array, how: Dispatch) -> jax.Array:
     """All of D, from all devices of `tensor`."""
     return rows_local_SD if how.tensor_shards == 1 else lax.all_gather(rows_local_SD, "tensor", axis=1, tiled=True)

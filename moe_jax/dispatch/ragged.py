@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.dispatch.contract import Counts, Dispatch, Experts
-from moe_jax.dispatch.local import gather_columns, run_experts, scatter_columns
+from moe_jax.dispatch.local import gather_columns, own_columns, run_experts, scatter_columns
 from moe_jax.dispatch.plan import plan
 from moe_jax.kernels.combine.api import combine, spread
 from moe_jax.routing.selection import Selection
@@ -60,14 +60,14 @@ def run(
         rows_SD = spread(x_local_ND, order.token_S, order.position_NK)
         arrived = travel(rows_SD, routes, room, True, how)
         arrived = gather_columns(arrived, how)
-    out = run_experts(arrived, _own(routes.sent, how).sum(axis=0), experts, kernel)
+    out = run_experts(arrived, own_columns(routes.sent, how).sum(axis=0), experts, kernel)
     with jax.named_scope("combine"):
         out = scatter_columns(out, how)
         out_SD = travel(out, routes, len(rows_SD), False, how)
         y_local_ND = combine(out_SD, selection.weight_NK, order.token_S, order.position_NK)
     me = lax.axis_index(how.expert_axes)
-    load_E, from_me = _own(sizes, how).sum(axis=0), routes.sent[me]
-    sent = from_me.sum() - _own(routes.sent, how)[me].sum()  # a device's own rows stay
+    load_E, from_me = own_columns(sizes, how).sum(axis=0), routes.sent[me]
+    sent = from_me.sum() - own_columns(routes.sent, how)[me].sum()  # a device's own rows stay
     overflow = order.group_sizes_E.sum() - from_me.sum()
     return y_local_ND, Counts(lax.psum(load_E, how.other_axes), *lax.psum((overflow, sent), how.row_axes))
 
@@ -75,12 +75,6 @@ def run(
 def is_emulated(how: Dispatch) -> bool:
     """Whether the mesh lacks the operation."""
     return how.mesh.devices.flat[0].platform == "cpu"
-
-
-def _own(table: jax.Array, how: Dispatch) -> jax.Array:
-    """The columns of this device's experts: [shards, own experts]."""
-    own_experts = table.shape[1] // how.expert_shards
-    return lax.dynamic_slice_in_dim(table, lax.axis_index(how.expert_axes) * own_experts, own_experts, 1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -101,7 +95,7 @@ def travel(rows_SD: jax.Array, routes: Routes, num_rows: int, there: bool, how: 
         return _gathered(rows_SD, routes, num_rows, there, how)
     me = lax.axis_index(how.expert_axes)
     by_sender = [table[me] for table in routes]  # an entry for each expert
-    by_receiver = [_own(table, how).reshape(-1) for table in routes]  # for each sender and own expert
+    by_receiver = [own_columns(table, how).reshape(-1) for table in routes]  # for each sender and own expert
     (begin, arrive, sent), (_, _, received) = (by_sender, by_receiver) if there else (by_receiver, by_sender)
     if not there:
         begin, arrive = arrive, begin
@@ -113,8 +107,8 @@ def _gathered(rows_SD, routes, num_rows, there, how):
     """What `travel` gives, on a CPU: every row of the result looks up its origin among the rows of all devices."""
     shards, me = how.expert_shards, lax.axis_index(how.expert_axes)
     row = jnp.arange(num_rows, dtype=jnp.int32)
-    if there:
-        begin, arrive, sent = (_own(table, how).T.reshape(-1) for table in routes)  # for each own expert and sender
+    if there:  # tables for each own expert and sender
+        begin, arrive, sent = (own_columns(table, how).T.reshape(-1) for table in routes)
         segment = jnp.minimum(jnp.searchsorted(arrive + sent, row, side="right"), len(sent) - 1)
         shard, first, start = segment % shards, begin[segment], arrive[segment]
     else:
