@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.kernels.grouped_matmul import tiles
+from moe_jax.kernels.grouped_matmul.stacks import in_stack
 
 
 def _multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, transposed: bool):
@@ -69,8 +70,5 @@ def _weights_gradient(rows_SD, group_sizes_E, out_grad_SF) -> jax.Array:
 def backward(rows_SD, weights_LEFD, group_sizes_E, layer, out_grad_SF):
     """As `reference.backward`."""
     rows_grad_SD = _multiply(out_grad_SF, weights_LEFD, group_sizes_E, layer, transposed=True)
-    grad_EFD = _weights_gradient(rows_SD, group_sizes_E, out_grad_SF).astype(weights_LEFD.dtype)
-    if weights_LEFD.shape[0] == 1:
-        return rows_grad_SD, grad_EFD[None]
-    zeros = jnp.zeros_like(weights_LEFD)
-    return rows_grad_SD, lax.dynamic_update_slice(zeros, grad_EFD[None], (layer, 0, 0, 0))
+    grad_EFD = _weights_gradient(rows_SD, group_sizes_E, out_grad_SF)
+    return rows_grad_SD, in_stack(grad_EFD, weights_LEFD, layer)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.kernels.grouped_matmul import tiles
+from moe_jax.kernels.grouped_matmul.stacks import in_stack
 
 
 class _Layout(NamedTuple):
@@ -78,5 +79,4 @@ def backward(rows_SD, weights_LEFD, group_sizes_E, layer, out_grad_SF):
     belongs_EB = jnp.arange(group_sizes_E.shape[0])[:, None] == layout.expert_B[None]
     exact = lax.Precision.HIGHEST  # a product with ones and zeros is an exact sum
     grad_EFD = jnp.einsum("eb,bfd->efd", belongs_EB.astype(jnp.float32), grad_BFD, precision=exact)
-    grad_LEFD = jnp.zeros_like(weights_LEFD).at[layer].set(grad_EFD.astype(weights_LEFD.dtype))
-    return rows_grad_SD, grad_LEFD
+    return rows_grad_SD, in_stack(grad_EFD, weights_LEFD, layer)

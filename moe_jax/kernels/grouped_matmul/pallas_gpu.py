@@ -7,11 +7,10 @@ bound by memory; with many rows the tensor cores are the limit.
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 from moe_jax.config.architecture import Architecture
 from moe_jax.kernels.grouped_matmul import tuned
+from moe_jax.kernels.grouped_matmul.stacks import in_stack
 
 PLATFORM = "gpu"
 _CAPABILITY = "9.0"
@@ -159,6 +158,4 @@ def backward(rows_SD, weights_LEFD, group_sizes_E, layer, out_grad_SF, **setting
     """As `reference.backward`; `settings` and errors are those of `forward`."""
     rows_grad_SD = rows_gradient(out_grad_SF, weights_LEFD, group_sizes_E, layer, **settings)
     grad_EFD = weights_gradient(rows_SD, weights_LEFD, group_sizes_E, out_grad_SF, **settings)
-    if weights_LEFD.shape[0] == 1:
-        return rows_grad_SD, grad_EFD[None]
-    return rows_grad_SD, lax.dynamic_update_slice(jnp.zeros_like(weights_LEFD), grad_EFD[None], (layer, 0, 0, 0))
+    return rows_grad_SD, in_stack(grad_EFD, weights_LEFD, layer)

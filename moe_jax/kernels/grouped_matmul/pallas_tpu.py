@@ -11,6 +11,7 @@ from jax import lax
 from moe_jax.config.architecture import Architecture
 from moe_jax.kernels.grouped_matmul import pallas_tpu_tiles
 from moe_jax.kernels.grouped_matmul.pallas_tpu_tiles import GradientTiles, Tiles
+from moe_jax.kernels.grouped_matmul.stacks import in_stack
 
 PLATFORM = "tpu"
 _TOO_SMALL = ("TPU v2", "TPU v3", "TPU v4")
@@ -85,11 +86,11 @@ def gated(rows_SD, gate_up_LEIFD, group_sizes_E, layer, *, tiles: Tiles | None =
         gate_up_LEIFD: of the same dtype, the gate before the up-projection.
         group_sizes_E: int32.
         layer: int32 scalar.
-        tiles: block sizes; None: by shape and dtype.
-        num_cores: that share the work, which `tiles` decides; None: those of the device.
+        tiles: as `forward`.
+        num_cores: as `forward`.
 
     Raises:
-        ValueError: the kernels lack the dtype, or no block fits.
+        ValueError: as `forward`.
     """
     return _multiply(rows_SD, gate_up_LEIFD, group_sizes_E, layer, tiles=tiles, num_cores=num_cores)
 
@@ -122,6 +123,4 @@ def backward(rows_SD, weights_LEFD, group_sizes_E, layer, out_grad_SF):
     """As `reference.backward`; errors are those of `forward`."""
     rows_grad_SD = rows_gradient(out_grad_SF, weights_LEFD, group_sizes_E, layer)
     grad_EFD = weights_gradient(rows_SD, group_sizes_E, out_grad_SF)
-    if weights_LEFD.shape[0] == 1:
-        return rows_grad_SD, grad_EFD[None]
-    return rows_grad_SD, lax.dynamic_update_slice(jnp.zeros_like(weights_LEFD), grad_EFD[None], (layer, 0, 0, 0))
+    return rows_grad_SD, in_stack(grad_EFD, weights_LEFD, layer)
