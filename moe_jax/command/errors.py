@@ -27,5 +27,5 @@ def discard_output() -> None:
     try:
         sys.stdout.flush()
     except (OSError, ValueError, AttributeError):
-        with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or None
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
