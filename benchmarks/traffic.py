@@ -128,31 +128,48 @@ def count(product: Product, sizes, num_cores: int):
     return traffic.count(launch.grid_spec, launch.scalars, launch.operands, [launch.out], num_cores)
 
 
+def pieces_gpu(product: Product, sizes, tiles=None):
+    """The pieces of a launch of `pallas_gpu` on an H100, and its tables."""
+    import jax
+    import jax.numpy as jnp
+
+    from moe_jax.kernels.grouped_matmul import pallas_gpu
+    from moe_jax.kernels.grouped_matmul.pallas_gpu_pieces import GradientPieces, ProductPieces
+
+    def shape(*size):
+        return jax.ShapeDtypeStruct(size, jnp.bfloat16)
+
+    rows, sizes_E = shape(*product.rows), jnp.asarray(sizes)
+    if product.to_weights:
+        gradient = GradientPieces.of(rows, shape(*product.other_rows), len(sizes), tiles or pallas_gpu.MANY)
+        return gradient, gradient.tables(sizes_E)
+    gated = product.matrices[0] == 2
+    weights = shape(1, len(sizes), *(product.matrices if gated else product.matrices[1:]))
+    tiles = tiles or pallas_gpu.by_rule("gated" if gated else "forward", product.rows[0], len(sizes))
+    pieces = ProductPieces.of(rows, weights, tiles, pallas_gpu.NUM_CORES, product.transposed, gated)
+    return pieces, pieces.tables(sizes_E, 0)
+
+
 def count_gpu(product: Product, sizes, tiles=None):
     """The `Traffic` of `pallas_gpu`; of a gradient to weights, without the copies of blocks that XLA makes before."""
     import jax
     import jax.numpy as jnp
 
     from moe_jax.kernels import traffic
-    from moe_jax.kernels.grouped_matmul import pallas_gpu, pallas_gpu_pieces
     from moe_jax.kernels.grouped_matmul.pallas_gpu_rows import ALIGNMENT
 
     def shape(*size):
         return jax.ShapeDtypeStruct(size, jnp.bfloat16)
 
+    pieces, tables = pieces_gpu(product, sizes, tiles)
     aligned = -(-product.rows[0] // ALIGNMENT) * ALIGNMENT
     rows, other_rows = shape(aligned, product.rows[1]), shape(aligned, product.other_rows[1])
-    sizes_E = jnp.asarray(sizes)
     if product.to_weights:
-        gradient = pallas_gpu_pieces.GradientPieces.of(rows, other_rows, len(sizes), tiles or pallas_gpu.MANY)
-        edges = [shape(2 * len(sizes) * gradient.tiles.depth, x.shape[1]) for x in (other_rows, rows)]
+        edges = [shape(2 * len(sizes) * pieces.tiles.depth, x.shape[1]) for x in (other_rows, rows)]
         out = shape(len(sizes), *product.matrices[1:])
-        return traffic.count_pieces(gradient, gradient.tables(sizes_E), (other_rows, rows, *edges), out)
-    gated = product.matrices[0] == 2
-    weights = shape(1, len(sizes), *(product.matrices if gated else product.matrices[1:]))
-    tiles = tiles or pallas_gpu.by_rule("gated" if gated else "forward", product.rows[0], len(sizes))
-    pieces = pallas_gpu_pieces.ProductPieces.of(rows, weights, tiles, product.transposed, gated)
-    return traffic.count_pieces(pieces, pieces.tables(sizes_E, 0), (rows, weights), other_rows)
+        return traffic.count_pieces(pieces, tables, (other_rows, rows, *edges), out)
+    weights = shape(len(sizes) * product.matrices[0], *product.matrices[1:])
+    return traffic.count_pieces(pieces, tables, (rows, weights), other_rows)
 
 
 def count_megablox(product: Product, sizes, tiling: tuple[int, int, int], num_cores: int):

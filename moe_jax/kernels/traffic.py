@@ -107,7 +107,7 @@ def _most_blocks(description, tables):
 
 
 def _numbers(description):
-    return jnp.arange(description.num_pieces, dtype=jnp.int32)
+    return jnp.arange(description.most_pieces, dtype=jnp.int32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2, 3))
@@ -126,21 +126,21 @@ def _copied(description, tables, shapes, most):
         return jnp.stack(moved)
 
     def move_piece(number):
-        piece = description.piece(number, tables)
+        piece, exists = description.piece(number, tables), number < description.count(tables)
 
         def load_block(block):
             chosen = (
                 jnp.stack([loaded(blocks) for blocks in alternatives])[taken]
                 for taken, alternatives in description.loads(piece, block)
             )
-            return jnp.where(block < piece.blocks, sum(chosen), 0)
+            return jnp.where(exists & (block < piece.blocks), sum(chosen), 0)
 
         stored = jnp.int32(0)
         for warpgroup in range(description.warpgroups):
             store = description.store(piece, jnp.int32(warpgroup))
-            columns = inside(store.column, description.out_columns, output_shape[1])
+            columns = inside(store.column, store.width, output_shape[1])
             for made, first, rows in store.copies():
-                stored += jnp.where(made, inside(store.row + first, rows, output_shape[0]) * columns, 0)
+                stored += jnp.where(exists & made, inside(store.row + first, rows, output_shape[0]) * columns, 0)
         return jax.vmap(load_block)(jnp.arange(most, dtype=jnp.int32)).sum(0, dtype=jnp.int32), stored
 
     return jax.vmap(move_piece)(_numbers(description))

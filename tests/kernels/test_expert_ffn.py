@@ -64,7 +64,7 @@ def test_forward_and_gradients(implementation, case, dtype):
 def test_gated_on_hopper_kernels(monkeypatch):
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    monkeypatch.setattr(pallas_gpu, "_NUM_CORES", 2)
+    monkeypatch.setattr(pallas_gpu, "NUM_CORES", 2)
     with plgpu.force_gpu_interpret_mode():
         compare_with_the_loop("pallas_gpu", "dropped_rows", "bfloat16")
 

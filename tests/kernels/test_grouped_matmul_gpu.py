@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from moe_jax.kernels.grouped_matmul import pallas_gpu, pallas_gpu_rows, reference
 from moe_jax.kernels.grouped_matmul.pallas_gpu import Tiles
+from moe_jax.kernels.grouped_matmul.pallas_gpu_pieces import ProductPieces
 
 TOLERANCE = 8e-3  # bfloat16: largest difference over the largest value of the reference
 D, F, LAYERS = 128, 192, 2
@@ -64,6 +65,26 @@ def test_forward(case, interpreted):
     got = call(rows, weights, jnp.asarray(sizes), jnp.int32(1))
     assert got.dtype == rows.dtype
     assert_close(got, reference.forward(*exact(rows, weights), sizes, 1))
+
+
+@new_enough
+@pytest.mark.parametrize(("num_cores", "width"), [(1, 64), (6, 32)])
+@pytest.mark.parametrize("product", ["forward", "gated"])
+def test_one_expert_is_spread_over_all_cores(product, num_cores, width, interpreted):
+    """In pieces of each width that there is: 192 columns in 3 or in 6 pieces."""
+    sizes, gated = [0, 5, 0], product == "gated"
+    tiles = Tiles(64, 128 if gated else 64, 64, 2)
+    rows, weights, _ = random_inputs(16, 2 * len(sizes))
+    halves = weights.reshape(LAYERS, len(sizes), 2, F, D)
+    weights = halves if gated else halves[:, :, 0]
+    rows = rows.at[5:].set(jnp.nan)
+    pieces = ProductPieces.of(rows, weights, tiles, num_cores, gated=gated)
+    tables = pieces.tables(jnp.asarray(sizes, jnp.int32), 1)
+    assert pieces.widths[int(pieces.narrower(tables))] == width
+    call = jax.jit(functools.partial(getattr(pallas_gpu, product), tiles=tiles, num_cores=num_cores))
+    got = call(rows, weights, jnp.asarray(sizes, jnp.int32), jnp.int32(1))
+    gate, up = (reference.forward(*exact(rows, halves[:, :, i]), np.asarray(sizes), 1) for i in range(2))
+    assert_close(got, gate / (1 + np.exp(-gate)) * up if gated else gate)
 
 
 @new_enough

@@ -33,7 +33,7 @@ def test_the_fastest_is_kept_and_looked_up(table, monkeypatch):
         pytest.skip("the kernels ask for jax 0.11")
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
-    monkeypatch.setattr(pallas_gpu, "_NUM_CORES", 2)
+    monkeypatch.setattr(pallas_gpu, "NUM_CORES", 2)
     monkeypatch.setattr(pallas_gpu, "CANDIDATES", {pallas_gpu.FEW: CHOICES})
     with plgpu.force_gpu_interpret_mode():
         timed = list(tiles.tune(ARCHITECTURE, "bfloat16", (3,), (), rounds=2, seed=0))

@@ -14,7 +14,7 @@ from moe_jax.kernels.grouped_matmul.stacks import in_stack
 
 PLATFORM = "gpu"
 _CAPABILITY = "9.0"
-_NUM_CORES = 132  # streaming multiprocessors of an H100 or H200, used if there is no device to ask
+NUM_CORES = 132  # streaming multiprocessors of an H100 or H200, used if there is no device to ask
 _WIDTH = 64  # numbers in a swizzled row of 128 bytes; both axes of a matrix must be multiples
 
 
@@ -90,7 +90,7 @@ def _settings(rows_SX, weights_LEFD, tiles: Tiles, num_cores: int | None) -> dic
     if reason := _lacks(str(weights_LEFD.dtype), weights_LEFD.shape[-2:]):
         raise ValueError(f"pallas_gpu {reason}; padded would run")
     if num_cores is None:
-        num_cores = jax.devices()[0].core_count if jax.default_backend() == "gpu" else _NUM_CORES
+        num_cores = jax.devices()[0].core_count if jax.default_backend() == "gpu" else NUM_CORES
     return {"tiles": tiles, "num_cores": num_cores}
 
 

@@ -19,7 +19,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from moe_jax.kernels.grouped_matmul.pallas_gpu_pieces import (
-    STORE_COLUMNS,
     WARPGROUP_ROWS,
     GradientPieces,
     ProductPieces,
@@ -59,7 +58,7 @@ def _multiply_pieces(description, num_cores: int, tables, operands, rings, full,
     """
     stages, consumers = description.tiles.stages, description.warpgroups
     warpgroup, core = lax.axis_index("warpgroup"), lax.axis_index("core")
-    mine = lax.div(jnp.int32(description.num_pieces) - core + (num_cores - 1), jnp.int32(num_cores))
+    mine = lax.div(description.count(tables) - core + (num_cores - 1), jnp.int32(num_cores))
 
     def slot(step):
         return lax.rem(step, jnp.int32(stages))
@@ -132,37 +131,40 @@ def _multiply_pieces(description, num_cores: int, tables, operands, rings, full,
 
 
 def _store(store, out_smem, out_gmem, warpgroup, sums):
-    """Stores rows of a warpgroup's sums, 64 columns at a time."""
+    """Stores rows of a warpgroup's sums, some columns at a time."""
     out_gmem = out_gmem if store.matrix is None else out_gmem.at[store.matrix]
-    for number in range(sums.shape[1] // STORE_COLUMNS):
+    columns = out_smem.shape[-1]
+    for number, start in enumerate(range(0, sums.shape[1], columns)):
         slot = number % 2
-        columns = slice(number * STORE_COLUMNS, (number + 1) * STORE_COLUMNS)
-        plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-        out_smem[warpgroup, slot] = sums[:, columns].astype(out_smem.dtype)
-        plgpu.commit_smem()
-        for made, first, size in store.copies():
 
-            @pl.when(made)
-            def _copy(first=first, size=size, slot=slot, columns=columns):
-                plgpu.copy_smem_to_gmem(
-                    out_smem.at[warpgroup, slot, pl.ds(first, size)],
-                    out_gmem.at[pl.ds(store.row + first, size), pl.ds(store.column + columns.start, STORE_COLUMNS)],
-                    commit_group=False,
-                )
+        @pl.when(start < store.width)
+        def _store_columns(start=start, slot=slot):
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+            out_smem[warpgroup, slot] = sums[:, start : start + columns].astype(out_smem.dtype)
+            plgpu.commit_smem()
+            for made, first, size in store.copies():
 
-        plgpu.commit_smem_to_gmem_group()
+                @pl.when(made)
+                def _copy(first=first, size=size):
+                    plgpu.copy_smem_to_gmem(
+                        out_smem.at[warpgroup, slot, pl.ds(first, size)],
+                        out_gmem.at[pl.ds(store.row + first, size), pl.ds(store.column + start, columns)],
+                        commit_group=False,
+                    )
+
+            plgpu.commit_smem_to_gmem_group()
 
 
-def _scratch(tiles, dtype, left_block, right_block, arrivals: int):
+def _scratch(description, dtype, left_block, right_block, arrivals: int):
+    tiles, columns = description.tiles, description.store_columns
     consumers = tiles.rows // WARPGROUP_ROWS
-    width = _SWIZZLE_BYTES // dtype.itemsize
     return [
         plgpu.SMEM((tiles.stages, *left_block), dtype, transforms=_transforms(dtype)),
         plgpu.SMEM((tiles.stages, *right_block), dtype, transforms=_transforms(dtype)),
         plgpu.SMEM(
-            (consumers, 2, WARPGROUP_ROWS, STORE_COLUMNS),
+            (consumers, 2, WARPGROUP_ROWS, columns),
             dtype,
-            transforms=(plgpu.TilingTransform((1, width)), plgpu.SwizzleTransform(_SWIZZLE_BYTES)),
+            transforms=(plgpu.TilingTransform((1, columns)), plgpu.SwizzleTransform(columns * dtype.itemsize)),
         ),
         plgpu.Barrier(num_arrivals=arrivals, num_barriers=tiles.stages),
         plgpu.Barrier(num_arrivals=consumers, num_barriers=tiles.stages),
@@ -193,7 +195,7 @@ def multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, tiles, num_cores, t
 
     Where it is gated, there are two matrices for each expert, weights_LEIFD, and out is silu(first) * second.
     """
-    product = ProductPieces.of(rows_SX, weights_LEFD, tiles, transposed, gated)
+    product = ProductPieces.of(rows_SX, weights_LEFD, tiles, num_cores, transposed, gated)
     wide = product.out_columns
 
     def kernel(*refs):
@@ -220,7 +222,7 @@ def multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, tiles, num_cores, t
         _multiply_pieces(product, num_cores, tables, operands, rings, full, empty, left, right, finish)
 
     columns_block = (tiles.depth, tiles.columns) if transposed else (tiles.columns, tiles.depth)
-    scratch = _scratch(tiles, rows_SX.dtype, (tiles.rows, tiles.depth), columns_block, 3 if gated else 2)
+    scratch = _scratch(product, rows_SX.dtype, (tiles.rows, tiles.depth), columns_block, 3 if gated else 2)
     out = jax.ShapeDtypeStruct((product.num_rows, product.width), rows_SX.dtype)
     matrices = weights_LEFD.reshape(-1, *weights_LEFD.shape[-2:])
     tables = product.tables(group_sizes_E, layer)
@@ -270,6 +272,6 @@ def weights_gradient(rows_SD, group_sizes_E, out_grad_SF, *, tiles, num_cores):
         tables, rings = (first_E, last_E), (grad_smem, rows_smem)
         _multiply_pieces(gradient, num_cores, tables, operands, rings, full, empty, left, right, finish)
 
-    scratch = _scratch(tiles, rows_SD.dtype, (tiles.depth, tiles.rows), (tiles.depth, tiles.columns), 2)
+    scratch = _scratch(gradient, rows_SD.dtype, (tiles.depth, tiles.rows), (tiles.depth, tiles.columns), 2)
     out = jax.ShapeDtypeStruct((gradient.num_experts, gradient.d_out, gradient.d_model), rows_SD.dtype)
     return _launch(kernel, tiles, num_cores, out, scratch)(*tables, *operands, *edges)

@@ -1,7 +1,8 @@
 """What each piece of the output of `pallas_gpu` loads and stores: read by the kernels, and by what counts bytes.
 
-Pure functions of int32 scalars. A description has static fields, `num_pieces`, and
+Pure functions of int32 scalars. A description has static fields, and
 
+- `most_pieces`: static; `count(tables)`: those that there are, an int32 scalar;
 - `piece(number, tables)`: one piece; its `blocks` are loaded one after the other, in depth;
 - `loads(piece, block)`: choices; of each, one alternative is loaded: a list of `LoadedBlock`;
 - `store(piece, warpgroup)`: the `Store` of 64 rows.
@@ -17,7 +18,7 @@ from moe_jax.kernels.grouped_matmul.pallas_gpu import Tiles
 from moe_jax.kernels.grouped_matmul.pallas_gpu_rows import ALIGNMENT, most_tiles, row_tiles, tile_at
 
 WARPGROUP_ROWS = 64  # of the output, per warpgroup: what one wgmma takes
-STORE_COLUMNS = 64
+_STORE_COLUMNS = (64, 32)  # of one copy: a swizzled row of 128 or 64 bytes
 
 
 class LoadedBlock(NamedTuple):
@@ -46,6 +47,7 @@ class Store(NamedTuple):
     begin: Any  # int32, or an int where all rows are stored
     end: Any
     column: jax.Array
+    width: Any  # columns: int32, or an int; a multiple of those that are stored at once
 
     def copies(self) -> list[tuple[Any, Any, int]]:
         """(whether it is made, its first row, its rows) of each copy: a power of two of rows."""
@@ -69,15 +71,20 @@ class ProductPiece(NamedTuple):
     begin: jax.Array  # the expert's own rows within it
     end: jax.Array
     column: jax.Array
+    narrower: jax.Array  # which of `ProductPieces.widths`
 
 
 class ProductPieces(NamedTuple):
     """Rows by matrices [F, D] along D, or by their transposes; gated: by two matrices each.
 
+    With one warpgroup, pieces may be narrower than a tile, so that the columns of few experts are spread over all
+    cores. All pieces of a launch have the same width.
+
     Operands: rows, matrices.
     """
 
     tiles: Tiles
+    num_cores: int
     num_experts: int
     num_rows: int  # a multiple of `ALIGNMENT`
     depth: int
@@ -86,21 +93,58 @@ class ProductPieces(NamedTuple):
     gated: bool = False
 
     @classmethod
-    def of(cls, rows_SX, weights_LEFD, tiles: Tiles, transposed: bool = False, gated: bool = False) -> Self:
+    def of(
+        cls, rows_SX, weights_LEFD, tiles: Tiles, num_cores: int, transposed: bool = False, gated: bool = False
+    ) -> Self:
         """Describes a product of arrays, of which only the shapes are read; rows are then aligned."""
         num_rows, depth = rows_SX.shape
         aligned = num_rows + -num_rows % ALIGNMENT
         width = weights_LEFD.shape[-1 if transposed else -2]
-        return cls(tiles, weights_LEFD.shape[1], aligned, depth, width, transposed, gated)
+        return cls(tiles, num_cores, weights_LEFD.shape[1], aligned, depth, width, transposed, gated)
 
     @property
     def out_columns(self) -> int:
-        """Columns of a piece."""
+        """Columns of the widest piece."""
         return self.tiles.columns // 2 if self.gated else self.tiles.columns
 
     @property
-    def _column_tiles(self) -> int:
-        return _ceil(self.width, self.out_columns)
+    def widths(self) -> tuple[int, ...]:
+        """The columns that a piece may have, the widest first."""
+        if self.warpgroups > 1 or self.transposed or self.out_columns % _STORE_COLUMNS[1]:
+            return (self.out_columns,)
+        return tuple(range(self.out_columns, 0, -_STORE_COLUMNS[1]))
+
+    @property
+    def store_columns(self) -> int:
+        """Columns that are stored at once."""
+        return _STORE_COLUMNS[len(self.widths) > 1]
+
+    @property
+    def _tiles(self) -> int:
+        return most_tiles(self.num_experts, self.num_rows, self.tiles.rows)
+
+    def narrower(self, tables) -> jax.Array:
+        """Which of `widths`: the one with which the busiest core loads the least.
+
+        Each piece loads its rows again. They count twice, so that little is not saved by many more copies.
+        """
+        _, _, first_tile_T, *_ = tables
+        busy = lax.max(first_tile_T[self._tiles - 1], jnp.int32(1))  # the last tile comes after those of all experts
+        rows = ALIGNMENT + lax.div(jnp.int32(self.num_rows), busy)
+        chosen, least = jnp.int32(0), jnp.int32(2**31 - 1)
+        for number, width in enumerate(self.widths):
+            pieces = lax.div(busy * _ceil(self.width, width) + (self.num_cores - 1), jnp.int32(self.num_cores))
+            loaded = pieces * (width * (2 if self.gated else 1) + 2 * rows)
+            chosen = lax.select(loaded < least, jnp.int32(number), chosen)
+            least = lax.min(loaded, least)
+        return chosen
+
+    def _of_width(self, narrower, values) -> jax.Array:
+        """The value of the width that was chosen."""
+        chosen = jnp.int32(values[0])
+        for number, value in enumerate(values[1:], 1):
+            chosen = lax.select(narrower == number, jnp.int32(value), chosen)
+        return chosen
 
     @property
     def warpgroups(self) -> int:
@@ -108,9 +152,13 @@ class ProductPieces(NamedTuple):
         return self.tiles.rows // WARPGROUP_ROWS
 
     @property
-    def num_pieces(self) -> int:
+    def most_pieces(self) -> int:
+        """Those of the least width, empty ones included."""
+        return self._tiles * _ceil(self.width, self.widths[-1])
+
+    def count(self, tables) -> jax.Array:
         """Empty ones included."""
-        return most_tiles(self.num_experts, self.num_rows, self.tiles.rows) * self._column_tiles
+        return self._tiles * self._of_width(self.narrower(tables), [_ceil(self.width, one) for one in self.widths])
 
     def tables(self, group_sizes_E, layer) -> tuple[jax.Array, ...]:
         """What the kernel is given beside its operands."""
@@ -119,13 +167,15 @@ class ProductPieces(NamedTuple):
     def piece(self, number, tables) -> ProductPiece:
         """All columns of a tile of rows come one after the other."""
         layer, *entries = tables
-        tile = lax.div(number, jnp.int32(self._column_tiles))
-        column = lax.rem(number, jnp.int32(self._column_tiles)) * self.out_columns
+        narrower = self.narrower(tables)
+        column_tiles = self._of_width(narrower, [_ceil(self.width, width) for width in self.widths])
+        tile = lax.div(number, column_tiles)
+        column = lax.rem(number, column_tiles) * self._of_width(narrower, self.widths)
         entry = [entry_T[tile] for entry_T in entries]
         group, start, begin, end = tile_at(entry, tile, self.num_experts, self.num_rows, self.tiles.rows)
         busy = (group < self.num_experts) & (end > begin)
         blocks = lax.select(busy, jnp.int32(_ceil(self.depth, self.tiles.depth)), jnp.int32(0))
-        return ProductPiece(blocks, layer[0] * self.num_experts + group, start, begin, end, column)
+        return ProductPiece(blocks, layer[0] * self.num_experts + group, start, begin, end, column, narrower)
 
     def loads(self, piece: ProductPiece, block) -> list[Load]:
         """Rows, of a short tile the least power of two that holds them; and one block of columns, or two."""
@@ -133,23 +183,26 @@ class ProductPieces(NamedTuple):
         sizes = [tiles.rows] if tiles.rows > WARPGROUP_ROWS else [8, 16, 32, 64]
         taken = sum(((piece.end > size).astype(jnp.int32) for size in sizes[:-1]), jnp.int32(0))
         rows = [[LoadedBlock(0, None, (piece.start, deep), (size, tiles.depth), 0)] for size in sizes]
-        wide = self.out_columns
-        if self.gated:
-            columns = [
-                LoadedBlock(1, 2 * piece.matrix + half, (piece.column, deep), (wide, tiles.depth), 1, half * wide)
-                for half in range(2)
-            ]
-        elif self.transposed:
-            columns = [LoadedBlock(1, piece.matrix, (deep, piece.column), (tiles.depth, wide), 1)]
-        else:
-            columns = [LoadedBlock(1, piece.matrix, (piece.column, deep), (wide, tiles.depth), 1)]
-        return [Load(taken, rows), Load(0, [columns])]
+        columns = [self._columns(piece, deep, width) for width in self.widths]
+        return [Load(taken, rows), Load(piece.narrower, columns)]
+
+    def _columns(self, piece: ProductPiece, deep, width: int) -> list[LoadedBlock]:
+        depth, start = self.tiles.depth, (piece.column, deep)
+        if self.transposed:
+            return [LoadedBlock(1, piece.matrix, (deep, piece.column), (depth, width), 1)]
+        if not self.gated:
+            return [LoadedBlock(1, piece.matrix, start, (width, depth), 1)]
+        return [
+            LoadedBlock(1, 2 * piece.matrix + half, start, (width, depth), 1, half * self.out_columns)
+            for half in range(2)
+        ]
 
     def store(self, piece: ProductPiece, warpgroup) -> Store:
         """The expert's own rows; where there is no expert, all, as zeros."""
         row = warpgroup * WARPGROUP_ROWS
         begin, end = (lax.clamp(jnp.int32(0), x - row, jnp.int32(WARPGROUP_ROWS)) for x in (piece.begin, piece.end))
-        return Store(None, piece.start + row, begin, end, piece.column)
+        width = self._of_width(piece.narrower, self.widths) if len(self.widths) > 1 else self.out_columns
+        return Store(None, piece.start + row, begin, end, piece.column, width)
 
 
 class GradientPiece(NamedTuple):
@@ -192,14 +245,23 @@ class GradientPieces(NamedTuple):
         return _ceil(self.d_model, self.tiles.columns)
 
     @property
+    def store_columns(self) -> int:
+        """Columns that are stored at once."""
+        return _STORE_COLUMNS[0]
+
+    @property
     def warpgroups(self) -> int:
         """Those that multiply and store."""
         return self.tiles.rows // WARPGROUP_ROWS
 
     @property
-    def num_pieces(self) -> int:
+    def most_pieces(self) -> int:
         """Those of experts without rows included."""
         return self.num_experts * self._down_tiles * self._column_tiles
+
+    def count(self, tables) -> jax.Array:
+        """All."""
+        return jnp.int32(self.most_pieces)
 
     def tables(self, group_sizes_E) -> tuple[jax.Array, jax.Array]:
         """First row of each expert, and one past its last."""
@@ -236,4 +298,5 @@ class GradientPieces(NamedTuple):
 
     def store(self, piece: GradientPiece, warpgroup) -> Store:
         """All rows."""
-        return Store(piece.expert, piece.row + warpgroup * WARPGROUP_ROWS, 0, WARPGROUP_ROWS, piece.column)
+        row = piece.row + warpgroup * WARPGROUP_ROWS
+        return Store(piece.expert, row, 0, WARPGROUP_ROWS, piece.column, self.tiles.columns)
