@@ -1,13 +1,15 @@
-"""Splash attention through the real TPU compiler, for TPUs that are not there (`requirements-aot.txt` brings it)."""
+"""Attention through the real TPU compiler, for TPUs that are not there (`requirements-aot.txt` brings it)."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from moe_jax.kernels.causal_attention.api import causal_attention
-from tests.aot.test_tpu import TOPOLOGIES, compiled, shape
+from tests.aot import cached_attention as cached
+from tests.aot.test_tpu import TOPOLOGIES, compiled, one_device, shape
 
 pytestmark = pytest.mark.aot
+MODEL = "olmoe_1b_7b"
 # query heads, key heads, channels of keys, channels of values
 HEADS = {"olmoe_1b_7b": (16, 16, 128, 128), "qwen3_30b_a3b": (32, 4, 128, 128), "deepseek_v2_lite": (16, 16, 192, 128)}
 # positions of queries and of keys
@@ -50,3 +52,13 @@ def test_values_and_gradients_compile_and_keep_no_scores(chip, model, length, se
     assert all(f"%splash_mha_{kernel}" in text for kernel in ("fwd", "dq", "dkv"))
     score_bytes = 4 * 2 * heads * queries * keys
     assert program.memory_analysis().temp_size_in_bytes < score_bytes / 2 or queries < 2048
+
+
+@pytest.mark.parametrize("chip", ["v5p", "v6e"])
+def test_decoding_reads_the_cache_where_it_lies(chip):
+    program = jax.jit(cached.steps("dots"), donate_argnums=(3, 4), out_shardings=one_device(chip))
+    on_device = [
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one_device(chip)) for x in cached.operands(MODEL, shape)
+    ]
+    temporaries = program.lower(*on_device).compile().memory_analysis().temp_size_in_bytes
+    assert temporaries < cached.layer_bytes(MODEL) / 4

@@ -12,7 +12,7 @@ from moe_jax.kernels.chooser import Kernels
 from tests import tiny_model
 
 PLAIN = Kernels("blocked", "xla", "xla", "blocked")
-ON_A_GPU = Kernels("padded", "xla", "xla", "blocked")
+ON_A_GPU = Kernels("padded", "xla", "sums", "blocked")
 TINY = tiny_model.ARCHITECTURE
 FOR_HOPPER = tiny_model.changed(decoder={"d_model": 128}, moe={"expert_hidden": 64})
 

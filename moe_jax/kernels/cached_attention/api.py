@@ -2,10 +2,10 @@
 
 import jax
 
-from moe_jax.kernels.cached_attention import native, xla
+from moe_jax.kernels.cached_attention import dots, native, sums, xla
 
-IMPLEMENTATIONS = {"native": native, "xla": xla}
-BY_PLATFORM = {"cpu": ("native", "xla"), "gpu": ("xla",), "tpu": ("xla",)}  # the best first
+IMPLEMENTATIONS = {"native": native, "xla": xla, "dots": dots, "sums": sums}
+BY_PLATFORM = {"cpu": ("native", "xla"), "gpu": ("sums",), "tpu": ("dots",)}  # the best first
 
 
 def cached_attention(

@@ -1,4 +1,4 @@
-"""Attention against a cache in plain JAX, on any platform."""
+"""Attention against a cache in plain JAX: as XLA reads the cache in place on a CPU, and what its other forms share."""
 
 import math
 
@@ -9,8 +9,13 @@ from jax import lax
 _TERMS = 8  # parts of a sum, added one after another
 
 
-def forward(query_BHA, key_BGA, value_BGX, key_LBMGA, value_LBMGX, layer, position_B, scale, value_channels):
-    """As `api.cached_attention`."""
+def attend(mix, query_BHA, key_BGA, value_BGX, key_LBMGA, value_LBMGX, layer, position_B, scale, value_channels):
+    """As `api.cached_attention`; where keys do not hold the values, `mix` gives the result.
+
+    Args:
+        mix: from query_BGQA (Q query heads read a key head), key_BMGA, value_BMGX, the positions that each row sees and
+            the scale to float32 mixed_BGQX.
+    """
     rows = jnp.arange(len(position_B))
 
     def read(cache_LBMGA, new_BGA):
@@ -24,9 +29,14 @@ def forward(query_BHA, key_BGA, value_BGX, key_LBMGA, value_LBMGX, layer, positi
         mixed_BGQX = _mix_latents(query_BGQA, key_BMGA, seen_BM, scale, value_channels)
     else:
         value_BMGX, value_LBMGX = read(value_LBMGX, value_BGX)
-        mixed_BGQX = _mix(query_BGQA, key_BMGA, value_BMGX, seen_BM, scale)
+        mixed_BGQX = mix(query_BGQA, key_BMGA, value_BMGX, seen_BM, scale)
     mixed_BHX = mixed_BGQX.reshape(*query_BHA.shape[:2], -1)
     return mixed_BHX.astype(query_BHA.dtype), key_LBMGA, value_LBMGX
+
+
+def forward(*arguments):
+    """As `api.cached_attention`."""
+    return attend(_mix, *arguments)
 
 
 def _mix_latents(query_BGQA, key_BMGA, seen_BM, scale, value_channels):
