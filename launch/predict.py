@@ -16,7 +16,7 @@ from moe_jax.config import gin
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = 128  # whose routing is recorded
-CONTEXT, RECORDED = 128, 128  # tokens of each that come first, and tokens that are recorded
+LENGTH = 256  # tokens of each; the second half is recorded
 
 
 def main(run: command.Command) -> None:
@@ -95,11 +95,12 @@ def record(run: command.Command, opened):
         documents = encode_documents(opened.require_tokenizer(), held_out)
         order = np.random.default_rng(config.run.seed).permutation(len(documents))
         shuffled = [documents[number] for number in order]
-        tokens_JT = calibrate.rows_of(shuffled, CONTEXT + RECORDED, DOCUMENTS, "text.held_out")
+        length = min(LENGTH, opened.architecture.decoder.max_context)
+        tokens_JT = calibrate.rows_of(shuffled, length, DOCUMENTS, "text.held_out")
     with run.timed("load"):
         params = opened.load("auto")
     with run.timed("record"):
-        return expert_use.record(params, tokens_JT, CONTEXT, execution)
+        return expert_use.record(params, tokens_JT, length // 2, execution)
 
 
 def subject_of(config) -> str:

@@ -78,8 +78,8 @@ def _sizes(predicted: Predicted) -> str:
     dense, experts = predicted.saturating.values()
     by_expert, by_tensor = predicted.exchanged.values()
     return (
-        f"At the peak, a feed-forward as wide as k experts is bound by arithmetic from {dense:.0f} tokens of a step on, "
-        f"a layer of experts from {experts:.0f} on. For each token and layer, devices exchange at most {by_expert} "
+        f"At the peak, a feed-forward as wide as k experts is bound by arithmetic from {dense:.0f} tokens on, a "
+        f"layer of experts from {experts:.0f} on. For each token and layer, devices exchange at most {by_expert} "
         f"numbers if split by experts, at least {by_tensor} if split by tensors."
     )
 

@@ -28,8 +28,8 @@ from moe_jax.routing.router import route
 from moe_jax.routing.selection import Routing
 from moe_jax.study.calibrate import ROWS
 
-TOKENS = 1024  # that choose in one call: the rows of several decode steps
-_PREFILLS = (1, 4, 16, 64, 256, 1024)  # tokens read together; more are taken to touch as many experts
+TOKENS = 512  # that choose in one call: the rows of several decode steps
+_PREFILLS = (1, 4, 16, 64, 256, TOKENS)  # tokens read together; more are taken to touch as many experts
 
 
 class RecordedRouting(NamedTuple):

@@ -186,7 +186,7 @@ def fit(
     if inefficiency < 1 or step_s < 0 or row_s < 0:
         raise ValueError(
             f"{where}: the best fit reaches {1 / inefficiency:.2f} of the peak, with {1e3 * step_s:.3g} ms per step "
-            f"and {1e3 * row_s:.3g} ms per row; expected at most 1, and times of at least 0: is it of this model and load, "
-            "on predict.devices of predict.device_bytes_per_s and predict.device_flops_per_s?"
+            f"and {1e3 * row_s:.3g} ms per row; expected at most 1, and times of at least 0: is it of this model and "
+            "load, on predict.devices of predict.device_bytes_per_s and predict.device_flops_per_s?"
         )
     return Constants(float(1 / inefficiency), float(step_s), float(row_s))
