@@ -5,7 +5,7 @@
 A model of the server's steps is fitted to one column of a table of measured throughputs (predict.measured), and
 predicts the other columns, beside which it is shown. With its constants the configured model is predicted under each
 policy: in closed loops, and under open arrivals, which are simulated. What policies do with experts is counted by
-running them on the routing of predict.routing. OUT/predicted.png has the charts.
+running them on the routing of predict.routing. OUT/predicted.md has the tables, OUT/predicted.png the charts.
 """
 
 import os
@@ -62,7 +62,9 @@ def main(run: command.Command) -> None:
         latencies,
     )
     files.write_atomically(run.out / "predicted.png", predicted_chart.png(result))
-    run.finish(predicted.figures(result), rows=predicted.rows(result), text=predicted.table(result))
+    table = predicted.table(result)
+    files.write_atomically(run.out / "predicted.md", table + "\n")
+    run.finish(predicted.figures(result), rows=predicted.rows(result), text=table)
 
 
 def fit_tables(config) -> list:

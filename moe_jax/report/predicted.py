@@ -25,6 +25,7 @@ def figures(predicted: Predicted) -> dict[str, dict[str, Any]]:
             key = f"{fit.table}_{name}"
             found[f"{key}_median_error"] = {"value": median, "unit": "1", "fitted": name == fit.column}
             found[f"{key}_largest_error"] = {"value": largest, "unit": "1"}
+            found[f"{key}_gain_median_error"] = {"value": fit.gain_errors[name], "unit": "1"}
     return found
 
 
@@ -85,13 +86,17 @@ def _sizes(predicted: Predicted) -> str:
 
 
 def _errors_table(fit: Fit) -> str:
-    clients = list(map(str, fit.concurrency))
-    lines = (
-        [f"{name}{' (fitted)' * (name == fit.column)}", *(f"{100 * one:+.1f}" for one in fit.relative[name])]
-        + [f"{median:.1%}", f"{largest:.1%}"]
-        for name, (median, largest) in fit.errors.items()
-    )
-    return f"{fit.table}, predicted over measured, %:\n" + markdown(["", *clients, "median", "largest"], lines)
+    def line(name: str) -> list[str]:
+        errors = [*fit.errors[name], fit.gain_errors[name]]
+        fitted = " (fitted)" if name == fit.column else ""
+        return [
+            name + fitted,
+            *(f"{100 * one:+.1f}" for one in fit.relative[name]),
+            *(f"{100 * one:.1f}" for one in errors),
+        ]
+
+    head = ["", *map(str, fit.concurrency), "median", "largest", "median of the gain"]
+    return f"{fit.table}, predicted over measured throughput, %:\n\n" + markdown(head, map(line, fit.errors))
 
 
 def _gains_table(gains: Sequence[Gain]) -> str:

@@ -40,6 +40,15 @@ class Fit(NamedTuple):
         """The median and the largest relative error of each column, without signs."""
         return {name: (float(np.median(abs(one))), float(abs(one).max())) for name, one in self.relative.items()}
 
+    @property
+    def gain_errors(self) -> dict[str, float]:
+        """The median difference between predicted and measured gain over the fitted column, for each column."""
+        measured, predicted = (
+            {name: np.divide(values, rates[self.column]) for name, values in rates.items()}
+            for rates in (self.measured, self.predicted)
+        )
+        return {name: float(np.median(abs(predicted[name] - measured[name]))) for name in measured}
+
 
 class Gain(NamedTuple):
     """A policy in a closed loop."""

@@ -58,7 +58,7 @@ def test_every_policy_has_a_row_at_every_load(model, text, tmp_path):
     assert figures["throughput_v2lite_active_k4_median_error"]["value"] < 0.04
     assert figures["throughput_v2lite_active_k6_median_error"]["fitted"]
     assert figures["bandwidth"]["value"] == pytest.approx(1.6e12, rel=0.05)
-    assert {path.name for path in tmp_path.iterdir()} == {"result.json", "config.gin", "predicted.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"result.json", "config.gin", "predicted.md", "predicted.png"}
     assert f"routing of {model} stands in for the model's own" in printed and "| k6 (fitted) |" in printed
 
 
