@@ -36,7 +36,7 @@ def main(run: command.Command) -> None:
         held_out = load_held_out(command.in_repository(config.text.held_out, "text.held_out"))
         collected = corpus.collect(config.text.sources, held_out)
         documents = encode_documents(opened.require_tokenizer(), collected.documents)
-        rows_JT = calibrate.rows_of(documents, min(LENGTH, architecture.decoder.max_context), DOCUMENTS)
+        rows_JT = calibrate.rows_of(documents, min(LENGTH, architecture.decoder.max_context), DOCUMENTS, "text.sources")
     model = run.load(opened)
     with run.timed("run"):
         calibration = calibrate.measure(model.params, rows_JT, execution)

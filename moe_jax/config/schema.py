@@ -11,6 +11,7 @@ from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderCo
 from moe_jax.config.checks import require, require_fraction, require_one_of, require_positive
 from moe_jax.config.finetuning import FinetuneConfig, ObjectiveConfig
 from moe_jax.config.mesh import MeshConfig
+from moe_jax.config.predict import PredictConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -241,6 +242,7 @@ class Config:
     sampling: SamplingConfig = SamplingConfig()
     benchmark: BenchmarkConfig = BenchmarkConfig()
     sweep: SweepConfig = SweepConfig()
+    predict: PredictConfig = PredictConfig()
     run: RunConfig = RunConfig()
 
     @property

@@ -3,6 +3,9 @@
 Bytes are those that no implementation can avoid: every weight that the step uses is read once, the filled part of the
 cache is read, the keys and values of new tokens are written. Activations are not counted: they can stay in the
 processor's caches. Operations are those of matrix products: a multiplication and an addition are two.
+
+Those of arXiv 2505.03531, *Faster MoE LLM Inference for Extremely Large Models*, are for one feed-forward and do count
+activations: `ffn_work`, `saturating_tokens`, and what devices exchange that split a layer by experts or by tensors.
 """
 
 import dataclasses
@@ -17,7 +20,7 @@ from moe_jax.model.parameters import Matrix, Parameter, count, count_expert, fin
 class Step:
     """The work of one prefill or decode step, without finished rows and dropped slots."""
 
-    cached_B: Sequence[int]  # tokens of each row in the cache before the step
+    cached_B: Sequence[float]  # tokens of each row in the cache before the step
     new_B: Sequence[int]  # new tokens of each row
     kept_slots: float  # summed over tokens and MoE layers
     distinct_experts: float  # experts with at least one slot, summed over MoE layers
@@ -34,6 +37,11 @@ class Work:
 
     bytes: float
     flops: float
+
+    @property
+    def intensity(self) -> float:
+        """Operations per byte."""
+        return self.flops / self.bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,25 +67,53 @@ def expected_distinct(num_experts: int, k: int, tokens: int) -> float:
     return num_experts * (1 - (1 - k / num_experts) ** tokens)
 
 
-def work(architecture: Architecture, step: Step, itemsize: int) -> Work:
+def ffn_work(tokens: float, d_model: int, hidden: int, itemsize: int) -> Work:
+    """The work of a gated feed-forward on N tokens, its input, hidden and output numbers included."""
+    elements = 3 * d_model * hidden + 2 * tokens * (d_model + hidden)
+    return Work(itemsize * elements, 6 * tokens * d_model * hidden)
+
+
+def saturating_tokens(machine: Machine, d_model: int, hidden: int, itemsize: int) -> float:
+    """Tokens from which a gated feed-forward is bound by arithmetic; infinity if its activations alone take longer.
+
+    A token is in k of E experts, so a layer of experts is bound by arithmetic from E / k times the tokens of one.
+    """
+    ridge = machine.flops_per_s / machine.bytes_per_s
+    left = 6 * d_model * hidden - 2 * itemsize * ridge * (d_model + hidden)
+    return 3 * itemsize * ridge * d_model * hidden / left if left > 0 else float("inf")
+
+
+def expert_parallel_elements(tokens: int, k: int, d_model: int) -> int:
+    """Numbers that devices with different experts exchange for one layer, at most: each slot out and in again."""
+    return 2 * k * tokens * d_model
+
+
+def tensor_parallel_elements(tokens: int, devices: int, d_model: int) -> int:
+    """Numbers that devices with a part of every matrix exchange for one layer, at least: one sum over devices."""
+    return 2 * (devices - 1) * tokens * d_model
+
+
+def work(architecture: Architecture, step: Step, itemsize: int, cache_itemsize: int | None = None) -> Work:
     """Counts the least work of a prefill or decode step that samples one token for each row.
 
     Args:
         architecture: the model's architecture.
         step: the tokens and slots of the step.
-        itemsize: bytes of a weight, and of a number in the cache.
+        itemsize: bytes of a weight.
+        cache_itemsize: bytes of a number in the cache; None: those of a weight.
     """
-    return Work(_bytes(architecture, step, itemsize), _flops(architecture, step))
+    cache_itemsize = itemsize if cache_itemsize is None else cache_itemsize
+    return Work(_bytes(architecture, step, itemsize, cache_itemsize), _flops(architecture, step))
 
 
-def _bytes(architecture: Architecture, step: Step, itemsize: int) -> float:
+def _bytes(architecture: Architecture, step: Step, itemsize: int, cache_itemsize: int) -> float:
     trunk = architecture.decoder
     head = _head_size(architecture)
     rows = 0 if trunk.tie_embeddings else min(step.tokens, trunk.vocab_size) * trunk.d_model  # tied: part of the head
     experts = step.distinct_experts * count_expert(architecture)
     position = trunk.num_layers * _cached_numbers(architecture.attention)
     cache = position * (sum(step.cached_B) + step.tokens)
-    return itemsize * (count(architecture, _always_read) + head + rows + experts + cache)
+    return itemsize * (count(architecture, _always_read) + head + rows + experts) + cache_itemsize * cache
 
 
 def _flops(architecture: Architecture, step: Step) -> float:

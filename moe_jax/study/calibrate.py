@@ -22,8 +22,10 @@ ROWS = 8  # sequences per batch
 SAMPLED = 64  # tokens per batch that run through every expert, to compare experts
 
 
-def rows_of(documents: Sequence[np.ndarray], length: int, count: int) -> np.ndarray:
+def rows_of(documents: Sequence[np.ndarray], length: int, count: int, setting: str) -> np.ndarray:
     """tokens_JT int32: the first `length` tokens of up to `count` documents that have as many, in whole batches.
+
+    `setting` names the documents in messages.
 
     Raises:
         ValueError: fewer than `ROWS` documents are long enough.
@@ -31,8 +33,7 @@ def rows_of(documents: Sequence[np.ndarray], length: int, count: int) -> np.ndar
     long_enough = [tokens[:length] for tokens in documents if len(tokens) >= length][:count]
     if len(long_enough) < ROWS:
         raise ValueError(
-            f"text.sources: expected at least {ROWS} documents of {length} tokens or more to calibrate on, got "
-            f"{len(long_enough)}"
+            f"{setting}: expected at least {ROWS} documents of {length} tokens or more, got {len(long_enough)}"
         )
     return np.asarray(long_enough[: len(long_enough) - len(long_enough) % ROWS], np.int32)
 

@@ -1,5 +1,7 @@
 """The formulas against the arrays of real decoders, against XLA's own count, and against counts by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,3 +173,26 @@ def test_distinct_experts_of_independent_tokens():
     random = np.random.default_rng(0)
     drawn = [len(set(np.concatenate([random.permutation(16)[:3] for _ in range(6)]).tolist())) for _ in range(4000)]
     assert np.mean(drawn) == pytest.approx(roofline.expected_distinct(16, 3, 6), abs=0.1)
+
+
+def test_the_published_formulas_of_a_feed_forward():
+    """From arXiv 2505.03531: 3 d F + 2 N (d + F) numbers and 6 N d F operations."""
+    assert roofline.ffn_work(5, 8, 12, 2) == roofline.Work(2 * (3 * 8 * 12 + 2 * 5 * (8 + 12)), 6 * 5 * 8 * 12)
+    a800 = roofline.Machine(2.039e12, 312e12)
+    dense = roofline.saturating_tokens(a800, 2048, 10944, 2)
+    assert 150 < dense < 170  # "about 150"
+    assert roofline.ffn_work(dense, 2048, 10944, 2).intensity == pytest.approx(312 / 2.039)
+    assert roofline.saturating_tokens(a800, 64, 64, 2) == float("inf")
+
+
+def test_the_published_formulas_of_what_devices_exchange():
+    assert roofline.expert_parallel_elements(10, 8, 7168) == 2 * 8 * 10 * 7168
+    assert roofline.tensor_parallel_elements(10, 8, 7168) == 2 * 7 * 10 * 7168
+
+
+def test_weights_and_cache_may_have_numbers_of_other_sizes():
+    architecture, step = tiny_model.ARCHITECTURE, roofline.Step([5, 9], [1, 1], 16, 8)
+    cached = roofline.work(architecture, step, 1, 2).bytes - roofline.work(architecture, step, 1).bytes
+    empty = dataclasses.replace(step, cached_B=[0, 0], new_B=[0, 0])
+    assert cached == roofline.work(architecture, step, 1, 1).bytes - roofline.work(architecture, step, 1, 0).bytes
+    assert roofline.work(architecture, empty, 1, 2).bytes == roofline.work(architecture, empty, 1).bytes

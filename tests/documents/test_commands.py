@@ -29,6 +29,7 @@ NOT_RUN = {
     "launch/evaluate.py": "takes eleven minutes",
     "launch/finetune.py": "takes half an hour",
     "launch/harness.py": "needs lm-eval, which is not in requirements-dev.txt",
+    "launch/predict.py": "takes minutes",
     "launch/sweep.py": "takes half an hour",
     "launch/train.py": "takes an hour and a half",
     "benchmarks/grouped_matmul.py": "needs 4 GB of memory",

@@ -108,5 +108,5 @@ def test_damaged_files_are_refused(measured, tmp_path, damage):
 
 
 def test_too_little_text_is_refused():
-    with pytest.raises(ValueError, match="expected at least 8 documents of 10 tokens or more to calibrate on, got 3"):
-        calibrate.rows_of([np.arange(10)] * 3 + [np.arange(9)] * 10, 10, 64)
+    with pytest.raises(ValueError, match=r"^text.x: expected at least 8 documents of 10 tokens or more, got 3"):
+        calibrate.rows_of([np.arange(10)] * 3 + [np.arange(9)] * 10, 10, 64, "text.x")
