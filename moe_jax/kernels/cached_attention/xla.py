@@ -12,9 +12,8 @@ _TERMS = 8  # parts of a sum, added one after another
 def attend(mix, query_BHA, key_BGA, value_BGX, key_LBMGA, value_LBMGX, layer, position_B, scale, value_channels):
     """As `api.cached_attention`; where keys do not hold the values, `mix` gives the result.
 
-    Args:
-        mix: from query_BGQA (Q query heads read a key head), key_BMGA, value_BMGX, the positions that each row sees and
-            the scale to float32 mixed_BGQX.
+    It takes query_BGQA (Q query heads read a key head), key_BMGA, value_BMGX, the positions that each row sees and the
+    scale, and returns float32 mixed_BGQX.
     """
     rows = jnp.arange(len(position_B))
 
