@@ -42,8 +42,8 @@ def pretend(monkeypatch, capability):
 def test_auto_resolves_by_platform():
     assert resolve("cpu") == Kernels("native", "native", "native", "native")
     assert resolve("gpu") == ON_A_GPU
-    assert resolve("tpu") == Kernels("pallas_tpu", "xla", "xla", "splash")
-    assert resolve("tpu", dtype="float16") == Kernels("ragged_dot", "xla", "xla", "blocked")
+    assert resolve("tpu") == Kernels("pallas_tpu", "xla", "matmul", "splash")
+    assert resolve("tpu", dtype="float16") == Kernels("ragged_dot", "xla", "matmul", "blocked")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

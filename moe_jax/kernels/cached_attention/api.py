@@ -2,10 +2,10 @@
 
 import jax
 
-from moe_jax.kernels.cached_attention import native, xla
+from moe_jax.kernels.cached_attention import matmul, native, xla
 
-IMPLEMENTATIONS = {"native": native, "xla": xla}
-BY_PLATFORM = {"cpu": ("native", "xla"), "gpu": ("xla",), "tpu": ("xla",)}  # the best first
+IMPLEMENTATIONS = {"native": native, "xla": xla, "matmul": matmul}
+BY_PLATFORM = {"cpu": ("native", "xla"), "gpu": ("xla",), "tpu": ("matmul",)}  # the best first
 
 
 def cached_attention(
