@@ -1,4 +1,7 @@
-"""Attention against a cache by matrix products, for TPUs: XLA reads a layer of the cache in place, for any heads."""
+"""Attention against a cache by matrix products, for TPUs.
+
+There XLA reads a layer of the cache in place; where query heads share keys, and on a TPU7x, it copies the layer once.
+"""
 
 from collections.abc import Callable
 
