@@ -4,7 +4,9 @@ import functools
 import importlib.util
 import io
 import pathlib
+import sys
 import types
+import unittest.mock
 
 from absl import flags
 from absl.testing import flagsaver
@@ -17,10 +19,11 @@ ROOT = pathlib.Path(__file__).parents[1]
 
 @functools.cache
 def import_launcher(name: str, folder: str = "launch") -> types.ModuleType:
-    """Imports `FOLDER/NAME.py`."""
+    """Imports `FOLDER/NAME.py`, which may import files beside it."""
     spec = importlib.util.spec_from_file_location(name, ROOT / folder / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with unittest.mock.patch.object(sys, "path", [str(ROOT / folder), *sys.path]):
+        spec.loader.exec_module(module)
     return module
 
 

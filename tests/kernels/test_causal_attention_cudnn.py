@@ -3,6 +3,9 @@
 The function of JAX that it calls has an implementation in XLA, with the same contract and for every platform.
 """
 
+import types
+
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -45,6 +48,14 @@ def test_masks_and_padding_say_what_queries_see(monkeypatch, case):
 def test_what_cudnn_lacks_is_refused(dtype, channels, reason):
     heads = jnp.ones((1, 4, 2, channels), dtype)
     with pytest.raises(ValueError, match=reason):
+        causal_attention(heads, heads, heads, None, jnp.zeros(1, jnp.int32), 1.0, "cudnn", prefixes=False)
+
+
+def test_gpus_before_hopper_take_narrower_heads(monkeypatch):
+    heads = jnp.ones((1, 4, 2, 192), "bfloat16")
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability="8.0")])
+    with pytest.raises(ValueError, match="of at most 128 channels, not 192; blocked would run"):
         causal_attention(heads, heads, heads, None, jnp.zeros(1, jnp.int32), 1.0, "cudnn", prefixes=False)
 
 

@@ -42,8 +42,8 @@ def pretend(monkeypatch, capability):
 def test_auto_resolves_by_platform():
     assert resolve("cpu") == Kernels("native", "native", "native", "native")
     assert resolve("gpu") == ON_A_GPU
-    assert resolve("tpu") == Kernels("pallas_tpu", "xla", "dots", "splash")
-    assert resolve("tpu", dtype="float16") == Kernels("ragged_dot", "xla", "dots", "blocked")
+    assert resolve("tpu") == Kernels("pallas_tpu", "xla", "matmul", "splash")
+    assert resolve("tpu", dtype="float16") == Kernels("ragged_dot", "xla", "matmul", "blocked")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -56,6 +56,7 @@ def test_auto_takes_the_hopper_kernels_where_they_run(hopper, caplog, dtype):
     ("capability", "architecture", "dtype", "reason"),
     [
         ("8.0", FOR_HOPPER, "bfloat16", "needs a Hopper GPU (compute capability 9.0), not 8.0"),
+        ("10.0", FOR_HOPPER, "bfloat16", "needs a Hopper GPU (compute capability 9.0), not 10.0"),
         ("9.0", FOR_HOPPER, "float32", "multiplies bfloat16 and float16, not float32"),
         ("9.0", TINY, "bfloat16", "needs matrices in multiples of 64 by 64, not 24 by 64"),
     ],
@@ -84,6 +85,11 @@ def test_auto_takes_the_tpu_kernels_from_v5e_on(monkeypatch, kind, expected):
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind=kind)])
     assert resolve("tpu").grouped_matmul == expected
+    if expected != "pallas_tpu":
+        reason = f"needs the vector memory of a TPU v5e or newer, not {kind}; ragged_dot would run"
+        with pytest.raises(ValueError) as refusal:
+            resolve("tpu", {"grouped_matmul": "pallas_tpu"})
+        assert str(refusal.value) == f"kernels.grouped_matmul = 'pallas_tpu': {reason}"
 
 
 def test_an_old_jax_has_no_hopper_kernels(hopper, monkeypatch):

@@ -1,6 +1,7 @@
 """The Hopper kernels of grouped matmul against the plain loop, interpreted on a CPU; and the cases that they refuse."""
 
 import functools
+import types
 
 import hypothesis
 import jax
@@ -167,3 +168,15 @@ def test_unsupported_cases_are_refused_in_one_line(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
     with pytest.raises(ValueError, match=r"needs jax 0\.11 or newer, not"):
         pallas_gpu.forward(rows, weights, sizes, 0)
+
+
+def test_a_gpu_without_wgmma_is_refused_in_one_line(monkeypatch):
+    rows, weights, _ = random_inputs(8, 2)
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(compute_capability="8.0", device_kind="A100")])
+    for product, operand in ((pallas_gpu.forward, weights), (pallas_gpu.gated, jnp.stack([weights] * 2, axis=2))):
+        with pytest.raises(ValueError) as refusal:
+            product(rows, operand, jnp.asarray([3, 5], jnp.int32), 0)
+        reason = "needs a Hopper GPU (compute capability 9.0), not 8.0"
+        assert str(refusal.value) == f"pallas_gpu {reason}; padded would run"

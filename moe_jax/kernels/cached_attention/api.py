@@ -2,10 +2,10 @@
 
 import jax
 
-from moe_jax.kernels.cached_attention import dots, native, sums, xla
+from moe_jax.kernels.cached_attention import matmul, native, sums, xla
 
-IMPLEMENTATIONS = {"native": native, "xla": xla, "dots": dots, "sums": sums}
-BY_PLATFORM = {"cpu": ("native", "xla"), "gpu": ("sums",), "tpu": ("dots",)}  # the best first
+IMPLEMENTATIONS = {"native": native, "xla": xla, "matmul": matmul, "sums": sums}
+BY_PLATFORM = {"cpu": ("native", "xla"), "gpu": ("sums",), "tpu": ("matmul",)}  # the best first
 
 
 def cached_attention(

@@ -6,12 +6,13 @@ A matrix product would first copy the layer.
 import jax
 import jax.numpy as jnp
 
-from moe_jax.kernels.cached_attention import xla
+from moe_jax.kernels.cached_attention.matmul import attend
 
 
-def forward(*arguments):
+def forward(query_BHA, key_BGA, value_BGX, key_LBMGA, value_LBMGX, layer, position_B, scale, value_channels):
     """As `api.cached_attention`."""
-    return xla.attend(_mix, *arguments)
+    new = query_BHA, key_BGA, value_BGX
+    return attend(*new, key_LBMGA, value_LBMGX, layer, position_B, scale, value_channels, _mix)
 
 
 def _mix(query_BGQA, key_BMGA, value_BMGX, seen_BM, scale):

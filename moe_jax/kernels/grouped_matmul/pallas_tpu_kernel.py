@@ -23,6 +23,7 @@ from moe_jax.kernels.grouped_matmul import pallas_tpu_visits as visits_of
 class Launch:
     """One `pallas_call` and its arguments. `moe_jax.kernels.traffic` counts the bytes that it moves."""
 
+    name: str  # in compiled programs and profiles
     kernel: Callable
     grid_spec: pltpu.PrefetchScalarGridSpec
     scalars: tuple[jax.Array, ...]  # prefetched: the index maps read them
@@ -38,6 +39,7 @@ class Launch:
             self.kernel,
             out_shape=self.out,
             grid_spec=self.grid_spec,
+            name=self.name,
             compiler_params=pltpu.CompilerParams(
                 dimension_semantics=self.semantics, vmem_limit_bytes=tiles_of.VMEM_LIMIT_BYTES
             ),
@@ -135,6 +137,7 @@ def product(rows_SX, weights_LEIXX, group_sizes_E, layer, *, tiles: tiles_of.Til
         out_specs=pl.BlockSpec((tiles.rows, tiles.columns), out_at),
     )
     return Launch(
+        "grouped_matmul_to_rows" if transposed else "grouped_matmul_gated" if num_matrices == 2 else "grouped_matmul",
         kernel,
         grid_spec,
         (jnp.asarray(layer, jnp.int32)[None], *visits[1:]),
@@ -193,6 +196,7 @@ def weights_gradient(rows_SD, group_sizes_E, out_grad_SF, *, tiles: tiles_of.Gra
         scratch_shapes=[pltpu.VMEM((tiles.outputs, tiles.inputs), jnp.float32)],
     )
     return Launch(
+        "grouped_matmul_to_weights",
         kernel,
         grid_spec,
         (visits.expert_T, visits.block_T, visits.begin_T, visits.end_T),

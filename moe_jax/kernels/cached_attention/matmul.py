@@ -1,0 +1,48 @@
+"""Attention against a cache by matrix products, for TPUs.
+
+There XLA reads a layer of the cache in place; where query heads share keys, and on a TPU7x, it copies the layer once.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def forward(query_BHA, key_BGA, value_BGX, key_LBMGA, value_LBMGX, layer, position_B, scale, value_channels):
+    """As `api.cached_attention`."""
+    new = query_BHA, key_BGA, value_BGX
+    return attend(*new, key_LBMGA, value_LBMGX, layer, position_B, scale, value_channels, _mix)
+
+
+def attend(
+    query_BHA, key_BGA, value_BGX, key_LBMGA, value_LBMGX, layer, position_B, scale, value_channels, mix: Callable
+):
+    """As `api.cached_attention`, where `mix` is `_mix` in another form; where keys hold the values, it is `_mix`."""
+    rows = jnp.arange(len(position_B))
+
+    def read(cache_LBMGA, new_BGA):
+        cache_LBMGA = cache_LBMGA.at[layer, rows, position_B].set(new_BGA)
+        return lax.dynamic_index_in_dim(cache_LBMGA, layer, 0, keepdims=False), cache_LBMGA
+
+    key_BMGA, key_LBMGA = read(key_LBMGA, key_BGA)
+    seen_BM = jnp.arange(key_BMGA.shape[1])[None, :] <= position_B[:, None]
+    query_BGQA = query_BHA.reshape(len(query_BHA), key_BMGA.shape[2], -1, query_BHA.shape[-1])
+    if value_LBMGX is None:
+        mixed_BGQX = _mix(query_BGQA, key_BMGA, key_BMGA[..., :value_channels], seen_BM, scale)
+    else:
+        value_BMGX, value_LBMGX = read(value_LBMGX, value_BGX)
+        mixed_BGQX = mix(query_BGQA, key_BMGA, value_BMGX, seen_BM, scale)
+    mixed_BHX = mixed_BGQX.reshape(*query_BHA.shape[:2], -1)
+    return mixed_BHX.astype(query_BHA.dtype), key_LBMGA, value_LBMGX
+
+
+def _mix(query_BGQA, key_BMGA, value_BMGX, seen_BM, scale):
+    precision = None
+    if key_BMGA.dtype == jnp.float32:  # a TPU would round the operands; and scores round less if queries are scaled
+        precision, query_BGQA, scale = lax.Precision.HIGHEST, query_BGQA.astype(jnp.float32) * scale, 1.0
+    settings = {"precision": precision, "preferred_element_type": jnp.float32}
+    score_BGQM = jnp.einsum("bgqa,bmga->bgqm", query_BGQA, key_BMGA, **settings)
+    share_BGQM = jax.nn.softmax(jnp.where(seen_BM[:, None, None], score_BGQM * scale, -1e30), axis=-1)
+    return jnp.einsum("bgqm,bmgx->bgqx", share_BGQM.astype(key_BMGA.dtype), value_BMGX, **settings)
