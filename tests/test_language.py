@@ -116,12 +116,15 @@ def definitions(source):
     return found
 
 
-CODE = {path: definitions(path.read_text()) for path in FILES if path.suffix == ".py"}
+@pytest.fixture(scope="module")
+def code():
+    """The definitions of each file of Python code."""
+    return {path: definitions(path.read_text()) for path in FILES if path.suffix == ".py"}
 
 
 @pytest.mark.parametrize("name", DEFINED)
-def test_a_name_has_one_meaning(name):
-    found = [qualified for defined in CODE.values() for qualified, _ in defined if qualified.rpartition(".")[2] == name]
+def test_a_name_has_one_meaning(code, name):
+    found = [qualified for defined in code.values() for qualified, _ in defined if qualified.rpartition(".")[2] == name]
     assert sorted(found) == sorted(DEFINED[name])
 
 
@@ -133,14 +136,15 @@ def variables(source):
 
 
 def test_variables_are_named_by_what_they_are():
-    found = {str(path.relative_to(ROOT)): sorted(filter(RIDDLES.match, variables(path.read_text()))) for path in CODE}
+    paths = [path for path in FILES if path.suffix == ".py"]
+    found = {str(path.relative_to(ROOT)): sorted(filter(RIDDLES.match, variables(path.read_text()))) for path in paths}
     assert {path: names for path, names in found.items() if names} == {}
     assert variables("of_x = [wanted for wanted in y]\ndef f(of, *z): ...") == {"of_x", "wanted", "of", "z"}
 
 
-def test_no_two_classes_have_one_name():
+def test_no_two_classes_have_one_name(code):
     places = collections.defaultdict(list)
-    for path, defined in CODE.items():
+    for path, defined in code.items():
         for name, node in defined:
             if isinstance(node, ast.ClassDef) and not path.is_relative_to(ROOT / "tests"):
                 places[node.name].append(f"{path.relative_to(ROOT)}: {name}")

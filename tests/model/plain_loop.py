@@ -45,8 +45,13 @@ def sparse(x_TD, tensors, name, k, normalize):
     weight = jnp.where(weight >= k_th, weight, 0)
     if normalize:
         weight = weight / weight.sum(-1, keepdims=True)
-    outs = [gated(x_TD, tensors, f"{name}.experts.{expert}") for expert in range(weight.shape[1])]
-    return sum(weight[:, expert : expert + 1] * out for expert, out in enumerate(outs))
+    experts = range(weight.shape[1])
+    gate, up, down = (
+        jnp.stack([tensors[f"{name}.experts.{expert}.{part}_proj.weight"] for expert in experts])
+        for part in ("gate", "up", "down")
+    )
+    hidden = jax.nn.silu(jnp.einsum("td,efd->etf", x_TD, gate)) * jnp.einsum("td,efd->etf", x_TD, up)
+    return jnp.einsum("te,etf,edf->td", weight, hidden, down)
 
 
 def logits(tensors, tokens_T, architecture, k_L):

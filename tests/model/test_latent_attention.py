@@ -22,10 +22,11 @@ def assert_close(got, expected):
     assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("name", ["deepseek_v2_lite", "deepseek_v3", "deepseek_v3_halves"])
 @pytest.mark.parametrize("kernels", [tiny_model.KERNELS, Kernels("blocked", "xla", "xla", "blocked")])
-def test_cached_decode_of_a_ragged_batch_equals_the_whole_sequence(name, kernels):
-    architecture, params = VARIANTS[name].architecture, random_params(VARIANTS[name])
+def test_cached_decode_of_a_ragged_batch_equals_the_whole_sequence(kernels):
+    """A variant that is not among those in `golden`, whose decode steps are compared with transformers."""
+    variant = VARIANTS["deepseek_v3_halves"]
+    architecture, params = variant.architecture, random_params(variant)
     execution = decoder.Execution(architecture, architecture.moe.k, kernels)
     tokens_BT = np.random.default_rng(0).integers(0, 64, (4, 16), dtype=np.int32)
     live = policies.settings([MODEL_OWN] * 4, architecture, architecture.moe.k)

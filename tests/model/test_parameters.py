@@ -55,7 +55,7 @@ def with_new(monkeypatch):
 
 def test_a_new_weight_needs_one_entry_and_the_name_of_its_tensor(with_new, tmp_path):
     layers, d_model = ARCHITECTURE.decoder.num_moe_layers, ARCHITECTURE.decoder.d_model
-    initial = split(Decoder(ARCHITECTURE, nnx.Rngs(0)))
+    initial = jax.jit(lambda: split(Decoder(ARCHITECTURE, nnx.Rngs(0))))()
     extra = initial["moe"]["extra_LD"]
     assert extra.shape == (layers, d_model) and 0 < np.std(extra) < 2 * d_model**-0.5
     assert np.std(random_params(ARCHITECTURE, jnp.float32, 0)["moe"]["extra_LD"]) > 0
@@ -73,7 +73,8 @@ def test_a_new_weight_needs_one_entry_and_the_name_of_its_tensor(with_new, tmp_p
     tree, _ = without_selection_bias(initial)
     trained, _ = trainable.divide(tree, FinetuneConfig(), "float32", 0)
     rule = make_optimizer(TrainingConfig(steps=1, warmup_steps=0, weight_decay=0.5, learning_rate=0.1))
-    updates, _ = rule.update(jax.tree.map(jnp.zeros_like, trained), rule.init(trained), trained)
+    zeros = jax.tree.map(jnp.zeros_like, trained)
+    updates, _ = jax.jit(lambda trained: rule.update(zeros, rule.init(trained), trained))(trained)
     np.testing.assert_allclose(updates["moe"]["extra_LD"], -0.05 * extra, rtol=1e-5)
     assert not np.any(updates["moe"]["ffn_norm_LD"])
 
@@ -83,7 +84,7 @@ def test_a_new_weight_needs_one_entry_and_the_name_of_its_tensor(with_new, tmp_p
 
 
 def test_the_module_is_called_filtered_and_differentiated():
-    decoder = Decoder(ARCHITECTURE, nnx.Rngs(0))
+    decoder = nnx.jit(Decoder, static_argnums=0)(ARCHITECTURE, nnx.Rngs(0))
     kinds = {kind: nnx.to_pure_dict(nnx.state(decoder, kind)) for kind in (parameters.Matrix, parameters.Norm)}
     assert set(kinds[parameters.Norm]) == {"dense", "moe", "norm_D"}
     assert set(kinds[parameters.Matrix]) == {"dense", "moe", "embedding_VD"}
@@ -93,10 +94,10 @@ def test_the_module_is_called_filtered_and_differentiated():
     def loss(decoder):
         return optax.softmax_cross_entropy_with_integer_labels(decoder(tokens_BT), tokens_BT).mean()
 
-    gradient = nnx.grad(loss, argnums=nnx.DiffState(0, parameters.Matrix))(decoder)
+    gradient = nnx.jit(nnx.grad(loss, argnums=nnx.DiffState(0, parameters.Matrix)))(decoder)
     assert set(nnx.to_pure_dict(gradient)) == set(kinds[parameters.Matrix])
     assert np.any(gradient["moe"]["experts"]["down_LEDF"][...] != 0)
-    before = decoder(tokens_BT)
-    later = decoder(tokens_BT.at[0, 3].set(9))
+    call = nnx.jit(lambda decoder, tokens_BT: decoder(tokens_BT))
+    before, later = call(decoder, tokens_BT), call(decoder, tokens_BT.at[0, 3].set(9))
     np.testing.assert_array_equal(before[0, :3], later[0, :3])
     assert not np.array_equal(before[0, 3], later[0, 3])

@@ -1,6 +1,7 @@
 """Models whose layers differ, such as pruned ones, against a plain loop over the tensors of their checkpoint."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -147,7 +148,7 @@ def test_gradients(model, tensors):
         return (decoder.logits(params, x_BTD) * weight_BTV).sum()
 
     got = dict(huggingface.flattened(jax.jit(jax.grad(ours))(model.params)))
-    expected = jax.grad(lambda tensors: (plain(tensors, K_L) * weight_BTV).sum())(tensors)
+    expected = jax.jit(jax.grad(lambda tensors: (plain(tensors, K_L) * weight_BTV).sum()))(tensors)
     seen = set()
     for rule in FAMILIES["qwen3_moe"].rules(ARCHITECTURE):
         for name, index in rule.placements(ARCHITECTURE):
@@ -170,7 +171,8 @@ def test_no_policy_chooses_an_expert_that_a_layer_lacks(model):
     rows = np.repeat(np.arange(len(specs)), ROWS)
     live = policies.settings([parse(specs[row], calibration) for row in rows], ARCHITECTURE, execution.k_max)
     sequences = (np.tile(every_BT, (len(specs), 1)) for every_BT in (TOKENS_BT, POSITIONS_BT, np.ones_like(TOKENS_BT)))
-    _, use = decoder.hidden(model.params, *sequences, live, execution, side_by_side=True, in_stacks=True)
+    hidden = jax.jit(functools.partial(decoder.hidden, execution=execution, side_by_side=True, in_stacks=True))
+    _, use = hidden(model.params, *sequences, live)
     chosen_LBTK = np.asarray(use.chosen_NK).reshape(len(EXPERTS_L), len(rows), LENGTH, -1)
     assert (chosen_LBTK < np.array(EXPERTS_L)[:, None, None, None]).all()
     assert not np.asarray(use.load_E)[MISSING_LE].any()

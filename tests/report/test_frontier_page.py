@@ -15,7 +15,6 @@ from moe_jax.study.frontier import LIMITS, choices
 from tests.report import browser, made_up
 
 FRONTIER = made_up.frontier()
-PAGE = page(FRONTIER)
 HOSTILE = "<script>alert('x')</script>&\""
 LONG = "layers:" + ",".join(["8", "4"] * 13)
 WIDE = made_up.frontier(26, made_up.POLICIES | {LONG: (6.0, 0.7, 1.0), HOSTILE: (5.0, 0.9, 1.0)}, (1, 16))
@@ -53,6 +52,11 @@ class Reader(html.parser.HTMLParser):
 
 
 @pytest.fixture(scope="module")
+def usual():
+    return page(FRONTIER)
+
+
+@pytest.fixture(scope="module")
 def wide():
     return page(WIDE._replace(quality_subject=HOSTILE, speed_subject=HOSTILE, machine=HOSTILE))
 
@@ -61,8 +65,8 @@ def test_every_tag_is_closed(wide):
     assert Reader(wide).tags == []
 
 
-def test_recommended_are_the_choices():
-    rows = [row for row in Reader(PAGE).rows["recommended"] if row[0] != "Rows"]
+def test_recommended_are_the_choices(usual):
+    rows = [row for row in Reader(usual).rows["recommended"] if row[0] != "Rows"]
     expected = sorted(choices(FRONTIER), key=lambda choice: (LIMITS.index(choice.limit), choice.concurrency))
     for (concurrency, policy, gain, increase), (_, below), choice in zip(rows[::2], rows[1::2], expected, strict=True):
         assert concurrency == str(choice.concurrency)
@@ -80,8 +84,8 @@ def test_a_uniform_choice_is_not_repeated():
     assert [row[-1] for row in rows[1::2]] == ["the best uniform k itself"] * 4
 
 
-def test_every_policy_and_concurrency_is_there():
-    rows = Reader(PAGE).rows
+def test_every_policy_and_concurrency_is_there(usual):
+    rows = Reader(usual).rows
     policies, concurrencies = list(made_up.POLICIES), made_up.CONCURRENCIES
     measured = [row for row in rows["everything"] if row[0] != "Policy"]
     assert [row[0] for row in measured] == policies * len(concurrencies)
@@ -91,11 +95,11 @@ def test_every_policy_and_concurrency_is_there():
         assert float(row[7]) == round(point.quality.experts_per_token, 2)
         assert float(row[8]) == round(point.speed.distinct_experts, 1)
         assert float(row[9]) == round(point.quality.distinct_experts, 1)
-    assert re.findall(r"<h3>Concurrency (\d+)</h3>", PAGE) == [str(concurrency) for concurrency in concurrencies]
+    assert re.findall(r"<h3>Concurrency (\d+)</h3>", usual) == [str(concurrency) for concurrency in concurrencies]
 
 
-def test_heat_map_names_its_concurrency():
-    rows = Reader(PAGE).rows["layers"][1:]
+def test_heat_map_names_its_concurrency(usual):
+    rows = Reader(usual).rows["layers"][1:]
     middle = made_up.CONCURRENCIES[len(made_up.CONCURRENCIES) // 2]
     for row, policy in zip(rows, made_up.POLICIES, strict=True):
         point = next(p for p in FRONTIER.points if (p.policy, p.concurrency) == (policy, middle))
@@ -109,12 +113,12 @@ def test_all_text_is_escaped(wide):
     assert HOSTILE in [row[0] for row in Reader(wide).rows["everything"]]
 
 
-def test_the_page_loads_nothing_from_a_network(wide):
+def test_the_page_loads_nothing_from_a_network(usual, wide):
     asked = (
         r"""https?:|//[a-z]|@import|url\((?!#)|\bsrc\s*=|\bhref\s*=(?!"#)|<script|<link|<iframe|<\?xml|<!doctype svg"""
     )
     assert not re.search(asked, wide, re.I)
-    assert not [name for name, _ in Reader(PAGE).attributes if name.startswith("on")]
+    assert not [name for name, _ in Reader(usual).attributes if name.startswith("on")]
 
 
 def at(concurrency):
@@ -149,7 +153,7 @@ def drawn(points, recommended=frozenset()):
     return areas, marks
 
 
-def test_chart_draws_every_policy_below_the_ceiling():
+def test_chart_draws_every_policy_below_the_ceiling(usual):
     points = at(16)
     areas, marks = drawn(points)
     expected = {number for number, p in enumerate(points) if p.quality.increase.value <= frontier_chart.CEILING}
@@ -160,10 +164,10 @@ def test_chart_draws_every_policy_below_the_ceiling():
     for axis, value in (("x", lambda p: p.speed.gain.value), ("y", lambda p: -p.quality.increase.value)):
         along = [float(places[number].get(axis)) for number in sorted(places, key=lambda n: value(points[n]))]
         assert along == sorted(along)
-    assert "More than 10% worse: topk:1 (" in PAGE
+    assert "More than 10% worse: topk:1 (" in usual
 
 
-def test_front_is_numbered_and_listed_and_recommended_policies_are_ringed():
+def test_front_is_numbered_and_listed_and_recommended_policies_are_ringed(usual):
     for concurrency in (1, 16):
         points, front = at(concurrency), frontier_chart.front(at(concurrency))
         recommended = {choice.best.policy for choice in choices(FRONTIER) if choice.concurrency == concurrency}
@@ -171,10 +175,10 @@ def test_front_is_numbered_and_listed_and_recommended_policies_are_ringed():
         texts = {n: [text.text for group in groups for text in group.iter("text")] for n, groups in marks.items()}
         numbered = {points[n].policy: int(texts[n][0]) for n in marks if texts[n] and texts[n][0].isdigit()}
         assert numbered == {point.policy: number for number, point in enumerate(front, 1)}
-        usual = min(len(groups) for n, groups in marks.items() if points[n].policy in numbered)
-        more = {points[n].policy for n, groups in marks.items() if points[n].policy in numbered and len(groups) > usual}
+        least = min(len(groups) for n, groups in marks.items() if points[n].policy in numbered)
+        more = {points[n].policy for n, groups in marks.items() if points[n].policy in numbered and len(groups) > least}
         assert more == recommended
-    listed = Reader(PAGE).rows["frontier"]
+    listed = Reader(usual).rows["frontier"]
     expected = [
         (number, p)
         for concurrency in made_up.CONCURRENCIES
@@ -249,7 +253,7 @@ OUTSIDE = """
 @pytest.mark.parametrize("shown", ["usual", "wide"])
 def test_page_fits_the_screen(chromium, tmp_path, request, shown, width, dark):
     path = tmp_path / "page.html"
-    path.write_text(PAGE if shown == "usual" else request.getfixturevalue("wide"))
+    path.write_text(request.getfixturevalue(shown))
     chromium.show(path, width, dark=dark)
     assert chromium.ask("[innerWidth, document.documentElement.scrollWidth]") == [width, width]
     assert chromium.ask(OUTSIDE) == []
@@ -264,9 +268,9 @@ def test_page_fits_the_screen(chromium, tmp_path, request, shown, width, dark):
 
 
 @pytest.mark.browser
-def test_a_hovered_policy_is_highlighted_everywhere(chromium, tmp_path):
+def test_a_hovered_policy_is_highlighted_everywhere(chromium, tmp_path, usual):
     path = tmp_path / "page.html"
-    path.write_text(PAGE)
+    path.write_text(usual)
     chromium.show(path, 1440)
     opacities = "new Set([...document.querySelectorAll('.mark{}')].map(e => getComputedStyle(e).opacity)).size"
     marks = "[...document.querySelectorAll('.mark')].filter(e => getComputedStyle(e).opacity == '1')"

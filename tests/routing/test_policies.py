@@ -1,5 +1,7 @@
 """Policies: specs are parsed, agree with plain loops, and neutral settings change nothing."""
 
+import functools
+
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -27,10 +29,10 @@ def bound(specs, moe=MOE, k_max=K, group_B=None):
     return policies.settings([parse(spec, CALIBRATION) for spec in specs], tiny_model.layers_of(moe, L), k_max, group_B)
 
 
-@jax.jit
-def _select(score_NE, mix_NE, live, row_N, valid_N):
-    context = policies.Context(jnp.int32(LAYER), row_N, valid_N, 1)
-    return policies.select(Routing(score_NE, mix_NE), live, context, MOE, K)
+@functools.partial(jax.jit, static_argnames=("steps", "moe", "k_max"))
+def _select(score_NE, mix_NE, live, row_N, valid_N, steps=1, moe=MOE, k_max=K):
+    context = policies.Context(jnp.int32(LAYER), row_N, valid_N, steps)
+    return policies.select(Routing(score_NE, mix_NE), live, context, moe, k_max)
 
 
 def select(score, mix, live, valid=None):
@@ -195,8 +197,7 @@ def test_steps_side_by_side_equal_steps_one_by_one():
     row_N, valid_N = np.repeat(np.arange(B), steps), np.ones(B * steps, bool)
 
     def run(context_steps):
-        context = policies.Context(jnp.int32(LAYER), jnp.asarray(row_N), jnp.asarray(valid_N), context_steps)
-        return kept_of(jax.device_get(policies.select(Routing(flat, flat), live, context, MOE, K)))
+        return kept_of(jax.device_get(_select(flat, flat, live, row_N, valid_N, steps=context_steps)))
 
     together = run(steps)
     for step in range(steps):
@@ -227,8 +228,8 @@ def test_renormalisation_with_fewer_and_more_static_slots(normalize, rule, k_max
     moe = MoEConfig(num_experts=E, k=4, normalize=normalize, routed_scaling=1.5)
     score_BE = np.random.default_rng(4).uniform(0.1, 1, (B, E)).astype(np.float32)
     live = bound(["topk:2" + (f"+renormalize:{rule}" if rule else "")] * B, moe, k_max)
-    context = policies.Context(jnp.int32(LAYER), jnp.arange(B), jnp.ones(B, bool), 1)
-    got = kept_of(jax.device_get(policies.select(Routing(score_BE, score_BE), live, context, moe, k_max)))
+    rows = np.arange(B), np.ones(B, bool)
+    got = kept_of(jax.device_get(_select(score_BE, score_BE, live, *rows, moe=moe, k_max=k_max)))
     for row, mix in zip(got, np.float64(score_BE)):
         expected = plain.weighted(plain.topk(mix, mix, 2), mix, mix, 4, normalize, 1.5, rule)
         assert [e for e, _ in row] == [e for e, _ in expected]

@@ -1,6 +1,7 @@
 """Losses and their gradients against textbook definitions, in plain loops of float64."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -121,24 +122,30 @@ def batch_of(seed=0):
     return rows | {"positions_BT": positions_BT.astype(np.int32)}
 
 
-def gradient_under(spec, config, params, teacher_params=None, remat=False, balance_loss=0.0):
-    execution = execution_of(ARCHITECTURE)
-    live, own = (policies.settings([one] * ROWS, ARCHITECTURE, execution.k_max) for one in (parse(spec), MODEL_OWN))
-    teacher = Teacher(params if teacher_params is None else teacher_params, own) if config.has_teacher else None
+EXECUTION = execution_of(ARCHITECTURE)
 
-    @jax.jit
-    def both(params, teacher, batch):
-        def loss(params):
-            return objective.objective(params, batch, live, execution, config, balance_loss, teacher, remat)
 
-        return jax.value_and_grad(loss, has_aux=True)(params)
+def live_of(policy):
+    return policies.settings([policy] * ROWS, ARCHITECTURE, EXECUTION.k_max)
 
-    (total, measured), gradient = both(params, teacher, batch_of())
+
+@functools.partial(jax.jit, static_argnames=("config", "remat"))
+def differentiated(params, teacher, live, batch, config, remat):
+    def loss(params):
+        return objective.objective(params, batch, live, EXECUTION, config, 0.0, teacher, remat)
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+def gradient_under(spec, config, params, teacher_params=None, remat=False):
+    teacher_params = params if teacher_params is None else teacher_params
+    teacher = Teacher(teacher_params, live_of(MODEL_OWN)) if config.has_teacher else None
+    (total, measured), gradient = differentiated(params, teacher, live_of(parse(spec)), batch_of(), config, remat)
     return float(total), measured, gradient
 
 
 def norm(tree):
-    return np.sqrt(sum(float((leaf.astype(jnp.float32) ** 2).sum()) for leaf in jax.tree.leaves(tree)))
+    return np.sqrt(sum((np.float32(leaf) ** 2).sum() for leaf in jax.tree.leaves(tree)))
 
 
 @pytest.mark.parametrize("direction", ["forward", "reverse"])
@@ -154,17 +161,18 @@ def test_distilling_a_model_from_itself_at_its_own_k_changes_nothing(direction):
 def test_padding_and_the_teacher_get_no_gradient():
     config = ObjectiveConfig(language_model=1.0, distillation=1.0)
     params, other = random_params(), random_params(seed=1)
-    execution = execution_of(ARCHITECTURE)
-    live = policies.settings([parse("topk:3")] * ROWS, ARCHITECTURE, execution.k_max)
+    live = live_of(parse("topk:3"))
 
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1))
     def loss(params, other, batch):
-        return objective.objective(params, batch, live, execution, config, 0.0, Teacher(other, live))[0]
+        return objective.objective(params, batch, live, EXECUTION, config, 0.0, Teacher(other, live))[0]
 
-    gradient, teacher_gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))(params, other, batch_of())
+    total, (gradient, teacher_gradient) = loss(params, other, batch_of())
     assert norm(teacher_gradient) == 0 and norm(gradient) > 0
     changed = batch_of()
     changed["labels_BT"] = np.where(changed["segments_BT"] == 0, 7, changed["labels_BT"])
-    assert float(jax.jit(loss)(params, other, batch_of())) == float(jax.jit(loss)(params, other, changed))
+    assert loss(params, other, changed)[0] == total
 
 
 def test_hidden_distance_is_relative_and_squared():
@@ -184,7 +192,7 @@ def test_the_sparsity_term_lowers_the_experts_that_a_token_uses():
     total, measured, gradient = gradient_under("topk:8", config, params)
     assert 1 < float(measured.terms["effective_experts"]) < 8
     assert norm(gradient["moe"]["router"]["weight_LED"]) > 0
-    moved = jax.tree.map(lambda param, slope: param - 0.05 * slope, params, gradient)
+    moved = jax.tree.map(lambda param, slope: param - np.float32(0.05) * slope, params, jax.device_get(gradient))
     assert gradient_under("topk:8", config, moved)[0] < total
 
 
@@ -199,9 +207,7 @@ def test_remat_gives_the_same_gradient():
 def test_gradients_in_bfloat16_keep_their_dtype_and_direction():
     config = ObjectiveConfig(distillation=0.5)
     exact = gradient_under("topk:3", config, random_params())[2]
-    rough = gradient_under(
-        "topk:3", config, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), random_params())
-    )[2]
+    rough = gradient_under("topk:3", config, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), random_params()))[2]
     flat = [
         np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
         for tree in (exact, rough)

@@ -31,6 +31,7 @@ TRAINING = TrainingConfig(
     balance_bias_rate=0.0,
     balance_loss=0.0,
 )
+FAST_AND_BALANCED = dataclasses.replace(TRAINING, learning_rate=5e-2, balance_bias_rate=1e-2)
 LATENT = family_variants.VARIANTS["deepseek_v2"]
 
 
@@ -45,23 +46,36 @@ def batch_of(architecture, rows=ROWS):
     }
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def start(params, config, training):
+    """The state before the first step, and the frozen parameters."""
+    without, biases = without_selection_bias(params)
+    parts, frozen = trainable.divide(without, config, training.weights, seed=0)
+    return state_of(parts, biases, training), frozen
+
+
+@jax.jit
+def hidden(params, live):
+    execution, batch = execution_of(ARCHITECTURE), batch_of(ARCHITECTURE)
+    rows = batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"]
+    return decoder.hidden(params, *rows, live, execution)
+
+
 @functools.cache
 def trained(config, steps=1, training=TRAINING, latent=False):
     """The model before and after some steps, and the state; the tests share compiled steps."""
     architecture = LATENT.architecture if latent else ARCHITECTURE
     params = family_variants.random_params(LATENT) if latent else random_params()
     before = jax.tree.map(lambda leaf: jnp.asarray(leaf, training.weights), params)
-    without, biases = without_selection_bias(before)
-    parts, frozen = trainable.divide(without, config, training.weights, seed=0)
     scale = config.lora_alpha / config.lora_rank
     execution = execution_of(architecture)
     live = policies.settings([parse("topk:3")] * ROWS, architecture, execution.k_max)
     step = make_step(execution, training, ObjectiveConfig(), scale)
-    state = state_of(parts, {stack: bias_LE + 0 for stack, bias_LE in biases.items()}, training)
+    state, frozen = start(before, config, training)
     for _ in range(steps):
         state, _ = step(state, Fixed(frozen, None), batch_of(architecture, ROWS * training.accumulation), live)
     after = trainable.merge_all(state.params, frozen, scale)
-    return dict(flattened(without)), dict(flattened(after)), state
+    return dict(flattened(without_selection_bias(before)[0])), dict(flattened(after)), state
 
 
 ALL, LORA = FinetuneConfig(mask=True), FinetuneConfig(train="lora", lora_rank=2, mask=True)
@@ -103,10 +117,7 @@ def test_lora_trains_the_matrices_of_attention_and_experts_alone(latent):
 
 def test_lora_reaches_every_routed_expert_that_a_token_went_to():
     *_, state = trained(LORA)
-    execution, batch = execution_of(ARCHITECTURE), batch_of(ARCHITECTURE)
-    live = policies.settings([parse("topk:3")] * ROWS, ARCHITECTURE, execution.k_max)
-    rows = batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"]
-    _, use = decoder.hidden(jax.tree.map(jnp.asarray, random_params()), *rows, live, execution)
+    _, use = hidden(random_params(), policies.settings([parse("topk:3")] * ROWS, ARCHITECTURE, 8))
     for name in ("gate_up_LEIFD", "down_LEDF"):
         up = np.asarray(state.params["moe"]["experts"][name]["up"])
         moved_LE = np.abs(up.reshape(*up.shape[:2], -1)).max(axis=2) > 0
@@ -115,18 +126,18 @@ def test_lora_reaches_every_routed_expert_that_a_token_went_to():
 
 
 def test_lora_starts_as_the_model_itself():
-    params = jax.tree.map(jnp.asarray, without_selection_bias(random_params())[0])
-    parts, frozen = trainable.divide(params, FinetuneConfig(train="lora"), "float32", seed=0)
-    whole = trainable.merge_all(parts, frozen, 2.0)
-    assert changed(dict(flattened(params)), dict(flattened(whole))) == set()
+    state, frozen = start(random_params(), FinetuneConfig(train="lora"), TRAINING)
+    whole = trainable.merge_all(state.params, frozen, 2.0)
+    assert changed(dict(flattened(without_selection_bias(random_params())[0])), dict(flattened(whole))) == set()
 
 
 def test_merged_lora_equals_lora_applied_to_activations():
     """Against the definition, W x + scale * B (A x), matrix by matrix, in float64."""
-    random = np.random.default_rng(0)
-    params = jax.tree.map(jnp.asarray, without_selection_bias(random_params())[0])
-    parts, frozen = trainable.divide(params, FinetuneConfig(train="lora", lora_rank=3), "float32", seed=0)
-    parts = jax.tree.map(lambda leaf: leaf + random.standard_normal(leaf.shape).astype(np.float32) / 10, parts)
+    random, params = np.random.default_rng(0), random_params()
+    state, frozen = start(params, FinetuneConfig(train="lora"), TRAINING)
+    parts = jax.tree.map(
+        lambda leaf: np.asarray(leaf) + random.standard_normal(leaf.shape).astype(np.float32) / 10, state.params
+    )
     merged = trainable.merge_all(parts, frozen, 1.7)
 
     def check(weight, part, whole, num_inputs):
@@ -148,32 +159,21 @@ def test_merged_lora_equals_lora_applied_to_activations():
 
 
 def test_hidden_reads_unmerged_lora_as_the_merged_model():
-    params = jax.tree.map(jnp.asarray, random_params())
-    without, biases = without_selection_bias(params)
-    parts, frozen = trainable.divide(without, FinetuneConfig(train="lora"), "float32", seed=0)
-    parts = jax.tree.map(lambda leaf: leaf + 0.05, parts)
-    execution = execution_of(ARCHITECTURE)
-    live = policies.settings([parse("topk:4")] * ROWS, ARCHITECTURE, execution.k_max)
-    batch = batch_of(ARCHITECTURE)
-    rows = batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"]
-    found = []
-    for whole in (trainable.join(parts, frozen, 2.0), trainable.merge_all(parts, frozen, 2.0)):
-        whole = trainable.join({}, whole, 2.0)
-        whole = with_selection_bias(whole, biases)
-        found.append(decoder.hidden(whole, *rows, live, execution)[0])
+    state, frozen = start(random_params(), FinetuneConfig(train="lora"), TRAINING)
+    parts = jax.tree.map(lambda leaf: np.asarray(leaf) + np.float32(0.05), state.params)
+    live = policies.settings([parse("topk:4")] * ROWS, ARCHITECTURE, 8)
+    joined, merged = (whole(parts, frozen, 2.0) for whole in (trainable.join, trainable.merge_all))
+    found = [hidden(with_selection_bias(params, state.biases), live)[0] for params in (joined, merged)]
     np.testing.assert_allclose(*found, atol=1e-5)
 
 
 def test_gradients_accumulate_to_those_of_one_batch():
-    config, twice = FinetuneConfig(), dataclasses.replace(TRAINING, accumulation=2)
-    execution = execution_of(ARCHITECTURE)
-    without, biases = without_selection_bias(jax.tree.map(jnp.asarray, random_params()))
+    twice, execution = dataclasses.replace(TRAINING, accumulation=2), execution_of(ARCHITECTURE)
     found = []
     for training, rows in ((dataclasses.replace(TRAINING, batch_size=2 * ROWS), 2 * ROWS), (twice, ROWS)):
         live = policies.settings([parse("topk:3")] * rows, ARCHITECTURE, execution.k_max)
-        parts, frozen = trainable.divide(without, config, "float32", seed=0)
         step = make_step(execution, training, ObjectiveConfig())
-        state = state_of(parts, {"moe": biases["moe"] + 0}, training)
+        state, frozen = start(random_params(), FinetuneConfig(), training)
         _, metrics = step(state, Fixed(frozen, None), batch_of(ARCHITECTURE, 2 * ROWS), live)
         found.append(metrics)
     for name in ("loss", "gradient_norm", "load_max_over_mean"):
@@ -198,7 +198,7 @@ def test_the_selection_bias_moves_only_with_balancing():
     bias_LE = random_params()["moe"]["router"]["bias_LE"]
     *_, state = trained(ALL)
     assert np.array_equal(state.biases["moe"], bias_LE)
-    *_, state = trained(ALL, training=dataclasses.replace(TRAINING, balance_bias_rate=1e-2))
+    *_, state = trained(ALL, steps=10, training=FAST_AND_BALANCED)
     assert not np.array_equal(state.biases["moe"], bias_LE)
 
 
@@ -210,6 +210,6 @@ def test_a_mask_trains_along_with_other_parameters(config):
 
 
 def test_some_steps_mask_experts_and_keep_others():
-    *_, state = trained(ALL, steps=10, training=dataclasses.replace(TRAINING, learning_rate=5e-2))
+    *_, state = trained(ALL, steps=10, training=FAST_AND_BALANCED)
     mask_LE = np.asarray(state.params["moe"]["router"]["mask_LE"])
     assert (mask_LE <= 0).any() and (mask_LE > 0).any()

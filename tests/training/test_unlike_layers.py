@@ -3,7 +3,6 @@
 import dataclasses
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config.architecture import Architecture, MoEConfig
@@ -30,7 +29,7 @@ COLUMNS = {"moe": [0, 2], "moe_6": [1]}
 
 
 def test_a_step_balances_and_adapts_every_stack():
-    params = jax.tree.map(jnp.asarray, random_params(ARCHITECTURE))
+    params = random_params(ARCHITECTURE)
     without, biases = without_selection_bias(params)
     assert {stack: bias_LE.shape for stack, bias_LE in biases.items()} == {"moe": (2, 12), "moe_6": (1, 6)}
     tokens_BT = np.random.default_rng(0).integers(2, TRUNK.vocab_size, (ROWS, LENGTH), dtype=np.int32)
@@ -43,12 +42,12 @@ def test_a_step_balances_and_adapts_every_stack():
     load_LE = np.asarray(use.load_E, np.float64)
 
     config = FinetuneConfig(train="lora", lora_rank=2, mask=True)
-    parts, frozen = trainable.divide(without, config, "float32", seed=0)
+    parts, frozen = jax.jit(lambda without: trainable.divide(without, config, "float32", seed=0))(without)
     assert {stack: parts[stack]["router"]["mask_LE"].shape for stack in COLUMNS} == {"moe": (2, 12), "moe_6": (1, 6)}
     training = TrainingConfig(steps=2, warmup_steps=0, learning_rate=1e-2, balance_bias_rate=RATE, batch_size=ROWS)
     batch = {"tokens_BT": tokens_BT, "labels_BT": np.roll(tokens_BT, -1, 1), "segments_BT": ones_BT}
     batch["positions_BT"] = positions_BT
-    state = state_of(parts, {stack: bias_LE + 0 for stack, bias_LE in biases.items()}, training)
+    state = jax.jit(state_of, static_argnums=2)(parts, biases, training)
     state, metrics = make_step(execution, training, ObjectiveConfig())(state, Fixed(frozen, None), batch, live)
     for stack, columns in COLUMNS.items():
         bias_LE, own_LE = np.asarray(biases[stack], np.float64), load_LE[columns][:, : biases[stack].shape[1]]
