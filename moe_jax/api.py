@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_jax import checkpoint
 from moe_jax.checkpoint import Checkpoint
+from moe_jax.config.mesh import MeshConfig
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.engine import cache as caches
 from moe_jax.engine.generate import Completion, Engine
@@ -161,7 +162,7 @@ def load(
     *,
     dtype: str = "auto",
     calibration: str | os.PathLike | None = "",
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: jax.sharding.Mesh | MeshConfig | None = None,
 ) -> Model:
     """Loads a model onto the default device, or onto a mesh of devices.
 
@@ -172,7 +173,8 @@ def load(
         calibration: a file that `launch/calibrate.py` wrote for this model, for policies that need one; "":
             calibration.npz in the folder, if there is one; None: none.
         mesh: has axes among `data` (rows), `expert` (experts) and `tensor` (heads, hidden widths, vocabulary); each
-            device gets its own slices of the weights, and a process reads only those of its devices. None: one device.
+            device gets its own slices of the weights, and a process reads only those of its devices. As a
+            `moe_jax.config.mesh.MeshConfig` it also says how tokens reach their experts. None: one device.
 
     Raises:
         ValueError: there is no such model, it is not supported, a file is damaged, it does not fit in the memory that

@@ -50,13 +50,14 @@ class Command:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def open_model(
-        self, *, calibrated: bool = True, dtype: str = ""
+        self, *, calibrated: bool = True, dtype: str = "", training: bool = False
     ) -> "tuple[checkpoint.Checkpoint, decoder.Execution]":
         """Opens the model of `model.path` and checks it against the configuration, without reading weights.
 
         Args:
             calibrated: whether to read the calibration of `policy.calibration`, or of the model's folder.
             dtype: in which the weights will be loaded; "": `model.dtype`.
+            training: whether it will be trained.
         """
         from moe_jax import checkpoint
 
@@ -64,15 +65,16 @@ class Command:
         opened = checkpoint.open(folders.in_repository(self.config.model.path), calibration=calibration)
         _refuse_other_shape(self.config, opened.architecture)
         dtype = dtype or self.config.model.dtype
-        return opened, self.execution_of(opened.architecture, opened.expected_dtype if dtype == "auto" else dtype)
+        dtype = opened.expected_dtype if dtype == "auto" else dtype
+        return opened, self.execution_of(opened.architecture, dtype, training)
 
-    def execution_of(self, architecture: Architecture, dtype: str) -> "decoder.Execution":
+    def execution_of(self, architecture: Architecture, dtype: str, training: bool = False) -> "decoder.Execution":
         """How a model runs here, its weights in `dtype`; the chosen implementations go into the result."""
         from moe_jax.engine.request import execution_of
         from moe_jax.model.sharding import layout_of
 
         layout = layout_of(self.config.mesh, architecture)
-        execution = execution_of(architecture, self.config.policy.k_max, self.config.kernels, dtype, layout)
+        execution = execution_of(architecture, self.config.policy.k_max, self.config.kernels, dtype, layout, training)
         self.implementations |= execution.implementations
         return execution
 

@@ -20,10 +20,16 @@ class MeshConfig:
     tensor: int = 1  # parts of heads, hidden widths and the vocabulary
     fsdp: int = 1  # 1, or mesh.data: matrices are split over the data axis too, and gathered layer by layer
     expert_axes: tuple[str, ...] = ("expert",)  # the axes that split the routed experts: "expert", or "data" and it
+    dispatch: str = "auto"  # how tokens reach their experts, a name of `dispatch/api.py`; "auto": by what is sent
+    capacity: float = 0.0  # slots beyond this multiple of a device's even share are dropped and counted; 0: none are
 
     def __post_init__(self):
         require_positive("mesh", self, *AXES)
         require(self.fsdp in (1, self.data), "mesh.fsdp", self.fsdp, f"1, or mesh.data = {self.data}")
+        require(0 <= self.capacity < math.inf, "mesh.capacity", self.capacity, "0 (nothing is dropped) or more")
+        if self.num_devices == 1:
+            require(self.dispatch in ("auto", "local"), "mesh.dispatch", self.dispatch, "auto or local on one device")
+            require(not self.capacity, "mesh.capacity", self.capacity, "0 on one device, where nothing is sent")
         given = self.expert_axes
         require(given in EXPERT_AXES, "mesh.expert_axes", given, '("expert",) or ("data", "expert")')
         both = self.fsdp > 1 and "data" in given

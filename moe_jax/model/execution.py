@@ -3,7 +3,7 @@
 import dataclasses
 
 from moe_jax.config.architecture import Architecture
-from moe_jax.dispatch.contract import Dispatch
+from moe_jax.dispatch.choose import DispatchByTokens
 from moe_jax.kernels.chooser import Kernels
 from moe_jax.model.sharding import Layout
 
@@ -15,7 +15,7 @@ class Execution:
     architecture: Architecture
     k_max: int  # slots per token
     kernels: Kernels
-    dispatch: Dispatch = Dispatch()
+    dispatch: DispatchByTokens = DispatchByTokens()
     layout: Layout | None = None  # the mesh that it runs on; None: one device
 
     @property

@@ -38,12 +38,16 @@ class Layout:
         expert_axes: the axes that split the routed experts.
         whole: letters of `AXIS_OF` that this model does not split.
         fsdp: whether matrices are split over the data axis too, along D.
+        dispatch: how tokens reach their experts, as `MeshConfig.dispatch`.
+        capacity: as `MeshConfig.capacity`.
     """
 
     mesh: Mesh
     expert_axes: tuple[str, ...] = ("expert",)
     whole: str = ""
     fsdp: bool = False
+    dispatch: str = "auto"
+    capacity: float = 0.0
 
     @property
     def data_parts(self) -> int:
@@ -129,7 +133,8 @@ def layout_of(given: MeshConfig | Mesh | None, architecture: Architecture) -> La
     mesh = Mesh(devices.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     attention = architecture.attention
     splits_heads = attention.kind == "grouped" and attention.num_kv_heads % settings.tensor == 0
-    return Layout(mesh, settings.expert_axes, "" if splits_heads else "G", settings.fsdp > 1)
+    whole = "" if splits_heads else "G"
+    return Layout(mesh, settings.expert_axes, whole, settings.fsdp > 1, settings.dispatch, settings.capacity)
 
 
 def sharding_of(layout: Layout | None) -> Callable[[Parameter], NamedSharding | None]:
