@@ -174,7 +174,8 @@ def load(
             calibration.npz in the folder, if there is one; None: none.
         mesh: has axes among `data` (rows), `expert` (experts) and `tensor` (heads, hidden widths, vocabulary); each
             device gets its own slices of the weights, and a process reads only those of its devices. As a
-            `moe_jax.config.mesh.MeshConfig` it also says how tokens reach their experts. None: one device.
+            `moe_jax.config.mesh.MeshConfig` it also says how tokens reach their experts, without a capacity. None: one
+            device.
 
     Raises:
         ValueError: there is no such model, it is not supported, a file is damaged, it does not fit in the memory that
@@ -182,6 +183,8 @@ def load(
     """
     opened = checkpoint.open(path, calibration=calibration)
     layout = layout_of(mesh, opened.architecture)
+    if layout is not None and layout.capacity:
+        raise ValueError(f"mesh.capacity = {layout.capacity}: expected 0; launch/infer.py counts the slots it drops")
     return Model(opened, opened.load(dtype, sharding_of(layout)), layout)
 
 

@@ -7,7 +7,7 @@ go back so. The router's choice and tables of counts are small, and left out; so
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from moe_jax.dispatch.api import IMPLEMENTATIONS
 from moe_jax.dispatch.contract import Dispatch
@@ -70,6 +70,11 @@ class DispatchByTokens:
     def drops(self) -> bool:
         """Whether slots may be dropped."""
         return any(how.drop and how.name in DROPPING for _, how in self.steps)
+
+    @property
+    def exact(self) -> Self:
+        """The same without a capacity: no slot is dropped."""
+        return type(self)(tuple((least, dataclasses.replace(how, drop=False)) for least, how in self.steps))
 
     @property
     def name(self) -> str:

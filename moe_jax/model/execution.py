@@ -1,6 +1,7 @@
 """How a decoder runs: the static half of a compiled step."""
 
 import dataclasses
+from typing import Self
 
 from moe_jax.config.architecture import Architecture
 from moe_jax.dispatch.choose import DispatchByTokens
@@ -22,6 +23,11 @@ class Execution:
     def implementations(self) -> dict[str, str]:
         """Of the operations that have several, as results name them."""
         return self.kernels._asdict() | ({} if self.layout is None else {"dispatch": self.dispatch.name})
+
+    @property
+    def exact(self) -> Self:
+        """The same with a dispatch that drops no slot, whatever the capacity."""
+        return dataclasses.replace(self, dispatch=self.dispatch.exact)
 
     @property
     def data_parts(self) -> int:
