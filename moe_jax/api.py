@@ -152,8 +152,10 @@ class Model:
             dtype: the dtype of the weights. "auto": as they are in memory.
 
         Raises:
-            ValueError: `path` is taken, or a weight is not finite in that dtype.
+            ValueError: `path` is taken, a weight is not finite in that dtype, or the experts are placed.
         """
+        if self.layout is not None and self.layout.placement is not None:
+            raise ValueError("the experts are placed by mesh.placement: expected a model that was loaded without it")
         self.checkpoint.save(path, self.params, dtype=dtype)
 
 
@@ -185,7 +187,8 @@ def load(
     layout = layout_of(mesh, opened.architecture)
     if layout is not None and layout.capacity:
         raise ValueError(f"mesh.capacity = {layout.capacity}: expected 0; launch/infer.py counts the slots it drops")
-    return Model(opened, opened.load(dtype, sharding_of(layout)), layout)
+    placement = None if layout is None else layout.placement
+    return Model(opened, opened.load(dtype, sharding_of(layout), placement), layout)
 
 
 @functools.partial(jax.jit, static_argnames="execution")

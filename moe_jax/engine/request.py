@@ -67,7 +67,7 @@ def execution_of(
     if layout is None:
         return Execution(architecture, k_max, resolved)
     dropping = {"capacity": layout.capacity, "drop": True} if layout.capacity else {}
-    how = Dispatch(mesh=layout.mesh, expert_axes=layout.expert_axes, **dropping)
+    how = Dispatch(mesh=layout.mesh, expert_axes=layout.expert_axes, placement=layout.placement, **dropping)
     row_bytes = architecture.decoder.d_model * jnp.dtype(dtype).itemsize
     chosen = choose(how, layout.dispatch, k_max, row_bytes, platform, training)
     return Execution(architecture, k_max, resolved, chosen, layout)

@@ -64,6 +64,7 @@ def recovery_policies(
     trained = finetuning.trained_policy(config, architecture, calibration)
     if config.finetune.elastic:
         KSampler(config.finetune, architecture, config.training.batch_size, config.run.seed)
+    config.mesh.require_trainable()
     for setting in ("training", "evaluation"):
         config.mesh.require_batch(f"{setting}.batch_size", getattr(config, setting).batch_size)
     if config.evaluation.half:
