@@ -8,6 +8,8 @@ again in every round. With --trace, a profile of every case goes to OUT/trace, f
 
 With --tune, the tile sizes of the model's expert products are timed instead, and the fastest are written into the table
 that the kernels look them up in (`moe_jax/kernels/grouped_matmul/tuned.json`).
+
+With benchmark.dispatch_slots, what each dispatch sends is counted instead, on eight virtual devices of the CPU.
 """
 
 import os
@@ -25,9 +27,11 @@ TUNE = flags.DEFINE_bool("tune", False, "Time the tile sizes of the kernels inst
 
 
 def main(run: command.Command) -> None:
-    """Measures the machine, compiles every case, and times the cases in turn; or times tile sizes."""
+    """Measures the machine, compiles every case, and times the cases in turn; or times tile sizes, or counts."""
     if TUNE.value:
         return tune(run)
+    if run.config.benchmark.dispatch_slots:
+        return count_sent(run)
     import tqdm
 
     from moe_jax.cost import hardware
@@ -94,6 +98,27 @@ def tune(run: command.Command) -> None:
                 figures[f"{case}_{'x'.join(map(str, one.tiles))}"] = {"value": one.microseconds, "unit": "us"}
                 lines.append(f"{case:36}{one.tiles!s:22}{one.microseconds:10.1f} us{' *' * (one is timed[0])}")
     run.finish(figures, text="\n".join([*lines, "* written into tuned.json"]))
+
+
+def count_sent(run: command.Command) -> None:
+    """Counts what a token sends in one MoE layer, by dispatch and slots per token."""
+    from moe_jax.study import sent
+
+    config = run.config
+    with run.timed("run"):
+        by_slots = sent.rows_per_token(
+            config.decoder.d_model, config.moe, config.benchmark.dispatch_slots, config.run.seed
+        )
+    figures, lines = {}, [" k " + " ".join(f"{name:>11}" for name in (*sent.NAMES, "tensor"))]
+    for k, rows in by_slots.items():
+        figures |= {f"{name}_{k}": {"value": value, "unit": "rows per token"} for name, value in rows.items()}
+        lines.append(f"{k:2} " + " ".join(f"{value:11.2f}" for value in rows.values()))
+    run.finish(figures, text="\n".join(lines))
+
+
+def virtual_devices(config) -> int:
+    """The devices to make on the CPU, for counting what they send each other; 0: the machine's own."""
+    return 8 if config.benchmark.dispatch_slots else 0
 
 
 def prepare(run: command.Command):
@@ -231,4 +256,5 @@ if __name__ == "__main__":
         default_config=os.path.relpath(ROOT / "configs" / "benchmark_demo.gin"),
         default_out="out/benchmark",
         huge_pages=True,
+        virtual_devices=virtual_devices,
     )

@@ -27,7 +27,7 @@ def main(run: command.Command) -> None:
     config = run.config
     held_out = config.text.held_out and str(command.in_repository(config.text.held_out, "text.held_out"))
     resolved = dataclasses.replace(config, text=dataclasses.replace(config.text, held_out=held_out))
-    opened, execution = run.open_model(dtype=config.training.weights)
+    opened, execution = run.open_model(dtype=config.training.weights, training=True)
     execution = dataclasses.replace(execution, k_max=max(execution.k_max, opened.architecture.moe.k))
     run_policies = recover.recovery_policies(config, opened.architecture, opened.calibration)
     loop.require_same_run(config, run.out)

@@ -22,7 +22,7 @@ def main(run: command.Command) -> None:
     from moe_jax.training import loop, pretraining
 
     config = run.config
-    execution = run.execution_of(config.architecture, config.training.weights)
+    execution = run.execution_of(config.architecture, config.training.weights, training=True)
     compared_policies(config.evaluation, config.architecture, execution.k_max)  # checked before hours of training
     pretraining.require_possible(config)
     loop.require_same_run(config, run.out)

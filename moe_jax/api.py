@@ -10,6 +10,7 @@ import numpy as np
 
 from moe_jax import checkpoint
 from moe_jax.checkpoint import Checkpoint
+from moe_jax.config.mesh import MeshConfig
 from moe_jax.config.schema import SamplingConfig
 from moe_jax.engine import cache as caches
 from moe_jax.engine.generate import Completion, Engine
@@ -151,8 +152,10 @@ class Model:
             dtype: the dtype of the weights. "auto": as they are in memory.
 
         Raises:
-            ValueError: `path` is taken, or a weight is not finite in that dtype.
+            ValueError: `path` is taken, a weight is not finite in that dtype, or the experts are placed.
         """
+        if self.layout is not None and self.layout.placement is not None:
+            raise ValueError("the experts are placed by mesh.placement: expected a model that was loaded without it")
         self.checkpoint.save(path, self.params, dtype=dtype)
 
 
@@ -161,7 +164,7 @@ def load(
     *,
     dtype: str = "auto",
     calibration: str | os.PathLike | None = "",
-    mesh: jax.sharding.Mesh | None = None,
+    mesh: jax.sharding.Mesh | MeshConfig | None = None,
 ) -> Model:
     """Loads a model onto the default device, or onto a mesh of devices.
 
@@ -172,7 +175,9 @@ def load(
         calibration: a file that `launch/calibrate.py` wrote for this model, for policies that need one; "":
             calibration.npz in the folder, if there is one; None: none.
         mesh: has axes among `data` (rows), `expert` (experts) and `tensor` (heads, hidden widths, vocabulary); each
-            device gets its own slices of the weights, and a process reads only those of its devices. None: one device.
+            device gets its own slices of the weights, and a process reads only those of its devices. As a
+            `moe_jax.config.mesh.MeshConfig` it also says how tokens reach their experts, without a capacity. None: one
+            device.
 
     Raises:
         ValueError: there is no such model, it is not supported, a file is damaged, it does not fit in the memory that
@@ -180,7 +185,10 @@ def load(
     """
     opened = checkpoint.open(path, calibration=calibration)
     layout = layout_of(mesh, opened.architecture)
-    return Model(opened, opened.load(dtype, sharding_of(layout)), layout)
+    if layout is not None and layout.capacity:
+        raise ValueError(f"mesh.capacity = {layout.capacity}: expected 0; launch/infer.py counts the slots it drops")
+    placement = None if layout is None else layout.placement
+    return Model(opened, opened.load(dtype, sharding_of(layout), placement), layout)
 
 
 @functools.partial(jax.jit, static_argnames="execution")

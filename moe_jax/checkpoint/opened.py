@@ -16,6 +16,7 @@ from moe_jax.checkpoint.quantization import blocks_of
 from moe_jax.checkpoint.safetensors_file import StoredTensor
 from moe_jax.checkpoint.tables import read_json, read_tables
 from moe_jax.config.architecture import Architecture
+from moe_jax.dispatch.placement import ExpertPlacement
 from moe_jax.model.sharding import wait_for_all
 from moe_jax.routing import calibration as calibrations
 from moe_jax.routing.calibration import Calibration
@@ -101,7 +102,10 @@ class Checkpoint:
         return huggingface.nested(reading.read_whole(self.folder, self._stacks(dtype), blocks_of(self.config)))
 
     def load(
-        self, dtype: str = "auto", sharding_of: reading.ShardingOf = lambda parameter: None
+        self,
+        dtype: str = "auto",
+        sharding_of: reading.ShardingOf = lambda parameter: None,
+        placement: ExpertPlacement | None = None,
     ) -> dict[str, jax.Array]:
         """Loads the weights onto devices.
 
@@ -110,6 +114,7 @@ class Checkpoint:
                 `huggingface.stacks_of`.
             sharding_of: gives the sharding of a parameter; for each device only its own slices are read from the file.
                 None: whole, on the default device.
+            placement: of the experts, as `Layout` has it; None: each once, in order.
 
         Returns:
             A nested dict of arrays.
@@ -118,7 +123,8 @@ class Checkpoint:
             ValueError: a tensor is missing, unknown, of another shape, truncated, or not finite in that dtype; the
                 model does not fit in the memory that is available; or the calibration is of another model.
         """
-        params = reading.load_onto_devices(self.folder, self._stacks(dtype), blocks_of(self.config), sharding_of)
+        stacks = [reading.place_experts(stack, placement) for stack in self._stacks(dtype)]
+        params = reading.load_onto_devices(self.folder, stacks, blocks_of(self.config), sharding_of)
         if self.calibration is not None:
             self.calibration.require(params["moe/router/weight_LED"])
         return huggingface.nested(params)

@@ -16,17 +16,26 @@ from moe_jax import memory
 from moe_jax.checkpoint import filling
 from moe_jax.checkpoint.quantization import Blocks
 from moe_jax.checkpoint.safetensors_file import StoredTensor
+from moe_jax.dispatch.placement import ExpertPlacement
 from moe_jax.model import parameters
 
 Index = tuple[slice, ...]
 ShardingOf = Callable[[parameters.Parameter], jax.sharding.Sharding | None]
 
 
+class Moved(NamedTuple):
+    """One index of a parameter's dimension that one index of a tensor's dimension fills."""
+
+    place: int
+    source: int
+    size: int  # of the tensor's dimension
+
+
 class Piece(NamedTuple):
     """One tensor of a file, and the slice of a stacked parameter that it fills."""
 
     name: str
-    index: tuple[int | slice, ...]
+    index: tuple[int | slice | Moved, ...]
     stored: StoredTensor
     scale: StoredTensor | None = None  # of its blocks, if it is quantised
 
@@ -49,6 +58,32 @@ class Stack(NamedTuple):
     pieces: tuple[Piece, ...]
     mapped: bool
     halved_itemsize: int = 2
+
+
+def place_experts(stack: Stack, placement: ExpertPlacement | None) -> Stack:
+    """The location of a parameter whose experts are placed; any other parameter unchanged."""
+    if placement is None or not parameters.is_routed(parameters.find([stack.path])):
+        return stack
+    held_LE = placement.held_LE
+    layers, experts, *_ = stack.shape
+
+    def moves(at: int | slice, place: int, source: int, size: int) -> list[int | Moved]:
+        """The index that fills `place` from `source`, if the piece has it."""
+        if isinstance(at, int):
+            return [place] if at == source else []
+        first, end, _ = at.indices(size)
+        return [Moved(place, source - first, end - first)] if first <= source < end else []
+
+    pieces = [
+        piece._replace(index=(layer_index, place_index, *piece.index[2:]))
+        for piece in stack.pieces
+        for layer in ([piece.index[0]] if isinstance(piece.index[0], int) else range(layers))
+        for layer_index in moves(piece.index[0], layer, layer, layers)
+        for place, expert in enumerate(held_LE[layer].tolist())
+        for place_index in moves(piece.index[1], place, expert, experts)
+    ]
+    shape = (layers, held_LE.shape[1], *stack.shape[2:])
+    return stack._replace(shape=shape, pieces=tuple(pieces), mapped=False)
 
 
 def whole_index(stack: Stack) -> Index:
@@ -156,14 +191,21 @@ def _sources(stack: Stack, part: Index, array: np.ndarray, blocks: Blocks | None
         taken: list[slice] = []
         seen_as: list[int] = []
         for at, bounds, size in zip(piece.index, part, stack.shape, strict=True):
-            first, end = (at, at + 1) if isinstance(at, int) else at.indices(size)[:2]
+            if isinstance(at, Moved):
+                first, end = at.place, at.place + 1
+            else:
+                first, end = (at, at + 1) if isinstance(at, int) else at.indices(size)[:2]
             low, high = max(first, bounds.start), min(end, bounds.stop)
             if low >= high:
                 break
             if isinstance(at, int):
                 place.append(at - bounds.start)
+                continue
+            place.append(slice(low - bounds.start, high - bounds.start))
+            if isinstance(at, Moved):
+                taken.append(slice(at.source, at.source + 1))
+                seen_as.append(at.size)
             else:
-                place.append(slice(low - bounds.start, high - bounds.start))
                 taken.append(slice(low - first, high - first))
                 seen_as.append(end - first)
         else:

@@ -10,9 +10,17 @@ from moe_jax import files
 from moe_jax.command import folders
 
 
-def configure_jax() -> None:
-    """Imports JAX and turns on its compilation cache, if its folder is writable."""
+def configure_jax(virtual_devices: int = 0) -> None:
+    """Imports JAX and turns on its compilation cache, if its folder is writable.
+
+    Args:
+        virtual_devices: the number of devices to make on the CPU, whatever else there is; 0: the machine's own.
+    """
     import jax
+
+    if virtual_devices:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", virtual_devices)
 
     for library in ("jax", "matplotlib", "httpx", "httpx2"):
         standard_logging.getLogger(library).setLevel(standard_logging.WARNING)

@@ -23,7 +23,7 @@ from moe_jax.config.architecture import Architecture
 
 if TYPE_CHECKING:
     from moe_jax import api, checkpoint
-    from moe_jax.model import decoder
+    from moe_jax.model import decoder, sharding
 
 flags.disclaim_key_flags()  # `run` defines flags on behalf of the launcher that calls it
 
@@ -50,13 +50,14 @@ class Command:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def open_model(
-        self, *, calibrated: bool = True, dtype: str = ""
+        self, *, calibrated: bool = True, dtype: str = "", training: bool = False
     ) -> "tuple[checkpoint.Checkpoint, decoder.Execution]":
         """Opens the model of `model.path` and checks it against the configuration, without reading weights.
 
         Args:
             calibrated: whether to read the calibration of `policy.calibration`, or of the model's folder.
             dtype: in which the weights will be loaded; "": `model.dtype`.
+            training: whether it will be trained.
         """
         from moe_jax import checkpoint
 
@@ -64,26 +65,36 @@ class Command:
         opened = checkpoint.open(folders.in_repository(self.config.model.path), calibration=calibration)
         _refuse_other_shape(self.config, opened.architecture)
         dtype = dtype or self.config.model.dtype
-        return opened, self.execution_of(opened.architecture, opened.expected_dtype if dtype == "auto" else dtype)
+        dtype = opened.expected_dtype if dtype == "auto" else dtype
+        return opened, self.execution_of(opened.architecture, dtype, training)
 
-    def execution_of(self, architecture: Architecture, dtype: str) -> "decoder.Execution":
+    def execution_of(self, architecture: Architecture, dtype: str, training: bool = False) -> "decoder.Execution":
         """How a model runs here, its weights in `dtype`; the chosen implementations go into the result."""
         from moe_jax.engine.request import execution_of
-        from moe_jax.model.sharding import layout_of
 
-        layout = layout_of(self.config.mesh, architecture)
-        execution = execution_of(architecture, self.config.policy.k_max, self.config.kernels, dtype, layout)
+        layout = self._layout_of(architecture)
+        execution = execution_of(architecture, self.config.policy.k_max, self.config.kernels, dtype, layout, training)
         self.implementations |= execution.implementations
         return execution
 
     def load(self, opened: "checkpoint.Checkpoint") -> "api.Model":
         """Loads a model in `model.dtype` onto the mesh, timed."""
         from moe_jax import api
-        from moe_jax.model.sharding import layout_of, sharding_of
+        from moe_jax.model.sharding import sharding_of
 
-        layout = layout_of(self.config.mesh, opened.architecture)
+        layout = self._layout_of(opened.architecture)
+        placement = None if layout is None else layout.placement
         with self.timed("load"):
-            return api.Model(opened, opened.load(self.config.model.dtype, sharding_of(layout)), layout)
+            params = opened.load(self.config.model.dtype, sharding_of(layout), placement)
+        return api.Model(opened, params, layout)
+
+    def _layout_of(self, architecture: Architecture) -> "sharding.Layout | None":
+        from moe_jax.model.sharding import layout_of
+
+        mesh = self.config.mesh
+        if mesh.placement:
+            mesh = dataclasses.replace(mesh, placement=str(folders.in_repository(mesh.placement, "mesh.placement")))
+        return layout_of(mesh, architecture)
 
     def finish(
         self,
@@ -137,6 +148,7 @@ def run(
     default_out: str | os.PathLike | None = None,
     huge_pages: bool = False,
     on_mesh: bool = False,
+    virtual_devices: Callable[[schema.Config], int] = lambda config: 0,
 ) -> NoReturn:
     """Reads the command line, runs `main`, and exits.
 
@@ -151,6 +163,7 @@ def run(
         default_out: The output folder without `--out`. None: nothing is written.
         huge_pages: Whether to restart the process with huge pages where possible, see `use_huge_pages`.
         on_mesh: Whether `main` can run on a mesh of devices and in several processes.
+        virtual_devices: The number of devices to make on the CPU for a configuration; 0: the machine's own.
     """
     if huge_pages:
         use_huge_pages()
@@ -161,7 +174,7 @@ def run(
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app.run(lambda _: _status_of(main, received, on_mesh), flags_parser=parse_flags)
+        app.run(lambda _: _status_of(main, received, on_mesh, virtual_devices), flags_parser=parse_flags)
     except KeyboardInterrupt:
         _leave(received)
 
@@ -177,9 +190,14 @@ def _refuse_other_shape(config: schema.Config, architecture: Architecture) -> No
                 raise ValueError(f"{section}.{field.name} = {value!r}: expected the model's own, {expected!r}{hint}")
 
 
-def _status_of(main: Callable[[Command], int | None], received: list[int], on_mesh: bool) -> int:
+def _status_of(
+    main: Callable[[Command], int | None],
+    received: list[int],
+    on_mesh: bool,
+    virtual_devices: Callable[[schema.Config], int],
+) -> int:
     try:
-        status = _run_main(main, on_mesh)
+        status = _run_main(main, on_mesh, virtual_devices)
         interruption.ignore()
         if received:
             _leave(received)
@@ -204,7 +222,9 @@ def _leave(received: list[int]) -> NoReturn:
     os._exit(128 + (received[0] if received else signal.SIGINT))
 
 
-def _run_main(main: Callable[[Command], int | None], on_mesh: bool) -> int:
+def _run_main(
+    main: Callable[[Command], int | None], on_mesh: bool, virtual_devices: Callable[[schema.Config], int]
+) -> int:
     values = flags.FLAGS
     config = gin.read_config(values["config"].value, values["set"].value)
     if not on_mesh and config.mesh != schema.MeshConfig():
@@ -216,7 +236,7 @@ def _run_main(main: Callable[[Command], int | None], on_mesh: bool) -> int:
         except ValueError as error:
             raise ValueError(f"--out = {error}") from error
     try:
-        devices.configure_jax()
+        devices.configure_jax(virtual_devices(config))
         if on_mesh:
             hosts.join()
         devices.require_device()

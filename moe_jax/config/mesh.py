@@ -20,10 +20,25 @@ class MeshConfig:
     tensor: int = 1  # parts of heads, hidden widths and the vocabulary
     fsdp: int = 1  # 1, or mesh.data: matrices are split over the data axis too, and gathered layer by layer
     expert_axes: tuple[str, ...] = ("expert",)  # the axes that split the routed experts: "expert", or "data" and it
+    dispatch: str = "auto"  # how tokens reach their experts, a name of `dispatch/api.py`; "auto": by what is sent
+    placement: str = ""  # expert_load.csv of launch/evaluate.py, by which experts are spread; not in training
+    replicas: int = 0  # with it: places beyond one for each expert, for copies of the busiest
+    capacity: float = 0.0  # slots beyond this multiple of a device's even share are dropped and counted; 0: none are
 
     def __post_init__(self):
         require_positive("mesh", self, *AXES)
         require(self.fsdp in (1, self.data), "mesh.fsdp", self.fsdp, f"1, or mesh.data = {self.data}")
+        require(0 <= self.capacity < math.inf, "mesh.capacity", self.capacity, "0 (nothing is dropped) or more")
+        if self.num_devices == 1:
+            require(self.dispatch in ("auto", "local"), "mesh.dispatch", self.dispatch, "auto or local on one device")
+            require(not self.capacity, "mesh.capacity", self.capacity, "0 on one device, where nothing is sent")
+            require(not self.placement, "mesh.placement", self.placement, "none on one device")
+        require(
+            self.replicas == 0 or (self.placement and self.replicas > 0 and self.replicas % self.expert_parts == 0),
+            "mesh.replicas",
+            self.replicas,
+            f"0, or with mesh.placement a multiple of the {self.expert_parts} parts of the experts",
+        )
         given = self.expert_axes
         require(given in EXPERT_AXES, "mesh.expert_axes", given, '("expert",) or ("data", "expert")')
         both = self.fsdp > 1 and "data" in given
@@ -61,6 +76,10 @@ class MeshConfig:
             require_divisor("mesh.tensor", tensor, trunk.dense_hidden, "hidden channels of a dense layer")
         require_divisor("mesh.tensor", tensor, trunk.vocab_size, "tokens of the vocabulary")
         require_divisor("mesh.fsdp", self.fsdp, trunk.d_model, "channels of the model")
+
+    def require_trainable(self) -> None:
+        """Raises ValueError if the copies of an expert would each be trained."""
+        require(not self.placement, "mesh.placement", self.placement, "none in training, which changes the experts")
 
     def require_batch(self, setting: str, rows: int) -> None:
         """Raises ValueError if the data axis does not divide the rows of a batch, which `setting` gives."""

@@ -166,10 +166,11 @@ class BenchmarkConfig:
     rounds: int = 7  # each round times every case once
     decode_steps: int = 8  # timed per round for a decode case; a prefill case has one step
     trace: str = "assets/traces/demo.npz"  # routing to replay if weights are random; "": the routers' own choice
+    dispatch_slots: tuple[int, ...] = ()  # instead of timing: slots per token, with each of which to count what is sent
 
     def __post_init__(self):
         require_positive("benchmark", self, "prompt_length", "rounds", "decode_steps")
-        for field in ("decode_batches", "prefill_lengths"):
+        for field in ("decode_batches", "prefill_lengths", "dispatch_slots"):
             given = getattr(self, field)
             require(all(one > 0 for one in given), f"benchmark.{field}", given, "positive numbers")
             require(len(set(given)) == len(given), f"benchmark.{field}", given, "each number once")

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.config.mesh import AXES
+from moe_jax.dispatch.placement import ExpertPlacement
 
 
 class Experts(NamedTuple):
@@ -39,6 +40,8 @@ class Dispatch:
             `drop`, those that it can receive: as a multiple of the even share with no slot dropped.
         drop: whether slots beyond the capacity are not computed; they are counted. Otherwise `all_to_all` goes on with
             further exchanges until all rows are sent, and `ragged` has room for the worst case.
+        placement: which of the router's experts each one of the stacks is, if they were placed by their loads. It is
+            applied around `api.dispatch`, which sees places.
 
     Raises:
         ValueError: the mesh lacks an axis, experts lie over an axis that cannot hold them, or the capacity is not
@@ -50,6 +53,7 @@ class Dispatch:
     expert_axes: tuple[str, ...] = ("expert",)
     capacity: float = 1.25
     drop: bool = False
+    placement: ExpertPlacement | None = None
 
     def __post_init__(self):
         if not (self.capacity > 0 and math.isfinite(self.capacity)):

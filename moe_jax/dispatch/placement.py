@@ -4,9 +4,11 @@ A place holds one expert. Devices have consecutive places, as many each, so the 
 stacks with more experts than the router knows: `held_LE` says which of the router's experts each of theirs is.
 """
 
+import csv
 import dataclasses
 import functools
 import heapq
+import os
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +17,9 @@ import numpy as np
 from moe_jax.routing.selection import Selection
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ExpertPlacement:
-    """The expert of every place.
+    """The expert of every place: static and hashable, a part of `Dispatch`.
 
     Attributes:
         held_LE: int32, the router's expert at each place of each layer; every expert is in at least one.
@@ -26,6 +28,17 @@ class ExpertPlacement:
 
     held_LE: np.ndarray
     devices: int
+
+    def __eq__(self, other):
+        same = isinstance(other, ExpertPlacement) and self.devices == other.devices
+        return same and np.array_equal(self.held_LE, other.held_LE)
+
+    def __hash__(self):
+        return self._hash
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.devices, self.held_LE.shape, self.held_LE.tobytes()))
 
     @functools.cached_property
     def copies_LE(self) -> np.ndarray:
@@ -56,6 +69,24 @@ class ExpertPlacement:
     def to_experts(self, load_E: jax.Array, layer: jax.Array) -> jax.Array:
         """The load of each of the router's experts, from that of the places."""
         return jnp.zeros(self.copies_LE.shape[1], load_E.dtype).at[jnp.asarray(self.held_LE)[layer]].add(load_E)
+
+
+def read_loads(path: str | os.PathLike) -> np.ndarray:
+    """Reads load_LE, the slots of each expert, from `expert_load.csv` of launch/evaluate.py: those of its first policy.
+
+    Raises:
+        ValueError: there is no such file, or it is not one of these.
+    """
+    given = f"mesh.placement = {os.fspath(path)!r}"
+    try:
+        with open(path, newline="") as file:
+            head, *lines = csv.reader(file)
+        load_LE = np.array([list(map(int, loads)) for policy, _, *loads in lines if policy == lines[0][0]])
+    except (OSError, ValueError, IndexError) as error:
+        raise ValueError(f"{given}: expected an expert_load.csv of launch/evaluate.py ({error})") from error
+    if head[:2] != ["policy", "moe_layer"] or load_LE.ndim != 2 or load_LE.min() < 0:
+        raise ValueError(f"{given}: expected an expert_load.csv of launch/evaluate.py")
+    return load_LE
 
 
 def place(load_LE: np.ndarray, devices: int, replicas: int = 0, nodes: int = 1, groups: int = 1) -> ExpertPlacement:

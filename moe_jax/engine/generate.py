@@ -35,6 +35,7 @@ class GenerationMetrics:
     decode_tokens: int = 0  # sampled by decode steps
     kept_slots: int = 0  # summed over decode steps, mean over MoE layers
     distinct_experts: float = 0.0  # experts with at least one row, summed and averaged likewise
+    overflow: int | None = None  # kept slots that were not computed, of all layers and steps; None: none can be
 
     def add_step(self, tokens: int, kept: float, distinct: float) -> None:
         """Counts one decode step: tokens sampled, and its kept slots and distinct experts, means over MoE layers."""
@@ -59,7 +60,9 @@ class GenerationMetrics:
             "time_to_first_token_s": (self.prefill_s, "s"),
             **ratio,
         }
-        return {name: {"value": float(value), "unit": unit} for name, (value, unit) in values.items()}
+        figures = {name: {"value": float(value), "unit": unit} for name, (value, unit) in values.items()}
+        dropped = {} if self.overflow is None else {"overflow_slots": {"value": self.overflow, "unit": "slots"}}
+        return figures | dropped
 
 
 class Generated(NamedTuple):
@@ -149,6 +152,8 @@ class Engine:
         began = time.perf_counter()
         first, slots = self._read(prepared, execution)
         measured.prefill_s = time.perf_counter() - began
+        if execution.dispatch.drops:
+            measured.overflow = int(first.overflow)
         for row, kept, request in zip(rows, first.kept_B.tolist(), requests):
             row.record_prompt(kept / (layers * len(request.ids)))
         append_tokens(first.token_B, first.log_probability_B, np.arange(grouping.slots) < len(rows))
@@ -169,6 +174,8 @@ class Engine:
                     break
                 kept_B, distinct = result.kept_SB[number] / layers, float(result.distinct_S[number]) / layers
                 measured.add_step(np.count_nonzero(alive_B), float(kept_B.sum()), distinct)
+                if measured.overflow is not None:
+                    measured.overflow += int(result.overflow_S[number])
                 for index in np.flatnonzero(alive_B).tolist():
                     rows[index].record_step(float(kept_B[index]), distinct)
                 append_tokens(result.token_SB[number], result.log_probability_SB[number], alive_B)
@@ -213,8 +220,8 @@ class Engine:
         for group, result in parts:
             for all_slots, new in zip((token_B, log_probability_B, kept_B), result[:3]):
                 all_slots[group] = new[: len(group)]
-        distinct = sum(result.distinct for _, result in parts)
-        return PrefillResult(token_B, log_probability_B, kept_B, distinct, None), slots
+        distinct, overflow = (sum(getattr(result, name) for _, result in parts) for name in ("distinct", "overflow"))
+        return PrefillResult(token_B, log_probability_B, kept_B, distinct, overflow, None), slots
 
     def _require_finite(
         self, log_probability_B: np.ndarray, alive_B: np.ndarray, rows: Sequence[RunningRequest]

@@ -5,11 +5,13 @@ import operator
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import tokenizers
 
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import KernelsConfig, SamplingConfig
+from moe_jax.dispatch.choose import choose
 from moe_jax.dispatch.contract import Dispatch
 from moe_jax.kernels import chooser
 from moe_jax.model.execution import Execution
@@ -38,6 +40,7 @@ def execution_of(
     kernels: KernelsConfig | None = None,
     dtype: str = "float32",
     layout: Layout | None = None,
+    training: bool = False,
 ) -> Execution:
     """The static settings of the programs that run a model here.
 
@@ -46,7 +49,8 @@ def execution_of(
         k_max: static slots per token; 0: the model's own k.
         kernels: the implementation of each operation; None: by platform, device and model.
         dtype: of the routed experts' weights; some kernels are for 16 bits only.
-        layout: the mesh that it runs on; None: one device.
+        layout: the mesh that it runs on, and how tokens reach their experts there; None: one device.
+        training: whether its steps have a gradient.
 
     Raises:
         ValueError: the router cannot choose `k_max` experts, or an implementation is unknown or does not run here.
@@ -57,11 +61,16 @@ def execution_of(
         raise ValueError(f"policy.k_max = {k_max}: expected 0 (the model's own {moe.k}) to {reachable} experts")
     asked = dataclasses.asdict(kernels or KernelsConfig())
     num_devices = 1 if layout is None else layout.mesh.size
-    resolved = chooser.resolve(jax.default_backend(), architecture, dtype, asked, num_devices)
+    platform = jax.default_backend()
+    resolved = chooser.resolve(platform, architecture, dtype, asked, num_devices)
+    k_max = k_max or moe.k
     if layout is None:
-        return Execution(architecture, k_max or moe.k, resolved)
-    how = Dispatch("replicated", layout.mesh, layout.expert_axes)
-    return Execution(architecture, k_max or moe.k, resolved, how, layout)
+        return Execution(architecture, k_max, resolved)
+    dropping = {"capacity": layout.capacity, "drop": True} if layout.capacity else {}
+    how = Dispatch(mesh=layout.mesh, expert_axes=layout.expert_axes, placement=layout.placement, **dropping)
+    row_bytes = architecture.decoder.d_model * jnp.dtype(dtype).itemsize
+    chosen = choose(how, layout.dispatch, k_max, row_bytes, platform, training)
+    return Execution(architecture, k_max, resolved, chosen, layout)
 
 
 def policy_of_each(

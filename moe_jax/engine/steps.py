@@ -41,6 +41,7 @@ class PrefillResult(NamedTuple):
     log_probability_B: jax.Array  # float32
     kept_B: jax.Array  # int32: expert slots that the tokens of each row kept, summed over MoE layers
     distinct: jax.Array  # int32 scalar: experts that at least one row kept, summed over MoE layers
+    overflow: jax.Array  # int32 scalar: kept slots that were not computed, summed over MoE layers
     chosen_LNK: jax.Array | None  # int32: the expert of each slot, -1 if not kept; None unless `routing`
 
 
@@ -53,6 +54,7 @@ class DecodeResult(NamedTuple):
     log_probability_SB: jax.Array
     kept_SB: jax.Array
     distinct_S: jax.Array
+    overflow_S: jax.Array
     chosen_SLBK: jax.Array | None
 
 
@@ -96,11 +98,12 @@ def prefill(params, tokens_BT, length_B, budget_B, end_I, live: Live, *, executi
             read = _in_chunks(params, cache, tokens_BT, last_B, valid_BT, live.policy, execution, chunk)
         else:
             x_BTD, cache, use = decoder.extend(params, cache, tokens_BT, None, valid_BT, live.policy, execution)
-            read = x_BTD[jnp.arange(batch), last_B], use.chosen_NK, use.load_E, cache
-    last_BD, chosen_LNK, load_LE, cache = read
+            read = x_BTD[jnp.arange(batch), last_B], use.chosen_NK, use.load_E, use.overflow, cache
+    last_BD, chosen_LNK, load_LE, overflow_L, cache = read
     token_B, log_probability_B = _sample(params, last_BD, length_B, live, execution)
     kept_B = _kept(chosen_LNK.reshape(len(chosen_LNK), batch, -1))
-    result = PrefillResult(token_B, log_probability_B, kept_B, _distinct(load_LE), chosen_LNK if routing else None)
+    counts = kept_B, _distinct(load_LE), overflow_L.sum()
+    result = PrefillResult(token_B, log_probability_B, *counts, chosen_LNK if routing else None)
     slots = CacheSlots(cache, token_B, length_B, _left(budget_B, token_B, end_I))
     return whole(result, layout), placed(slots, layout)
 
@@ -109,14 +112,14 @@ def _in_chunks(params, cache, tokens_BT, last_B, valid_BT, policy, execution, ch
     """Reads prompts chunk by chunk up to the end of the longest, in a loop: the program does not grow with them.
 
     Returns:
-        The last x_BD of each prompt, chosen_LNK, load_LE and the cache.
+        The last x_BD of each prompt, chosen_LNK, load_LE, overflow_L and the cache.
     """
     batch, length = tokens_BT.shape
     trunk = execution.architecture.decoder
     layers = trunk.num_moe_layers
 
     def read(index, so_far):
-        cache, last_BD, chosen_LBTK, load_LE = so_far
+        cache, last_BD, chosen_LBTK, load_LE, overflow_L = so_far
         first = index * chunk
         tokens, valid = (lax.dynamic_slice_in_dim(x_BT, first, chunk, axis=1) for x_BT in (tokens_BT, valid_BT))
 
@@ -133,14 +136,16 @@ def _in_chunks(params, cache, tokens_BT, last_B, valid_BT, policy, execution, ch
         ended_BD = x_BTD[jnp.arange(batch), jnp.clip(place_B, 0, chunk - 1)]
         chosen = use.chosen_NK.reshape(layers, batch, chunk, -1)
         chosen_LBTK = lax.dynamic_update_slice_in_dim(chosen_LBTK, chosen, first, axis=2)
-        return cache, jnp.where(ends_here_B[:, None], ended_BD, last_BD), chosen_LBTK, load_LE + use.load_E
+        last_BD = jnp.where(ends_here_B[:, None], ended_BD, last_BD)
+        return cache, last_BD, chosen_LBTK, load_LE + use.load_E, overflow_L + use.overflow
 
     last_BD = jnp.zeros((batch, trunk.d_model), decoder.dtype_of(params))
     chosen_LBTK = jnp.full((layers, batch, length, execution.k_max), -1, jnp.int32)
     load_LE = jnp.zeros((layers, execution.architecture.moe.num_experts), jnp.int32)
     count = last_B.max() // chunk + 1
-    cache, last_BD, chosen_LBTK, load_LE = lax.fori_loop(0, count, read, (cache, last_BD, chosen_LBTK, load_LE))
-    return last_BD, chosen_LBTK.reshape(layers, batch * length, -1), load_LE, cache
+    start = cache, last_BD, chosen_LBTK, load_LE, jnp.zeros(layers, jnp.int32)
+    cache, last_BD, chosen_LBTK, *counts = lax.fori_loop(0, count, read, start)
+    return last_BD, chosen_LBTK.reshape(layers, batch * length, -1), *counts, cache
 
 
 @functools.partial(jax.jit, static_argnames="layout", donate_argnames="slots")
@@ -197,7 +202,7 @@ def decode(params, slots: CacheSlots, continue_B, count, end_I, live: Live, *, e
             )
         sampled_B, log_probability_B = _sample(params, x_BTD[:, 0], slots.position_B + 1, live, execution)
         chosen_LBK = use.chosen_NK
-        new = (alive_B, sampled_B, log_probability_B, _kept(chosen_LBK), _distinct(use.load_E))
+        new = (alive_B, sampled_B, log_probability_B, _kept(chosen_LBK), _distinct(use.load_E), use.overflow.sum())
         new += (chosen_LBK if routing else None,)
         recorded = jax.tree.map(lambda all_S, own: all_S.at[steps.count].set(own), tuple(steps[1:]), new)
         token_B = jnp.where(alive_B, sampled_B, slots.token_B)
@@ -211,6 +216,7 @@ def decode(params, slots: CacheSlots, continue_B, count, end_I, live: Live, *, e
         jnp.zeros((most, batch), jnp.int32),
         jnp.zeros((most, batch), jnp.float32),
         jnp.zeros((most, batch), jnp.int32),
+        jnp.zeros(most, jnp.int32),
         jnp.zeros(most, jnp.int32),
         jnp.full((most, layers, batch, k_max), -1, jnp.int32) if routing else None,
     )

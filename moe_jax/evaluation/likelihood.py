@@ -23,6 +23,7 @@ class Likelihood(NamedTuple):
     kl_J: np.ndarray | None  # float64 nats, summed over scored tokens: divergence of the reference from this policy
     tokens_J: np.ndarray  # int64: number of tokens scored
     load_LE: np.ndarray  # int64: slots that each expert received; masked if a layer has fewer experts
+    overflow: int  # kept slots that were not computed, of all MoE layers
 
 
 def score_documents(
@@ -68,6 +69,7 @@ def score_documents(
     nats_PJ, kl_PJ = np.zeros((2, len(compared), len(documents)))
     num_experts_L = np.array(architecture.num_experts_L)
     load_PLE = np.zeros((len(compared), len(num_experts_L), architecture.moe.num_experts), np.int64)
+    overflow_P = np.zeros(len(compared), np.int64)
     starts = range(0, len(all_windows.owner), batch_size)
     for first in tqdm(starts, desc=progress, unit="batch", disable=None if progress else True):
         batch = all_windows.batch(first, batch_size)
@@ -76,6 +78,7 @@ def score_documents(
             specs = [policy.spec for policy in compared]
             scores = score(params, batch, settings, execution, reference, specs=specs)
             arrays = {"nats_PY": [part.nats_Y for part in scores], "load_PLE": [part.load_LE for part in scores]}
+            arrays["overflow_P"] = [part.overflow for part in scores]
             return arrays | ({} if reference is None else {"kl_PY": [part.kl_Y for part in scores]})
 
         part = journal.once(f"windows-{first:06d}", compute)
@@ -85,13 +88,14 @@ def score_documents(
             if reference is not None:
                 kl_PJ[number] += np.bincount(owner_Y, np.float64(part["kl_PY"][number]), len(documents))
         load_PLE += part["load_PLE"]
+        overflow_P += part["overflow_P"]
     if architecture.moe.num_experts_of_layers:
         missing_LE = np.arange(load_PLE.shape[2]) >= num_experts_L[:, None]
         load_PLE = np.ma.masked_array(load_PLE, np.broadcast_to(missing_LE, load_PLE.shape))
     tokens_J = np.array([max(len(tokens) - 1, 0) for tokens in documents])
     return [
-        Likelihood(nats_J / np.log(2), None if reference is None else kl_J, tokens_J, load_LE)
-        for nats_J, kl_J, load_LE in zip(nats_PJ, kl_PJ, load_PLE)
+        Likelihood(nats_J / np.log(2), None if reference is None else kl_J, tokens_J, load_LE, overflow)
+        for nats_J, kl_J, load_LE, overflow in zip(nats_PJ, kl_PJ, load_PLE, overflow_P.tolist())
     ]
 
 

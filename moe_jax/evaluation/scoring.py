@@ -35,6 +35,7 @@ class Scores(NamedTuple):
     nats_Y: np.ndarray  # float32: -log p of each scored label
     load_LE: np.ndarray  # int32: slots that each expert received
     chosen_LBTK: np.ndarray  # int32: the expert of each slot; -1: not kept
+    overflow: int  # kept slots that were not computed, of all MoE layers
     kl_Y: np.ndarray | None = None  # float32 nats: divergence of the reference's next-token distribution from this one
     greedy_Y: np.ndarray | None = None  # bool: whether no other token is likelier
 
@@ -45,8 +46,8 @@ def _hidden(params, tokens_BT, positions_BT, segments_BT, live, execution, side_
     settings = {"side_by_side": side_by_side, "in_stacks": True, "prefixes": prefixes}
     x_BTD, use = decoder.hidden(params, *rows, live, execution, **settings)
     x_ND = x_BTD.reshape(-1, x_BTD.shape[-1])
-    load_LE, chosen_LNK = whole((use.load_E, use.chosen_NK), execution.layout)
-    return constrained(x_ND, "ND", execution.layout), load_LE, chosen_LNK
+    counted = whole((use.load_E, use.chosen_NK, use.overflow.sum()), execution.layout)
+    return constrained(x_ND, "ND", execution.layout), *counted
 
 
 @functools.partial(jax.jit, static_argnames=("layout", "greedy"))
@@ -118,11 +119,12 @@ def score(
     reference_ND = None if reference is None else from_reference[0]
     scores = []
     for number, live in enumerate(settings):
-        x_ND, load_LE, chosen_LNK = from_reference if number == reference else hidden(live)
+        x_ND, load_LE, chosen_LNK, overflow = from_reference if number == reference else hidden(live)
         scored = _score_labels(params, x_ND, reference_ND, *labels, layout=layout, greedy=greedy)
         scored = {name: np.asarray(part)[: batch.num_labels] for name, part in scored.items()}
         named = f", {specs[number]!r}" if specs else ""
         require_finite(scored["nats_Y"], f"the log-probabilities of a text{named}", params)
         chosen_LBTK = np.asarray(chosen_LNK).reshape(len(chosen_LNK), *batch.tokens_BT.shape, -1)
-        scores.append(Scores(load_LE=np.asarray(load_LE), chosen_LBTK=chosen_LBTK, **scored))
+        counted = {"load_LE": np.asarray(load_LE), "chosen_LBTK": chosen_LBTK, "overflow": int(overflow)}
+        scores.append(Scores(**counted, **scored))
     return scores

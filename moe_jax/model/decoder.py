@@ -127,7 +127,7 @@ def _moe_ffn(weights, experts, layer: Layer, live, context, execution):
     k_max = min(execution.k_max, moe.num_experts)
 
     def run(x_ND):
-        kernel, how = execution.kernels.grouped_matmul, execution.dispatch
+        kernel, how = execution.kernels.grouped_matmul, execution.dispatch.of(len(x_ND))
         y_ND, use = moe_layer(x_ND, weights, experts, layer.index, live, context, moe, k_max, kernel, how)
         if moe.num_experts == most:
             return y_ND, use

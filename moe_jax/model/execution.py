@@ -1,9 +1,10 @@
 """How a decoder runs: the static half of a compiled step."""
 
 import dataclasses
+from typing import Self
 
 from moe_jax.config.architecture import Architecture
-from moe_jax.dispatch.contract import Dispatch
+from moe_jax.dispatch.choose import DispatchByTokens
 from moe_jax.kernels.chooser import Kernels
 from moe_jax.model.sharding import Layout
 
@@ -15,13 +16,18 @@ class Execution:
     architecture: Architecture
     k_max: int  # slots per token
     kernels: Kernels
-    dispatch: Dispatch = Dispatch()
+    dispatch: DispatchByTokens = DispatchByTokens()
     layout: Layout | None = None  # the mesh that it runs on; None: one device
 
     @property
     def implementations(self) -> dict[str, str]:
         """Of the operations that have several, as results name them."""
         return self.kernels._asdict() | ({} if self.layout is None else {"dispatch": self.dispatch.name})
+
+    @property
+    def exact(self) -> Self:
+        """The same with a dispatch that drops no slot, whatever the capacity."""
+        return dataclasses.replace(self, dispatch=self.dispatch.exact)
 
     @property
     def data_parts(self) -> int:

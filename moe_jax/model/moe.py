@@ -61,7 +61,12 @@ def moe_layer(
         if "mask_E" in weights["router"]:
             selection = masked(selection, weights["router"]["mask_E"])
     layer_experts = Experts(experts["gate_up_LEIFD"], experts["down_LEDF"], layer)
-    y_ND, counts = dispatch(x_ND, selection, layer_experts, kernel, how)
+    if how.placement is None:
+        y_ND, counts = dispatch(x_ND, selection, layer_experts, kernel, how)
+    else:
+        places = how.placement.to_places(selection, context.layer)
+        y_ND, counts = dispatch(x_ND, places, layer_experts, kernel, how)
+        counts = counts._replace(load_E=how.placement.to_experts(counts.load_E, context.layer))
     if moe.num_shared_experts:
         with jax.named_scope("shared_experts"):
             shared_ND = feed_forward(x_ND, weights["shared"])

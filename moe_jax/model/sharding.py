@@ -11,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.mesh import AXES, MeshConfig
+from moe_jax.dispatch.placement import ExpertPlacement, place, read_loads
 from moe_jax.model import parameters
 from moe_jax.model.parameters import Parameter
 
@@ -38,12 +39,18 @@ class Layout:
         expert_axes: the axes that split the routed experts.
         whole: letters of `AXIS_OF` that this model does not split.
         fsdp: whether matrices are split over the data axis too, along D.
+        dispatch: how tokens reach their experts, as `MeshConfig.dispatch`.
+        capacity: as `MeshConfig.capacity`.
+        placement: of the experts by their loads; None: each once, in order.
     """
 
     mesh: Mesh
     expert_axes: tuple[str, ...] = ("expert",)
     whole: str = ""
     fsdp: bool = False
+    dispatch: str = "auto"
+    capacity: float = 0.0
+    placement: ExpertPlacement | None = None
 
     @property
     def data_parts(self) -> int:
@@ -129,7 +136,29 @@ def layout_of(given: MeshConfig | Mesh | None, architecture: Architecture) -> La
     mesh = Mesh(devices.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
     attention = architecture.attention
     splits_heads = attention.kind == "grouped" and attention.num_kv_heads % settings.tensor == 0
-    return Layout(mesh, settings.expert_axes, "" if splits_heads else "G", settings.fsdp > 1)
+    return Layout(
+        mesh,
+        settings.expert_axes,
+        "" if splits_heads else "G",
+        settings.fsdp > 1,
+        settings.dispatch,
+        settings.capacity,
+        _placement(settings, architecture) if settings.placement else None,
+    )
+
+
+def _placement(settings: MeshConfig, architecture: Architecture) -> ExpertPlacement:
+    load_LE = read_loads(settings.placement)
+    expected = (architecture.decoder.num_moe_layers, architecture.moe.num_experts)
+    if architecture.moe.num_experts_of_layers:
+        raise ValueError(f"mesh.placement = {settings.placement!r}: expected as many experts in every layer")
+    if load_LE.shape != expected:
+        layers = " layers of ".join(map(str, load_LE.shape))
+        raise ValueError(
+            f"mesh.placement = {settings.placement!r} has {layers} experts: expected the model's "
+            f"{expected[0]} layers of {expected[1]}"
+        )
+    return place(load_LE, settings.expert_parts, settings.replicas)
 
 
 def sharding_of(layout: Layout | None) -> Callable[[Parameter], NamedSharding | None]:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_jax.evaluation.intervals import paired_difference, paired_ratio, ratio
-from moe_jax.report.figures import Row, csv_text, documents_csv, figure, load_figures, policy_table
+from moe_jax.report.figures import Row, csv_text, documents_csv, figure, load_figures, overflow_figure, policy_table
 from moe_jax.study.compare import Measured, Task
 
 
@@ -38,6 +38,7 @@ def rows(task: Task, measured: Measured) -> list[Row]:
             "bits_per_byte": figure(ratio(scored.bits_J, bytes_J), "bit/byte"),
             "kl_to_full": figure(ratio(scored.kl_J, scored.tokens_J), "nat/token"),
             **load_figures(scored.load_LE),
+            **overflow_figure(scored.overflow if task.drops else None),
         }
         figures |= {name: figure(ratio(part, whole), unit) for name, unit, part, whole in rates(number)}
         if number:

@@ -28,6 +28,11 @@ def load_figures(load_LE: np.ndarray) -> dict[str, dict[str, Any]]:
     }
 
 
+def overflow_figure(overflow: int | None) -> dict[str, dict[str, Any]]:
+    """The slots that were kept and not computed; nothing if none can be dropped (None)."""
+    return {} if overflow is None else {"overflow_slots": {"value": overflow, "unit": "slots"}}
+
+
 def cell(figure: Figure | None, form: str) -> str:
     """A figure with its interval, for a table; "" if there is no figure."""
     if figure is None:

@@ -9,7 +9,7 @@ import numpy as np
 from moe_jax import files
 from moe_jax.config.schema import Config
 from moe_jax.evaluation.intervals import paired_ratio, ratio, recovered
-from moe_jax.report.figures import Row, documents_csv, figure, policy_table
+from moe_jax.report.figures import Row, documents_csv, figure, overflow_figure, policy_table
 from moe_jax.report.plots import draw_training_curve
 from moe_jax.study.recover import Recovered
 
@@ -42,6 +42,7 @@ def figures(finished: Recovered, rows: Sequence[Row]) -> dict[str, Any]:
     [trained] = [row["figures"] for row in rows if row["policy"] == finished.trained.spec]
     return trained | {
         "training_tokens_per_s": {"value": finished.tokens_per_s, "unit": "token/s"},
+        **overflow_figure(finished.overflow),
         "steps": {"value": finished.steps, "unit": "1"},
         "best_step": {"value": finished.step, "unit": "1"},
         "masked_experts": {"value": finished.masked_experts, "unit": "experts"},

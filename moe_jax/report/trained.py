@@ -9,7 +9,7 @@ from moe_jax.checkpoint import families
 from moe_jax.config.schema import Config
 from moe_jax.evaluation.intervals import paired_ratio, ratio
 from moe_jax.model import parameters
-from moe_jax.report.figures import Row, figure, load_figures, policy_table
+from moe_jax.report.figures import Row, figure, load_figures, overflow_figure, policy_table
 from moe_jax.report.plots import draw_training_curve
 from moe_jax.study.pretrain import Exported
 
@@ -33,6 +33,7 @@ def figures(config: Config, exported: Exported, rows: Sequence[Row]) -> dict[str
         "xz_bits_per_byte": {"value": exported.xz, "unit": "bit/byte"},
         "xz_primed_bits_per_byte": {"value": exported.xz_primed, "unit": "bit/byte"},
         "training_tokens_per_s": {"value": exported.tokens_per_s, "unit": "token/s"},
+        **overflow_figure(exported.overflow),
         "parameters": {"value": parameters.count(config.architecture), "unit": "1"},
         "active_parameters": {"value": parameters.count_active(config.architecture), "unit": "1"},
     }
@@ -62,6 +63,7 @@ def model_card(config: Config, exported: Exported, rows: Sequence[Row]) -> str:
     moe, decoder, attention, training = config.moe, config.decoder, config.attention, config.training
     seen_M = training.steps * training.batch_size * training.sequence_length / 1e6
     held_out_MB = text.held_out.bytes_J.sum() / 1e6
+    dropped = "dropless" if exported.overflow is None else f"{exported.overflow:,} slots dropped"
     sources = "\n".join(
         f"| {name} | {source.files} | {source.bytes / 1e6:.2f} |" for name, source in text.corpus.statistics.items()
     )
@@ -82,7 +84,7 @@ text like that of its sources; it knows nothing else and follows no instructions
 ## Training
 
 - {training.steps:,} steps of {training.batch_size} x {training.sequence_length} tokens: {seen_M:.1f} M tokens seen, of
-  {text.packed.num_tokens / 1e6:.1f} M in the text; k = {moe.k} throughout; dropless; float32; seed {config.run.seed}
+  {text.packed.num_tokens / 1e6:.1f} M in the text; k = {moe.k} throughout; {dropped}; float32; seed {config.run.seed}
 - AdamW, peak learning rate {training.learning_rate:g}, {training.warmup_steps} steps of warm-up, then a cosine
 - expert load balanced by the selection bias (step {training.balance_bias_rate:g}) and the load loss of Switch
   Transformer (weight {training.balance_loss:g})

@@ -28,6 +28,7 @@ class Task(NamedTuple):
     questions: Sequence[choices.Question]
     headers: Sequence[completions.Header]
     compared: Sequence[policies.Policy]
+    drops: bool  # whether slots may be dropped
 
 
 class Measured(NamedTuple):
@@ -75,12 +76,17 @@ def prepare(
     """Picks questions and headers, and checks the policies against the model.
 
     Raises:
-        ValueError: `compared_policies` refuses a policy, the model's context is too short, or the text has too few
-            lines or functions.
+        ValueError: `compared_policies` refuses a policy, the model's context is too short, the text has too few lines
+            or functions, or slots may be dropped where they are not counted.
     """
     context = execution.architecture.decoder.max_context
     if config.context > context:
         raise ValueError(f"evaluation.context = {config.context}: expected at most the model's context, {context}")
+    if execution.dispatch.drops and (config.choice_questions or config.completion_headers):
+        raise ValueError(
+            f"mesh.capacity = {execution.layout.capacity}: expected 0, or evaluation.choice_questions=0 and "
+            "evaluation.completion_headers=0: of those, dropped slots are not counted"
+        )
     for asked, setting, needed in (
         (config.choice_questions, "choice_questions", choices.ROW),
         (config.completion_headers, "completion_headers", completions.PROMPT + config.completion_tokens),
@@ -98,6 +104,7 @@ def prepare(
         choices.make_questions(documents, tokenizer, config.choice_questions, seed),
         completions.make_headers(documents, tokenizer, config.completion_headers, seed),
         compared,
+        execution.dispatch.drops,
     )
 
 

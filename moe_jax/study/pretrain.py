@@ -25,6 +25,7 @@ class Exported(NamedTuple):
     xz: float  # bits per byte of the same text by `xz -9e`
     xz_primed: float  # the same, after the compressor has read the training text
     tokens_per_s: float  # in training, median over the run
+    overflow: int | None  # slots that the run dropped; None: none can be
 
 
 def export(
@@ -39,7 +40,7 @@ def export(
         exported_params,
         text.held_out.tokens,
         compared,
-        execution,
+        execution.exact,
         context=config.decoder.max_context,
         batch_size=config.evaluation.batch_size,
         progress="likelihood",
@@ -55,4 +56,5 @@ def export(
         xz_bits_per_byte(held_out),
         xz_bits_per_byte(held_out, primer=training),
         loop.median_tokens_per_s(folder),
+        loop.overflow_slots(folder),
     )

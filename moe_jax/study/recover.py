@@ -43,6 +43,7 @@ class Recovered(NamedTuple):
     steps: int  # steps of the run
     masked_experts: int  # in all layers
     tokens_per_s: float  # median over the run
+    overflow: int | None  # slots that the run dropped; None: none can be
 
 
 def recovery_policies(
@@ -63,6 +64,7 @@ def recovery_policies(
     trained = finetuning.trained_policy(config, architecture, calibration)
     if config.finetune.elastic:
         KSampler(config.finetune, architecture, config.training.batch_size, config.run.seed)
+    config.mesh.require_trainable()
     for setting in ("training", "evaluation"):
         config.mesh.require_batch(f"{setting}.batch_size", getattr(config, setting).batch_size)
     if config.evaluation.half:
@@ -90,7 +92,7 @@ def measure(
         params,
         text.reported.tokens,
         compared,
-        execution,
+        execution.exact,
         context=config.training.sequence_length,
         batch_size=config.evaluation.batch_size,
         journal=journal,
@@ -125,7 +127,7 @@ def recover(
         before: from `measure`, under `run_policies.compared`.
     """
     if config.finetune.rollouts:
-        text = text._replace(packed=_rollouts(config, folder / "rollouts", model, params, text, execution))
+        text = text._replace(packed=_rollouts(config, folder / "rollouts", model, params, text, execution.exact))
     tuned = finetuning.finetune(config, folder, params, text, run_policies.trained, execution)
     architecture = policies.with_own(run_policies.trained, model.architecture) or model.architecture
     exported = model.for_new_weights().with_architecture(architecture)
@@ -133,8 +135,8 @@ def recover(
     saved = checkpoint.open(folder / "model")
     exported_params = saved.load(config.training.weights, sharding_of(execution.layout))
     after = measure(config, exported_params, text, run_policies.compared, execution, "after")
-    speed = loop.median_tokens_per_s(folder)
-    return Recovered(*run_policies, before, after, text, tuned.step, tuned.steps, tuned.masked_experts, speed)
+    logged = loop.median_tokens_per_s(folder), loop.overflow_slots(folder)
+    return Recovered(*run_policies, before, after, text, tuned.step, tuned.steps, tuned.masked_experts, *logged)
 
 
 def _rollouts(

@@ -22,7 +22,7 @@ def bits_per_byte(
         params: from `decoder.split`.
         held_out: all of it is read.
         compared: the policies.
-        execution: the static half of the step.
+        execution: the static half of the step; no slot is dropped, whatever its capacity.
 
     Raises:
         NotFiniteError: a token's log-probability is NaN or infinite.
@@ -31,7 +31,7 @@ def bits_per_byte(
         params,
         held_out.tokens,
         compared,
-        execution,
+        execution.exact,
         context=config.training.sequence_length,
         batch_size=config.evaluation.batch_size,
     )

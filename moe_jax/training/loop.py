@@ -33,6 +33,7 @@ METRICS = "metrics.jsonl"  # a line per logged step or evaluation
 # May differ when a run is resumed: they change what is written, not what is learned.
 _FREE_SETTINGS = ("checkpoint_every", "checkpoints_kept", "log_every")
 _FREE_SECTIONS = ("sampling", "evaluation", "benchmark", "sweep", "mesh")  # training does not read them, or may move
+_NOT_FREE = ("mesh.capacity",)  # though its section is
 
 
 class TrainingTask(NamedTuple):
@@ -81,8 +82,8 @@ def require_same_run(config: Config, folder: pathlib.Path) -> None:
         return {
             f"{section}.{name}": value
             for section, settings in dataclasses.asdict(dataclasses.replace(config, training=training)).items()
-            if section not in _FREE_SECTIONS
             for name, value in settings.items()
+            if section not in _FREE_SECTIONS or f"{section}.{name}" in _NOT_FREE
         }
 
     before, now = fixed_settings(gin.read_config(path)), fixed_settings(config)
@@ -99,6 +100,12 @@ def median_tokens_per_s(folder: pathlib.Path) -> float:
     """The median speed of the run in a folder, from its `metrics.jsonl`."""
     lines = map(json.loads, (folder / METRICS).read_text().splitlines())
     return statistics.median(line["tokens_per_s"] for line in lines if "tokens_per_s" in line)
+
+
+def overflow_slots(folder: pathlib.Path) -> int | None:
+    """The slots that the run in a folder has dropped, from its `metrics.jsonl`; None if none can be dropped."""
+    lines = map(json.loads, (folder / METRICS).read_text().splitlines())
+    return next((int(line["overflow_slots"]) for line in reversed([*lines]) if "overflow_slots" in line), None)
 
 
 class _Log:
@@ -148,11 +155,20 @@ def _interruption_deferred() -> Iterator[list[int]]:
         signal.raise_signal(received[0])
 
 
-def _begin(task: TrainingTask, checkpoints: Checkpoints, folder: pathlib.Path, stream) -> tuple[State, int, _Best]:
-    """The state, the number of steps done and the best evaluation, from the last checkpoint if there is one."""
+class _Begun(NamedTuple):
+    """Where a run stands."""
+
+    state: State
+    done: int  # steps
+    best: _Best
+    dropped: int  # slots
+
+
+def _begin(task: TrainingTask, checkpoints: Checkpoints, folder: pathlib.Path, stream) -> _Begun:
+    """From the last checkpoint, if there is one."""
     done = checkpoints.latest_step or 0
     if not done:
-        return task.state, 0, _Best()
+        return _Begun(task.state, 0, _Best(), 0)
     state, place = checkpoints.restore(done, task.state)
     for setting, digest in task.digests.items():
         if place["digests"].get(setting) != digest:
@@ -161,7 +177,7 @@ def _begin(task: TrainingTask, checkpoints: Checkpoints, folder: pathlib.Path, s
                 "restore those files, or give another --out"
             )
     stream.set_state(place["stream"])
-    return state, done, _Best(*place["best"])
+    return _Begun(state, done, _Best(*place["best"]), place.get("dropped", 0))
 
 
 def run(config: Config, folder: pathlib.Path, task: TrainingTask) -> Outcome:
@@ -182,14 +198,15 @@ def run(config: Config, folder: pathlib.Path, task: TrainingTask) -> Outcome:
     stream = iter(batches(task.packed, training.batch_size * training.accumulation, config.run.seed))
     checkpoints = Checkpoints(folder / "checkpoints", training.checkpoints_kept)
     best_kept = Checkpoints(folder / "best", 2) if task.keep_best else None
-    state, done, best = _begin(task, checkpoints, folder, stream)
+    state, done, best, dropped = _begin(task, checkpoints, folder, stream)
     if best_kept is not None:
         best_kept.forget_after(best.step)  # a killed run may have saved a best state that no checkpoint names
     metrics = _Log(folder / METRICS, done, checkpoints.wait)
     bar = tqdm(total=training.steps, initial=done, unit="step", file=sys.stderr, disable=None)
 
     def save():
-        checkpoints.save(done, state, {"digests": task.digests, "stream": stream.get_state(), "best": list(best)})
+        place = {"digests": task.digests, "stream": stream.get_state(), "best": list(best), "dropped": dropped}
+        checkpoints.save(done, state, place)
 
     def is_over():
         return done >= training.steps or 0 < task.patience <= best.since
@@ -222,6 +239,9 @@ def run(config: Config, folder: pathlib.Path, task: TrainingTask) -> Outcome:
                         f"step {done + 1} is not finite ({measured}); the last good checkpoint is that of step "
                         f"{checkpoints.latest_step or 0}; lower training.learning_rate"
                     )
+                if "overflow_slots" in measured:
+                    dropped += int(measured["overflow_slots"])
+                    measured["overflow_slots"] = dropped
                 done += 1
                 tokens += int((batch["segments_BT"] > 0).sum())
                 bar.update()

@@ -31,6 +31,7 @@ class BatchMetrics(NamedTuple):
 
     terms: dict[str, jax.Array]  # float32 scalars before weighting; "loss" is the cross-entropy in nats
     load_LE: jax.Array  # slots that each expert received
+    overflow: jax.Array  # kept slots that were not computed, of all MoE layers
 
 
 def _softmax(logits_NV: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -164,7 +165,7 @@ def objective(
         execution: the static half of the step.
         config: the weight of each term.
         balance_loss: the weight of the load loss.
-        teacher: the full model, or None. It runs with its own k.
+        teacher: the full model, or None. It runs with its own k, and drops no slot.
         remat: passed to `decoder.hidden`.
 
     Returns:
@@ -178,7 +179,7 @@ def objective(
     teacher_ND = teacher_head_VD = None
     if teacher is not None:
         with jax.named_scope("teacher"):
-            full = dataclasses.replace(execution, k_max=execution.architecture.moe.k)
+            full = dataclasses.replace(execution.exact, k_max=execution.architecture.moe.k)
             teacher_BTD, _ = decoder.hidden(teacher.params, *rows, teacher.live, full, prefixes=False)
         teacher_ND = lax.stop_gradient(teacher_BTD.reshape(x_ND.shape))
         teacher_head_VD = lax.stop_gradient(decoder.head(teacher.params, layout))
@@ -194,7 +195,7 @@ def objective(
         if value is not None:
             terms[name] = value
             total = total + weight * value if weight else total
-    return total, BatchMetrics(terms, use.load_E)
+    return total, BatchMetrics(terms, use.load_E, use.overflow.sum())
 
 
 def _distance(x_ND: jax.Array, teacher_ND: jax.Array, weight_N: jax.Array) -> jax.Array:

@@ -39,6 +39,7 @@ def require_possible(config: Config) -> None:
         f"at most decoder.max_context = {decoder.max_context}",
     )
     config.mesh.require_divides(config.architecture)
+    config.mesh.require_trainable()
     config.mesh.require_batch("training.batch_size", training.batch_size)
     config.mesh.require_batch("evaluation.batch_size", config.evaluation.batch_size)
     numbers = parameters.count(config.architecture)

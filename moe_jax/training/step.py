@@ -69,7 +69,8 @@ def make_step(
 
     The rows of a batch are split into `training.accumulation` equal parts, whose gradients are averaged; `live` has the
     rows of one part. Metrics are float32 scalars: the terms of the objective before weighting ("loss": nats per
-    token), "gradient_norm" before clipping, and "load_max_over_mean" of the most uneven MoE layer.
+    token), "gradient_norm" before clipping, "load_max_over_mean" of the most uneven MoE layer, and, where slots may be
+    dropped, their number, "overflow_slots".
     """
     update_rule, architecture = optimizer.make_optimizer(training), execution.architecture
     num_experts_L, layout = np.array(architecture.num_experts_L, np.float32), execution.layout
@@ -100,7 +101,7 @@ def make_step(
         )
         (measured, gradient), _ = lax.scan(add, zeros, parts)
         mean = jax.tree.map(lambda total: total / count, (measured.terms, gradient))
-        return BatchMetrics(mean[0], measured.load_LE), mean[1]
+        return measured._replace(terms=mean[0]), mean[1]
 
     def step(state: State, fixed: Fixed, batch: dict[str, jax.Array], live: Settings):
         compute = gradient_of if training.accumulation == 1 else accumulated
@@ -117,6 +118,8 @@ def make_step(
             "gradient_norm": optax.tree.norm(gradient),
             "load_max_over_mean": (load_LE.max(axis=1) / (load_LE.sum(axis=1) / num_experts_L)).max(),
         }
+        if execution.dispatch.drops:
+            metrics["overflow_slots"] = measured.overflow
         params = optimizer.apply_updates(state.params, updates, optimizer.steps_done(state.optimizer))
         state = State(params, biases, optimizer_state)
         if layout is not None:

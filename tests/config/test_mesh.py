@@ -14,6 +14,9 @@ LATENT = tiny_model.changed(attention={"kind": "latent", "num_kv_heads": 4, "qk_
         ({"data": 0}, r"mesh\.data = 0: expected a positive number"),
         ({"data": 4, "fsdp": 2}, r"mesh\.fsdp = 2: expected 1, or mesh\.data = 4"),
         ({"expert_axes": ("tensor",)}, r"mesh\.expert_axes = \('tensor',\): expected"),
+        ({"dispatch": "ragged"}, r"mesh\.dispatch = 'ragged': expected auto or local on one device"),
+        ({"capacity": 1.0}, r"mesh\.capacity = 1\.0: expected 0 on one device"),
+        ({"expert": 2, "capacity": -1.0}, r"mesh\.capacity = -1\.0: expected 0 \(nothing is dropped\) or more"),
         ({"data": 2, "fsdp": 2, "expert_axes": ("data", "expert")}, r"mesh\.expert_axes = .* mesh\.fsdp = 2 uses"),
     ],
 )

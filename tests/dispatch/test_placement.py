@@ -9,15 +9,11 @@ import pytest
 
 from moe_jax.dispatch.api import dispatch
 from moe_jax.dispatch.contract import Dispatch
-from moe_jax.dispatch.placement import place
-from moe_jax.routing import trace
+from moe_jax.dispatch.placement import place, read_loads
 from tests.dispatch import routed
 
-DEMO = trace.read(pathlib.Path(__file__).parents[2] / "assets" / "traces" / "demo.npz")
-
-
-def loads(expert_LJTK):
-    return np.stack([np.bincount(chosen.reshape(-1), minlength=DEMO.num_experts) for chosen in expert_LJTK])
+RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks" / "results"
+HALVES = [read_loads(RESULTS / f"evaluate_demo_{half}" / "expert_load.csv") for half in ("even", "odd")]  # documents
 
 
 def max_over_mean(placement, load_LE):
@@ -25,13 +21,27 @@ def max_over_mean(placement, load_LE):
     return load.max(axis=1) / load.mean(axis=1)
 
 
-@pytest.mark.parametrize("half", [0, 1])
-def test_half_of_the_demos_loads_balances_the_other(half):
-    """Every second token of each document, on eight devices with eight replicas."""
-    measured, unseen = (loads(DEMO.expert_LJTK[:, :, start::2]) for start in (half, 1 - half))
+@pytest.mark.parametrize(("measured", "unseen"), [HALVES, HALVES[::-1]], ids=["even to odd", "odd to even"])
+def test_half_of_the_demos_loads_balances_the_other(measured, unseen):
+    """Measured on every second held-out document, on eight devices with eight replicas."""
     placement = place(measured, 8, replicas=8)
-    assert placement.held_LE.shape == (len(measured), 72)
+    assert placement.held_LE.shape == (5, 72)
+    assert max_over_mean(placement, measured).max() <= 1.001
     assert max_over_mean(placement, unseen).max() <= 1.10
+
+
+def test_a_placement_is_a_value():
+    """It is a static part of compiled programs: made twice from the same loads, it is the same."""
+    one, other = (place(HALVES[0], 8, replicas=8) for _ in range(2))
+    assert one == other and hash(one) == hash(other)
+    assert one != place(HALVES[1], 8, replicas=8) and one != place(HALVES[0], 4, replicas=8)
+
+
+@pytest.mark.parametrize("text", ["", "policy,moe_layer,0\n", "a,b,0\nmodel,0,1\n", "policy,moe_layer,0\nmodel,0,x\n"])
+def test_a_file_of_something_else_is_refused(tmp_path, text):
+    (tmp_path / "loads.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"mesh\.placement = .*loads\.csv': expected an expert_load\.csv"):
+        read_loads(tmp_path / "loads.csv")
 
 
 def test_hot_experts_are_copied_to_several_devices():

@@ -41,7 +41,6 @@ NOT_RUN = {
     "benchmarks/peers.py": "needs llama.cpp and transformers",
     "benchmarks/real_weights.py": "needs transformers and a network",
     "benchmarks/recovery.py": "takes hours",
-    "benchmarks/dispatch.py": "compiles for a minute",
     "benchmarks/traffic.py": "counts for a minute or more",
     "benchmarks/stacked.py": "needs 24 GB of memory",
     "benchmarks/uneven_prompts.py": "takes minutes",

@@ -176,3 +176,24 @@ def test_the_shipped_configs_permit_their_cases(benchmark, name):
     max_context = 512 if config.model.path else config.decoder.max_context
     permitted, left_out = benchmark.cases_of(config.benchmark, max_context)
     assert (len(permitted), left_out) == (6, [])
+
+
+@pytest.mark.processes
+def test_what_each_dispatch_sends_is_counted_on_virtual_devices(tmp_path):
+    """Two slots for each of 512 tokens send half of what four do, where the exchange follows them."""
+    config = "--config=configs/benchmark_dispatch.gin"
+    command_line = [sys.executable, "launch/benchmark.py", config, "--set=benchmark.dispatch_slots=(4, 2)", "--json"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [*command_line, f"--out={tmp_path}"], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["device"]["count"] == 8
+    rows = {name: figure["value"] for name, figure in result["figures"].items()}
+    assert rows["tensor_4"] == rows["tensor_2"] == 14 == rows["replicated_4"] == rows["replicated_2"]
+    choice_rows = (9 * 4 + 4) / (4 * 1024)  # of a token: an int32, a float32 and a bool of each slot, and the counts
+    assert 14 < rows["all_gather_2"] < rows["all_gather_4"] < 14 + 8 * choice_rows
+    assert rows["all_to_all_4"] <= 2 * 4 * 1.25 and rows["ragged_4"] <= 2 * 4
+    assert rows["all_to_all_2"] == pytest.approx(rows["all_to_all_4"] / 2, rel=0.001)
+    assert rows["ragged_2"] == pytest.approx(rows["ragged_4"] / 2, rel=0.02)

@@ -124,9 +124,16 @@ def test_what_cannot_run_is_refused(arguments, expected):
     assert expected in refused(start("infer", *DEMO, *arguments))
 
 
-def test_a_mesh_that_does_not_divide_the_demo_is_refused():
-    expected = "mesh.expert = 3: expected a divisor of the model's 64 experts"
-    assert expected in refused(start("infer", *DEMO, "--set=mesh.expert=3", devices=8))
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (["mesh.expert=3"], "mesh.expert = 3: expected a divisor of the model's 64 experts"),
+        (["mesh.expert=8", "mesh.dispatch=alltoall"], "mesh.dispatch = 'alltoall': expected auto or one of local, rep"),
+        (["mesh.expert=8", "mesh.dispatch=local"], "expected all experts on each device, got 8 parts of them"),
+    ],
+)
+def test_what_does_not_fit_the_demo_is_refused(settings, expected):
+    assert expected in refused(start("infer", *DEMO, *(f"--set={one}" for one in settings), devices=8))
 
 
 def test_a_command_that_runs_on_one_device_refuses_a_mesh():

@@ -9,19 +9,26 @@ import pytest
 
 import moe_jax
 from moe_jax.checkpoint import filling, huggingface
+from moe_jax.config.mesh import MeshConfig
 from moe_jax.engine import steps
 
 PROMPTS = [[3, 4, 5, 6, 7], [7, 8, 9], [30, 31]]
 SPECS = ["model", "topk:3", "opportunistic:2"]
 TOKENS_BT = np.random.default_rng(0).integers(0, 512, (5, 13))
-WIDE = pytest.mark.processes
+WIDE, SLOW = pytest.mark.processes, pytest.mark.slow
+BOTH = ("data", "expert")
 MESHES = [
-    pytest.param((2, 2, 2), id="2x2x2"),
-    pytest.param((1, 8, 1), id="1x8", marks=WIDE),
-    pytest.param((2, 4, 1), id="2x4", marks=WIDE),
-    pytest.param((4, 2, 1), id="4x2", marks=WIDE),
-    pytest.param((8, 1, 1), id="8x1", marks=WIDE),
-    pytest.param((1, 2, 4), id="1x2x4", marks=WIDE),  # more parts than key and value heads
+    pytest.param(MeshConfig(2, 2, 2), id="2x2x2"),
+    pytest.param(MeshConfig(1, 8), id="1x8", marks=WIDE),
+    pytest.param(MeshConfig(2, 4), id="2x4", marks=WIDE),
+    pytest.param(MeshConfig(4, 2), id="4x2", marks=WIDE),
+    pytest.param(MeshConfig(8, 1), id="8x1", marks=WIDE),
+    pytest.param(MeshConfig(1, 2, 4), id="1x2x4", marks=WIDE),  # more parts than key and value heads
+    pytest.param(MeshConfig(2, 2, 2, dispatch="all_to_all"), id="2x2x2 all_to_all"),
+    pytest.param(MeshConfig(2, 4, dispatch="ragged"), id="2x4 ragged", marks=WIDE),
+    pytest.param(MeshConfig(2, 4, dispatch="all_gather"), id="2x4 all_gather", marks=SLOW),
+    pytest.param(MeshConfig(4, 2, expert_axes=BOTH, dispatch="all_to_all"), id="4x2 all_to_all", marks=SLOW),
+    pytest.param(MeshConfig(2, 2, 2, expert_axes=BOTH, dispatch="ragged"), id="2x2x2 ragged", marks=SLOW),
 ]
 
 
@@ -33,10 +40,10 @@ def one(folder):
     return model, logits, model.generate(PROMPTS, max_new_tokens=10, policy=SPECS)
 
 
-@pytest.mark.parametrize("sizes", MESHES)
-def test_logits_and_greedy_text_are_those_of_one_device(one, folder, mesh_of, sizes):
+@pytest.mark.parametrize("mesh", MESHES)
+def test_logits_and_greedy_text_are_those_of_one_device(one, folder, mesh):
     _, expected, completions = one
-    model = moe_jax.load(folder, mesh=mesh_of(sizes))
+    model = moe_jax.load(folder, mesh=mesh)
     for spec, expected_BTV in zip(SPECS, expected):
         logits_BTV = model.logits(TOKENS_BT, policy=spec)
         assert np.linalg.norm(logits_BTV - expected_BTV) < 1e-5 * np.linalg.norm(expected_BTV), spec

@@ -25,6 +25,8 @@ MESHES = {
     "8x1": MeshConfig(8, 1),
     "4x2 fsdp": MeshConfig(4, 2, fsdp=4),
     "2x2x2 fsdp": MeshConfig(2, 2, 2, fsdp=2),
+    "2x4 all_to_all": MeshConfig(2, 4, dispatch="all_to_all"),
+    "2x2x2 fsdp ragged": MeshConfig(2, 2, 2, fsdp=2, dispatch="ragged"),
 }
 wide = functools.partial(pytest.param, marks=pytest.mark.processes)
 
@@ -41,7 +43,7 @@ class Run:
 
     def __init__(self, name):
         architecture = CONFIG.architecture
-        execution = execution_of(architecture, layout=layout_of(MESHES[name], architecture))
+        execution = execution_of(architecture, layout=layout_of(MESHES[name], architecture), training=True)
         self._live = policies.settings([MODEL_OWN] * ROWS, architecture, execution.k_max)
         self._step = make_step(execution, CONFIG.training, CONFIG.objective)
         self.state, self.done = start(execution, CONFIG.training, 0), 0
@@ -60,7 +62,9 @@ def alone():
     return Run("one").losses(20)
 
 
-@pytest.mark.parametrize("name", ["2x2x2 fsdp", *map(wide, ("2x4", "8x1", "4x2 fsdp"))])
+@pytest.mark.parametrize(
+    "name", ["2x2x2 fsdp", *map(wide, ("2x4", "8x1", "4x2 fsdp", "2x4 all_to_all", "2x2x2 fsdp ragged"))]
+)
 def test_twenty_steps_follow_one_device(name):
     run = Run(name)
     losses = run.losses(20)
