@@ -1,7 +1,9 @@
 """Compiles the kernels for chips that are not there, at the shapes of four models, and writes what came of it.
 
-    python benchmarks/compile_matrix.py --chips v5e v5p v6e tpu7x     with requirements-aot.txt, about an hour
-    python benchmarks/compile_matrix.py --chips h100                  with requirements-aot-gpu.txt
+    python benchmarks/compile_matrix.py --chips v5e v5p v6e tpu7x
+    python benchmarks/compile_matrix.py --chips h100
+
+The first needs `requirements-aot.txt`, the second `requirements-aot-gpu.txt`; both take an hour or more on two cores.
 
 A line of JSON per case in OUT/CHIP.jsonl: processor seconds, the memory on the chip that a kernel takes, temporaries in
 device memory, date and versions. What stands there from the same compiler and the same kernels is not compiled again.

@@ -64,7 +64,7 @@ def defined_flags():
         for folder in ("launch", "benchmarks", "moe_jax/command")
         for path in (ROOT / folder).glob("*.py")
     ]
-    return {name for source in sources for name in re.findall(r'DEFINE_\w+\(\s*"(\w+)"', source)}
+    return {name for source in sources for name in re.findall(r'(?:DEFINE_\w+\(\s*"|add_argument\("--)(\w+)"', source)}
 
 
 FLAGS = defined_flags() | OTHER_FLAGS

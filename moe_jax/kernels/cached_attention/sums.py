@@ -17,6 +17,7 @@ def forward(query_BHA, key_BGA, value_BGX, key_LBMGA, value_LBMGX, layer, positi
 
 def _mix(query_BGQA, key_BMGA, value_BMGX, seen_BM, scale):
     query_BGQA, key_BMGA, value_BMGX = (x.astype(jnp.float32) for x in (query_BGQA, key_BMGA, value_BMGX))
-    score_BMGQ = (query_BGQA[:, None] * key_BMGA[:, :, :, None]).sum(axis=-1) * scale
+    scaled_BGQA = query_BGQA * scale  # scaled afterwards, scores would be rounded once more
+    score_BMGQ = (scaled_BGQA[:, None] * key_BMGA[:, :, :, None]).sum(axis=-1)
     share_BMGQ = jax.nn.softmax(jnp.where(seen_BM[:, :, None, None], score_BMGQ, -1e30), axis=1)
     return (share_BMGQ[..., None] * value_BMGX[:, :, :, None]).sum(axis=1)

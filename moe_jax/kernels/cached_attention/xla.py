@@ -1,4 +1,4 @@
-"""Attention against a cache in plain JAX with products written out, which suits CPUs and GPUs."""
+"""Attention against a cache in plain JAX with products written out, which suits CPUs."""
 
 import math
 
