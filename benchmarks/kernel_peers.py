@@ -30,9 +30,9 @@ def peers(results: ResultsFile, small: bool):
     if importlib.util.find_spec("tokamax") is None:
         results.add("tokamax", missing="not installed: pip install tokamax")
         return
-    names = ("xla",) if small else ("mosaic", "triton")
+    name = "xla" if small else "mosaic"
     transposed = [_case(tokens, small, transposed=True) for tokens in ((4,) if small else (MANY, 64, 8, 1))]
-    time_all(results, [(case, f"tokamax {name}", tokamax(name)) for case in transposed for name in names])
+    time_all(results, [(case, f"tokamax {name}", tokamax(name)) for case in transposed])
 
 
 def ragged(results: ResultsFile, small: bool):
