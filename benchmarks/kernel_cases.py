@@ -115,8 +115,8 @@ class Case:
     """
 
     def __init__(self, shape_name, tokens, k, layers, calls, small, skew=0.0, layer=False, transposed=False):
-        of = f" of {SLOTS}" if k < SLOTS else ""
-        self.name = f"{shape_name} {tokens}x{k}{of}" + " layer" * layer + (f" skew {skew}" if skew else "")
+        dropped = f" of {SLOTS}" if k < SLOTS else ""
+        self.name = f"{shape_name} {tokens}x{k}{dropped}" + " layer" * layer + (f" skew {skew}" if skew else "")
         self.names = (shape_name, f"{shape_name}_down") if layer else (shape_name,)
         self.layers, self.small, self.transposed = layers, small, transposed
         self.num_experts, self.outputs, self.depth = sizes_of(shape_name, small)

@@ -31,7 +31,6 @@ def main(run: command.Command) -> None:
     from moe_jax.cost import hardware
     from moe_jax.engine.generate import Engine
     from moe_jax.routing import trace as traces
-    from moe_jax.study import speed
     from moe_jax.study.random_model import random_params
 
     config, benchmark = run.config, run.config.benchmark
@@ -42,18 +41,22 @@ def main(run: command.Command) -> None:
     trace.require(config.moe.num_experts, execution.k_max)
     with run.timed("load"):
         engine = Engine(random_params(config.architecture, dtype, config.run.seed), None, ())
-        room = benchmark.prompt_length, benchmark.decode_steps
-        loads = [speed.Rows.of_zeros(engine, execution, load, *room) for load in benchmark.decode_batches]
-    of_run = {"device": hardware.in_words(), "kernels": execution.kernels.grouped_matmul}
+    made_with = {"device": hardware.in_words(), "kernels": execution.kernels.grouped_matmul}
     path, lines = run.out / "loads.jsonl", []
     path.write_text("")
     for group in groups:
+
+        def prepare(load, group=group):
+            return compiled(rows_of(engine, execution, load, benchmark, abstract=True), group, trace, benchmark)
+
         with run.timed("compile"), concurrent.futures.ThreadPoolExecutor(COMPILED_AT_ONCE) as pool:
-            prepared = list(pool.map(lambda rows, group=group: cases_of(rows, group, trace, benchmark), loads))
-        for cases in prepared:
+            chosen = list(pool.map(prepare, benchmark.decode_batches))
+        for load, chosen_PSLBK in zip(benchmark.decode_batches, chosen, strict=True):
             with run.timed("run"):
-                measured = measure(cases, group, execution, benchmark)
-            lines += [{**line, **of_run} for line in measured]
+                rows = rows_of(engine, execution, load, benchmark)
+                measured = measure(cases_of(rows, group, chosen_PSLBK, benchmark), group, execution, benchmark)
+                del rows  # and its cache, before the next one is made
+            lines += [{**line, **made_with} for line in measured]
             with open(path, "a") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines[-len(measured) :])
             for line in measured:
@@ -81,21 +84,34 @@ def grouped(specs: Sequence[str], execution) -> list[list]:
     return list(groups.values())
 
 
-def cases_of(rows, group: Sequence, trace, benchmark: BenchmarkConfig) -> list:
-    """A case for each policy of a group, with its own choice among the same recorded experts; compiles their step."""
+def rows_of(engine, execution, load: int, benchmark: BenchmarkConfig, abstract: bool = False):
+    """Rows with room for the steps of a call."""
+    from moe_jax.study.speed import Rows
+
+    room = benchmark.prompt_length, benchmark.decode_steps
+    return Rows.of_zeros(engine, execution, load, *room, abstract=abstract)
+
+
+def compiled(rows, group: Sequence, trace, benchmark: BenchmarkConfig) -> list:
+    """What each policy of a group keeps of the same recorded experts; compiles their step."""
     import numpy as np
 
-    from moe_jax.study import speed
     from moe_jax.study.decided import decide
 
     architecture, steps = rows.execution.architecture, benchmark.rounds * benchmark.decode_steps
     sizes = architecture.decoder.num_moe_layers, architecture.moe.num_experts, rows.execution.k_max
     expert_SLBK = np.moveaxis(trace.replay(*sizes, rows.count, steps), 2, 0)
-    chosen = [decide(policy, expert_SLBK, rows.execution) for policy in group]
+    chosen_PSLBK = [decide(policy, expert_SLBK, rows.execution) for policy in group]
+    cases_of(rows, group, chosen_PSLBK, benchmark)[0].compile()
+    return chosen_PSLBK
+
+
+def cases_of(rows, group: Sequence, chosen_PSLBK: Sequence, benchmark: BenchmarkConfig) -> list:
+    """A case for each policy of a group."""
+    from moe_jax.study.speed import Replay
+
     at = benchmark.prompt_length
-    cases = [speed.Replay(rows, at, *one, benchmark.decode_steps) for one in zip(group, chosen)]
-    cases[0].compile()
-    return cases
+    return [Replay(rows, at, *one, benchmark.decode_steps) for one in zip(group, chosen_PSLBK, strict=True)]
 
 
 def measure(cases: Sequence, group: Sequence, execution, benchmark: BenchmarkConfig) -> list[dict]:
@@ -112,7 +128,7 @@ def measure(cases: Sequence, group: Sequence, execution, benchmark: BenchmarkCon
     lines = []
     for policy, case, taken in zip(group, cases, samples, strict=True):
         first_ms, median_ms, third_ms = np.percentile([1e3 * one.seconds for one in taken], (25, 50, 75)).tolist()
-        of_layer = len(taken) * execution.architecture.decoder.num_moe_layers
+        layer_steps = len(taken) * execution.architecture.decoder.num_moe_layers
         lines.append(
             {
                 "policy": policy.spec,
@@ -120,8 +136,8 @@ def measure(cases: Sequence, group: Sequence, execution, benchmark: BenchmarkCon
                 "ms": median_ms,
                 "quartiles_ms": [first_ms, third_ms],
                 "tokens_per_s": 1e3 * case.tokens / median_ms,
-                "distinct_experts": sum(one.step.distinct_experts for one in taken) / of_layer,
-                "experts_per_token": sum(one.step.kept_slots for one in taken) / of_layer / case.tokens,
+                "distinct_experts": sum(one.step.distinct_experts for one in taken) / layer_steps,
+                "experts_per_token": sum(one.step.kept_slots for one in taken) / layer_steps / case.tokens,
             }
         )
     return lines

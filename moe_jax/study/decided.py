@@ -20,9 +20,9 @@ def require_ranks(policy: policies.Policy) -> None:
     Raises:
         ValueError: it compares weights.
     """
-    of_weights = {name for kind in registry.KINDS if issubclass(kind, RowWise) for name in kind.sets}
+    comparing = {name for kind in registry.KINDS if issubclass(kind, RowWise) for name in kind.sets}
     for part in policy.parts:
-        if of_weights & {*part.sets}:
+        if comparing & {*part.sets}:
             raise ValueError(
                 f"policy {policy.spec!r}: {part.spec} compares weights, and recorded routing has none: expected a "
                 "policy of numbers of experts; launch/sweep.py measures this one"

@@ -123,20 +123,27 @@ class Rows:
         self._warm: set[jax.stages.Compiled] = set()
 
     @classmethod
-    def of_zeros(cls, engine: Engine, execution: Execution, rows: int, cached: int, steps: int = 1) -> Self:
+    def of_zeros(
+        cls, engine: Engine, execution: Execution, rows: int, cached: int, steps: int = 1, abstract: bool = False
+    ) -> Self:
         """Rows with zeros in the cache, and room for `steps` steps after `cached` tokens.
+
+        Abstract ones take no memory; programs can be compiled for them.
 
         Raises:
             ValueError: the cache does not fit in the memory that is available.
         """
         shape = caches.shape_of([cached] * rows, [steps + 1] * rows, execution.architecture.decoder.max_context)
+        if abstract:
+            shapes = jax.eval_shape(lambda: engine.empty(shape.batch, shape.memory, execution))
+            return cls(engine, execution, rows, shapes)
         caches.require_memory(execution.architecture, [(shape.batch, shape.memory)], dtype_of(engine.params))
         return cls(engine, execution, rows, engine.empty(shape.batch, shape.memory, execution))
 
     @property
     def padded(self) -> int:
         """The number of rows with padding."""
-        return len(self._slots.token_B)
+        return self._slots.token_B.shape[0]
 
     def program(self, live: Live) -> jax.stages.Compiled:
         """The program of a call with these settings."""

@@ -71,5 +71,5 @@ def test_a_policy_that_cannot_be_replayed_is_refused_before_weights_are_made(tmp
     from moe_jax.study import random_model
 
     monkeypatch.setattr(random_model, "random_params", None)
-    with pytest.raises(ValueError, match="mass:0.5 compares weights"):
+    with pytest.raises(ValueError, match=r"mass:0\.5 compares weights"):
         run_in(tmp_path, **{"sweep.policies": "('topk:8', 'mass:0.5')"})
