@@ -8,7 +8,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kernel_cases import TOLERANCE, ResultsFile, poison, relative, seconds_of
+from kernel_cases import TOLERANCE, ResultsFile, poison, relative
+from kernel_times import rate, time_of
 
 from moe_jax.kernels.causal_attention import reference
 from moe_jax.kernels.causal_attention.api import causal_attention
@@ -96,8 +97,8 @@ def _timed(name, heads, queries, keys, packed, gradient) -> dict:
     segments = 1 + jnp.arange(keys, dtype=jnp.int32)[None, :] // (keys // 4) if packed else None
     start = jnp.full(1, keys - queries, jnp.int32)
     call = _program(name, channels**-0.5, False, gradient)
-    figures = seconds_of(call, (*operands, segments, start), 1)
+    figures = time_of(call, (*operands, segments, start), 1)
     seen = queries * (keys - queries / 2)  # pairs; packed ones are counted as if there were one segment
     products = 1 if not gradient else 3.5  # the gradient recomputes scores: five products, where the forward has two
     flops = products * 2 * query_heads * (channels + widths) * seen
-    return figures | {"tflops": flops / figures["us"] / 1e6}
+    return figures | {"tflops": rate(flops, figures) / 1e6}

@@ -1,15 +1,13 @@
 """Cases of `kernels.py`: operands, programs of several calls, checks of the results, and times.
 
 Each timed program makes several calls, each with its own layer, rows and group sizes, so that caches do not help. A
-time is the median over runs of one program, divided by its calls. Results are checked against float32 products of some
-rows.
+time (`kernel_times.py`) is that of one call. Results are checked against float32 products of some rows.
 """
 
 import concurrent.futures
 import functools
 import json
 import pathlib
-import statistics
 import time
 import zlib
 
@@ -17,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from kernel_table import RESULTS
+from kernel_times import rate, time_of
 
 from moe_jax.kernels.expert_ffn.api import swiglu
 
+SLOTS = 8  # of a token, as a model's step has them; those that a policy drops are rows of no expert
 TOLERANCE = 1e-2  # relative error in norm, for bfloat16; NaN never passes
 # (experts, outputs, depth): gate and up together, and down
 SHAPES = {
@@ -78,30 +78,11 @@ def relative(out, expected) -> float:
     return float(error) if np.isfinite(error) else float("inf")
 
 
-def seconds_of(call, arguments, calls: int, samples: int = 5) -> dict:
-    """Median time of one of the `calls` of a program. Programs are queued so that the device never waits."""
-    jax.block_until_ready(call(*arguments))
-    start = time.perf_counter()
-    jax.block_until_ready(call(*arguments))
-    once_s = time.perf_counter() - start
-    if once_s > 1:  # a slow peer, or interpret mode
-        return {"us": 1e6 * once_s / calls, "us_low": 0.0, "us_high": 0.0}
-    repeats = max(1, min(50, int(0.02 / max(once_s, 1e-6))))
-    times_us = []
-    for _ in range(samples):
-        start = time.perf_counter()
-        for _ in range(repeats):
-            out = call(*arguments)
-        jax.block_until_ready(out)
-        times_us.append(1e6 * (time.perf_counter() - start) / (repeats * calls))
-    return {"us": statistics.median(times_us), "us_low": min(times_us), "us_high": max(times_us)}
-
-
 @functools.cache
-def stack(shape_name: str, layers: int, small: bool):
-    """Weights [L, E, F, D], drawn layer by layer to avoid a float32 copy of the whole stack."""
-    num_experts, outputs, depth = sizes_of(shape_name, small)
-    draw = jax.jit(lambda key: depth**-0.5 * jax.random.normal(key, (num_experts, outputs, depth), jnp.bfloat16))
+def stack(shape_name: str, layers: int, small: bool, transposed: bool):
+    """Weights [L, E, F, D], or [L, E, D, F], drawn layer by layer to avoid a float32 copy of the whole stack."""
+    shape, depth = matrices_of(shape_name, small, transposed), sizes_of(shape_name, small)[2]
+    draw = jax.jit(lambda key: depth**-0.5 * jax.random.normal(key, shape, jnp.bfloat16))
     return jnp.stack([draw(key) for key in jax.random.split(jax.random.key(len(shape_name)), layers)])
 
 
@@ -112,26 +93,34 @@ def sizes_of(shape_name: str, small: bool):
     return SHAPES[shape_name]
 
 
+def matrices_of(shape_name: str, small: bool, transposed: bool):
+    """The shape of a layer's weights."""
+    num_experts, outputs, depth = sizes_of(shape_name, small)
+    return (num_experts, depth, outputs) if transposed else (num_experts, outputs, depth)
+
+
 class Case:
     """Operands for several calls of one product, or of both products of a layer. Arrays are drawn when first used.
 
     Args:
         shape_name: of the product, or of the gate and up-projection of a layer.
         tokens: of one call.
-        k: experts per token; 0: no row belongs to any expert.
+        k: experts per token, of `SLOTS` slots; 0: no row belongs to any expert.
         layers: of the stack of weights.
         calls: per program.
         small: use tiny shapes.
         skew: spread of the experts' log weights.
         layer: run both products of a layer, with the activation between them.
+        transposed: the weights are drawn as [L, E, D, F], as some peers want them.
     """
 
-    def __init__(self, shape_name, tokens, k, layers, calls, small, skew=0.0, layer=False):
-        self.name = f"{shape_name} {tokens}x{k}" + " layer" * layer + (f" skew {skew}" if skew else "")
+    def __init__(self, shape_name, tokens, k, layers, calls, small, skew=0.0, layer=False, transposed=False):
+        dropped = f" of {SLOTS}" if k < SLOTS else ""
+        self.name = f"{shape_name} {tokens}x{k}{dropped}" + " layer" * layer + (f" skew {skew}" if skew else "")
         self.names = (shape_name, f"{shape_name}_down") if layer else (shape_name,)
-        self.layers, self.small = layers, small
+        self.layers, self.small, self.transposed = layers, small, transposed
         self.num_experts, self.outputs, self.depth = sizes_of(shape_name, small)
-        self.calls, self.slots = calls, tokens * (k or 8)
+        self.calls, self.slots, self.kept = calls, tokens * SLOTS, tokens * k
         rng = np.random.default_rng(zlib.crc32(self.name.encode()))
         no_rows = np.zeros(self.num_experts, np.int32)
         self.sizes_np = [random_sizes(rng, self.num_experts, tokens, k, skew) if k else no_rows for _ in range(calls)]
@@ -139,7 +128,7 @@ class Case:
     @property
     def weights(self):
         """One stack [L, E, F, D] or two, shared by all cases of that shape."""
-        return tuple(stack(name, self.layers, self.small) for name in self.names)
+        return tuple(stack(name, self.layers, self.small, self.transposed) for name in self.names)
 
     def rows(self, width: int, number: int):
         """Random rows, bfloat16 [S, width]."""
@@ -160,26 +149,27 @@ class Case:
             return [inner(r, *weights, s, layer) for r, s, layer in zip(rows, sizes, layers)]
 
         shape = jax.ShapeDtypeStruct
-        weights = tuple(shape((self.layers, *sizes_of(name, self.small)), jnp.bfloat16) for name in self.names)
+        matrices = (matrices_of(name, self.small, self.transposed) for name in self.names)
+        weights = tuple(shape((self.layers, *one), jnp.bfloat16) for one in matrices)
         rows = [shape((self.slots, self.depth), jnp.bfloat16)] * self.calls
         sizes = [shape((self.num_experts,), jnp.int32)] * self.calls
         return jax.jit(run).lower(weights, rows, sizes, [shape((), jnp.int32)] * self.calls).compile()
 
     @property
     def bytes_moved(self) -> float:
-        """Least bytes per call: weights of each chosen expert once, rows in and out of each product once."""
-        kept = np.mean([(sizes > 0).sum() for sizes in self.sizes_np])
+        """Least bytes per call: weights of each chosen expert once, kept rows in and out of each product once."""
+        experts = np.mean([(sizes > 0).sum() for sizes in self.sizes_np])
         total = 0.0
         for _, outputs, depth in (sizes_of(name, self.small) for name in self.names):
-            total += kept * outputs * depth + self.slots * depth
-        hidden = self.slots * (self.outputs // 2 if len(self.names) == 2 else self.outputs)
-        return 2 * (total + hidden + (self.slots * self.depth if len(self.names) == 2 else 0))
+            total += experts * outputs * depth + self.kept * depth
+        hidden = self.kept * (self.outputs // 2 if len(self.names) == 2 else self.outputs)
+        return 2 * (total + hidden + (self.kept * self.depth if len(self.names) == 2 else 0))
 
     @property
     def flops(self) -> float:
         """Floating-point operations of one call."""
         shapes = [sizes_of(name, self.small) for name in self.names]
-        return 2.0 * self.slots * sum(outputs * depth for _, outputs, depth in shapes)
+        return 2.0 * self.kept * sum(outputs * depth for _, outputs, depth in shapes)
 
     def error(self, outs) -> float:
         """The largest relative error of any call, over a sample of its rows."""
@@ -194,20 +184,22 @@ class Case:
                 continue
             chosen = np.resize(np.unique(np.linspace(0, held - 1, 16, dtype=int)), 16)
             experts = jnp.asarray(np.searchsorted(np.cumsum(sizes), chosen, side="right"))
-            expected = _products(rows[jnp.asarray(chosen)], self.weights[0], layer, experts)
+            expected = _products(rows[jnp.asarray(chosen)], self.weights[0], layer, experts, self.transposed)
             if len(self.weights) == 2 or out.shape[1] < self.outputs:
                 expected = swiglu(expected)
             if len(self.weights) == 2:
-                expected = _products(expected.astype(jnp.bfloat16), self.weights[1], layer, experts)
+                hidden = expected.astype(jnp.bfloat16)
+                expected = _products(hidden, self.weights[1], layer, experts, self.transposed)
             errors.append(relative(np.asarray(out[jnp.asarray(chosen)], np.float32), np.asarray(expected)))
         return max(errors)
 
 
-@jax.jit
-def _products(rows, weights, layer, experts):
+@functools.partial(jax.jit, static_argnames="transposed")
+def _products(rows, weights, layer, experts, transposed):
     def product(_, at):
         row, expert = at
         matrix = weights[layer, expert].astype(jnp.float32)
+        matrix = matrix.T if transposed else matrix
         return None, jnp.dot(matrix, row.astype(jnp.float32), precision="highest")
 
     return jax.lax.scan(product, None, (rows, experts))[1]
@@ -243,12 +235,12 @@ def timed(case: Case, program) -> dict:
     call, compile_s = program()
     poison((case.slots, case.outputs))
     error = case.error(call(*case.arguments))
-    figures = seconds_of(call, case.arguments, case.calls)
+    figures = time_of(call, case.arguments, case.calls)
     return {
         "error": error,
         "ok": error < TOLERANCE,
         **figures,
-        "tb_per_s": case.bytes_moved / figures["us"] / 1e6,
-        "tflops": case.flops / figures["us"] / 1e6,
+        "tb_per_s": rate(case.bytes_moved, figures) / 1e6,
+        "tflops": rate(case.flops, figures) / 1e6,
         "compile_s": compile_s,
     }

@@ -1,4 +1,4 @@
-"""Prints the results of `kernels.py`: a line per case, with its share of the measured bandwidth.
+"""Prints the results of `kernels.py`: a line per case. First the device's own time, of which rates and shares are.
 
 python benchmarks/kernel_table.py out/kernels
 """
@@ -22,11 +22,14 @@ def table(folder: pathlib.Path):
     for result in results:
         if "error" in result and isinstance(result["error"], str):
             print(f"{result['stage']:8} {result['name']:52} FAILED {result['error'][:150]}")
-        elif "us" in result and "stage" in result and result["stage"] != "ceilings":
+        elif "missing" in result:
+            print(f"{result['stage']:8} {result['name']:52} {result['missing']}")
+        elif "us" in result and result["stage"] != "ceilings":
             share = f"{result['tb_per_s'] / bandwidth:5.2f} of bandwidth" if "tb_per_s" in result else ""
             verdict = "" if "ok" not in result else ("ok" if result["ok"] else f"WRONG {result['error']:.1e}")
+            device = f"{result['device_us']:9.1f} us" if "device_us" in result else f"{'':12}"
             print(
-                f"{result['stage']:8} {result['name']:52} {result['us']:9.1f} us {share}"
+                f"{result['stage']:8} {result['name']:52} {device} {result['us']:9.1f} us by the clock {share}"
                 f" {result['tflops']:6.1f} TFLOP/s {verdict}"
             )
         elif "ok" in result:

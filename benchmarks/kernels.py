@@ -4,7 +4,8 @@
     python benchmarks/kernel_table.py out/kernels
 
 Every result is written as a line of JSON at once. Weights are random. Results are checked against float64 at small
-shapes, and against float32 products of some rows at the timed shapes; memory is filled with NaN before.
+shapes, and against float32 products of some rows at the timed shapes; memory is filled with NaN before. A time is that
+of the host's clock, `us`, and on a GPU also the device's own, `device_us`; rates and shares are of the latter.
 """
 
 import argparse
@@ -17,7 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from kernel_attention import attention
-from kernel_cases import TOLERANCE, Case, ResultsFile, poison, relative, seconds_of, time_all
+from kernel_cases import TOLERANCE, Case, ResultsFile, poison, relative, time_all
+from kernel_peers import peers, ragged
+from kernel_times import rate, time_of
 
 from moe_jax.cost import hardware
 from moe_jax.kernels.expert_ffn.api import swiglu
@@ -132,18 +135,18 @@ def ceilings(results: ResultsFile, small: bool):
     big = jnp.ones((2, n), jnp.bfloat16)
 
     def copy():
-        figures = seconds_of(jax.jit(lambda x: x + jnp.bfloat16(1)), (big,), 1)
-        return figures | {"tb_per_s": 2 * big.nbytes / figures["us"] / 1e6}
+        figures = time_of(jax.jit(lambda x: x + jnp.bfloat16(1)), (big,), 1)
+        return figures | {"tb_per_s": rate(2 * big.nbytes, figures) / 1e6}
 
     def read():
-        figures = seconds_of(jax.jit(lambda x: x.max()), (big,), 1)
-        return figures | {"tb_per_s": big.nbytes / figures["us"] / 1e6}
+        figures = time_of(jax.jit(lambda x: x.max()), (big,), 1)
+        return figures | {"tb_per_s": rate(big.nbytes, figures) / 1e6}
 
     def product():
         m = 256 if small else 8192
         x, y = (jax.random.normal(jax.random.key(i), (m, m), jnp.bfloat16) for i in range(2))
-        figures = seconds_of(jax.jit(lambda x, y: x @ y.T), (x, y), 1)
-        return figures | {"tflops": 2 * m**3 / figures["us"] / 1e6}
+        figures = time_of(jax.jit(lambda x, y: x @ y.T), (x, y), 1)
+        return figures | {"tflops": rate(2 * m**3, figures) / 1e6}
 
     results.add("device", platform=jax.default_backend(), device=hardware.in_words())
     results.attempt("copy", copy)
@@ -168,7 +171,7 @@ def layer(results: ResultsFile, small: bool):
     """Both products of a layer with few rows per expert, bound by bandwidth; and with half of the experts."""
     cases = []
     for shape_name, peer in (("olmoe", True), ("qwen3", False), ("v2_lite", False), ("v3_local", False)):
-        for tokens, k in ((1, 8), (1, 4), (8, 8), (64, 8)):
+        for tokens, k in ((1, 4),) if small else ((1, 8), (1, 4), (8, 8), (64, 8)):
             case = _few(shape_name, tokens, k, small, layer=True)
             cases.append((case, *whole_layer(small)))
             if peer or small:
@@ -213,8 +216,8 @@ def _gradients(results, case, small):
             matrix = weights[layer, expert].astype(jnp.float32)
             expected = jnp.dot(out_grad[row].astype(jnp.float32), matrix, precision="highest")
             error = relative(np.asarray(out[row], np.float32), np.asarray(expected))
-            figures = seconds_of(call, (out_grad, weights, sizes, layer), 1)
-            return figures | {"error": error, "ok": error < TOLERANCE, "tflops": case.flops / figures["us"] / 1e6}
+            figures = time_of(call, (out_grad, weights, sizes, layer), 1)
+            return figures | {"error": error, "ok": error < TOLERANCE, "tflops": rate(case.flops, figures) / 1e6}
 
         def to_weights(tiles=tiles):
             call = jax.jit(functools.partial(pallas_gpu.weights_gradient, tiles=tiles, num_cores=cores))
@@ -225,53 +228,12 @@ def _gradients(results, case, small):
                 pieces = (x[own].astype(jnp.float32) for x in (out_grad, rows))
                 expected = jnp.einsum("sf,sd->fd", *pieces, precision="highest")
                 errors.append(relative(np.asarray(out[expert], np.float32), np.asarray(expected)))
-            figures = seconds_of(call, (rows, weights, sizes, out_grad), 1)
+            figures = time_of(call, (rows, weights, sizes, out_grad), 1)
             error = max(errors)
-            return figures | {"error": error, "ok": error < TOLERANCE, "tflops": case.flops / figures["us"] / 1e6}
+            return figures | {"error": error, "ok": error < TOLERANCE, "tflops": rate(case.flops, figures) / 1e6}
 
         results.attempt(f"gradient to rows ours{tuple(tiles)}", to_rows)
         results.attempt(f"gradient to weights ours{tuple(tiles)}", to_weights)
-
-
-def peers(results: ResultsFile, small: bool):
-    """Other implementations on the same work: at prefill, then at decode."""
-    cases = []
-    for tokens in (4,) if small else (8192, 64, 8, 1):
-        many = tokens > 1000
-        case = Case("olmoe", tokens, 8, 1, 1 if small else 2 if many else 32 if tokens == 1 else 8, small)
-        blocks = ((128, 128, 64, 6, 8), (128, 192, 64, 4, 1)) if many else ((64, 64, 64, 6, 1),)
-        cases += [(case, f"jax mosaic{block}", _mosaic(block)) for block in blocks if not small]
-        cases.append((case, "padded", padded.forward))
-        if not many:
-            cases.append((case, "ragged_dot", ragged_dot.forward))
-    results.attempt(f"{cases[0][0].name} dense product of the rows", timed_dense, cases[0][0])
-    time_all(results, cases)
-
-
-def timed_dense(case: Case) -> dict:
-    """Times one matrix for all rows: the cost of the arithmetic alone."""
-    call = jax.jit(lambda rows, weights: rows @ weights[0, 0].T)
-    figures = seconds_of(call, (case.arguments[1][0], *case.weights), 1)
-    return figures | {"tflops": case.flops / figures["us"] / 1e6}
-
-
-def _mosaic(block):
-    from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
-
-    keys = "block_m", "block_n", "block_k", "max_concurrent_steps", "grid_block_n"
-    settings = dict(zip(keys, block))
-
-    def forward(rows, weights, sizes, layer):
-        matrices = jax.lax.dynamic_index_in_dim(weights, layer, 0, keepdims=False)
-        return ragged_dot_mgpu.ragged_dot(rows, matrices, group_sizes=sizes, transpose_rhs=True, **settings)
-
-    return forward
-
-
-def ragged(results: ResultsFile, small: bool):
-    """`ragged_dot` with many rows. Its own stage, so that XLA_FLAGS can enable its fusions."""
-    case = Case("olmoe", 4 if small else 8192, 8, 1, 1, small)
-    time_all(results, [(case, "ragged_dot", ragged_dot.forward)])
 
 
 STAGES = {

@@ -1,38 +1,31 @@
 #!/bin/bash
-# Times whole decode steps and prefills of OLMoE-1B-7B's shape, random bfloat16 weights and recorded routing, on the
-# GPU of this machine: `bash benchmarks/whole_steps.sh FOLDER`. First with 8, 6, 4 and 2 experts per token at loads of 1 to
-# 512 rows, then beside other kernels with 8, and at batch 1 also with 4.
-# Each run is a process; all share LIMIT seconds. FOLDER/whole_steps.jsonl has one line per run: name and result.json.
-# OURS=native PEERS=blocked LAYERS=1 SMALL="--set decoder.d_model=128 --set moe.expert_hidden=64" runs on a CPU.
+# Times whole decode steps on the GPU of this machine at loads of 1 to 512 rows, with 8, 6, 4 and 2 experts per token and
+# under policies that look at all rows: `bash benchmarks/whole_steps.sh FOLDER`. Models: OLMoE-1B-7B and Qwen3-30B-A3B at
+# full size, random bfloat16 weights, replayed routing. FOLDER/MODEL gets loads.jsonl, line by line, and throughput.png.
+# MODELS="olmoe" times one model (Qwen3 needs 76 GB); KERNELS="pallas_gpu padded" also times other kernels, in
+# FOLDER/MODEL_KERNELS; SETTINGS has further --set; LIMIT is the time of a run, in seconds, SCALE multiplies it.
+# PYTHON is the interpreter. MODELS=olmoe KERNELS=native SETTINGS="--set decoder.d_model=128 --set moe.expert_hidden=64
+# --set decoder.num_layers=2" tries the script on a CPU.
 set -u
 out=${1:-${OUT:-out}/whole_steps}
 python=${PYTHON:-python3}
 cd "$(dirname "$0")/.." || exit 2
-export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_PREALLOCATE=false
-scratch=$(mktemp -d)
-export JAX_COMPILATION_CACHE_DIR=$scratch/programs # runs with 4 and 8 experts use the same programs
-trap 'rm -rf "$scratch"' EXIT
-mkdir -p "$out"
-rm -f "$out"/whole_steps.{jsonl,log}
-limit=${LIMIT:-240}
-run() { # implementation, policy, further settings
-  local name="$1 $2" left=$((limit - SECONDS)) status
-  [ "$left" -lt 15 ] && { echo "$name: no time left"; return; }
-  timeout -k 5 "$left" "$python" launch/benchmark.py --config configs/benchmark_olmoe.gin --out "$scratch/run" \
-    --set model.dtype=bfloat16 --set "decoder.num_layers=${LAYERS:-16}" --set "kernels.grouped_matmul=$1" \
-    --set "policy.spec=$2" --set benchmark.rounds=4 ${SMALL:-} "${@:3}" >"$scratch/log" 2>&1
-  status=$?
-  { echo "== $name"; cat "$scratch/log"; } | tee -a "$out/whole_steps.log" | grep -E "==|decode_|prefill_|rror" | cut -c1-200
-  [ "$status" = 0 ] && "$python" -c 'import json, sys; print(json.dumps({"name": sys.argv[1]} | json.load(open(sys.argv[2]))))' \
-    "$name" "$scratch/run/result.json" >>"$out/whole_steps.jsonl"
-  echo "$name: exit status $status, after $SECONDS s"
-}
-loads=(--set "benchmark.decode_batches=${LOADS:-(1, 8, 64, 512)}" --set 'benchmark.prefill_lengths=()')
-all=(--set 'benchmark.decode_batches=(1, 8, 64)' --set 'benchmark.prefill_lengths=(2048,)')
-one=(--set 'benchmark.decode_batches=(1,)' --set 'benchmark.prefill_lengths=()')
-read -ra peers <<<"${PEERS-ragged_dot padded}"
-ours=${OURS:-pallas_gpu}
-for policy in model topk:6 topk:4 topk:2; do run "$ours" "$policy" "${loads[@]}"; done
-run "$ours" model "${all[@]}"
-for peer in "${peers[@]}"; do run "$peer" model "${all[@]}"; done
-for peer in "${peers[@]}"; do run "$peer" topk:4 "${one[@]}"; done
+# the weights of Qwen3 need more than the three quarters of the memory that JAX takes by itself
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 XLA_PYTHON_CLIENT_MEM_FRACTION=0.94
+limit=$((${LIMIT:-110} * ${SCALE:-1})) failed=0
+for model in ${MODELS:-olmoe qwen3}; do
+  for kernels in ${KERNELS:-pallas_gpu}; do
+    folder=$out/$model began=$SECONDS
+    [ "$kernels" = pallas_gpu ] || folder=${folder}_$kernels
+    mkdir -p "$folder"
+    # shellcheck disable=SC2086
+    timeout -k 5 "$limit" "$python" benchmarks/loads.py --config "configs/loads_$model.gin" --out "$folder" \
+      --set "kernels.grouped_matmul=$kernels" ${SETTINGS:-} >"$folder/log" 2>&1
+    status=$?
+    grep -E " rows .* tokens/s|rror" "$folder/log" | cut -c1-200
+    [ -s "$folder/loads.jsonl" ] && "$python" benchmarks/loads_chart.py "$folder"
+    echo "$model $kernels: exit status $status, after $((SECONDS - began)) s"
+    [ "$status" = 0 ] || failed=$status
+  done
+done
+exit "$failed"

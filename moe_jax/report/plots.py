@@ -4,8 +4,12 @@ import io
 import json
 import math
 import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 
 def draw_training_curve(metrics: pathlib.Path) -> bytes:
@@ -25,6 +29,38 @@ def draw_training_curve(metrics: pathlib.Path) -> bytes:
     right = left.twinx()
     right.plot(*zip(*held_out), marker=".", color="tab:blue")
     right.set_ylabel("held-out bits per byte (blue)")
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=120)
+    return image.getvalue()
+
+
+def draw_throughput(lines: Sequence[Mapping[str, Any]]) -> bytes:
+    """Draws tokens per second over the load, one curve for each policy, as the figure of arXiv 2505.03531 does.
+
+    Args:
+        lines: `policy`, `load` (rows of a decode step), `tokens_per_s`, and `device` for the title. Policies of one k
+            have solid curves, others dashed ones, in the order of their first lines.
+    """
+    curves = {}
+    for line in lines:
+        curves.setdefault(line["policy"], []).append((line["load"], line["tokens_per_s"]))
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    for policy, points in curves.items():
+        fixed = re.fullmatch(r"topk:\d+", policy)
+        label = policy.replace("topk:", "k = ") if fixed else policy
+        axes.plot(*zip(*sorted(points)), "o-" if fixed else "s--", markersize=4, linewidth=1.3, label=label)
+    loads = sorted({line["load"] for line in lines})
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(loads, loads)
+    axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(alpha=0.3)
+    axes.set(xlabel="load: rows decoded together", ylabel="throughput, tokens/s")
+    axes.set_title("; ".join(dict.fromkeys(line["device"] for line in lines)), fontsize=9)
+    axes.legend(frameon=False)
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=120)
     return image.getvalue()

@@ -123,20 +123,31 @@ class Rows:
         self._warm: set[jax.stages.Compiled] = set()
 
     @classmethod
-    def of_zeros(cls, engine: Engine, execution: Execution, rows: int, cached: int) -> Self:
-        """Rows with zeros in the cache, and room for two tokens after `cached` ones.
+    def of_zeros(
+        cls, engine: Engine, execution: Execution, rows: int, cached: int, steps: int = 1, abstract: bool = False
+    ) -> Self:
+        """Rows with zeros in the cache, and room for `steps` steps after `cached` tokens.
+
+        Abstract ones take no memory; programs can be compiled for them.
 
         Raises:
             ValueError: the cache does not fit in the memory that is available.
         """
-        shape = caches.shape_of([cached] * rows, [2] * rows, execution.architecture.decoder.max_context)
+        shape = caches.shape_of([cached] * rows, [steps + 1] * rows, execution.architecture.decoder.max_context)
+        if abstract:
+            shapes = jax.eval_shape(lambda: engine.empty(shape.batch, shape.memory, execution))
+            return cls(engine, execution, rows, shapes)
         caches.require_memory(execution.architecture, [(shape.batch, shape.memory)], dtype_of(engine.params))
         return cls(engine, execution, rows, engine.empty(shape.batch, shape.memory, execution))
 
     @property
     def padded(self) -> int:
         """The number of rows with padding."""
-        return len(self._slots.token_B)
+        return self._slots.token_B.shape[0]
+
+    def program(self, live: Live) -> jax.stages.Compiled:
+        """The program of a call with these settings."""
+        return self.engine.decode_program(self._slots, live, self.execution, self._routing)
 
     def decode(self, name: str, token_B: np.ndarray, place: int, count: int, live: Live) -> list[Sample]:
         """Takes `count` steps in one call, after one that is not timed if the program has not run before.
@@ -148,7 +159,7 @@ class Rows:
             count: at most the engine's `most_steps`.
             live: settings of all slots.
         """
-        program = self.engine.decode_program(self._slots, live, self.execution, self._routing)
+        program = self.program(live)
         if program not in self._warm:
             _require_room(program, name)
             self._call(program, token_B, place, 1, live)
@@ -215,33 +226,45 @@ class Decode:
 
 
 class Replay:
-    """Decode steps at one position under a policy, each with recorded experts.
+    """Decode steps from one position on under a policy, each with recorded experts.
 
-    The router and the policy run too, but their choice is not used. Every step overwrites the same entries of the
+    The router and the policy run too, but their choice is not used. Every call overwrites the same entries of the
     cache. What the cache holds does not affect the time, so several policies take turns on the same rows.
 
     Args:
-        rows: that are decoded.
+        rows: that are decoded, with room for the steps of a call.
         cached: tokens of each row in the cache.
         policy: of every row.
         chosen_SLBK: the experts of each step; -1: none.
+        at_once: steps of a call; S is a multiple.
     """
 
-    def __init__(self, rows: Rows, cached: int, policy: policies.Policy, chosen_SLBK: np.ndarray):
+    def __init__(self, rows: Rows, cached: int, policy: policies.Policy, chosen_SLBK: np.ndarray, at_once: int = 1):
         self.name, self.tokens = f"{rows.count} rows, {policy.spec!r}", rows.count
-        self._rows, self._cached, self._chosen = rows, cached, iter(chosen_SLBK)
+        self._rows, self._cached = rows, cached
+        self._calls, self._done = np.split(chosen_SLBK, len(chosen_SLBK) // at_once), 0
         sampling = SamplingConfig(max_new_tokens=2)
         requests = make_requests([[0]], None, rows.execution, sampling=sampling, policy=policy)
         self._live = live_of(requests, rows.padded, rows.execution)
 
     def take(self, most: int) -> list[Sample]:
-        """Takes the next step, whatever `most` is."""
-        chosen_LBK = next(self._chosen)
-        padded_LBK = np.full((len(chosen_LBK), self._rows.padded, self._rows.execution.k_max), -1, np.int32)
-        padded_LBK[:, : self._rows.count, : chosen_LBK.shape[2]] = chosen_LBK
-        expert_and_keep = jax.device_put((np.maximum(padded_LBK, 0), padded_LBK >= 0))
-        live = self._live._replace(policy=Replayed(self._live.policy, *jax.block_until_ready(expert_and_keep)))
-        return self._rows.decode(self.name, np.zeros(self._rows.count, np.int32), self._cached, 1, live)
+        """Takes the steps of the next call, whatever `most` is."""
+        chosen_SLBK = self._calls[self._done]
+        self._done += 1
+        live = self._live_with(chosen_SLBK)
+        return self._rows.decode(self.name, np.zeros(self._rows.count, np.int32), self._cached, len(chosen_SLBK), live)
+
+    def compile(self) -> None:
+        """Compiles the program of all calls; otherwise the first one does."""
+        self._rows.program(self._live_with(self._calls[0]))
+
+    def _live_with(self, chosen_SLBK: np.ndarray) -> Live:
+        steps, layers, count, slots = chosen_SLBK.shape
+        padded_LSBK = np.full((layers, steps, self._rows.padded, self._rows.execution.k_max), -1, np.int32)
+        padded_LSBK[:, :, :count, :slots] = np.moveaxis(chosen_SLBK, 0, 1)
+        padded_LNK = padded_LSBK.reshape(layers, -1, padded_LSBK.shape[3])  # one step after the other
+        expert_and_keep = jax.device_put((np.maximum(padded_LNK, 0), padded_LNK >= 0))
+        return self._live._replace(policy=Replayed(self._live.policy, *jax.block_until_ready(expert_and_keep)))
 
 
 def replayed_step(chosen_LBK: np.ndarray, cached: int) -> roofline.Step:

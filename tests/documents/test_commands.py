@@ -37,6 +37,8 @@ NOT_RUN = {
     "benchmarks/kernel_table.py": "reads what a GPU wrote",
     "benchmarks/kernels.py": "needs a GPU",
     "benchmarks/loading.py": "needs 16 GB of memory",
+    "benchmarks/loads.py": "needs a GPU; tests/study/test_loads.py has a small model",
+    "benchmarks/loads_chart.py": "reads what a GPU wrote",
     "benchmarks/long_prompts.py": "needs transformers",
     "benchmarks/on_device.sh": "needs a GPU",
     "benchmarks/peers.py": "needs llama.cpp and transformers",

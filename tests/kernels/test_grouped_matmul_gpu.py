@@ -112,6 +112,23 @@ def test_gradients(case, interpreted):
         assert_close(gradient, expected)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES)
+def test_on_a_gpu(case):
+    """With the tiles and the cores that a model's step has."""
+    num_rows, sizes, _ = CASES[case]
+    rows, halves, out_grad = random_inputs(num_rows, 2 * len(sizes))
+    halves = halves.reshape(LAYERS, len(sizes), 2, F, D)
+    operands = rows, halves[:, :, 0], jnp.asarray(sizes, jnp.int32), jnp.int32(1)
+    exact_rows, exact_halves, exact_grad = exact(rows, halves, out_grad)
+    gate, up = (reference.forward(exact_rows, exact_halves[:, :, i], sizes, 1) for i in range(2))
+    assert_close(jax.jit(pallas_gpu.forward)(*operands), gate)
+    assert_close(jax.jit(pallas_gpu.gated)(rows, halves, *operands[2:]), gate / (1 + np.exp(-gate)) * up)
+    expected = reference.backward(exact_rows, exact_halves[:, :, 0], sizes, 1, exact_grad)
+    for gradient, one in zip(jax.jit(pallas_gpu.backward)(*operands, out_grad), expected, strict=True):
+        assert_close(gradient, one)
+
+
 @new_enough
 @pytest.mark.interpreted
 @pytest.mark.slow

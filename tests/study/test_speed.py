@@ -104,17 +104,23 @@ def test_decode_steps_are_those_of_the_engine(engine, monkeypatch):
     np.testing.assert_array_equal(got_TB.T, tokens_BT[:, 6:])
 
 
-def test_policies_on_the_same_rows_wake_the_experts_recorded_for_each_step(engine):
-    random, cached, count = np.random.default_rng(2), 10, 3
-    rows = speed.Rows.of_zeros(engine, EXECUTION, count, cached)
-    chosen_PSLBK = np.argsort(random.random((2, 2, LAYERS, count, 16)))[..., :6]
+@pytest.mark.parametrize("at_once", [1, 2])
+def test_policies_on_the_same_rows_wake_the_experts_recorded_for_each_step(engine, at_once):
+    random, cached, count = np.random.default_rng(2), 14 - at_once, 3  # as many steps as 16 positions have room for
+    engine = Engine(engine.params, None, ())  # whose programs take steps of one length
+    rows = speed.Rows.of_zeros(engine, EXECUTION, count, cached, at_once)
+    chosen_PSLBK = np.argsort(random.random((2, 4, LAYERS, count, 16)))[..., :6]
     chosen_PSLBK[random.random(chosen_PSLBK.shape) < 0.3] = -1
-    cases = [speed.Replay(rows, cached, parse(spec), one) for spec, one in zip(("model", "topk:3"), chosen_PSLBK)]
-    for samples, chosen_SLBK in zip(speed.take_turns(cases, [2, 2]), chosen_PSLBK, strict=True):
-        for sample, chosen_LBK in zip(samples, chosen_SLBK, strict=True):
+    cases = [
+        speed.Replay(rows, cached, parse(spec), one, at_once) for spec, one in zip(("model", "topk:3"), chosen_PSLBK)
+    ]
+    cases[0].compile()
+    for samples, chosen_SLBK in zip(speed.take_turns(cases, [4, 4]), chosen_PSLBK, strict=True):
+        for number, (sample, chosen_LBK) in enumerate(zip(samples, chosen_SLBK, strict=True)):
             distinct = sum(len({*layer[layer >= 0].tolist()}) for layer in chosen_LBK)
-            step = roofline.Step([cached] * count, [1] * count, int((chosen_LBK >= 0).sum()), distinct)
-            assert sample.step == speed.replayed_step(chosen_LBK, cached) == step
+            at = cached + number % at_once
+            step = roofline.Step([at] * count, [1] * count, int((chosen_LBK >= 0).sum()), distinct)
+            assert sample.step == speed.replayed_step(chosen_LBK, at) == step
             assert sample.seconds > 0
 
 
