@@ -51,7 +51,7 @@ LENGTHS = {  # positions of queries and of keys
 ATTENTION = ("attention", "attention in segments")  # value and gradients
 
 
-class Case(NamedTuple):
+class CompileCase(NamedTuple):
     """One program."""
 
     chip: str
@@ -60,7 +60,7 @@ class Case(NamedTuple):
     work: str  # one of PRODUCTS, or of ATTENTION
 
 
-class Outcome(NamedTuple):
+class Compiled(NamedTuple):
     """What the compiler says of a case."""
 
     cpu_seconds: float  # of all threads; less is waited for on several cores, and more on a busy machine
@@ -82,19 +82,19 @@ class Outcome(NamedTuple):
         return ""
 
 
-def cases(chip: str) -> list[Case]:
+def cases(chip: str) -> list[CompileCase]:
     """All cases of a chip. Attention on a GPU is cuDNN's, which plans only where there is a device."""
-    products = [Case(chip, model, tokens, work) for model in LAYERS for tokens in TOKENS for work in PRODUCTS]
-    attention = [Case(chip, model, size, work) for model in HEADS for size in LENGTHS for work in ATTENTION]
+    products = [CompileCase(chip, model, tokens, work) for model in LAYERS for tokens in TOKENS for work in PRODUCTS]
+    attention = [CompileCase(chip, model, size, work) for model in HEADS for size in LENGTHS for work in ATTENTION]
     return products if chip == "h100" else products + attention
 
 
-def compile_case(case: Case) -> Outcome:
+def compile_case(case: CompileCase) -> Compiled:
     """Compiles one case; what a compiler raises is passed on."""
     return (_compile_attention if case.work in ATTENTION else _compile_product)(case)
 
 
-def _compile_product(case: Case) -> Outcome:
+def _compile_product(case: CompileCase) -> Compiled:
     experts = traffic.experts_of(case.model)
     product = traffic.products(experts, case.size * experts.k)[case.work]
     layers = 1 if product.to_weights else LAYERS[case.model]
@@ -123,7 +123,7 @@ def _product(chip: str, product: traffic.Product, num_experts: int, layers: int)
     return function, arguments
 
 
-def _compile_attention(case: Case) -> Outcome:
+def _compile_attention(case: CompileCase) -> Compiled:
     heads, kv_heads, channels, value_channels = HEADS[case.model]
     queries, keys = LENGTHS[case.size]
 
@@ -147,7 +147,7 @@ def _compile_attention(case: Case) -> Outcome:
     return _outcome(case.chip, with_gradient, operands, score_bytes / 2 if queries >= 2048 else math.inf)
 
 
-def _outcome(chip, function, arguments, most_temporary_bytes) -> Outcome:
+def _outcome(chip, function, arguments, most_temporary_bytes) -> Compiled:
     compilers.device(chip)
     begin = sum(os.times()[:4])  # with children, which assemble code for GPUs
     program = compilers.compiled(chip, function, *arguments)
@@ -159,10 +159,10 @@ def _outcome(chip, function, arguments, most_temporary_bytes) -> Outcome:
         kernels, on_chip = zip(*compilers.mosaic_kernels(program))
         most = pallas_tpu_tiles.VMEM_LIMIT_BYTES
     temporaries = program.memory_analysis().temp_size_in_bytes
-    return Outcome(round(cpu_seconds, 2), kernels, max(on_chip), temporaries, most, most_temporary_bytes)
+    return Compiled(round(cpu_seconds, 2), kernels, max(on_chip), temporaries, most, most_temporary_bytes)
 
 
-def attempt(case: Case) -> dict:
+def attempt(case: CompileCase) -> dict:
     """The figures of a case, or the error; an outcome beyond its limits is an error too."""
     try:
         outcome = compile_case(case)
@@ -184,11 +184,11 @@ def made_by(chip: str) -> dict[str, str]:
     return compilers.versions(chip) | {"kernels": hashlib.sha256(sources).hexdigest()[:8]}
 
 
-def read(path: pathlib.Path) -> dict[Case, dict]:
+def read(path: pathlib.Path) -> dict[CompileCase, dict]:
     """The results in a file; none where there is no file."""
     lines = path.read_text().splitlines() if path.exists() else []
     results = [json.loads(line) for line in lines]
-    return {Case(*(result["case"][name] for name in Case._fields)): result for result in results}
+    return {CompileCase(*(result["case"][name] for name in CompileCase._fields)): result for result in results}
 
 
 def compile_all(chip: str, path: pathlib.Path, maker: dict[str, str]) -> bool:
@@ -207,7 +207,7 @@ def compile_all(chip: str, path: pathlib.Path, maker: dict[str, str]) -> bool:
     return all(results[case]["ok"] for case in chosen)
 
 
-def summary(results: dict[Case, dict]) -> str:
+def summary(results: dict[CompileCase, dict]) -> str:
     """A line per chip and model: how many compiled, and the most that any of them takes."""
     groups = collections.defaultdict(list)
     for case, result in results.items():

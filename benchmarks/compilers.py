@@ -35,7 +35,7 @@ def versions(chip: str) -> dict[str, str]:
 
 @functools.cache
 def device(chip: str) -> NamedSharding:
-    """One chip as the place of whole arrays. To be called before any array is made, for the sake of the H100.
+    """One chip as the place of whole arrays; the H100 must be asked for before any array is made.
 
     Raises:
         NoCompilerError: its compiler is not installed.

@@ -25,7 +25,7 @@ def cases():
 @pytest.mark.parametrize("work", matrix.ATTENTION)
 @pytest.mark.parametrize(("chip", "model", "length"), list(cases()))
 def test_values_and_gradients_compile_and_keep_no_scores(chip, model, length, work):
-    outcome = matrix.compile_case(matrix.Case(chip, model, length, work))
+    outcome = matrix.compile_case(matrix.CompileCase(chip, model, length, work))
     assert outcome.problem == ""
     assert {name.split("_")[2] for name in outcome.kernels} == {"fwd", "dq", "dkv"}
 

@@ -33,7 +33,7 @@ def cases():
 def test_products_compile_and_copy_no_weights(model, tokens):
     """Temporaries of a gradient to weights are copies of each expert's first and last block of rows."""
     for product in matrix.PRODUCTS:
-        assert matrix.compile_case(matrix.Case("h100", model, tokens, product)).problem == "", product
+        assert matrix.compile_case(matrix.CompileCase("h100", model, tokens, product)).problem == "", product
 
 
 def test_tiles_beyond_shared_memory_are_refused():

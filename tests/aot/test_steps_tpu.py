@@ -29,7 +29,7 @@ def test_a_decode_step_copies_neither_experts_nor_cache():
 
 @pytest.mark.slow
 def test_a_decode_step_of_many_rows_copies_neither_experts_nor_cache():
-    """Beside the output projections of all layers, which XLA lays out anew once for all steps of a call."""
+    """Beside the output projections of all layers, which XLA lays out in another way once for all steps of a call."""
     program, layer_cache = whole_steps.decode(CHIP, rows=64)
     assert kernels(program) == OF_EXPERTS
     how = whole_steps.execution(CHIP)

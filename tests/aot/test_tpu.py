@@ -31,7 +31,7 @@ def cases():
 @pytest.mark.parametrize(("chip", "model", "tokens"), list(cases()))
 def test_products_compile_and_copy_no_weights(chip, model, tokens):
     for product in matrix.PRODUCTS:
-        assert matrix.compile_case(matrix.Case(chip, model, tokens, product)).problem == "", product
+        assert matrix.compile_case(matrix.CompileCase(chip, model, tokens, product)).problem == "", product
 
 
 @pytest.mark.parametrize("chip", compilers.TPUS)
