@@ -43,7 +43,7 @@ def ragged(results: ResultsFile, small: bool):
 
 def _case(tokens: int, small: bool, transposed: bool = False) -> Case:
     """One layer's weights: then no implementation copies the layer out of a stack."""
-    calls = 1 if small else 2 if tokens == MANY else 32 if tokens == 1 else 8
+    calls = 1 if small else 2 if tokens == MANY else 8
     return Case("olmoe", tokens, 8, 1, calls, small, transposed=transposed)
 
 
