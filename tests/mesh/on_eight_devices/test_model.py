@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 
 import moe_jax
+from moe_jax import checkpoint
 from moe_jax.checkpoint import filling, huggingface
+from moe_jax.config.mesh import MeshConfig
 from moe_jax.engine import steps
+from moe_jax.model.sharding import layout_of, sharding_of
 
 PROMPTS = [[3, 4, 5, 6, 7], [7, 8, 9], [30, 31]]
 SPECS = ["model", "topk:3", "opportunistic:2"]
@@ -35,8 +38,21 @@ def one(folder):
 
 @pytest.mark.parametrize("sizes", MESHES)
 def test_logits_and_greedy_text_are_those_of_one_device(one, folder, mesh_of, sizes):
+    assert_computes_the_same(moe_jax.load(folder, mesh=mesh_of(sizes)), one)
+
+
+def test_experts_over_two_axes_compute_what_one_device_does(one, folder):
+    opened = checkpoint.open(folder)
+    layout = layout_of(MeshConfig(2, 4, expert_axes=("data", "expert")), opened.architecture)
+    model = moe_jax.Model(opened, opened.load("auto", sharding_of(layout)), layout)
+    experts = model.params["moe"]["experts"]
+    for stack, own in (("gate_up_LEIFD", (2, 2, 2, 24, 64)), ("down_LEDF", (2, 2, 64, 24))):
+        assert experts[stack].sharding.shard_shape(experts[stack].shape) == own  # two of 16 experts
+    assert_computes_the_same(model, one)
+
+
+def assert_computes_the_same(model, one):
     _, expected, completions = one
-    model = moe_jax.load(folder, mesh=mesh_of(sizes))
     for spec, expected_BTV in zip(SPECS, expected):
         logits_BTV = model.logits(TOKENS_BT, policy=spec)
         assert np.linalg.norm(logits_BTV - expected_BTV) < 1e-5 * np.linalg.norm(expected_BTV), spec
