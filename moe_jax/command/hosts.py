@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -33,7 +34,8 @@ def join() -> None:
     """Joins the processes that the flags name; nothing without `--coordinator`.
 
     Raises:
-        ValueError: the flags contradict each other, no cluster is found, or a process did not come within `--join_s`.
+        ValueError: the flags contradict each other, no cluster is found, the port of process 0 is taken, or a process
+            did not come within `--join_s`.
     """
     coordinator, count, index, wait_s = (
         flags.FLAGS[name].value for name in ("coordinator", "num_processes", "process_id", "join_s")
@@ -46,6 +48,8 @@ def join() -> None:
     arguments = {}
     if coordinator != FOUND:
         _require_flags(coordinator, count, index)
+        if index == 0:
+            _require_free_port(coordinator)
         arguments = {"coordinator_address": coordinator, "num_processes": count, "process_id": index}
     import jax
 
@@ -93,6 +97,19 @@ def _require_flags(coordinator: str, count: int | None, index: int | None) -> No
         raise ValueError(f"--num_processes = {count}: expected the number of processes, at least 1")
     if index is None or not 0 <= index < count:
         raise ValueError(f"--process_id = {index}: expected 0 to {count - 1}")
+
+
+def _require_free_port(coordinator: str) -> None:
+    """Refuses a port on which something listens already: JAX's service would crash there."""
+    port, both = int(coordinator.rpartition(":")[2]), socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        reason = os.strerror(error.errno)
+        raise ValueError(
+            f"--coordinator = {coordinator!r}: process 0 cannot listen on port {port} ({reason}): expected a free port"
+        ) from error
 
 
 def require_mesh(mesh: MeshConfig) -> None:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import socket
 import subprocess
 import sys
@@ -10,43 +9,10 @@ import sys
 import pytest
 
 from tests import tiny_model, tiny_training
+from tests.mesh.started import ROOT, finished, free_port, joined, result, start, values
 
-ROOT = pathlib.Path(__file__).parents[2]
 pytestmark = pytest.mark.processes
 DEMO = ["--set=sampling.temperature=0.0", "--set=sampling.max_new_tokens=24", "--prompt=def read(path):"]
-
-
-def start(name, *arguments, devices=1, **popen):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    command_line = [sys.executable, str(ROOT / "launch" / f"{name}.py"), *map(str, arguments)]
-    return subprocess.Popen(command_line, cwd=ROOT, env=environment, text=True, **pipes)
-
-
-def finished(*processes):
-    """Standard output and error of each process, all of which succeeded."""
-    ended = [process.communicate() for process in processes]
-    for process, (_, stderr) in zip(processes, ended):
-        assert process.returncode == 0, stderr[-3000:]
-    return ended
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        return one.getsockname()[1]
-
-
-def joined(name, *arguments):
-    """Two processes of four devices each."""
-    place = f"--coordinator=localhost:{free_port()}"
-    return [
-        start(name, *arguments, place, "--num_processes=2", f"--process_id={index}", devices=4) for index in range(2)
-    ]
-
-
-def result(folder):
-    return json.loads((folder / "result.json").read_text())
 
 
 def completions(folder):
@@ -97,6 +63,63 @@ def test_two_processes_train_and_evaluate_as_one_does(tmp_path, sources):
     assert figures == pytest.approx(expected, abs=1e-4)
 
 
+def test_two_processes_evaluate_as_one_does(tmp_path):
+    folder = tiny_model.write_model(tmp_path / "tiny", tiny_model.changed(decoder={"max_context": 256}))
+    settings = {"model.path": folder, "evaluation.policies": '("topk:2",)', "evaluation.documents": 2}
+    settings |= {"evaluation.choice_questions": 4, "evaluation.completion_headers": 0, "evaluation.batch_size": 4}
+    settings |= {"mesh.data": 2, "mesh.expert": 4}
+    arguments = [f"--set={name}={value}" for name, value in settings.items()]
+    finished(start("evaluate", *arguments, f"--out={tmp_path / 'one'}", devices=8))
+    (stdout, _), (silent, _) = finished(*joined("evaluate", *arguments, f"--out={tmp_path / 'two'}"))
+    one, two = (values(result(tmp_path / name)["figures"]) for name in ("one", "two"))
+    assert two == pytest.approx(one, abs=1e-4) and {"bits_per_byte", "kl_to_full", "choice_accuracy"} <= two.keys()
+    assert "`topk:2`" in stdout and silent == ""
+    assert not (tmp_path / "two" / "parts").exists()
+
+
+def test_finetuning_with_lora_on_eight_devices_follows_one_device(tmp_path, sources):
+    """Factors of every matrix are split, gathered and merged; the export is measured on the mesh again."""
+    settings = {"finetune.train": "lora", "finetune.lora_rank": 2, "training.learning_rate": 0.03}
+    settings |= {"training.steps": 6, "training.checkpoint_every": 6, "evaluation.batch_size": 4}
+    model = tiny_model.write_model(tmp_path / "tiny")
+    (tmp_path / "plain.gin").write_text("")
+    arguments = [f"--set={one}" for one in tiny_training.finetuning_overrides(sources, model, **settings)]
+    arguments.append(f"--config={tmp_path / 'plain.gin'}")
+    mesh = [f"--set=mesh.{axis}=2" for axis in ("data", "expert", "tensor", "fsdp")]
+    finished(start("finetune", *arguments, f"--out={tmp_path / 'one'}"))
+    finished(start("finetune", *arguments, *mesh, f"--out={tmp_path / 'eight'}", devices=8))
+    one, eight = (result(tmp_path / name)["rows"] for name in ("one", "eight"))
+    assert [row["policy"] for row in one] == [row["policy"] for row in eight] == ["model", "topk:3"]
+    for alone, row in zip(one, eight):
+        assert values(row["figures"]) == pytest.approx(values(alone["figures"]), abs=1e-4)
+        assert row["figures"]["change"]["value"] < -0.05
+
+
+@pytest.mark.parametrize("mesh", [{"expert": 8}, {"data": 2, "expert": 4, "expert_axes": ["data", "expert"]}])
+def test_each_of_two_processes_reads_its_share_of_the_file(tmp_path, mesh):
+    """Half of the experts, and everything else; to 64 kB at the ends of each part, as the kernel maps a file."""
+    large = tiny_model.changed(
+        decoder={"d_model": 256, "num_dense_layers": 0, "num_layers": 2}, moe={"expert_hidden": 256}
+    )
+    folder = tiny_model.write_model(tmp_path / "large", large)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
+    place = f"localhost:{free_port()}"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.mesh.read_by_each", place, str(index), json.dumps(mesh), str(folder)],
+            cwd=ROOT,
+            env=environment,
+            **pipes,
+        )
+        for index in range(2)
+    ]
+    for stdout, _ in finished(*processes):
+        share_bytes, touched_bytes, whole_bytes = json.loads(stdout)
+        assert share_bytes <= touched_bytes <= 1.1 * share_bytes
+        assert share_bytes < 0.6 * whole_bytes
+
+
 def refused(process):
     _, stderr = process.communicate(timeout=120)
     assert process.returncode == 2, stderr[-3000:]
@@ -144,3 +167,17 @@ def test_a_command_that_runs_on_one_device_refuses_a_mesh():
 def test_a_process_that_never_comes_is_refused_within_the_limit(index):
     place = [f"--coordinator=localhost:{free_port()}", "--num_processes=2", f"--process_id={index}", "--join_s=5"]
     assert "--join_s=5 seconds" in refused(start("infer", *DEMO, *place))
+
+
+def test_a_wrong_coordinator_is_refused_within_the_limit():
+    place = ["--num_processes=2", "--process_id=1", "--join_s=5"]
+    assert "--join_s=5 seconds" in refused(start("infer", *DEMO, "--coordinator=nowhere.invalid:8476", *place))
+
+
+def test_a_port_that_is_taken_is_refused():
+    with socket.create_server(("localhost", 0)) as taken:
+        port = taken.getsockname()[1]
+        place = [f"--coordinator=localhost:{port}", "--num_processes=2", "--process_id=0"]
+        assert f"process 0 cannot listen on port {port} (Address already in use)" in refused(
+            start("infer", *DEMO, *place)
+        )

@@ -26,6 +26,7 @@ MESHES = [
     pytest.param(MeshConfig(1, 2, 4), id="1x2x4", marks=WIDE),  # more parts than key and value heads
     pytest.param(MeshConfig(2, 2, 2, dispatch="all_to_all"), id="2x2x2 all_to_all"),
     pytest.param(MeshConfig(2, 4, dispatch="ragged"), id="2x4 ragged", marks=WIDE),
+    pytest.param(MeshConfig(2, 4, expert_axes=BOTH), id="2x4 both", marks=WIDE),
     pytest.param(MeshConfig(2, 4, dispatch="all_gather"), id="2x4 all_gather", marks=SLOW),
     pytest.param(MeshConfig(4, 2, expert_axes=BOTH, dispatch="all_to_all"), id="4x2 all_to_all", marks=SLOW),
     pytest.param(MeshConfig(2, 2, 2, expert_axes=BOTH, dispatch="ragged"), id="2x2x2 ragged", marks=SLOW),
@@ -38,6 +39,12 @@ def one(folder):
     model = moe_jax.load(folder)
     logits = [model.logits(TOKENS_BT, policy=spec) for spec in SPECS]
     return model, logits, model.generate(PROMPTS, max_new_tokens=10, policy=SPECS)
+
+
+def test_each_device_holds_its_experts_where_they_lie_over_two_axes(folder):
+    experts = moe_jax.load(folder, mesh=MeshConfig(2, 4, expert_axes=BOTH)).params["moe"]["experts"]
+    for stack, own in (("gate_up_LEIFD", (2, 2, 2, 24, 64)), ("down_LEDF", (2, 2, 64, 24))):
+        assert experts[stack].sharding.shard_shape(experts[stack].shape) == own  # two of 16 experts
 
 
 @pytest.mark.parametrize("mesh", MESHES)

@@ -22,6 +22,7 @@ CONFIG = gin.read_config(None, [f"{name}={value!r}" for name, value in (tiny_tra
 MESHES = {
     "one": MeshConfig(),
     "2x4": MeshConfig(2, 4),
+    "2x4 both": MeshConfig(2, 4, expert_axes=("data", "expert")),
     "8x1": MeshConfig(8, 1),
     "4x2 fsdp": MeshConfig(4, 2, fsdp=4),
     "2x2x2 fsdp": MeshConfig(2, 2, 2, fsdp=2),
@@ -63,7 +64,7 @@ def alone():
 
 
 @pytest.mark.parametrize(
-    "name", ["2x2x2 fsdp", *map(wide, ("2x4", "8x1", "4x2 fsdp", "2x4 all_to_all", "2x2x2 fsdp ragged"))]
+    "name", ["2x2x2 fsdp", *map(wide, ("2x4", "2x4 both", "8x1", "4x2 fsdp", "2x4 all_to_all", "2x2x2 fsdp ragged"))]
 )
 def test_twenty_steps_follow_one_device(name):
     run = Run(name)
@@ -74,7 +75,7 @@ def test_twenty_steps_follow_one_device(name):
     for params in (run.state.params, moments):
         down_LEDF = params["moe"]["experts"]["down_LEDF"]
         mesh = MESHES[name]
-        parts = (1, mesh.expert, mesh.fsdp, mesh.tensor)
+        parts = (1, mesh.expert_parts, mesh.fsdp, mesh.tensor)
         assert down_LEDF.sharding.shard_shape(down_LEDF.shape) == tuple(map(int.__floordiv__, down_LEDF.shape, parts))
 
 
