@@ -184,6 +184,13 @@ def wait_for_all(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
+def holds_in_all(condition: bool) -> bool:
+    """Whether a condition holds in every process; all of them must call this."""
+    if jax.process_count() == 1:
+        return condition
+    return bool(multihost_utils.process_allgather(np.array(condition)).all())
+
+
 def on_all(tree: Any, layout: Layout | None) -> Any:
     """Values of the host, the same in every process, as arrays that are whole on every device of the layout, if any."""
     if layout is None:
