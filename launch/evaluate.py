@@ -19,6 +19,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 def main(run: command.Command) -> None:
     """Checks the configuration, then loads the model and measures."""
     config = run.config
+    config.mesh.require_batch("evaluation.batch_size", config.evaluation.batch_size)
     held_out = command.in_repository(config.text.held_out, "text.held_out")
 
     from moe_jax.evaluation.journal import Journal, identity

@@ -188,18 +188,27 @@ def _copy(destination: np.ndarray, values: np.ndarray, copying: ctypes.CDLL) -> 
 
 
 def _fill_scaled(source: Source, values: np.ndarray, files: Mapping[pathlib.Path, np.ndarray]) -> None:
-    """Dequantises a tensor. For a part of it, the whole tensor is read, since parts do not align with blocks."""
+    """Dequantises a tensor; of a part, all columns of its rows are read, since parts do not align with blocks."""
     shape = source.stored.shape
     scale = _values(source.scale, files).reshape(source.scale.shape).astype(np.float32)
-    whole = np.empty(shape, source.destination.dtype) if source.part else source.destination.reshape(shape)
-    rows = values.reshape(shape)
+    begin, end = _rows_of_part(source) if source.part else (0, shape[0])
+    whole = np.empty((end - begin, shape[1]), source.destination.dtype) if source.part else source.destination
+    whole, rows = whole.reshape(-1, shape[1]), values.reshape(shape)
     step = max(1, _CHECKED_BYTES // (4 * max(1, shape[1])))
-    for first in range(0, shape[0], step):
-        piece = whole[first : first + step]
-        cast_into(piece, dequantize(rows[first : first + step], scale, source.blocks, first))
+    for first in range(begin, end, step):
+        last = min(first + step, end)
+        piece = whole[first - begin : last - begin]
+        cast_into(piece, dequantize(rows[first:last], scale, source.blocks, first))
         require_finite(piece, source.name)
     if source.part:
-        source.destination[...] = whole.reshape(source.seen_as)[source.part]
+        outer, *inner = source.part
+        source.destination[...] = whole.reshape(outer.stop - outer.start, *source.seen_as[1:])[:, *inner]
+
+
+def _rows_of_part(source: Source) -> tuple[int, int]:
+    """The rows of a matrix that hold a part of it: `seen_as` splits its rows, or its columns, into more dimensions."""
+    rows_each = source.stored.shape[0] // source.seen_as[0]
+    return source.part[0].start * rows_each, source.part[0].stop * rows_each
 
 
 def _values(stored: StoredTensor, files: Mapping[pathlib.Path, np.ndarray]) -> np.ndarray:

@@ -27,8 +27,8 @@ from moe_jax.checkpoint.safetensors_file import StoredTensor
 from moe_jax.checkpoint.tables import INDEX, WEIGHTS, read_tables
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import DTYPES
-from moe_jax.files import replaced_folder
-from moe_jax.model.sharding import on_host
+from moe_jax.files import is_first, replaced_folder
+from moe_jax.model.sharding import layer_on_host, on_host
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 SHARD_BYTES = 5_000_000_000  # of one file, as in transformers
@@ -165,7 +165,7 @@ def write_checkpoint(
     family = family_of({"model_type": model_type})
     fields = config_fields(family, architecture)  # first, so that a setting that the family lacks is refused early
     rules = family.rules(architecture)
-    arrays = {path: on_host(array) for path, array in flattened(params)}
+    arrays = dict(flattened(params))
     require_same_names(folder, {rule.parameter for rule in rules}, set(arrays))
     shapes, dtypes = {}, {}
     for rule in rules:
@@ -178,9 +178,9 @@ def write_checkpoint(
 
     def tensors() -> Iterator[np.ndarray]:
         for rule in rules:
-            for name, index in rule.placements(architecture):
+            for name, values in _values_of(rule, arrays[rule.parameter], architecture):
                 tensor = np.empty(rule.stored_shape(architecture), dtypes[rule])
-                filling.cast_into(tensor, arrays[rule.parameter][index].reshape(tensor.shape))
+                filling.cast_into(tensor, values.reshape(tensor.shape))
                 filling.require_finite(tensor, name)
                 yield tensor
 
@@ -192,12 +192,23 @@ def write_checkpoint(
         texts[INDEX] = _json_text({"metadata": {"total_size": _bytes_of(shapes)}, "weight_map": weight_map})
     if taken := sorted(set(extra_files or {}) & {*texts, *shards, WEIGHTS, INDEX}):
         raise ValueError(f"extra_files has {taken[0]}, which is written from the architecture and the parameters")
+    made = tensors()
+    if not is_first():  # it gathers with the first process, which writes
+        collections.deque(made, maxlen=0)
+        return
     with replaced_folder(folder) as partial:
         write_files(partial, {**texts, **(extra_files or {})})
-        made = tensors()
         for file, names in shards.items():
             part = {name: shapes[name] for name in names}
             safetensors_file.write_file(partial / file, part, itertools.islice(made, len(part)))
+
+
+def _values_of(rule: Rule, array: Any, architecture: Architecture) -> Iterator[tuple[str, np.ndarray]]:
+    """The name and values of every tensor of a parameter; a stacked one is in host memory layer by layer."""
+    for layer, placements in itertools.groupby(rule.placements(architecture), lambda placement: placement.index[0]):
+        is_stacked = isinstance(layer, int)
+        values = layer_on_host(array, layer) if is_stacked else on_host(array)
+        yield from ((name, values[index[1:] if is_stacked else index]) for name, index in placements)
 
 
 def require_free(folder: pathlib.Path, replace: bool = False) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging as absl_logging
 
-from moe_jax.model.sharding import on_host
+from moe_jax.model.sharding import pieces_on_host
 
 _STATE, _PLACE, _DIGEST = "state", "place", "state_sha256"
 
@@ -55,9 +55,9 @@ def _suppress_background_tracebacks() -> None:
 def _digest(state: Any) -> str:
     digest = hashlib.sha256()
     for path, array in jax.tree_util.tree_leaves_with_path(state):
-        array = on_host(array)
         digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        for piece in pieces_on_host(array):
+            digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
     return digest.hexdigest()
 
 

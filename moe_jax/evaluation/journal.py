@@ -17,6 +17,7 @@ import numpy as np
 
 from moe_jax.config.schema import Config
 from moe_jax.files import is_first, write_atomically
+from moe_jax.model.sharding import holds_in_all
 
 
 class Journal:
@@ -35,17 +36,16 @@ class Journal:
         self._folder = None if folder is None else folder / digest[:16]
 
     def once(self, name: str, compute: Callable[[], Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
-        """The arrays of a part: read if it is finished, else computed and written."""
+        """The arrays of a part: read if it is finished, else computed and written.
+
+        Of several processes, all read it or all compute it: one may see the disk later than another.
+        """
         if self._folder is None:
             return _arrays(compute())
         path = self._folder / f"{name}.npz"
-        try:
-            with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as part:
-                return dict(part)
-        except FileNotFoundError:
-            pass
-        except (ValueError, EOFError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} is damaged ({error}): remove it, and this part is computed again") from error
+        kept = _read(path)
+        if holds_in_all(kept is not None):
+            return kept
         arrays = _arrays(compute())
         buffer = io.BytesIO()
         np.savez(buffer, **arrays)
@@ -58,6 +58,17 @@ class Journal:
             shutil.rmtree(self._folder, ignore_errors=True)
             if self._folder.parent.is_dir() and not any(self._folder.parent.iterdir()):
                 self._folder.parent.rmdir()
+
+
+def _read(path: pathlib.Path) -> dict[str, np.ndarray] | None:
+    """The arrays of a part; None if it is not finished."""
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as part:
+            return dict(part)
+    except FileNotFoundError:
+        return None
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it, and this part is computed again") from error
 
 
 def identity(config: Config, paths: Sequence[str | os.PathLike], implementations: Mapping[str, str]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Where parameters and activations lie on a mesh of devices: one table, from the letters of dimensions to axes."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -200,17 +201,50 @@ def placed(tree: Any, layout: Layout | None) -> Any:
     return tree if layout is None else jax.jit(lambda state: state, out_shardings=of_tree(tree, layout))(tree)
 
 
+def _is_here(array: jax.Array | np.ndarray) -> bool:
+    """Whether this process has the whole array."""
+    return not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated
+
+
 def on_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """A whole array in host memory; all processes must call this if the array lies on devices of several."""
-    if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
-        return np.asarray(array)
-    return multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array) if _is_here(array) else multihost_utils.process_allgather(array, tiled=True)
+
+
+def layer_on_host(array: jax.Array | np.ndarray, layer: int) -> np.ndarray:
+    """One layer of a stacked array in host memory; of several processes all must call this, and gather that layer."""
+    return np.asarray(array)[layer] if _is_here(array) else np.asarray(_layer(array.sharding.mesh)(array, layer))
+
+
+@functools.cache
+def _layer(mesh: Mesh) -> Callable[[jax.Array, int], jax.Array]:
+    take = functools.partial(jax.lax.dynamic_index_in_dim, keepdims=False)
+    return jax.jit(take, out_shardings=NamedSharding(mesh, PartitionSpec()))
+
+
+def pieces_on_host(array: jax.Array | np.ndarray) -> Iterator[np.ndarray]:
+    """An array in host memory, in pieces that follow each other; all processes must take them together.
+
+    What lies on devices of several processes comes layer by layer, unless its first dimension is split, so that no
+    host or device holds a whole stack.
+    """
+    if _is_here(array) or not array.ndim or array.sharding.shard_shape(array.shape)[0] < len(array):
+        yield on_host(array)
+    else:
+        yield from (layer_on_host(array, layer) for layer in range(len(array)))
 
 
 def wait_for_all(what: str) -> None:
     """Waits until all processes have come here; `what` names the place."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
+
+
+def holds_in_all(condition: bool) -> bool:
+    """Whether a condition holds in every process; all of them must call this."""
+    if jax.process_count() == 1:
+        return condition
+    return bool(multihost_utils.process_allgather(np.array(condition)).all())
 
 
 def on_all(tree: Any, layout: Layout | None) -> Any:

@@ -95,8 +95,6 @@ def prepare(
             raise ValueError(
                 f"the model's context is {context} tokens: expected at least {needed}, or evaluation.{setting}=0"
             )
-    if execution.layout is not None:
-        execution.layout.config.require_batch("evaluation.batch_size", config.batch_size)
     compared = compared_policies(config, execution.architecture, execution.k_max, calibration)
     documents = half(documents, config.half)[: config.documents or None]
     return Task(

@@ -13,7 +13,7 @@ from moe_jax.config.finetuning import FinetuneConfig
 from moe_jax.model import parameters
 from moe_jax.model.decoder import Params
 from moe_jax.model.low_rank import LowRank
-from moe_jax.model.sharding import on_host
+from moe_jax.model.sharding import pieces_on_host
 from moe_jax.routing import mask
 
 _ADAPTED = ("attention", "experts", "shared")  # modules whose matrices LoRA adapts
@@ -109,7 +109,8 @@ def digest(params: Params) -> str:
     total = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         total.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-        total.update(np.ascontiguousarray(on_host(leaf)).reshape(-1).view(np.uint8))
+        for piece in pieces_on_host(leaf):
+            total.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8))
     return total.hexdigest()
 
 

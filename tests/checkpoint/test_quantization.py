@@ -96,6 +96,19 @@ def test_a_part_equals_that_part_of_the_whole(folder):
         np.testing.assert_array_equal(array, expected[stack.path][part], err_msg=stack.path)
 
 
+def test_a_part_of_the_rows_is_read_without_the_others(folder, monkeypatch):
+    quantize(folder)
+    opened = checkpoint.open(folder)
+    [stack] = [one for one in opened._stacks("float32") if one.path == "moe/attention/query_LHAD"]
+    read, dequantize = [], filling.dequantize
+    monkeypatch.setattr(
+        filling, "dequantize", lambda values, *rest: [read.append(len(values)), dequantize(values, *rest)][1]
+    )
+    layers, heads, width, inputs = stack.shape
+    reading.read(folder, [stack], [[np.s_[0:layers, 1:2, 0:width, 0:inputs]]], blocks_of(opened.config))
+    assert heads > 1 and sum(read) == layers * width
+
+
 def test_scales_may_be_narrow_and_lie_in_another_shard(folder, monkeypatch):
     expected = quantize(folder, scale_dtype=ml_dtypes.bfloat16)
     monkeypatch.setattr(safetensors.numpy, "load_file", load_file)

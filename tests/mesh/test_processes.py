@@ -96,7 +96,7 @@ def test_finetuning_with_lora_on_eight_devices_follows_one_device(tmp_path, sour
 
 
 @pytest.mark.parametrize("mesh", [{"expert": 8}, {"data": 2, "expert": 4, "expert_axes": ["data", "expert"]}])
-def test_each_of_two_processes_reads_its_share_of_the_file(tmp_path, mesh):
+def test_each_of_two_processes_reads_its_share_of_the_file_and_both_save_it(tmp_path, mesh):
     """Half of the experts, and everything else; to 64 kB at the ends of each part, as the kernel maps a file."""
     large = tiny_model.changed(
         decoder={"d_model": 256, "num_dense_layers": 0, "num_layers": 2}, moe={"expert_hidden": 256}
@@ -105,19 +105,22 @@ def test_each_of_two_processes_reads_its_share_of_the_file(tmp_path, mesh):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "4"}
     place = f"localhost:{free_port()}"
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    command_line = [sys.executable, "-m", "tests.mesh.one_of_two"]
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.mesh.read_by_each", place, str(index), json.dumps(mesh), str(folder)],
+            [*command_line, place, str(index), json.dumps(mesh), str(folder), str(tmp_path / "saved")],
             cwd=ROOT,
             env=environment,
             **pipes,
         )
         for index in range(2)
     ]
-    for stdout, _ in finished(*processes):
-        share_bytes, touched_bytes, whole_bytes = json.loads(stdout)
+    for _, stderr in finished(*processes):
+        [line] = [line for line in stderr.splitlines() if line.startswith("[")]
+        share_bytes, touched_bytes, whole_bytes = json.loads(line)
         assert share_bytes <= touched_bytes <= 1.1 * share_bytes
         assert share_bytes < 0.6 * whole_bytes
+    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
 def refused(process):

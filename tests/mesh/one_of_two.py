@@ -1,6 +1,6 @@
-"""Loads a folder in one of two joined processes, and prints the bytes of its shards and those of the file it touched.
+"""Loads a model in one of two joined processes, prints how many bytes of its file it touched, and saves it together.
 
-    python -m tests.mesh.read_by_each COORDINATOR INDEX MESH FOLDER
+    python -m tests.mesh.one_of_two COORDINATOR INDEX MESH FOLDER OUT
 
 MESH is JSON of `MeshConfig`. The kernel counts the touched pages of a mapped file, whatever read them.
 """
@@ -11,7 +11,7 @@ import sys
 
 import jax
 
-from moe_jax import checkpoint
+from moe_jax import checkpoint, files
 from moe_jax.checkpoint import filling
 from moe_jax.config.mesh import MeshConfig
 from moe_jax.model.sharding import layout_of, sharding_of
@@ -38,9 +38,11 @@ def shard_bytes(params):
     return total
 
 
-def main(coordinator, index, mesh, folder):
-    """Prints the bytes of shards, touched, and of the whole model."""
+def main(coordinator, index, mesh, folder, out):
+    """Prints the bytes of shards, touched, and of the whole model; writes the model to `out`."""
     jax.distributed.initialize(coordinator, 2, int(index))
+    if index != "0":
+        files.leave_to_first()
     map_file, kept = filling._mapped, []
 
     def map_and_keep(*arguments, **options):
@@ -52,7 +54,8 @@ def main(coordinator, index, mesh, folder):
     opened = checkpoint.open(folder)
     params = opened.load("auto", sharding_of(layout_of(MeshConfig(**mesh), opened.architecture)))
     whole_bytes = sum(array.nbytes for array in jax.tree.leaves(params))
-    print(json.dumps([shard_bytes(params), touched_bytes(opened.folder), whole_bytes]))
+    print(json.dumps([shard_bytes(params), touched_bytes(opened.folder), whole_bytes]), file=sys.stderr)
+    opened.save(out, params)
 
 
 if __name__ == "__main__":
