@@ -60,12 +60,11 @@ class Command:
             training: whether it will be trained.
         """
         from moe_jax import checkpoint
-        from moe_jax.model.sharding import layout_of
 
         calibration = self.config.policy.calibration if calibrated else None
         opened = checkpoint.open(folders.in_repository(self.config.model.path), calibration=calibration)
         _refuse_other_shape(self.config, opened.architecture)
-        layout_of(self.config.mesh, opened.architecture)  # refuses a mesh before "auto" opens the weights
+        self._layout_of(opened.architecture)  # refuses a mesh before "auto" opens the weights
         dtype = dtype or self.config.model.dtype
         dtype = opened.expected_dtype if dtype == "auto" else dtype
         return opened, self.execution_of(opened.architecture, dtype, training)
