@@ -49,10 +49,8 @@ def main(run: command.Command) -> None:
         group, load = group_and_load
         return compiled(rows_of(engine, execution, load, benchmark, abstract=True), group, trace, benchmark)
 
-    for part in (
-        groups[:1],
-        groups[1:],
-    ):  # compiling side by side saves time, but what is first is kept if it is cut off
+    # compiling side by side saves time, but what is first is kept if it is cut off
+    for part in groups[:1], groups[1:]:
         cases = [(group, load) for group in part for load in benchmark.decode_batches]
         with run.timed("compile"), concurrent.futures.ThreadPoolExecutor(COMPILED_AT_ONCE) as pool:
             chosen = list(pool.map(prepare, cases))

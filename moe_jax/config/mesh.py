@@ -31,8 +31,9 @@ class MeshConfig:
         require(0 <= self.capacity < math.inf, "mesh.capacity", self.capacity, "0 (nothing is dropped) or more")
         if self.num_devices == 1:
             require(self.dispatch in ("auto", "local"), "mesh.dispatch", self.dispatch, "auto or local on one device")
-            require(not self.capacity, "mesh.capacity", self.capacity, "0 on one device, where nothing is sent")
-            require(not self.placement, "mesh.placement", self.placement, "none on one device")
+        if self.expert_parts == 1:
+            require(not self.capacity, "mesh.capacity", self.capacity, "0, as all devices have all experts")
+            require(not self.placement, "mesh.placement", self.placement, "none, as all devices have all experts")
         require(
             self.replicas == 0 or (self.placement and self.replicas > 0 and self.replicas % self.expert_parts == 0),
             "mesh.replicas",

@@ -1,6 +1,7 @@
 """Settings of predictions: the load, the machine, the measured tables to fit, and the policies to predict."""
 
 import dataclasses
+import os
 
 from moe_jax.config.checks import require, require_positive
 
@@ -34,6 +35,8 @@ class PredictConfig:
 
     def __post_init__(self):
         require(len(self.measured) > 0, "predict.measured", self.measured, "at least one table")
+        tables = [os.path.basename(path) for path in self.measured]
+        require(len(set(tables)) == len(tables), "predict.measured", self.measured, "tables with different names")
         one_each = f"one for each of {len(self.measured)} predict.measured"
         require(len(self.columns) == len(self.measured), "predict.columns", self.columns, one_each)
         sizes = "devices", "device_bytes_per_s", "device_flops_per_s", "weight_bytes", "cache_bytes"

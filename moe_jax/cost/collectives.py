@@ -13,9 +13,10 @@ SHARE_SENT = {  # of the larger of operand and result, by each of n devices: the
 }
 _CALL = re.compile(r"= (?P<result>.+?) (?P<name>[a-z-]+?)(?:-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]")
-# the ways in which XLA writes the devices of a group: {{0,1},{2,3}}, [2,4]<=[8], mesh['data'=2,'expert'=4] {'expert'}
+# the ways in which XLA writes the devices of a group: {{0,1},{2,3}}, [2,4]<=[8], mesh['data'=2,'expert'=4] {'expert'},
+# mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}
 _LISTED, _COUNTED = re.compile(r"replica_groups=\{\{([\d,]*)\}"), re.compile(r"replica_groups=\[\d+,(\d+)\]")
-_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
+_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\}")
 
 
 class Collective(NamedTuple):

@@ -14,8 +14,8 @@ from moe_jax.dispatch.contract import Dispatch
 
 AUTO = "auto"
 DROPPING = ("all_to_all", "ragged")  # that have a capacity
-# What a link could send while a collective starts: 5 microseconds at 200 GB/s, an assumption that no device has tested.
-# A decode step sends less in all, so the number of collectives decides for it.
+# A link could send this much while a collective starts, if that takes 5 microseconds at 200 GB/s: assumed, and measured
+# on no device. A decode step sends less in all, so the number of collectives decides for it.
 START_BYTES = 2**20
 _COLLECTIVES = {"local": 0, "replicated": 1, "all_gather": 5, "all_to_all": 4, "ragged": 4}
 _FURTHER_COLLECTIVES = 3  # of an exact `all_to_all`: whether all rows were sent, and one more exchange

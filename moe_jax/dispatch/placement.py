@@ -82,9 +82,9 @@ def read_loads(path: str | os.PathLike) -> np.ndarray:
         with open(path, newline="") as file:
             head, *lines = csv.reader(file)
         load_LE = np.array([list(map(int, loads)) for policy, _, *loads in lines if policy == lines[0][0]])
-    except (OSError, ValueError, IndexError) as error:
+    except (OSError, ValueError, IndexError, csv.Error) as error:
         raise ValueError(f"{given}: expected an expert_load.csv of launch/evaluate.py ({error})") from error
-    if head[:2] != ["policy", "moe_layer"] or load_LE.ndim != 2 or load_LE.min() < 0:
+    if head[:2] != ["policy", "moe_layer"] or load_LE.ndim != 2 or not load_LE.size or load_LE.min() < 0:
         raise ValueError(f"{given}: expected an expert_load.csv of launch/evaluate.py")
     return load_LE
 
@@ -117,6 +117,8 @@ def place(load_LE: np.ndarray, devices: int, replicas: int = 0, nodes: int = 1, 
     ):
         if size % by:
             raise ValueError(f"placement: {size} {what}: expected a multiple of {by}")
+    if replicas > (most := num_experts * (devices - 1)):
+        raise ValueError(f"placement: {replicas} replicas: expected at most {most}, one on each device")
     return ExpertPlacement(np.stack([_place(load_E, devices, replicas, nodes, groups) for load_E in load_LE]), devices)
 
 

@@ -225,10 +225,10 @@ def _layer(mesh: Mesh) -> Callable[[jax.Array, int], jax.Array]:
 def pieces_on_host(array: jax.Array | np.ndarray) -> Iterator[np.ndarray]:
     """An array in host memory, in pieces that follow each other; all processes must take them together.
 
-    What lies on devices of several processes comes layer by layer, unless its first dimension is split, so that no
-    host or device holds a whole stack.
+    A stack of matrices on devices of several processes comes layer by layer, unless its first dimension is split, so
+    that no host or device holds all of it.
     """
-    if _is_here(array) or not array.ndim or array.sharding.shard_shape(array.shape)[0] < len(array):
+    if _is_here(array) or array.ndim <= 2 or array.sharding.shard_shape(array.shape)[0] < len(array):
         yield on_host(array)
     else:
         yield from (layer_on_host(array, layer) for layer in range(len(array)))

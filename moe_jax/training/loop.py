@@ -33,7 +33,7 @@ METRICS = "metrics.jsonl"  # a line per logged step or evaluation
 # May differ when a run is resumed: they change what is written, not what is learned.
 _FREE_SETTINGS = ("checkpoint_every", "checkpoints_kept", "log_every")
 _FREE_SECTIONS = ("sampling", "evaluation", "benchmark", "sweep", "mesh")  # training does not read them, or may move
-_NOT_FREE = ("mesh.capacity",)  # though its section is
+_CAPACITY = "mesh.capacity"  # fixed; where slots may be dropped, which ones depends on the whole mesh
 
 
 class TrainingTask(NamedTuple):
@@ -83,11 +83,13 @@ def require_same_run(config: Config, folder: pathlib.Path) -> None:
             f"{section}.{name}": value
             for section, settings in dataclasses.asdict(dataclasses.replace(config, training=training)).items()
             for name, value in settings.items()
-            if section not in _FREE_SECTIONS or f"{section}.{name}" in _NOT_FREE
+            if section not in _FREE_SECTIONS
+            or f"{section}.{name}" == _CAPACITY
+            or (section == "mesh" and config.mesh.capacity)
         }
 
     before, now = fixed_settings(gin.read_config(path)), fixed_settings(config)
-    different = [name for name in before if before[name] != now[name]]
+    different = [name for name in before if name in now and before[name] != now[name]]
     if different:
         name = different[0]
         raise ValueError(

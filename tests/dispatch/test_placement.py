@@ -79,6 +79,13 @@ def test_placed_experts_give_the_same_results():
     np.testing.assert_array_equal(placement.to_experts(counts.load_E, experts.layer), kept)
 
 
-def test_uneven_placements_are_refused():
-    with pytest.raises(ValueError, match="18 experts and replicas: expected a multiple of 4"):
-        place(np.ones((1, 16)), 4, replicas=2)
+@pytest.mark.parametrize(
+    ("replicas", "message"),
+    [
+        (2, "18 experts and replicas: expected a multiple of 4"),
+        (52, "52 replicas: expected at most 48, one on each device"),
+    ],
+)
+def test_what_cannot_be_placed_is_refused(replicas, message):
+    with pytest.raises(ValueError, match=message):
+        place(np.ones((1, 16)), 4, replicas=replicas)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from moe_jax.config.gin import read_config
+from moe_jax.config.gin import read_config, to_gin
 from moe_jax.model.finite import NotFiniteError
 from moe_jax.report.plots import draw_training_curve
 from moe_jax.text.batches import pack
@@ -51,3 +51,27 @@ def test_an_evaluation_that_is_not_finite_is_no_better_and_is_null(tmp_path, cap
 def test_a_run_without_a_finite_evaluation_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no evaluation of the 2 steps was finite"):
         run(tmp_path, [None, None])
+
+
+CAPACITY = {"mesh.capacity": 1.0, "mesh.data": 2, "mesh.expert": 2}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "named"),
+    [
+        ({"mesh.expert": 4}, {"mesh.expert": 2}, ""),
+        (CAPACITY, CAPACITY | {"mesh.data": 1}, "mesh.data = 1"),
+        (CAPACITY, CAPACITY | {"mesh.dispatch": "ragged"}, "mesh.dispatch = 'ragged'"),
+        (CAPACITY, {"mesh.expert": 2}, "mesh.capacity = 0.0"),
+        ({"mesh.expert": 2}, CAPACITY, "mesh.capacity = 1.0"),
+    ],
+)
+def test_a_run_that_drops_slots_stays_on_its_mesh(tmp_path, before, now, named):
+    """Which slots are dropped depends on the mesh and the dispatch; without a capacity a run may move."""
+    before, now = (read_config(None, [f"{name}={value}" for name, value in given.items()]) for given in (before, now))
+    (tmp_path / "run.gin").write_text(to_gin(before))
+    if not named:
+        loop.require_same_run(now, tmp_path)
+        return
+    with pytest.raises(ValueError, match=f"^{named}: the run in .* was started with"):
+        loop.require_same_run(now, tmp_path)

@@ -138,8 +138,9 @@ def _store(store, out_smem, out_gmem, warpgroup, sums):
         slot = number % 2
 
         @pl.when(start < store.width)
-        def _store_columns(start=start, slot=slot):
-            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+        def _store_columns(number=number, start=start, slot=slot):
+            # the last copy of the piece before may still read the first slot
+            plgpu.wait_smem_to_gmem(1 if number else 0, wait_read_only=True)
             out_smem[warpgroup, slot] = sums[:, start : start + columns].astype(out_smem.dtype)
             plgpu.commit_smem()
             for made, first, size in store.copies():
