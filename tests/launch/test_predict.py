@@ -67,6 +67,10 @@ def test_every_policy_has_a_row_at_every_load(model, text, tmp_path):
     [
         ({"predict__columns": '("k9",)'}, "predict.columns = 'k9': expected one of k6, k5, k4, k3, k2"),
         ({"predict__columns": '("k6", "e64")'}, "one for each of 1 predict.measured"),
+        (
+            {"predict__measured": '("a/t.csv", "b/t.csv")', "predict__columns": '("k6", "k4")'},
+            "predict.measured = ('a/t.csv', 'b/t.csv'): expected tables with different names",
+        ),
         ({"predict__measured": '("nowhere.csv",)'}, "nowhere.csv"),
         ({"predict__measured": f'("{CONFIG}",)'}, "expected concurrency,k6,k4"),
         ({"predict__measured_config": "nowhere.gin"}, "nowhere.gin"),
