@@ -3,7 +3,8 @@
     python benchmarks/compile_matrix.py --chips v5e v5p v6e tpu7x
     python benchmarks/compile_matrix.py --chips h100
 
-The first needs `requirements-aot.txt`, the second `requirements-aot-gpu.txt`; both take an hour or more on two cores.
+The first needs `requirements-aot.txt` and takes about half an hour on two cores; the second needs
+`requirements-aot-gpu.txt`, and takes five minutes.
 
 A line of JSON per case in OUT/CHIP.jsonl: processor seconds, the memory on the chip that a kernel takes, temporaries in
 device memory, date and versions. What stands there from the same compiler and the same kernels is not compiled again.

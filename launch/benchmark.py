@@ -118,7 +118,11 @@ def count_sent(run: command.Command) -> None:
 
 def virtual_devices(config) -> int:
     """The devices to make on the CPU, for counting what they send each other; 0: the machine's own."""
-    return 8 if config.benchmark.dispatch_slots else 0
+    if not config.benchmark.dispatch_slots:
+        return 0
+    from moe_jax.study import sent
+
+    return sent.DEVICES
 
 
 def prepare(run: command.Command):

@@ -39,6 +39,7 @@ class Command:
     output: Any  # standard output; with --json, what `main` prints itself goes to standard error
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     implementations: dict[str, str] = dataclasses.field(default_factory=dict)
+    layouts: "dict[Architecture, sharding.Layout | None]" = dataclasses.field(default_factory=dict)  # made once each
 
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -92,10 +93,12 @@ class Command:
     def _layout_of(self, architecture: Architecture) -> "sharding.Layout | None":
         from moe_jax.model.sharding import layout_of
 
-        mesh = self.config.mesh
-        if mesh.placement:
-            mesh = dataclasses.replace(mesh, placement=str(folders.in_repository(mesh.placement, "mesh.placement")))
-        return layout_of(mesh, architecture)
+        if architecture not in self.layouts:
+            mesh = self.config.mesh
+            if mesh.placement:
+                mesh = dataclasses.replace(mesh, placement=str(folders.in_repository(mesh.placement, "mesh.placement")))
+            self.layouts[architecture] = layout_of(mesh, architecture)
+        return self.layouts[architecture]
 
     def finish(
         self,
