@@ -53,10 +53,10 @@ def rows_of(documents: Iterable[np.ndarray], length: int, tokens: int) -> Rows:
     """
     taken, total = [], 0
     for document in documents:
-        if total >= tokens:
-            break
         taken.append(document[: min(length, tokens - total)])
         total += len(taken[-1])
+        if total == tokens:
+            break
     count = -(-len(taken) // ROWS) * ROWS
     tokens_JT, valid_JT = np.zeros((count, length), np.int32), np.zeros((count, length), bool)
     for row, document in enumerate(taken):
