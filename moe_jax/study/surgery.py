@@ -17,7 +17,15 @@ def architecture_of(architecture: Architecture, kept: Kept) -> Architecture:
     Raises:
         ValueError: a layer has fewer experts than its k, or the groups of experts do not allow it.
     """
-    experts_L = tuple(len(experts) for experts in kept)
+    return with_experts(architecture, tuple(len(experts) for experts in kept))
+
+
+def with_experts(architecture: Architecture, experts_L: tuple[int, ...]) -> Architecture:
+    """The architecture with other numbers of experts in its MoE layers.
+
+    Raises:
+        ValueError: as `architecture_of`.
+    """
     unlike = experts_L if len({*experts_L}) > 1 else ()
     moe = dataclasses.replace(architecture.moe, num_experts=max(experts_L), num_experts_of_layers=unlike)
     return dataclasses.replace(architecture, moe=moe)

@@ -204,7 +204,9 @@ def require_memory(config: Config, params: Params) -> None:
     logging.info(
         "training takes %.2f GB beside the model's %.2f: %.1f M weights train%s",
         *(needed_bytes / 1e9, model_bytes / 1e9, weights / 1e6),
-        ", and the model as loaded is the teacher" if config.objective.has_teacher else "",
+        f", and {config.finetune.teacher or 'the model as loaded'} is the teacher"
+        if config.objective.has_teacher
+        else "",
     )
     memory.require(
         f"finetune.train = {config.finetune.train!r}, beside the model's {model_bytes / 1e9:,.1f} GB,",
