@@ -8,7 +8,6 @@ transformers and vLLM load; docs/pruning.md says how to win back what it lost. A
 again with the same --out.
 """
 
-import dataclasses
 import os
 import pathlib
 
@@ -32,7 +31,6 @@ def main(run: command.Command) -> None:
 
     opened, execution = run.open_model(calibrated=False)
     architecture = opened.architecture
-    execution = dataclasses.replace(execution, k_max=architecture.moe.k)
     choices = pruning.choices(config.prune, architecture)
     with run.timed("text"):
         documents = load_held_out(held_out)

@@ -34,15 +34,15 @@ def rows(text: PruningText, architecture: Architecture, full_J: np.ndarray, meas
     found = [row("model", full_J, architecture, None)]
     found[0]["figures"]["calibration"] = tokens
     for keep in dict.fromkeys(one.choice.keep for one in measured):
-        of_size = [one for one in measured if one.choice.keep == keep]
-        draws = [one for one in of_size if one.choice.method == RANDOM]
+        same_size = [one for one in measured if one.choice.keep == keep]
+        draws = [one for one in same_size if one.choice.method == RANDOM]
         random_J = np.mean([one.bits_J for one in draws], axis=0) if draws else None
         if draws:
             mean = row(draws[0].choice.group, random_J, draws[0].architecture, None)
             each = [one.bits_J.sum() / bytes_J.sum() for one in draws]
             mean["figures"]["bits_per_byte"]["range"] = [min(each), max(each)]
             found.append(mean)
-        found += [row(one.choice.name, one.bits_J, one.architecture, random_J) for one in of_size]
+        found += [row(one.choice.name, one.bits_J, one.architecture, random_J) for one in same_size]
     return found
 
 

@@ -39,14 +39,14 @@ class ExpertStatistics(NamedTuple):
     contribution_LE: np.ndarray  # sum of contribution x weight x norm
 
 
-class Rows(NamedTuple):
+class CalibrationRows(NamedTuple):
     """Rows of tokens, padded at their end."""
 
     tokens_JT: np.ndarray  # int32
     valid_JT: np.ndarray  # bool
 
 
-def rows_of(documents: Iterable[np.ndarray], length: int, tokens: int) -> Rows:
+def rows_of(documents: Iterable[np.ndarray], length: int, tokens: int) -> CalibrationRows:
     """The first `length` tokens of each document, from the first document on, until there are `tokens` of them.
 
     No further document is read. The number of rows is a multiple of `ROWS`; the last ones may be padding.
@@ -62,11 +62,11 @@ def rows_of(documents: Iterable[np.ndarray], length: int, tokens: int) -> Rows:
     for row, document in enumerate(taken):
         tokens_JT[row, : len(document)] = document
         valid_JT[row, : len(document)] = True
-    return Rows(tokens_JT, valid_JT)
+    return CalibrationRows(tokens_JT, valid_JT)
 
 
 def measure(
-    params: decoder.Params, rows: Rows, execution: Execution, advance: Callable[[], object] = lambda: None
+    params: decoder.Params, rows: CalibrationRows, execution: Execution, advance: Callable[[], object] = lambda: None
 ) -> ExpertStatistics:
     """Runs the full model once over all rows.
 

@@ -1,10 +1,10 @@
 """Prunes a model in several ways: ranks its experts on text, and measures each smaller model on other text."""
 
-import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from moe_jax.checkpoint import Checkpoint
@@ -17,8 +17,8 @@ from moe_jax.model.execution import Execution
 from moe_jax.routing.policies.parse import MODEL_OWN
 from moe_jax.study import expert_statistics, pruning, surgery
 from moe_jax.study.compare import window_of
-from moe_jax.study.expert_statistics import ExpertStatistics, Rows
-from moe_jax.study.pruning import Choice, Kept
+from moe_jax.study.expert_statistics import CalibrationRows, ExpertStatistics
+from moe_jax.study.pruning import Kept, PruningChoice
 from moe_jax.text.documents import Document
 from moe_jax.text.held_out import HeldOut, half
 from moe_jax.text.tokenizer import encode_documents
@@ -27,14 +27,14 @@ from moe_jax.text.tokenizer import encode_documents
 class PruningText(NamedTuple):
     """The text that experts are ranked on, and the text that models are measured on."""
 
-    calibration: Rows
+    calibration: CalibrationRows
     held_out: HeldOut
 
 
 class Pruned(NamedTuple):
     """A smaller model and its result."""
 
-    choice: Choice
+    choice: PruningChoice
     kept: Kept
     architecture: Architecture
     bits_J: np.ndarray  # float64, of each held-out document
@@ -65,7 +65,7 @@ def prepare_text(
     )
 
 
-def num_parts(text: PruningText, choices: Sequence[Choice]) -> int:
+def num_parts(text: PruningText, choices: Sequence[PruningChoice]) -> int:
     """How often `run` calls `advance`."""
     return len(text.calibration.tokens_JT) // expert_statistics.ROWS + 1 + len(choices)
 
@@ -85,7 +85,7 @@ def measure(
     config: Config,
     params: Params,
     text: PruningText,
-    choices: Sequence[Choice],
+    choices: Sequence[PruningChoice],
     statistics: ExpertStatistics,
     execution: Execution,
     execution_of: Callable[[Architecture], Execution],
@@ -125,11 +125,11 @@ def measure(
     for choice in choices:
         kept = pruning.kept(choice, architecture, statistics, config.run.seed)
         smaller = surgery.architecture_of(architecture, kept)
-        smaller_execution = dataclasses.replace(execution_of(smaller), k_max=smaller.moe.k)
-        bits_J = bits_of(
-            choice.name, lambda kept=kept: surgery.without_others(params, architecture, kept), smaller_execution
-        )
-        found.append(Pruned(choice, kept, smaller, bits_J))
+
+        def make(kept=kept) -> Params:
+            return jax.device_put(surgery.without_others(params, architecture, kept))
+
+        found.append(Pruned(choice, kept, smaller, bits_of(choice.name, make, execution_of(smaller))))
     return full_J, found
 
 
@@ -138,8 +138,9 @@ def export(config: Config, folder: pathlib.Path, model: Checkpoint, measured: Se
 
     The weights are those stored, whatever dtype they were measured in.
     """
-    for choice, kept, architecture, _ in measured:
-        if choice.name in config.prune.export:
-            params = surgery.without_others(model.read(), model.architecture, kept)
-            smaller = model.for_new_weights().with_architecture(architecture)
-            smaller.save(folder / choice.name, params, replace=True)
+    asked = [one for one in measured if one.choice.name in config.prune.export]
+    stored = model.read() if asked else {}
+    for choice, kept, architecture, _ in asked:
+        params = surgery.without_others(stored, model.architecture, kept)
+        smaller = model.for_new_weights().with_architecture(architecture)
+        smaller.save(folder / choice.name, params, replace=True)

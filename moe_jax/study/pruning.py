@@ -12,7 +12,7 @@ from moe_jax.study.expert_statistics import ExpertStatistics
 Kept = Sequence[np.ndarray]  # for each MoE layer, its kept experts in ascending order
 
 
-class Choice(NamedTuple):
+class PruningChoice(NamedTuple):
     """One model to make: how its experts are ranked, and how many stay."""
 
     method: str
@@ -50,7 +50,7 @@ BY_INDEX: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
-def choices(config: PruneConfig, architecture: Architecture) -> list[Choice]:
+def choices(config: PruneConfig, architecture: Architecture) -> list[PruningChoice]:
     """All models of a run, by number of experts.
 
     Raises:
@@ -63,8 +63,8 @@ def choices(config: PruneConfig, architecture: Architecture) -> list[Choice]:
         for method in config.methods:
             if method in BY_PLACE and 2 * keep != architecture.moe.num_experts:
                 continue
-            found += [Choice(method, keep, draw=draw) for draw in range(config.draws if method == RANDOM else 1)]
-        found += [Choice(method, keep, across_layers=True) for method in config.across_layers]
+            found += [PruningChoice(method, keep, draw=draw) for draw in range(config.draws if method == RANDOM else 1)]
+        found += [PruningChoice(method, keep, across_layers=True) for method in config.across_layers]
     names = [choice.name for choice in found]
     if unknown := [name for name in config.export if name not in names]:
         raise ValueError(f"prune.export = {unknown[0]!r}: expected one of {', '.join(names)}")
@@ -100,7 +100,7 @@ def _require_possible(config: PruneConfig, architecture: Architecture) -> None:
         )
 
 
-def kept(choice: Choice, architecture: Architecture, statistics: ExpertStatistics | None, seed: int) -> Kept:
+def kept(choice: PruningChoice, architecture: Architecture, statistics: ExpertStatistics | None, seed: int) -> Kept:
     """The experts that stay, best scores first chosen; of equal scores the lower index wins.
 
     With one number for all layers, every group of a layer keeps as many experts. Across layers, each layer keeps its k

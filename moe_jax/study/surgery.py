@@ -51,8 +51,7 @@ def without_others(params: Params, architecture: Architecture, kept: Kept) -> Pa
         for module in modules:
             node = node.setdefault(module, {})
         if parameter.letters[0] == "L":
-            of_layers = [_of_layer(params, layers[number], parameter, kept) for number in stacks[modules[0]]]
-            node[name] = np.stack(of_layers)
+            node[name] = np.stack([_of_layer(params, layers[number], parameter, kept) for number in stacks[modules[0]]])
         else:
             node[name] = _at(params, (*modules, name))
     return pruned

@@ -11,7 +11,7 @@ import pytest
 import moe_jax
 from moe_jax import checkpoint
 from moe_jax.study import pruning, surgery
-from moe_jax.study.pruning import Choice
+from moe_jax.study.pruning import PruningChoice
 from tests.family_variants import VARIANTS, write
 from tests.peers import peer
 
@@ -26,7 +26,7 @@ def test_a_pruned_model_has_the_same_logits_in_transformers(name, keep, tmp_path
 
     transformers.logging.set_verbosity_error()
     whole = checkpoint.open(write(tmp_path / "whole", VARIANTS[name]))
-    kept = pruning.kept(Choice("random", keep), whole.architecture, None, 0)
+    kept = pruning.kept(PruningChoice("random", keep), whole.architecture, None, 0)
     smaller = surgery.architecture_of(whole.architecture, kept)
     params = surgery.without_others(whole.read(), whole.architecture, kept)
     whole.for_new_weights().with_architecture(smaller).save(tmp_path / "pruned", params)

@@ -14,7 +14,7 @@ from moe_jax.model import decoder
 from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import MODEL_OWN
 from moe_jax.study import expert_statistics
-from moe_jax.study.expert_statistics import ROWS, Rows
+from moe_jax.study.expert_statistics import ROWS, CalibrationRows
 from tests import tiny_model
 from tests.family_variants import write
 from tests.model import plain_loop
@@ -114,7 +114,7 @@ def test_counts_and_weights_of_a_router_with_sigmoid_and_bias():
 def test_batches_add_up():
     architecture, params, rows = tiny_model.ARCHITECTURE, tiny_model.random_params(), rows_of(512)
     whole = expert_statistics.measure(params, rows, execution_of(architecture))
-    halves = [Rows(*(part[first : first + ROWS] for part in rows)) for first in (0, ROWS)]
+    halves = [CalibrationRows(*(part[first : first + ROWS] for part in rows)) for first in (0, ROWS)]
     one, other = (expert_statistics.measure(params, half, execution_of(architecture)) for half in halves)
     for total, first, second in zip(whole, one, other, strict=True):
         np.testing.assert_allclose(total, first + second)

@@ -9,7 +9,7 @@ from moe_jax.config.architecture import MoEConfig
 from moe_jax.config.pruning import MEASURED, PruneConfig
 from moe_jax.study import pruning
 from moe_jax.study.expert_statistics import ExpertStatistics
-from moe_jax.study.pruning import Choice
+from moe_jax.study.pruning import PruningChoice
 from tests.tiny_model import layers_of
 
 LAYERS, EXPERTS = 3, 12
@@ -20,7 +20,10 @@ STATISTICS = ExpertStatistics(RANDOM.integers(1, 90, (LAYERS, EXPERTS)), *RANDOM
 
 
 def kept(method, keep, architecture=ARCHITECTURE, seed=0, **choice):
-    return [list(map(int, own)) for own in pruning.kept(Choice(method, keep, **choice), architecture, STATISTICS, seed)]
+    return [
+        list(map(int, own))
+        for own in pruning.kept(PruningChoice(method, keep, **choice), architecture, STATISTICS, seed)
+    ]
 
 
 def plain_scores(method):
@@ -46,7 +49,7 @@ def test_the_experts_with_the_best_scores_stay(method):
 def test_an_expert_that_no_token_chose_has_the_least_score():
     idle = STATISTICS._replace(count_LE=STATISTICS.count_LE.copy(), weighted_norm_LE=STATISTICS.weighted_norm_LE.copy())
     idle.count_LE[:, 3] = idle.weighted_norm_LE[:, 3] = 0
-    assert all(3 not in own for own in pruning.kept(Choice("reap", EXPERTS - 1), ARCHITECTURE, idle, 0))
+    assert all(3 not in own for own in pruning.kept(PruningChoice("reap", EXPERTS - 1), ARCHITECTURE, idle, 0))
 
 
 def test_of_equal_scores_the_lower_index_stays():
