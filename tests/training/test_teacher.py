@@ -9,7 +9,6 @@ import pytest
 import moe_jax
 from moe_jax import checkpoint
 from moe_jax.study import surgery
-from moe_jax.text.tokenizer import save_tokenizer, train_tokenizer
 from tests import tiny_model
 from tests.training.finetuned import finetune
 
@@ -22,8 +21,9 @@ def pruned(model, tmp_path_factory):
     whole = checkpoint.open(model)
     params = surgery.without_others(whole.read(), whole.architecture, KEPT)
     smaller = whole.for_new_weights().with_architecture(surgery.architecture_of(whole.architecture, KEPT))
-    smaller.save(tmp_path_factory.mktemp("pruned") / "model", params)
-    return tmp_path_factory.getbasetemp() / "pruned0" / "model"
+    folder = tmp_path_factory.mktemp("pruned") / "model"
+    smaller.save(folder, params)
+    return folder
 
 
 def divergences(out):
@@ -72,7 +72,10 @@ def test_what_cannot_teach_is_refused(model, sources, tmp_path):
     unused = {"finetune__teacher": str(model), "objective__distillation": 0.0, "objective__language_model": 1.0}
     refused(model, sources, tmp_path / "out", r"finetune.teacher = .*: expected objective.distillation or", **unused)
     shutil.copytree(model, tmp_path / "words")
-    save_tokenizer(train_tokenizer([tiny_model.TEXT[::-1]], 320), tmp_path / "words", 32)
+    text = (model / "tokenizer.json").read_text()
+    (tmp_path / "words" / "tokenizer.json").write_text(
+        text.replace('"add_prefix_space": false', '"add_prefix_space": true')
+    )
     told = {"finetune__teacher": str(tmp_path / "words")}
     refused(model, sources, tmp_path / "out", r"expected a model with the tokenizer of model.path", **told)
     nowhere = {"finetune__teacher": "nowhere"}
