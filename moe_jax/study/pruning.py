@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from moe_jax.config.architecture import Architecture
-from moe_jax.config.pruning import BY_PLACE, MEASURED, RANDOM, PruneConfig
+from moe_jax.config.pruning import BY_PLACE, RANDOM, PruneConfig
 from moe_jax.study.expert_statistics import ExpertStatistics
 
 Kept = Sequence[np.ndarray]  # for each MoE layer, its kept experts in ascending order
@@ -146,6 +146,3 @@ def best_across(scores: Sequence[np.ndarray], total: int, least_L: Sequence[int]
     for _, layer, expert in sorted(others)[: total - sum(least_L)]:
         taken[layer].append(expert)
     return [np.sort(np.array(experts)) for experts in taken]
-
-
-assert {*BY_STATISTICS} == {*MEASURED} and {*BY_INDEX} == {*BY_PLACE}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config.architecture import MoEConfig
-from moe_jax.config.pruning import MEASURED, PruneConfig
+from moe_jax.config.pruning import BY_PLACE, MEASURED, PruneConfig
 from moe_jax.study import pruning
 from moe_jax.study.expert_statistics import ExpertStatistics
 from moe_jax.study.pruning import PruningChoice
@@ -32,6 +32,10 @@ def plain_scores(method):
     if method == "reap":
         return [[one / n for one, n in zip(*both)] for both in zip(weighted_norm, count)]
     return {"count": count, "soft_count": weight, "output_aware": contribution}[method]
+
+
+def test_every_method_has_its_scores():
+    assert {*pruning.BY_STATISTICS} == {*MEASURED} and {*pruning.BY_INDEX} == {*BY_PLACE}
 
 
 @pytest.mark.parametrize("method", MEASURED)
