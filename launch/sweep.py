@@ -4,19 +4,24 @@
 
 Quality is measured with the model of model.path on held-out text. Speed is measured with the same model or, if
 sweep.timed_config is set, with that model, which replays the routing of the first. For a fine-tuned model,
-sweep.original names the model that it was made from: that one with all its experts is then the reference. A killed run
-resumes when it is started again with the same --out. OUT/frontier.html needs no network; OUT/frontier.png has
-its charts, OUT/frontier.csv every point.
+sweep.original names the model that it was made from: that one with all its experts is then the reference. Models in
+sweep.pruned, with fewer experts, are on the same frontier. A killed run resumes when it is started again with the same
+--out, also after --quality_only. OUT/frontier.html needs no network; OUT/frontier.png has its charts, OUT/frontier.csv
+every point.
 """
 
 import dataclasses
 import os
 import pathlib
 
+from absl import flags
+
 from moe_jax import command
 from moe_jax.config import gin
+from moe_jax.config.schema import folder_name
 
 ROOT = pathlib.Path(__file__).parents[1]
+QUALITY_ONLY = flags.DEFINE_bool("quality_only", False, "Stop before the timing; the same command without it goes on.")
 
 
 def main(run: command.Command) -> None:
@@ -46,6 +51,7 @@ def main(run: command.Command) -> None:
         study.require_alike(original.architecture, architecture, "sweep.original")
     execution = dataclasses.replace(execution, k_max=max(execution.k_max, original.architecture.moe.k))
     compared = study.parsed(sweep, opened.calibration, execution)
+    smaller = open_pruned(run, opened)
     if sweep.context > architecture.decoder.max_context:
         raise ValueError(f"sweep.context = {sweep.context}: expected at most {architecture.decoder.max_context}")
     timed, timed_opened = timed_model(config, opened)
@@ -57,27 +63,35 @@ def main(run: command.Command) -> None:
         tokens = encode_documents(tokenizer, documents)
         windows = concurrent.cut_windows(tokens, tokenizer, sweep.context, sweep.windows, config.run.seed)
     model = run.load(opened)
-    candidates = [study.Candidate(policy, model.params, execution) for policy in compared]
+    candidates = [study.Candidate(policy, lambda: model.params, execution) for policy in compared]
     if sweep.original:
         original_execution = dataclasses.replace(execution, architecture=original.architecture)
-        candidates[0] = study.Candidate(compared[0], run.load(original).params, original_execution)
+        candidates[0] = study.Candidate(compared[0], lambda: run.load(original).params, original_execution)
+    for one in smaller:
+        own = dataclasses.replace(execution, architecture=one.architecture, k_max=one.architecture.moe.k)
+        load = lambda one=one: run.load(one).params  # noqa: E731
+        candidates.append(study.Candidate(compared[0], load, own, folder_name(one.folder)))
 
     timed_folder = timed.model.path and command.in_repository(timed.model.path)
-    paths = [opened.folder, original.folder, held_out, config.policy.calibration, timed_folder]
+    paths = [opened.folder, original.folder, *(one.folder for one in smaller), held_out, config.policy.calibration]
+    paths.append(timed_folder)
     depends_on = identity(config, paths, run.implementations) | {"timed": dataclasses.asdict(timed)}
     journal = Journal(run.out / "parts", depends_on)
-    total = study.num_qualities(compared, sweep) + sweep.rounds * len(sweep.concurrencies)
+    total = study.num_qualities(candidates, sweep) + sweep.rounds * len(sweep.concurrencies)
     with tqdm.tqdm(total=total, unit="part", disable=None) as progress:
         with run.timed("quality"):
             progress.set_description("quality")
             shared = {"config": sweep, "journal": journal, "advance": progress.update}
             qualities = study.measure_quality(candidates, windows, **shared)
+        if QUALITY_ONLY.value:
+            print("quality is measured: the same command without --quality_only goes on with the timing")
+            return
         with run.timed("speed"):
             progress.set_description("speed")
             timed_engine, in_words = make_timed_engine(config, timed, timed_opened, model, execution)
-            speeds = study.measure_speed(timed_engine, compared, qualities, **shared)
+            speeds = study.measure_speed(timed_engine, candidates, qualities, **shared)
     frontier = Frontier(
-        study.points(windows, compared, qualities, speeds, architecture),
+        study.points(windows, candidates, qualities, speeds, timed_engine),
         f"{config.model.path}{f' (`model` is {sweep.original})' if sweep.original else ''}, {config.model.dtype}, "
         f"{len(windows.bytes_J)} windows of {sweep.context} tokens "
         f"({windows.bytes_J.sum() / 1e3:.0f} kB) of {config.text.held_out}",
@@ -89,6 +103,24 @@ def main(run: command.Command) -> None:
     files.write_atomically(run.out / "frontier.png", png(frontier))
     run.finish(frontier_result.figures(frontier), rows=frontier_result.rows(frontier), text=table(frontier))
     journal.forget()
+
+
+def open_pruned(run, opened):
+    """The checkpoints of sweep.pruned, checked against the swept model."""
+    from moe_jax import checkpoint
+    from moe_jax.study.sweep import require_pruned
+
+    found = []
+    for path in run.config.sweep.pruned:
+        one, setting = (
+            checkpoint.open(command.in_repository(path, "sweep.pruned"), calibration=None),
+            f"sweep.pruned: {path}",
+        )
+        require_pruned(one.architecture, opened.architecture, setting)
+        if one.require_tokenizer().to_str() != opened.require_tokenizer().to_str():
+            raise ValueError(f"{setting}: expected a model with the tokenizer of model.path")
+        found.append(one)
+    return found
 
 
 def timed_model(config, opened):

@@ -185,7 +185,7 @@ class Checkpoint:
         return huggingface.config_texts(fields, dtype, self.token_ids, self.config, self.generation_config)
 
     def with_architecture(self, architecture: Architecture) -> "Checkpoint":
-        """The same model with another number of active experts, without the calibration of the old one."""
+        """The same model with other numbers of experts, active or in total, without the calibration of the old one."""
         if architecture == self.architecture:
             return self
         files = beside.without_calibration(self.files)

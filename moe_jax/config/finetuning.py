@@ -15,7 +15,7 @@ class ObjectiveConfig:
     """The weights of the loss terms; that of the load-balancing loss is `training.balance_loss`."""
 
     language_model: float = 1.0  # cross-entropy of the next token
-    distillation: float = 0.0  # KL divergence between the frozen full model (teacher) and the trained model
+    distillation: float = 0.0  # KL divergence between the teacher, a frozen full model, and the trained one
     direction: str = "forward"  # "forward": KL(teacher || trained); "reverse": KL(trained || teacher)
     temperature: float = 1.0  # divides the logits of both models
     hidden: float = 0.0  # squared distance of the final hidden states, relative to the teacher's
@@ -42,6 +42,7 @@ class ObjectiveConfig:
 class FinetuneConfig:
     """Which weights train, and with how many experts. `policy.spec` is the policy that the model is trained for."""
 
+    teacher: str = ""  # checkpoint with the same tokenizer, such as the model before pruning; "": the model as loaded
     train: str = "all"  # one of "all", "router", "router_and_norms", "lora"
     lora_rank: int = 8  # rank of the updates to each matrix of experts and attention
     lora_alpha: float = 16.0  # an update is scaled by lora_alpha / lora_rank

@@ -6,12 +6,15 @@ after `--set`. Every check raises a `ValueError` with the setting, its value and
 
 import dataclasses
 import math
+import os
+import pathlib
 
 from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 from moe_jax.config.checks import require, require_fraction, require_one_of, require_positive
 from moe_jax.config.finetuning import FinetuneConfig, ObjectiveConfig
 from moe_jax.config.mesh import MeshConfig
 from moe_jax.config.predict import PredictConfig
+from moe_jax.config.pruning import PruneConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -184,6 +187,7 @@ class SweepConfig:
 
     policies: tuple[str, ...] = ("model", "topk:4")
     original: str = ""  # checkpoint that model.path was fine-tuned from; it becomes `model`, the baseline
+    pruned: tuple[str, ...] = ()  # checkpoints of model.path with fewer experts, each measured with its own k
     concurrencies: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)  # rows of a decode step
     windows: int = 128  # of held-out text, for measuring quality
     context: int = 512  # tokens per window
@@ -195,6 +199,8 @@ class SweepConfig:
     def __post_init__(self):
         require(len(self.policies) > 0, "sweep.policies", self.policies, "at least one policy")
         require(len(set(self.policies)) == len(self.policies), "sweep.policies", self.policies, "each policy once")
+        names = [folder_name(path) for path in self.pruned]
+        require(len({*names}) == len(names), "sweep.pruned", self.pruned, "folders with different names")
         given = self.concurrencies
         require(len(given) > 0 and min(given) > 0, "sweep.concurrencies", given, "positive numbers")
         require(len(set(given)) == len(given), "sweep.concurrencies", given, "each number once")
@@ -202,6 +208,12 @@ class SweepConfig:
         for rows in map(side_by_side, given):
             expected = f"a multiple of the {rows} rows that are read side by side at one of sweep.concurrencies"
             require(self.windows % rows == 0, "sweep.windows", self.windows, expected)
+
+
+def folder_name(path: str) -> str:
+    """The name of a checkpoint's folder; of `NAME/model`, which fine-tuning writes, it is NAME."""
+    folder = pathlib.PurePath(os.path.normpath(path))
+    return folder.parent.name or folder.name if folder.name == "model" else folder.name
 
 
 def steps_at(config: SweepConfig, concurrency: int) -> int:
@@ -244,6 +256,7 @@ class Config:
     benchmark: BenchmarkConfig = BenchmarkConfig()
     sweep: SweepConfig = SweepConfig()
     predict: PredictConfig = PredictConfig()
+    prune: PruneConfig = PruneConfig()
     run: RunConfig = RunConfig()
 
     @property

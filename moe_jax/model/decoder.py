@@ -103,7 +103,7 @@ def _one_layer(weights: Params, modules: tuple[str, ...], layer: jax.Array | int
 
 
 def _layer(x_BTD, weights, cos_sin, core, ffn, execution):
-    """One pre-norm layer; `core` mixes positions, `ffn` runs on flattened tokens. Also returns what both report."""
+    """One pre-norm layer; `core` mixes positions, `ffn` gets tokens normed and as they are; what both report."""
     architecture = execution.architecture
     eps = architecture.decoder.norm_eps
     with jax.named_scope("attention"):
@@ -113,12 +113,12 @@ def _layer(x_BTD, weights, cos_sin, core, ffn, execution):
         x_BTD = x_BTD + project(mixed_BTHX, attention_weights[kind.OUTPUT], 2)
     with jax.named_scope("ffn"):
         normed = rms_norm(x_BTD, weights["ffn_norm_D"], eps)
-        y_ND, from_ffn = ffn(normed.reshape(-1, normed.shape[-1]))
+        y_ND, from_ffn = ffn(*(x.reshape(-1, x.shape[-1]) for x in (normed, x_BTD)))
     return constrained(x_BTD + y_ND.reshape(x_BTD.shape), "BTD", execution.layout), from_core, from_ffn
 
 
 def _dense_ffn(weights):
-    return lambda x_ND: (feed_forward(x_ND, weights["ffn"]), None)
+    return lambda x_ND, _: (feed_forward(x_ND, weights["ffn"]), None)
 
 
 def _moe_ffn(weights, experts, layer: Layer, live, context, execution):
@@ -126,7 +126,7 @@ def _moe_ffn(weights, experts, layer: Layer, live, context, execution):
     most, moe = execution.architecture.moe.num_experts, layer_order.moe_of(execution.architecture, layer.stack)
     k_max = min(execution.k_max, moe.num_experts)
 
-    def run(x_ND):
+    def run(x_ND, _):
         kernel, how = execution.kernels.grouped_matmul, execution.dispatch.of(len(x_ND))
         y_ND, use = moe_layer(x_ND, weights, experts, layer.index, live, context, moe, k_max, kernel, how)
         if moe.num_experts == most:
@@ -189,15 +189,18 @@ def hidden(
     """
     rows = (tokens_BT, positions_BT, segments_BT)
     settings = {"side_by_side": side_by_side, "in_stacks": in_stacks, "remat": remat, "prefixes": prefixes}
-    x_BTD, use, _ = _whole(params, *rows, live, execution, lambda x_ND: None, **settings)
+    x_BTD, use, _ = _whole(params, *rows, live, execution, lambda *inputs: None, **settings)
     return rms_norm(x_BTD, params["norm_D"], execution.architecture.decoder.norm_eps), use
 
 
-def moe_inputs(params: Params, tokens_BT: jax.Array, live: Settings, execution: Execution) -> jax.Array:
-    """The inputs of every MoE layer on whole sequences without padding: normed x_LND."""
+def moe_inputs(params: Params, tokens_BT: jax.Array, live: Settings, execution: Execution) -> tuple[jax.Array, ...]:
+    """The inputs of every MoE layer on whole sequences: normed x_LND, and before the norm, the residual stream.
+
+    Padding may follow a sequence: it changes no input before it, and has inputs itself.
+    """
     positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
     rows = (tokens_BT, positions_BT, jnp.ones_like(positions_BT))
-    return _whole(params, *rows, live, execution, lambda x_ND: x_ND, in_stacks=True)[2]
+    return _whole(params, *rows, live, execution, lambda *inputs: inputs, in_stacks=True)[2]
 
 
 def _whole(
@@ -214,7 +217,7 @@ def _whole(
     remat=False,
     prefixes=False,
 ):
-    """Runs all layers over whole sequences: x_BTD, the use of experts, and `observe` of the input of each MoE layer."""
+    """Runs all layers over whole sequences: x_BTD, the use of experts, and `observe` of each MoE layer's inputs."""
     architecture = execution.architecture
     cos_sin = rope.angles(positions_BT, architecture.attention)
     x_BTD = _embed(params, tokens_BT, execution.layout)
@@ -239,9 +242,9 @@ def _whole(
         context = _context(layer.column, segments_BT != 0, steps)
         ffn = _moe_ffn(weights, stack["experts"], layer, live, context, execution)
 
-        def observed_ffn(x_ND):
-            y_ND, use = ffn(x_ND)
-            return y_ND, (use, observe(x_ND))
+        def observed_ffn(*inputs):
+            y_ND, use = ffn(*inputs)
+            return y_ND, (use, observe(*inputs))
 
         x_BTD, _, seen = _layer(x_BTD, weights, cos_sin, core, observed_ffn, execution)
         return x_BTD, seen

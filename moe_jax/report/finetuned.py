@@ -19,19 +19,21 @@ def rows(finished: Recovered) -> list[Row]:
 
     `bits_per_byte_increase` is relative to the full model before, `change` to the same policy before, both paired by
     document. `recovered` is the share of the policy's cost that was won back, the cost being relative to the better of
-    the full models before and after; only policies whose cost has an interval above zero have it.
+    the full models before and after; only policies whose cost has an interval above zero have it. With another teacher,
+    that one is the full model.
     """
-    bytes_J = finished.text.reported.bytes_J
-    full = min(finished.before[0].bits_J, finished.after[0].bits_J, key=np.sum)
+    bytes_J, teacher = finished.text.reported.bytes_J, finished.taught_by
+    full = min(finished.before[0].bits_J, finished.after[0].bits_J, key=np.sum) if teacher is None else teacher.bits_J
+    start = finished.before[0].bits_J if teacher is None else full
     rows = []
     for number, (policy, before, after) in enumerate(zip(finished.compared, finished.before, finished.after)):
         figures = {
             "bits_per_byte_before": figure(ratio(before.bits_J, bytes_J), "bit/byte"),
             "bits_per_byte": figure(ratio(after.bits_J, bytes_J), "bit/byte"),
             "change": figure(paired_ratio(after.bits_J, before.bits_J), "1"),
-            "bits_per_byte_increase": figure(paired_ratio(after.bits_J, finished.before[0].bits_J), "1"),
+            "bits_per_byte_increase": figure(paired_ratio(after.bits_J, start), "1"),
         }
-        if number and paired_ratio(before.bits_J, full).ci95[0] > 0:
+        if (number or teacher) and paired_ratio(before.bits_J, full).ci95[0] > 0:
             figures["recovered"] = figure(recovered(before.bits_J, after.bits_J, full), "1")
         rows.append({"policy": policy.spec, "figures": figures})
     return rows
@@ -43,9 +45,18 @@ def figures(finished: Recovered, rows: Sequence[Row]) -> dict[str, Any]:
     return trained | {
         "training_tokens_per_s": {"value": finished.tokens_per_s, "unit": "token/s"},
         **overflow_figure(finished.overflow),
+        **_teacher_figure(finished),
         "steps": {"value": finished.steps, "unit": "1"},
         "best_step": {"value": finished.step, "unit": "1"},
         "masked_experts": {"value": finished.masked_experts, "unit": "experts"},
+    }
+
+
+def _teacher_figure(finished: Recovered) -> dict[str, Any]:
+    if finished.taught_by is None:
+        return {}
+    return {
+        "bits_per_byte_teacher": figure(ratio(finished.taught_by.bits_J, finished.text.reported.bytes_J), "bit/byte")
     }
 
 
@@ -55,7 +66,7 @@ def table(rows: Sequence[Row]) -> str:
         "bits per byte before": ("bits_per_byte_before", "{:.4f}"),
         "after": ("bits_per_byte", "{:.4f}"),
         "change, paired": ("change", "{:+.2%}"),
-        "over the full model before, paired": ("bits_per_byte_increase", "{:+.2%}"),
+        "over the full model, paired": ("bits_per_byte_increase", "{:+.2%}"),
         "recovered": ("recovered", "{:.0%}"),
     }
     return policy_table(rows, columns)
@@ -78,7 +89,10 @@ def model_card(config: Config, finished: Recovered, table: str) -> str:
     text, trained = finished.text, finished.trained
     terms = {name: getattr(objective, name) for name in ("language_model", "distillation", "hidden", "sparsity")}
     weighted = ", ".join(f"{name} {weight:g}" for name, weight in terms.items() if weight)
-    compared = f" ({objective.direction}, temperature {objective.temperature:g})" if objective.has_teacher else ""
+    teacher = f"teacher `{tuning.teacher}`, " if tuning.teacher else ""
+    compared = (
+        f" ({teacher}{objective.direction}, temperature {objective.temperature:g})" if objective.has_teacher else ""
+    )
     under = f"k drawn per {tuning.k_drawn_per} from {tuning.k_min} on" if tuning.elastic else f"policy `{trained.spec}`"
     tokens = training.batch_size * training.accumulation * training.sequence_length
     written = f"{tuning.rollouts:,} rollouts of the full model, which continue " if tuning.rollouts else ""

@@ -43,6 +43,7 @@ LOOKS = {
     "one k": Look("o", 15, "●", "#4a525b", ("model", "topk", "renormalize")),
     "by layer": Look("s", 14, "■", "#0b62b0", ("schedule", "layers")),
     "by token": Look("p", 17, "⬟", "#b8480a", ("ratio", "median", "mass")),
+    "fewer experts in the model": Look("^", 16, "▲", "#7a3fb0", ("pruned",)),
     "by all rows of a step": Look("D", 12.5, "◆", "#00796b", ("opportunistic", "budget", "reroute", "capacity")),
 }
 _OTHER = Look("X", 15, "✖", "#6b7280", ())  # a kind that this file does not know

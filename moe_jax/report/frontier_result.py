@@ -32,6 +32,7 @@ def rows(frontier: Frontier) -> list[dict]:
             "decode_tokens_per_s": {"value": speed.tokens_per_s, "unit": "tokens/s"},
             "throughput_gain": {"value": speed.gain.value, "unit": "1", "quartiles": speed.gain.ci95},
             "bytes": {"value": speed.bytes, "unit": "bytes"},
+            "weights_bytes": {"value": point.weights_bytes, "unit": "bytes"},
         }
         if point.rival is not None:
             figures["bits_per_byte_over_rival"] = figure(point.rival.difference, "1")

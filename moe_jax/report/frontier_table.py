@@ -55,6 +55,7 @@ def _columns(point: Point) -> dict[str, str | float]:
         **dict(zip(("ms_first_quartile", "ms_median", "ms_third_quartile"), speed.quartiles_ms)),
         **_estimate("gain", speed.gain),
         "bytes": speed.bytes,
+        "weights_bytes": point.weights_bytes,
         "distinct_experts_timed": speed.distinct_experts,
     }
 
@@ -82,11 +83,16 @@ def _choices_table(chosen: Sequence[Choice]) -> str:
 
 
 def _gains_table(points: Sequence[Point]) -> str:
-    """The gain in throughput, one row per policy and one column per concurrency."""
+    """The gain in throughput, one row per policy and one column per concurrency; with pruned models, memory too."""
     concurrencies = sorted({point.concurrency for point in points})
     gains = {(point.policy, point.concurrency): signed(point.speed.gain.value) for point in points}
-    lines = [f"| gain at concurrency | {' | '.join(map(str, concurrencies))} |", "|---|" + "--:|" * len(concurrencies)]
-    for policy in dict.fromkeys(point.policy for point in points):
-        cells = [gains.get((policy, concurrency), "") for concurrency in concurrencies]
+    sizes = {point.policy: point.weights_bytes for point in points}
+    costs = {point.policy: increase_text(point) for point in reversed(points)}  # at the lowest concurrency
+    more = ["weights", "more bits per byte"] if len({*sizes.values()}) > 1 else []
+    heads = ["gain at concurrency", *more, *map(str, concurrencies)]
+    lines = [f"| {' | '.join(heads)} |", "|---|" + "--:|" * (len(heads) - 1)]
+    for policy, size_bytes in sizes.items():
+        cells = [f"{size_bytes / 1e6:,.0f} MB", costs[policy]] if more else []
+        cells += [gains.get((policy, concurrency), "") for concurrency in concurrencies]
         lines.append(f"| `{policy}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)

@@ -64,7 +64,7 @@ def measure(params: decoder.Params, tokens_JT: np.ndarray, execution: decoder.Ex
     most_experts = architecture.moe.num_experts
     gram_LEE = np.zeros((len(moe_layers), most_experts, most_experts))
     for first in range(0, len(tokens_JT), ROWS):
-        x_LND = inputs(params, tokens_JT[first : first + ROWS], live, execution)
+        x_LND, _ = inputs(params, tokens_JT[first : first + ROWS], live, execution)
         sample = np.linspace(0, x_LND.shape[1] - 1, SAMPLED).astype(int)
         for stack, index, _, column in moe_layers:
             moe, experts = layer_order.moe_of(architecture, stack), params[stack]["experts"]

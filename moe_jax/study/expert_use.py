@@ -82,7 +82,7 @@ def record(params: decoder.Params, tokens_JT: np.ndarray, first: int, execution:
     ungrouped = dataclasses.replace(architecture.moe, num_groups=1, num_groups_kept=1)
     parts: list[list[Routing]] = [[] for _ in layers]
     for start in range(0, len(tokens_JT), ROWS):
-        x_LND = inputs(params, tokens_JT[start : start + ROWS], live, execution)
+        x_LND, _ = inputs(params, tokens_JT[start : start + ROWS], live, execution)
         x_LBTD = x_LND.reshape(len(layers), ROWS, -1, x_LND.shape[-1])[:, :, first:]
         for part, x_BTD, (stack, index, _, _) in zip(parts, x_LBTD, layers):
             router = {name: value[index] for name, value in params[stack]["router"].items()}

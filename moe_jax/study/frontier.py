@@ -42,11 +42,12 @@ class Rival(NamedTuple):
 class Point(NamedTuple):
     """One policy at one concurrency."""
 
-    policy: str  # its spec
+    policy: str  # its spec, or the name of a pruned model
     uniform: bool  # whether it keeps the same number of experts in every layer, for every token and concurrency
     concurrency: int  # rows of a decode step
     quality: Quality
     speed: Speed
+    weights_bytes: int  # memory that the weights of the timed model take, with as many experts as were measured
     rival: Rival | None = None  # None: the policy is uniform itself, or no uniform policy runs as many experts
 
 

@@ -21,7 +21,7 @@ from moe_jax.study.compare import compared_policies
 from moe_jax.text.batches import Packed
 from moe_jax.training import finetuning, loop, rollouts
 from moe_jax.training.elastic import KSampler
-from moe_jax.training.finetuning import FinetuningText
+from moe_jax.training.finetuning import FinetuningText, OtherTeacher
 
 
 class RecoveryPolicies(NamedTuple):
@@ -44,6 +44,7 @@ class Recovered(NamedTuple):
     masked_experts: int  # in all layers
     tokens_per_s: float  # median over the run
     overflow: int | None  # slots that the run dropped; None: none can be
+    taught_by: Likelihood | None  # of the model of `finetune.teacher`; None: the model as loaded
 
 
 def recovery_policies(
@@ -109,6 +110,8 @@ def recover(
     run_policies: RecoveryPolicies,
     execution: Execution,
     before: Sequence[Likelihood],
+    teacher: OtherTeacher | None = None,
+    taught_by: Likelihood | None = None,
 ) -> Recovered:
     """Fine-tunes, exports to `folder/model`, and measures the export; resumes a killed run.
 
@@ -125,10 +128,13 @@ def recover(
         run_policies: from `recovery_policies`.
         execution: static settings of the full model.
         before: from `measure`, under `run_policies.compared`.
+        teacher: the model of `finetune.teacher`, if it is another one. It also writes the rollouts.
+        taught_by: from `measure`, of that model with its own k.
     """
     if config.finetune.rollouts:
-        text = text._replace(packed=_rollouts(config, folder / "rollouts", model, params, text, execution.exact))
-    tuned = finetuning.finetune(config, folder, params, text, run_policies.trained, execution)
+        writer = (teacher.params, teacher.execution) if teacher else (params, execution)
+        text = text._replace(packed=_rollouts(config, folder / "rollouts", model, text, *writer))
+    tuned = finetuning.finetune(config, folder, params, text, run_policies.trained, execution, teacher)
     architecture = policies.with_own(run_policies.trained, model.architecture) or model.architecture
     exported = model.for_new_weights().with_architecture(architecture)
     exported.save(folder / "model", tuned.params, dtype=model.stored_dtype, replace=True)
@@ -136,11 +142,13 @@ def recover(
     exported_params = saved.load(config.training.weights, sharding_of(execution.layout))
     after = measure(config, exported_params, text, run_policies.compared, execution, "after")
     logged = loop.median_tokens_per_s(folder), loop.overflow_slots(folder)
-    return Recovered(*run_policies, before, after, text, tuned.step, tuned.steps, tuned.masked_experts, *logged)
+    return Recovered(
+        *run_policies, before, after, text, tuned.step, tuned.steps, tuned.masked_experts, *logged, taught_by
+    )
 
 
 def _rollouts(
-    config: Config, folder: pathlib.Path, model: Checkpoint, params: Params, text: FinetuningText, execution: Execution
+    config: Config, folder: pathlib.Path, model: Checkpoint, text: FinetuningText, params: Params, execution: Execution
 ) -> Packed:
     settings = {"count": config.finetune.rollouts, "seed": config.run.seed, "folder": folder}
-    return rollouts.write(params, model.require_tokenizer(), model.end_ids, execution, text.packed, **settings)
+    return rollouts.write(params, model.require_tokenizer(), model.end_ids, execution.exact, text.packed, **settings)

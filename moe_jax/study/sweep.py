@@ -13,21 +13,31 @@ from moe_jax.engine.generate import Engine
 from moe_jax.evaluation import concurrent
 from moe_jax.evaluation.intervals import paired_ratio, ratio
 from moe_jax.evaluation.journal import Journal
+from moe_jax.model import parameters
 from moe_jax.model.decoder import Params, dtype_of
 from moe_jax.model.execution import Execution
 from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
 from moe_jax.routing.selection import distinct_experts
-from moe_jax.study import frontier, speed
+from moe_jax.study import frontier, speed, surgery
 
 
 class Candidate(NamedTuple):
     """A policy, and the model to measure it on."""
 
     policy: policies.Policy
-    params: Params
+    load: Callable[[], Params]  # called where its quality is not known yet
     execution: Execution
+    pruned: str = ""  # name of the model if it has fewer experts than the swept one
+
+    @property
+    def name(self) -> str:
+        """What tables and charts call it."""
+        return f"{PRUNED}:{self.pruned}" if self.pruned else self.policy.spec
+
+
+PRUNED = "pruned"  # begins the name of a model with fewer experts
 
 
 class TimedEngine(NamedTuple):
@@ -63,9 +73,28 @@ def require_alike(other: Architecture, model: Architecture, setting: str) -> Non
             raise ValueError(f"{setting}: {name} = {value}; expected {expected}, as in the model that is swept")
 
 
-def num_qualities(compared: Sequence[policies.Policy], config: SweepConfig) -> int:
+def require_pruned(pruned: Architecture, model: Architecture, setting: str) -> None:
+    """Checks that a model has as many MoE layers as the swept one, none with more experts, and the same k.
+
+    Raises:
+        ValueError: it has not; the message names `setting`, which gave the model.
+    """
+    for name, value, expected in (
+        ("MoE layers", pruned.decoder.num_moe_layers, model.decoder.num_moe_layers),
+        ("moe.k", pruned.k_L, model.k_L),
+    ):
+        if value != expected:
+            raise ValueError(f"{setting}: {name} = {value}; expected {expected}, as in the model that is swept")
+    if any(own > most for own, most in zip(pruned.num_experts_L, model.num_experts_L)):
+        raise ValueError(
+            f"{setting}: moe.num_experts_of_layers = {pruned.num_experts_L}; expected at most {model.num_experts_L}, "
+            "those of the model that is swept"
+        )
+
+
+def num_qualities(candidates: Sequence[Candidate], config: SweepConfig) -> int:
     """Number of times that `measure_quality` reads the windows."""
-    return sum(len(config.concurrencies) if policy.batch_aware else 1 for policy in compared)
+    return sum(len(config.concurrencies) if candidate.policy.batch_aware else 1 for candidate in candidates)
 
 
 def measure_quality(
@@ -88,8 +117,8 @@ def measure_quality(
             together = at[0] if batch_aware else 1
 
             def compute(candidate=candidate, at=at, together=together):
-                policy, params, execution = candidate
-                seen = concurrent.score_windows(params, windows, policy, execution, side_by_side(together), together)
+                read = candidate.load(), windows, candidate.policy, candidate.execution
+                seen = concurrent.score_windows(*read, side_by_side(together), together)
                 kept_L = (seen.chosen_LJTK >= 0).sum(axis=3).mean(axis=(1, 2))
                 part = {"bits_J": seen.bits_J, "kept_L": kept_L}
                 for concurrency in at:
@@ -108,7 +137,7 @@ def measure_quality(
 
 def measure_speed(
     timed: TimedEngine,
-    compared: Sequence[policies.Policy],
+    candidates: Sequence[Candidate],
     qualities: dict[tuple[int, int], dict[str, np.ndarray]],
     config: SweepConfig,
     journal: Journal,
@@ -116,7 +145,8 @@ def measure_speed(
 ) -> dict[tuple[int, int], frontier.Speed]:
     """Times every policy at every concurrency, in rounds; the full model runs first and last in each round.
 
-    The order of the others is random in each round, so that none always follows the same one.
+    The order of the others is random in each round, so that none always follows the same one. The routing of a pruned
+    model is replayed over as many of the timed model's experts as it has: the others are not read.
     """
     itemsize = dtype_of(timed.engine.params).itemsize
     seconds = {concurrency: [] for concurrency in config.concurrencies}
@@ -128,7 +158,7 @@ def measure_speed(
 
     def replay(number: int, rows: int, steps: slice) -> speed.Replay:
         chosen_SLBK = qualities[number, rows]["chosen_SLBK"][steps]
-        return speed.Replay(rows_of(rows), config.cached_tokens, compared[number], chosen_SLBK)
+        return speed.Replay(rows_of(rows), config.cached_tokens, candidates[number].policy, chosen_SLBK)
 
     for turn in range(config.rounds):
         for rows in config.concurrencies:
@@ -136,7 +166,7 @@ def measure_speed(
             def compute(rows=rows, turn=turn):
                 count = steps_at(config, rows)
                 steps = slice(turn * count, (turn + 1) * count)
-                others = np.random.default_rng((turn, rows)).permutation(np.arange(1, len(compared)))
+                others = np.random.default_rng((turn, rows)).permutation(np.arange(1, len(candidates)))
                 order = [0, *others.tolist(), 0]
                 cases = [replay(number, rows, steps) for number in order]
                 taken = speed.take_turns(cases, [count] * len(cases))
@@ -172,16 +202,17 @@ def _speed(seconds_RPS: np.ndarray, number: int, rows: int, bytes_moved: float, 
 
 def points(
     windows: concurrent.Windows,
-    compared: Sequence[policies.Policy],
+    candidates: Sequence[Candidate],
     qualities: dict[tuple[int, int], dict[str, np.ndarray]],
     speeds: dict[tuple[int, int], frontier.Speed],
-    architecture: Architecture,
+    timed: TimedEngine,
 ) -> list[frontier.Point]:
     """Joins quality and speed into points; intervals of quality resample documents."""
+    itemsize = dtype_of(timed.engine.params).itemsize
     _, document_J = np.unique(windows.document_J, return_inverse=True)
     sizes = np.bincount(document_J, windows.bytes_J)
     bits = {place: np.bincount(document_J, quality["bits_J"]) for place, quality in qualities.items()}
-    uniform = [n for n, policy in enumerate(compared) if policies.uniform_k(policy, architecture) is not None]
+    uniform = [number for number, candidate in enumerate(candidates) if _is_uniform(candidate)]
 
     def rival(number: int, concurrency: int) -> frontier.Rival | None:
         distinct = qualities[number, concurrency]["distinct"] - 1e-9
@@ -190,11 +221,11 @@ def points(
             return None
         nearest = min(enough, key=lambda other: qualities[other, concurrency]["distinct"])
         difference = paired_ratio(bits[number, concurrency], bits[nearest, concurrency])
-        return frontier.Rival(compared[nearest].spec, float(qualities[nearest, concurrency]["distinct"]), difference)
+        return frontier.Rival(candidates[nearest].name, float(qualities[nearest, concurrency]["distinct"]), difference)
 
     return [
         frontier.Point(
-            compared[number].spec,
+            candidates[number].name,
             number in uniform,
             concurrency,
             frontier.Quality(
@@ -205,7 +236,18 @@ def points(
                 float(quality["distinct"]),
             ),
             speeds[number, concurrency],
+            itemsize * parameters.count(_timed_as(candidates[number], timed.execution.architecture)),
             rival(number, concurrency),
         )
         for (number, concurrency), quality in sorted(qualities.items(), key=lambda item: (item[0][1], item[0][0]))
     ]
+
+
+def _is_uniform(candidate: Candidate) -> bool:
+    """Whether it keeps the same number of all the model's experts, everywhere and always."""
+    return not candidate.pruned and policies.uniform_k(candidate.policy, candidate.execution.architecture) is not None
+
+
+def _timed_as(candidate: Candidate, timed: Architecture) -> Architecture:
+    """The timed model's shape, with as many experts in each layer as the candidate's model has."""
+    return surgery.with_experts(timed, candidate.execution.architecture.num_experts_L)

@@ -48,6 +48,14 @@ class FinetuningText(NamedTuple):
     reported: HeldOut  # the odd files: results are measured on them
 
 
+class OtherTeacher(NamedTuple):
+    """The model of `finetune.teacher`: the trained one is compared with it, instead of with itself as loaded."""
+
+    model: Checkpoint
+    params: Params
+    execution: Execution
+
+
 class Tuned(NamedTuple):
     """A finished run."""
 
@@ -71,7 +79,7 @@ def trained_policy(config: Config, architecture: Architecture, calibration=None)
             "expected a policy that looks at one row"
         )
     keeps_all = policies.uniform_k(policy, architecture) == architecture.moe.k
-    if keeps_all and not config.finetune.elastic:
+    if keeps_all and not config.finetune.elastic and not config.finetune.teacher:
         if not config.objective.language_model and not config.objective.sparsity:
             raise ValueError(
                 f"policy.spec = {policy.spec!r} keeps all {architecture.moe.k} experts, so there is nothing to "
@@ -81,6 +89,32 @@ def trained_policy(config: Config, architecture: Architecture, calibration=None)
     if config.finetune.mask and not config.objective.sparsity:
         logging.warning("finetune.mask has no effect while objective.sparsity is 0")
     return policy
+
+
+def require_teacher(config: Config, model: Checkpoint, teacher: Checkpoint) -> None:
+    """Checks that the model of `finetune.teacher` can teach the trained one.
+
+    Raises:
+        ValueError: the objective has no teacher; the two differ in their vocabulary or tokenizer, or in their width if
+            the objective compares hidden states; or rows of training text are longer than the teacher's context.
+    """
+    given = f"finetune.teacher = {config.finetune.teacher!r}"
+    if not config.objective.has_teacher:
+        raise ValueError(f"{given}: expected objective.distillation or objective.hidden above 0, which compare with it")
+    own, other = model.architecture.decoder, teacher.architecture.decoder
+    if other.vocab_size != own.vocab_size:
+        raise ValueError(
+            f"{given} has a vocabulary of {other.vocab_size} tokens: expected the model's {own.vocab_size}"
+        )
+    if teacher.require_tokenizer().to_str() != model.require_tokenizer().to_str():
+        raise ValueError(f"{given}: expected a model with the tokenizer of model.path")
+    if config.objective.hidden and other.d_model != own.d_model:
+        raise ValueError(f"{given} has states of width {other.d_model}: expected {own.d_model}, or objective.hidden=0")
+    if config.training.sequence_length > other.max_context:
+        raise ValueError(
+            f"training.sequence_length = {config.training.sequence_length}: expected at most the {other.max_context} "
+            "tokens of the context of finetune.teacher"
+        )
 
 
 def prepare_text(config: Config, model: Checkpoint) -> FinetuningText:
@@ -170,7 +204,9 @@ def require_memory(config: Config, params: Params) -> None:
     logging.info(
         "training takes %.2f GB beside the model's %.2f: %.1f M weights train%s",
         *(needed_bytes / 1e9, model_bytes / 1e9, weights / 1e6),
-        ", and the model as loaded is the teacher" if config.objective.has_teacher else "",
+        f", and {config.finetune.teacher or 'the model as loaded'} is the teacher"
+        if config.objective.has_teacher
+        else "",
     )
     memory.require(
         f"finetune.train = {config.finetune.train!r}, beside the model's {model_bytes / 1e9:,.1f} GB,",
@@ -187,17 +223,24 @@ def _divided(config: Config, params: Params) -> tuple[Params, Params, dict[str, 
 
 
 def finetune(
-    config: Config, folder: pathlib.Path, params: Params, text: FinetuningText, policy: Policy, execution: Execution
+    config: Config,
+    folder: pathlib.Path,
+    params: Params,
+    text: FinetuningText,
+    policy: Policy,
+    execution: Execution,
+    other: OtherTeacher | None = None,
 ) -> Tuned:
     """Runs fine-tuning (see `loop.run`) and returns the state that was best on the watched half.
 
     Args:
         config: reads `training`, `objective` and `finetune`.
         folder: the run's folder.
-        params: the model's weights as loaded; left unchanged, and used as the teacher if the objective has one.
+        params: the model's weights as loaded; left unchanged, and the teacher's if the objective has one.
         text: from `prepare_text`.
         policy: from `trained_policy`.
         execution: static settings of the full model.
+        other: another teacher, which `require_teacher` accepts.
     """
     training, architecture, rows = config.training, execution.architecture, config.training.batch_size
     if config.finetune.elastic:
@@ -214,8 +257,7 @@ def finetune(
     state = state_of(trained, {stack: bias_LE + 0 for stack, bias_LE in biases.items()}, training)
     teacher = None
     if config.objective.has_teacher:
-        own = policies.settings([MODEL_OWN] * rows, architecture, architecture.moe.k)
-        teacher = Teacher(params, on_all(own, execution.layout))
+        teacher = _teacher(*(other[1:] if other else (params, execution)), rows)
     lora_scale = config.finetune.lora_alpha / config.finetune.lora_rank
     judged_under = _judged_under(config, policy, architecture)
     watched = text.watched.first_bytes(training.evaluate_bytes)
@@ -224,6 +266,9 @@ def finetune(
         whole = with_selection_bias(trainable.join(state.params, frozen, lora_scale), state.biases)
         return judging.bits_per_byte(config, whole, watched, judged_under, execution)
 
+    digests = {"text.sources": text.digest, "text.held_out": _digest(text), "model.path": trainable.digest(params)}
+    if other is not None:
+        digests["finetune.teacher"] = trainable.digest(other.params)
     task = loop.TrainingTask(
         placed(state, execution.layout),
         Fixed(frozen, teacher),
@@ -231,7 +276,7 @@ def finetune(
         live,
         judge,
         text.packed,
-        {"text.sources": text.digest, "text.held_out": _digest(text), "model.path": trainable.digest(params)},
+        digests,
         keep_best=True,
         patience=config.finetune.patience,
     )
@@ -240,6 +285,14 @@ def finetune(
     masks = [best[stack]["router"].get("mask_LE", np.ones(1)) for stack in layer_order.moe_stacks(best)]
     masked_experts = sum(int((mask_LE <= 0).sum()) for mask_LE in masks)
     return Tuned(mask.merge(best), outcome.step, outcome.steps, masked_experts)
+
+
+def _teacher(params: Params, execution: Execution, rows: int) -> Teacher:
+    """A full model as the teacher: it runs with its own k, and drops no slot."""
+    architecture = execution.architecture
+    own = policies.settings([MODEL_OWN] * rows, architecture, architecture.moe.k)
+    full = dataclasses.replace(execution.exact, k_max=architecture.moe.k)
+    return Teacher(params, on_all(own, execution.layout), full)
 
 
 def _digest(text: FinetuningText) -> str:

@@ -19,11 +19,17 @@ from moe_jax.routing.policies import Settings
 CHUNK_TOKENS = 1024  # rows of logits in memory, or more if this does not divide the batch
 
 
-class Teacher(NamedTuple):
-    """The frozen model that the student is compared with, and its policy settings."""
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("params", "live"), meta_fields=("execution",))
+@dataclasses.dataclass(frozen=True)
+class Teacher:
+    """The frozen model that the student is compared with, its policy settings, and how it runs.
+
+    It may have another shape than the student, but has the same vocabulary.
+    """
 
     params: decoder.Params
     live: Settings
+    execution: decoder.Execution
 
 
 class BatchMetrics(NamedTuple):
@@ -165,7 +171,7 @@ def objective(
         execution: the static half of the step.
         config: the weight of each term.
         balance_loss: the weight of the load loss.
-        teacher: the full model, or None. It runs with its own k, and drops no slot.
+        teacher: the full model, or None.
         remat: passed to `decoder.hidden`.
 
     Returns:
@@ -179,15 +185,15 @@ def objective(
     teacher_ND = teacher_head_VD = None
     if teacher is not None:
         with jax.named_scope("teacher"):
-            full = dataclasses.replace(execution.exact, k_max=execution.architecture.moe.k)
-            teacher_BTD, _ = decoder.hidden(teacher.params, *rows, teacher.live, full, prefixes=False)
-        teacher_ND = lax.stop_gradient(teacher_BTD.reshape(x_ND.shape))
-        teacher_head_VD = lax.stop_gradient(decoder.head(teacher.params, layout))
+            teacher_BTD, _ = decoder.hidden(teacher.params, *rows, teacher.live, teacher.execution, prefixes=False)
+        teacher_ND = lax.stop_gradient(teacher_BTD.reshape(-1, teacher_BTD.shape[-1]))
+        teacher_head_VD = lax.stop_gradient(decoder.head(teacher.params, teacher.execution.layout))
+    unlike = teacher is None or teacher_ND.shape != x_ND.shape  # then `objective.hidden` is 0
     labels_N = batch["labels_BT"].reshape(-1)
     heads = decoder.head(params, layout), teacher_head_VD
     total, terms = token_losses(x_ND, heads[0], labels_N, weight_N, teacher_ND, heads[1], config, execution.data_parts)
     layer_terms = {
-        "hidden_distance": (config.hidden, None if teacher is None else _distance(x_ND, teacher_ND, weight_N)),
+        "hidden_distance": (config.hidden, None if unlike else _distance(x_ND, teacher_ND, weight_N)),
         "load_loss": (balance_loss, use.load_loss.mean()),
         "effective_experts": (config.sparsity, use.effective_experts.mean()),
     }

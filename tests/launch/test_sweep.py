@@ -9,8 +9,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
+from moe_jax import checkpoint
+from moe_jax.evaluation import concurrent
+from moe_jax.study import surgery
 from tests import launcher_module, tiny_model
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -155,6 +159,65 @@ def test_a_tuned_model_is_compared_with_all_experts_of_the_original(model, done,
     for policy in ("topk:4", "topk:8"):
         ratio = found[policy]["bits_per_byte"]["value"] / found["model"]["bits_per_byte"]["value"] - 1
         assert ratio != 0 and found[policy]["bits_per_byte_increase"]["value"] == pytest.approx(ratio, abs=1e-9)
+
+
+@pytest.fixture(scope="module")
+def pruned(model, tmp_path_factory):
+    """The model with 10 of 16 experts, and with other numbers in its two layers."""
+    whole, folder = checkpoint.open(model), tmp_path_factory.mktemp("pruned")
+    for name, sizes in (("uniform_10", (10, 10)), ("across", (9, 12))):
+        kept = [np.arange(size) for size in sizes]
+        smaller = whole.for_new_weights().with_architecture(surgery.architecture_of(whole.architecture, kept))
+        smaller.save(folder / name, surgery.without_others(whole.read(), whole.architecture, kept))
+    return folder
+
+
+@pytest.mark.processes
+def test_pruned_models_are_on_the_same_frontier(model, pruned, done, tmp_path, capsys):
+    """Quality first, in a call of its own; then the timing, which reads as many experts as they have."""
+    folders = json.dumps((str(pruned / "uniform_10"), str(pruned / "across")))
+    settings = {**SMALL, "model.path": model, "sweep.pruned": folders, "sweep.policies": '("topk:3",)'}
+    out = tmp_path / "out"
+    out.mkdir()
+    launcher_module.run_main("sweep", settings, out, "--quality_only")
+    assert "without --quality_only goes on" in capsys.readouterr().out
+    assert [path.name for path in out.iterdir()] == ["parts"]
+    with pytest.MonkeyPatch.context() as patched:  # what is known is not measured again
+        patched.setattr(concurrent, "score_windows", None)
+        printed = launcher_module.run_main("sweep", settings, out)
+    rows = {(row["policy"], row["concurrency"]): row["figures"] for row in result_rows(out)}
+    assert [name for name, rows_ in rows if rows_ == 4] == ["model", "topk:3", "pruned:uniform_10", "pruned:across"]
+    full, small, unlike = (rows[name, 4] for name in ("model", "pruned:uniform_10", "pruned:across"))
+    assert full["bits_per_byte"] == next(
+        row["figures"]["bits_per_byte"] for row in result_rows(done[1]) if row["policy"] == "model"
+    )
+    assert small["bits_per_byte"]["value"] != full["bits_per_byte"]["value"]
+    assert small["experts_per_token"]["value"] == full["experts_per_token"]["value"] == 8
+    for figures, most in ((small, 10), (unlike, 10.5), (full, 16)):
+        assert 8 < figures["distinct_experts_per_layer_step"]["value"] <= most
+    expert_bytes = 4 * 3 * 24 * 64
+    assert full["weights_bytes"]["value"] - small["weights_bytes"]["value"] == 2 * 6 * (expert_bytes + 4 * 65)
+    assert full["weights_bytes"]["value"] - unlike["weights_bytes"]["value"] == (7 + 4) * (expert_bytes + 4 * 65)
+    assert full["bytes"]["value"] > small["bytes"]["value"]
+    assert "| `pruned:uniform_10` |" in printed and " MB | " in printed
+    page = (out / "frontier.html").read_text()
+    assert "pruned:uniform_10" in page and "Pruned models" in page
+
+
+def result_rows(out):
+    return json.loads((out / "result.json").read_text())["rows"]
+
+
+def test_what_is_no_pruned_model_of_the_swept_one_is_refused(model, pruned, tmp_path):
+    refused = [
+        ("assets/demo", "sweep.pruned: assets/demo: MoE layers = 5; expected 2"),
+        (tiny_model.write_model(tmp_path / "k", tiny_model.changed(moe={"k": 4})), "moe.k = (4, 4); expected (8, 8)"),
+        (tiny_model.write_model(tmp_path / "e", tiny_model.changed(moe={"num_experts": 17})), "expected at most (16,"),
+    ]
+    for folder, says in refused:
+        assert_refused(model, tmp_path / "out", says, sweep__pruned=json.dumps((str(folder),)))
+    twice = json.dumps((str(pruned / "across"), str(tmp_path / "across" / "model")))
+    assert_refused(model, tmp_path / "out", "expected folders with different names", sweep__pruned=twice)
 
 
 def test_an_original_of_another_tokenizer_is_refused(model, tmp_path):

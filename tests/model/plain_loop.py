@@ -38,9 +38,9 @@ def attention(x_TD, tensors, name, architecture):
     return mixed.reshape(length, -1) @ tensors[f"{name}.o_proj.weight"].T
 
 
-def sparse(x_TD, tensors, name, k, normalize):
-    """Runs every expert on every token, and adds those with the k largest weights."""
-    weight = jax.nn.softmax(x_TD @ tensors[f"{name}.gate.weight"].T, -1)
+def sparse(x_TD, tensors, name, k, normalize, present=True):
+    """Runs every expert on every token, and adds those with the k largest weights, of the experts that are present."""
+    weight = jax.nn.softmax(jnp.where(present, x_TD @ tensors[f"{name}.gate.weight"].T, -jnp.inf), -1)
     k_th = jnp.sort(weight, -1)[:, -k][:, None]
     weight = jnp.where(weight >= k_th, weight, 0)
     if normalize:
@@ -54,9 +54,9 @@ def sparse(x_TD, tensors, name, k, normalize):
     return jnp.einsum("te,etf,edf->td", weight, hidden, down)
 
 
-def logits(tensors, tokens_T, architecture, k_L):
-    """The logits of one row; `k_L` has one k per MoE layer."""
-    decoder, k_of = architecture.decoder, iter(k_L)
+def logits(tensors, tokens_T, architecture, k_L, present_L=None):
+    """The logits of one row; `k_L` has one k per MoE layer, and `present_L` a mask of its experts."""
+    decoder, k_of = architecture.decoder, iter(zip(k_L, present_L or [True] * len(k_L), strict=True))
     x_TD = tensors["model.embed_tokens.weight"][tokens_T]
     for layer in range(decoder.num_layers):
         name = f"model.layers.{layer}"
@@ -64,7 +64,8 @@ def logits(tensors, tokens_T, architecture, k_L):
         x_TD = x_TD + attention(normed, tensors, f"{name}.self_attn", architecture)
         normed = norm(x_TD, tensors[f"{name}.post_attention_layernorm.weight"], decoder.norm_eps)
         if f"{name}.mlp.gate.weight" in tensors:
-            x_TD = x_TD + sparse(normed, tensors, f"{name}.mlp", next(k_of), architecture.moe.normalize)
+            k, present = next(k_of)
+            x_TD = x_TD + sparse(normed, tensors, f"{name}.mlp", k, architecture.moe.normalize, present)
         else:
             x_TD = x_TD + gated(normed, tensors, f"{name}.mlp")
     return norm(x_TD, tensors["model.norm.weight"], decoder.norm_eps) @ tensors["lm_head.weight"].T

@@ -46,7 +46,7 @@ def frontier(num_layers: int = 5, policies: dict = POLICIES, concurrencies: tupl
             quality = _quality(kept, relative, _distinct(kept, rows) * share, shares_L, random)
             speed = _speed(quality.distinct_experts, rows, random)
             rival = None if policy in UNIFORM else Rival("model", FULL, quality.increase)
-            points.append(Point(policy, rival is None, rows, quality, speed, rival))
+            points.append(Point(policy, rival is None, rows, quality, speed, 2_000_000_000, rival))
     return Frontier(
         points,
         "the demo model (64 experts, 8 active, 5 MoE layers) on 60 held-out Python files, 0.41 MB",

@@ -26,6 +26,7 @@ def test_csv_reads_back_to_the_same_numbers():
             "distinct_experts_quality": quality.distinct_experts,
             "tokens_per_s": speed.tokens_per_s,
             "bytes": speed.bytes,
+            "weights_bytes": point.weights_bytes,
             "distinct_experts_timed": speed.distinct_experts,
         }
         expected |= dict(zip(("ms_first_quartile", "ms_median", "ms_third_quartile"), speed.quartiles_ms))

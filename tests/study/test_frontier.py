@@ -11,7 +11,7 @@ FULL_MS = (10.0, 12.0, 20.0)
 def point(policy, worse, rounds_ms, uniform=False, concurrency=4):
     quality = Quality(Estimate(1.0, (0.9, 1.1)), Estimate(worse - 0.001, (worse - 0.002, worse)), 8.0, (8.0,), 8.0)
     speed = Speed((1.0, 2.0, 3.0), rounds_ms, 1.0, gain(rounds_ms, FULL_MS), 1.0, 8.0)
-    return Point(policy, uniform, concurrency, quality, speed)
+    return Point(policy, uniform, concurrency, quality, speed, 0)
 
 
 def chosen(*points):

@@ -10,11 +10,12 @@ import pytest
 
 from moe_jax.config.finetuning import ObjectiveConfig
 from moe_jax.engine.request import execution_of
+from moe_jax.model import decoder
 from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import MODEL_OWN, parse
 from moe_jax.training import objective
 from moe_jax.training.objective import Teacher, token_losses
-from tests.tiny_model import ARCHITECTURE, random_params
+from tests.tiny_model import ARCHITECTURE, changed, random_params
 
 VOCAB, WIDTH = 31, 6
 OBJECTIVES = {
@@ -139,7 +140,7 @@ def differentiated(params, teacher, live, batch, config, remat):
 
 def gradient_under(spec, config, params, teacher_params=None, remat=False):
     teacher_params = params if teacher_params is None else teacher_params
-    teacher = Teacher(teacher_params, live_of(MODEL_OWN)) if config.has_teacher else None
+    teacher = Teacher(teacher_params, live_of(MODEL_OWN), EXECUTION) if config.has_teacher else None
     (total, measured), gradient = differentiated(params, teacher, live_of(parse(spec)), batch_of(), config, remat)
     return float(total), measured, gradient
 
@@ -166,13 +167,33 @@ def test_padding_and_the_teacher_get_no_gradient():
     @jax.jit
     @functools.partial(jax.value_and_grad, argnums=(0, 1))
     def loss(params, other, batch):
-        return objective.objective(params, batch, live, EXECUTION, config, 0.0, Teacher(other, live))[0]
+        return objective.objective(params, batch, live, EXECUTION, config, 0.0, Teacher(other, live, EXECUTION))[0]
 
     total, (gradient, teacher_gradient) = loss(params, other, batch_of())
     assert norm(teacher_gradient) == 0 and norm(gradient) > 0
     changed = batch_of()
     changed["labels_BT"] = np.where(changed["segments_BT"] == 0, 7, changed["labels_BT"])
     assert loss(params, other, changed)[0] == total
+
+
+def test_a_teacher_of_another_shape_runs_as_itself():
+    """Another width, depth and number of experts; the divergence is from its own logits."""
+    shape = changed(decoder={"d_model": 48, "num_layers": 2}, moe={"num_experts": 12, "k": 3})
+    other, execution, batch = random_params(shape, seed=2), execution_of(shape), batch_of()
+    config = ObjectiveConfig(language_model=0.0, distillation=1.0)
+    teacher = Teacher(other, policies.settings([MODEL_OWN] * ROWS, shape, execution.k_max), execution)
+    params = random_params()
+    (total, _), _ = differentiated(params, teacher, live_of(parse("topk:8")), batch, config, False)
+
+    def log_probabilities(params, execution):
+        live = policies.settings([MODEL_OWN] * ROWS, execution.architecture, execution.k_max)
+        rows = batch["tokens_BT"], batch["positions_BT"], batch["segments_BT"]
+        x_BTD, _ = decoder.hidden(params, *rows, live, execution)
+        return np.float64(jax.nn.log_softmax(decoder.logits(params, x_BTD)))[batch["segments_BT"] > 0]
+
+    own_NV, full_NV = log_probabilities(params, EXECUTION), log_probabilities(other, execution)
+    expected = (np.exp(full_NV) * (full_NV - own_NV)).sum(axis=1).mean()
+    assert expected > 0.1 and float(total) == pytest.approx(expected, rel=1e-4)
 
 
 def test_hidden_distance_is_relative_and_squared():
