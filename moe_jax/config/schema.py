@@ -12,6 +12,7 @@ from moe_jax.config.checks import require, require_fraction, require_one_of, req
 from moe_jax.config.finetuning import FinetuneConfig, ObjectiveConfig
 from moe_jax.config.mesh import MeshConfig
 from moe_jax.config.predict import PredictConfig
+from moe_jax.config.search import SearchConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -244,6 +245,7 @@ class Config:
     benchmark: BenchmarkConfig = BenchmarkConfig()
     sweep: SweepConfig = SweepConfig()
     predict: PredictConfig = PredictConfig()
+    search: SearchConfig = SearchConfig()
     run: RunConfig = RunConfig()
 
     @property
