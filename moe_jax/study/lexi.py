@@ -64,4 +64,4 @@ def _norms(x_ND, router, experts, index, column, live, own, stack, execution):
         jnp.tile(x_ND, (rows, 1)), {"router": router}, experts, index, live, context, alone, k_max, kernel, how
     )
     y_PND = y_ND.astype(jnp.float32).reshape(rows, tokens, -1)
-    return jnp.sqrt(jnp.square(y_PND - y_PND[own - 1]).sum(axis=(1, 2)))
+    return jnp.sqrt(jnp.square(y_PND - y_PND[own - 1 : own]).sum(axis=(1, 2)))

@@ -28,10 +28,10 @@ def totals(budgets: Sequence[float], architecture: Architecture) -> list[int]:
             )
         total = round(budget * layers)
         if abs(budget * layers - total) > 1e-3:
-            low, high = (np.floor(budget * layers) + step for step in (0, 1))
+            low = int(budget * layers)
             raise ValueError(
-                f"search.budgets: {budget:g}: expected a mean of {layers} whole numbers, such as {low}/{layers} = "
-                f"{low / layers:.6g} or {high / layers:.6g}"
+                f"search.budgets: {budget:g}: expected a mean of {layers} whole numbers, such as {low / layers:.6g} or "
+                f"{(low + 1) / layers:.6g}"
             )
         found.append(total)
     return found
