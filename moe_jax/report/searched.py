@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.report.figures import Row, csv_text, figure, markdown
-from moe_jax.study.schedule_rivals import LEXI, LINEAR, ORACLE, SEARCHED, UNIFORM, Judged
+from moe_jax.study.schedule_rivals import LEXI, LINEAR, ORACLE, PLAIN, SEARCHED, UNIFORM, Judged
 from moe_jax.study.schedule_study import Searched
 
 
@@ -49,6 +49,7 @@ def table(searched: Searched, subject: str) -> str:
     heads = {
         LINEAR: "best (b,h,e,p) on calibration text",
         ORACLE: "best (b,h,e,p) on held-out text",
+        PLAIN: "best (b,h,e,p), own weights",
         LEXI: "LExI",
         UNIFORM: "uniform",
     }

@@ -1,6 +1,6 @@
 """Sets a searched schedule beside others of the same budget, on text that the search did not see."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from moe_jax.study import schedules
 from moe_jax.study.schedule_search import Found, Policies, rules, spec_of
 from moe_jax.study.schedules import KPerLayer
 
-SEARCHED, LINEAR, ORACLE, LEXI, UNIFORM = "searched", "linear", "oracle", "lexi", "uniform"
+SEARCHED, LINEAR, ORACLE, PLAIN, LEXI, UNIFORM = "searched", "linear", "oracle", "plain", "lexi", "uniform"
 
 
 class Candidate(NamedTuple):
@@ -28,7 +28,8 @@ class Linear(NamedTuple):
 
     schedule_of: dict[KPerLayer, str]  # the spec of each
     screened: dict[KPerLayer, float]  # cost of each under the model's own rule, on the windows of screening
-    best: Sequence[Candidate]  # the best ones on all windows, best first, under the better rule of each
+    best: Sequence[Candidate]  # the best ones on all windows, best first, under any rule
+    plain: Sequence[Candidate]  # the same, under the model's own rule
 
 
 class Budget(NamedTuple):
@@ -48,7 +49,7 @@ class Budget(NamedTuple):
     @property
     def compared(self) -> list[str]:
         """The specs of all policies that are judged."""
-        named = [self.searched, *self.linear.best, self.lexi, *filter(None, [self.uniform])]
+        named = [self.searched, *self.linear.best, *self.linear.plain[:1], self.lexi, *filter(None, [self.uniform])]
         return list(dict.fromkeys(one.spec for one in named))
 
 
@@ -78,15 +79,20 @@ def linear_schedules(
     """
     schedule_of = dict(schedules.linear(architecture, total)) if count else {}
     if not schedule_of:
-        return Linear({}, {}, [])
+        return Linear({}, {}, [], [])
     own_rule, other_rule = rules(architecture)
     plain, other = (screening.costs(spec_of(k_L, rule) for k_L in schedule_of) for rule in (own_rule, other_rule))
     costs = {(k_L, own_rule): cost for k_L, cost in zip(schedule_of, plain.tolist())}
     costs |= {(k_L, other_rule): cost for k_L, cost in zip(schedule_of, other.tolist())}
-    first = sorted(costs, key=costs.__getitem__)[:count]
-    again = measured.costs(spec_of(k_L, rule) for k_L, rule in first).tolist()
-    best = [Candidate(schedule_of[k_L] + rule, cost) for (k_L, rule), cost in zip(first, again)]
-    return Linear(schedule_of, dict(zip(schedule_of, plain.tolist())), sorted(best, key=lambda one: one.cost))
+
+    def best(keys: Iterable[tuple[KPerLayer, str]]) -> list[Candidate]:
+        first = sorted(keys, key=costs.__getitem__)[:count]
+        again = measured.costs(spec_of(k_L, rule) for k_L, rule in first).tolist()
+        found = [Candidate(schedule_of[k_L] + rule, cost) for (k_L, rule), cost in zip(first, again)]
+        return sorted(found, key=lambda one: one.cost)
+
+    screened = dict(zip(schedule_of, plain.tolist()))
+    return Linear(schedule_of, screened, best(costs), best((k_L, own_rule) for k_L in schedule_of))
 
 
 def better(measured: Policies, architecture: Architecture, specs: str) -> Candidate:
@@ -99,7 +105,8 @@ def judge(budgets: Sequence[Budget], held_out: Policies, windows: Windows) -> li
     """Measures what was found on held-out text: for each budget the searched schedule, then the others.
 
     `linear` is the schedule (b,h,e,p) that is best on calibration text, as a user would choose it; `oracle` is the one
-    of `Linear.best` that needs the fewest bits on the held-out text itself, which favours it.
+    of `Linear.best` that needs the fewest bits on the held-out text itself, which favours it. `plain` is as published:
+    the best on calibration text under the model's own rule.
     """
     _, document_J = np.unique(windows.document_J, return_inverse=True)
     size_J, tokens_J = (np.bincount(document_J, one) for one in (windows.bytes_J, held_out.tokens_of_windows))
@@ -112,7 +119,7 @@ def judge(budgets: Sequence[Budget], held_out: Policies, windows: Windows) -> li
         named = [(SEARCHED, budget.searched)]
         if budget.linear.best:
             oracle = min(budget.linear.best, key=lambda one: bits[one.spec].sum())
-            named += [(LINEAR, budget.linear.best[0]), (ORACLE, oracle)]
+            named += [(LINEAR, budget.linear.best[0]), (ORACLE, oracle), (PLAIN, budget.linear.plain[0])]
         named += [(LEXI, budget.lexi), *([(UNIFORM, budget.uniform)] if budget.uniform else [])]
         own = bits[budget.searched.spec]
         judged.append(

@@ -7,6 +7,7 @@ costs. Layers do not add up exactly, so it is then refined by measuring whole sc
 another as long as that lowers the cost.
 """
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -57,7 +58,6 @@ class Policies:
         self._rows = max(2, min(ROWS, TOKENS // (tokens_JT.shape[1] - 1)))
         self._model = model_facts(execution.architecture, None)
         self._scored: dict[tuple, tuple[np.ndarray, np.ndarray]] = {}
-        self._batches = 0
 
     @property
     def count(self) -> int:
@@ -98,8 +98,8 @@ class Policies:
             live = policies.settings(batch, self._execution.architecture, self._execution.k_max)
             return score_together(self._params, self._tokens_JT, live, self._execution)._asdict()
 
-        part = self._journal.once(f"{self._name}-{self._batches:05d}", compute)
-        self._batches += 1
+        digest = hashlib.sha256("\n".join(policy.spec for policy in compared).encode()).hexdigest()
+        part = self._journal.once(f"{self._name}-{digest[:16]}", compute)
         for number, policy in enumerate(compared, 1):
             self._scored[self._key(policy)] = part["nats_JP"][:, number], part["kl_JP"][:, number]
         self._advance(len(compared))

@@ -46,14 +46,19 @@ def calibration_windows(documents: Sequence[Document], tokenizer, config: Search
     Raises:
         ValueError: the documents have too few windows.
     """
-    read, count = [], 0
-    for number in np.random.default_rng(seed).permutation(len(documents)):
-        read += encode_documents(tokenizer, [documents[number]])
-        count += (len(read[-1]) - 1) // config.context
-        if count >= POOL * config.windows:
+    random, length, found = np.random.default_rng(seed), config.context, []
+    for number in random.permutation(len(documents)):
+        [ids] = encode_documents(tokenizer, [documents[number]])
+        found += [ids[end - length : end + 1] for end in range(length, len(ids), length)]
+        if len(found) >= POOL * config.windows:
             break
-    settings = ("text.sources", "search.windows", "search.context")
-    return concurrent.cut_windows(read, tokenizer, config.context, config.windows, seed, settings).tokens_JT
+    if len(found) < config.windows:
+        raise ValueError(
+            f"text.sources has {len(found)} full windows of {length} tokens: expected at least {config.windows}; name "
+            "more text, or lower search.windows or search.context"
+        )
+    picked = random.permutation(len(found))[: config.windows]
+    return np.int32([found[number] for number in picked])
 
 
 def run(
