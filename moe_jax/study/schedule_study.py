@@ -46,8 +46,8 @@ def calibration_windows(documents: Sequence[Document], tokenizer, config: Search
     Raises:
         ValueError: the documents have too few windows.
     """
-    random, length, found = np.random.default_rng(seed), config.context, []
-    for number in random.permutation(len(documents)):
+    length, found = config.context, []
+    for number in np.random.default_rng(seed).permutation(len(documents)):
         [ids] = encode_documents(tokenizer, [documents[number]])
         found += [ids[end - length : end + 1] for end in range(length, len(ids), length)]
         if len(found) >= POOL * config.windows:
@@ -57,7 +57,7 @@ def calibration_windows(documents: Sequence[Document], tokenizer, config: Search
             f"text.sources has {len(found)} full windows of {length} tokens: expected at least {config.windows}; name "
             "more text, or lower search.windows or search.context"
         )
-    picked = random.permutation(len(found))[: config.windows]
+    picked = np.random.default_rng(seed).permutation(len(found))[: config.windows]
     return np.int32([found[number] for number in picked])
 
 
