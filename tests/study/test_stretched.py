@@ -14,7 +14,7 @@ RESULT = ROOT / "benchmarks" / "results" / "study" / "schedule_search" / "result
 
 
 def stretched(k_L, own, layers, k):
-    """By the comment: shares of k linear between layers spread over depth; same mean; the largest fractions round up."""
+    """Shares of k, linear between layers spread over depth, moved to the same mean; the largest fractions round up."""
     shares = []
     for layer in range(layers):
         place = Fraction(layer * (len(k_L) - 1), layers - 1)
