@@ -15,6 +15,7 @@ from moe_jax.config.finetuning import FinetuneConfig, ObjectiveConfig
 from moe_jax.config.mesh import MeshConfig
 from moe_jax.config.predict import PredictConfig
 from moe_jax.config.pruning import PruneConfig
+from moe_jax.config.search import SearchConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -257,6 +258,7 @@ class Config:
     sweep: SweepConfig = SweepConfig()
     predict: PredictConfig = PredictConfig()
     prune: PruneConfig = PruneConfig()
+    search: SearchConfig = SearchConfig()
     run: RunConfig = RunConfig()
 
     @property

@@ -30,7 +30,14 @@ class ConcurrentScores(NamedTuple):
     chosen_LJTK: np.ndarray  # int16: the expert of each slot; -1: not kept
 
 
-def cut_windows(documents: Sequence[np.ndarray], tokenizer, context: int, count: int, seed: int) -> Windows:
+def cut_windows(
+    documents: Sequence[np.ndarray],
+    tokenizer,
+    context: int,
+    count: int,
+    seed: int,
+    settings: tuple[str, str, str] = ("text.held_out", "sweep.windows", "sweep.context"),
+) -> Windows:
     """Cuts documents into full windows, end to end, and picks `count` of them at random.
 
     Args:
@@ -39,6 +46,7 @@ def cut_windows(documents: Sequence[np.ndarray], tokenizer, context: int, count:
         context: T.
         count: the number of windows.
         seed: the seed of the random choice.
+        settings: that gave the documents, `count` and `context`, for messages.
 
     Raises:
         ValueError: there are fewer.
@@ -51,9 +59,10 @@ def cut_windows(documents: Sequence[np.ndarray], tokenizer, context: int, count:
         sizes += np.diff(read).tolist()
         owners += [number] * len(ends)
     if len(tokens) < count:
+        text, counted, long = settings
         raise ValueError(
-            f"the held-out text has {len(tokens)} full windows of {context} tokens: expected at least {count}; "
-            "name more text in text.held_out, or lower sweep.windows or sweep.context"
+            f"{text} has {len(tokens)} full windows of {context} tokens: expected at least {count}; "
+            f"name more text, or lower {counted} or {long}"
         )
     order = np.random.default_rng(seed).permutation(len(tokens))[:count]
     return Windows(*(np.asarray(part)[order] for part in (np.int32(tokens), sizes, owners)))

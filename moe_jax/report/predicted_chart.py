@@ -87,10 +87,15 @@ def _latencies(axes: Axes, latencies: Sequence[Latency]) -> None:
 
 def _legend(figure: Figure, policies: Sequence[str]) -> None:
     """Names the policies of all panels, below them."""
-    lines = [Line2D([], [], label=policy, **style) for policy, style in _styles(policies).items()]
+    lines = [Line2D([], [], label=_short(policy), **style) for policy, style in _styles(policies).items()]
     legend = figure.legend(handles=lines, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
     for text in legend.get_texts():
         text.set_parse_math(False)
+
+
+def _short(policy: str) -> str:
+    """A spec that fits into the legend: one number for each of 58 layers does not."""
+    return policy if len(policy) <= 40 else f"{policy[:30]}..."
 
 
 def _styles(policies: Sequence[str]) -> dict[str, dict]:

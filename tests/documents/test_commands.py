@@ -31,6 +31,7 @@ NOT_RUN = {
     "launch/harness.py": "needs lm-eval, which is not in requirements-dev.txt",
     "launch/predict.py": "takes minutes",
     "launch/prune.py": "takes half an hour; tests/launch/test_prune.py has a small model",
+    "launch/search.py": "takes half an hour; tests/launch/test_search.py has a small model",
     "launch/sweep.py": "takes half an hour",
     "launch/train.py": "takes an hour and a half",
     "benchmarks/compile_matrix.py": "needs libtpu, or nvcc, and an hour",
