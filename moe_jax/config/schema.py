@@ -9,6 +9,7 @@ import math
 
 from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 from moe_jax.config.checks import require, require_fraction, require_one_of, require_positive
+from moe_jax.config.compile import CompileConfig
 from moe_jax.config.finetuning import FinetuneConfig, ObjectiveConfig
 from moe_jax.config.mesh import MeshConfig
 from moe_jax.config.predict import PredictConfig
@@ -244,6 +245,7 @@ class Config:
     benchmark: BenchmarkConfig = BenchmarkConfig()
     sweep: SweepConfig = SweepConfig()
     predict: PredictConfig = PredictConfig()
+    compile: CompileConfig = CompileConfig()
     run: RunConfig = RunConfig()
 
     @property

@@ -108,13 +108,16 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec())
 
 
-def layout_of(given: MeshConfig | Mesh | None, architecture: Architecture) -> Layout | None:
+def layout_of(
+    given: MeshConfig | Mesh | None, architecture: Architecture, devices: Sequence[jax.Device] = ()
+) -> Layout | None:
     """The layout of a model on a mesh; None for a single device.
 
     Args:
         given: settings, for which a mesh of this process' devices is made (of all devices, if there are several
             processes), or a mesh whose axes are among `data`, `expert` and `tensor`; None: one device.
         architecture: of the model.
+        devices: of which settings make a mesh, instead of this process' own.
 
     Raises:
         ValueError: the mesh does not divide the model, has an unknown axis, or needs more devices than there are.
@@ -128,8 +131,9 @@ def layout_of(given: MeshConfig | Mesh | None, architecture: Architecture) -> La
         order = [given.axis_names.index(name) for name in AXES if name in given.axis_names]
         devices = given.devices.transpose(order).flatten()
     else:
-        given.require_devices(jax.device_count(), jax.process_count())
-        settings, devices = given, np.array(jax.devices()[: given.num_devices])
+        if not devices:
+            given.require_devices(jax.device_count(), jax.process_count())
+        settings, devices = given, np.array((devices or jax.devices())[: given.num_devices])
     settings.require_divides(architecture)
     if settings.num_devices == 1 and not isinstance(given, Mesh):
         return None
