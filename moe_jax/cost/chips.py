@@ -27,7 +27,10 @@ class Chip(NamedTuple):
 
 
 def _tpu(gibibytes: float, gigabytes_per_s: float, teraflops: float, both_ways: float, page: str) -> Chip:
-    """From what Google states; links are stated as the sum of both directions, in GB/s."""
+    """From what Google states, but for the memory, which is what libtpu lets a program have.
+
+    Links are stated as the sum of both directions, in GB/s.
+    """
     memory = int(gibibytes * 2**30)
     return Chip(memory, 1e9 * gigabytes_per_s, 1e12 * teraflops, 1e9 * both_ways / 2, _GOOGLE + page)
 
@@ -40,10 +43,11 @@ def _nvidia(gibibytes: float, gigabytes_per_s: float, teraflops: float, both_way
 
 CHIPS = {
     "v5e": _tpu(15.75, 819, 197, 400, "v5e"),
-    "v5p": _tpu(95, 2765, 459, 1200, "v5p"),
-    "v6e": _tpu(31.25, 1638, 918, 800, "v6e"),
-    "tpu7x": _tpu(96, 7380 / 2, 2307 / 2, 1200 / 2, "tpu7x"),
+    "v5p": _tpu(95.73, 2765, 459, 1200, "v5p"),
+    "v6e": _tpu(31.24, 1638, 918, 800, "v6e"),
+    "tpu7x": _tpu(94.74, 7380 / 2, 2307 / 2, 1200 / 2, "tpu7x"),
     "h100": _nvidia(79.1, 3350, 989, 900, "NVIDIA H100 data sheet, SXM"),
     "h200": _nvidia(139.8, 4800, 989, 900, "NVIDIA H200 data sheet, SXM"),
+    # memory is what is free, divided by the virtual devices that share it
     "cpu": Chip(0, 35e9, 207e9, 35e9 / 2, "docs/measured.md: two cores of an AMD EPYC; links are its memory"),
 }

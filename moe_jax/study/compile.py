@@ -1,101 +1,164 @@
-"""Compiles whole steps of a model for devices that are not there; all arrays are abstract."""
+"""What a step of a model takes on devices that are not there: on the best mesh, by the compiler and by count."""
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.config.schema import SamplingConfig
-from moe_jax.engine import batch, generate, steps
-from moe_jax.engine import cache as caches
-from moe_jax.engine.request import make_requests
-from moe_jax.model import parameters
+from moe_jax.config.mesh import MeshConfig
+from moe_jax.config.schema import Config
+from moe_jax.cost import parallel
+from moe_jax.cost.parallel import Load, Share
+from moe_jax.engine.request import execution_of
 from moe_jax.model.execution import Execution
+from moe_jax.model.sharding import layout_of
+from moe_jax.study import meshes, whole_steps
+from moe_jax.study.meshes import Candidate
 from moe_jax.study.topologies import Topology
+from moe_jax.study.whole_steps import Compiled, TooLargeError
+
+DTYPE = "bfloat16"  # where model.dtype is "auto"
+FEWER = (6, 4, 2)  # active experts, beside the model's own
 
 
-class Lowered(NamedTuple):
-    """A step before it is compiled, and its largest arguments."""
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A step of a configured model on a topology."""
 
-    lowered: Any
-    weights: Any  # abstract arrays with their places
-    cache: Any
+    config: Config
+    topology: Topology
+
+    @property
+    def dtype(self) -> str:
+        """Of weights, cache and activations."""
+        return DTYPE if self.config.model.dtype == "auto" else self.config.model.dtype
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number."""
+        return jnp.dtype(self.dtype).itemsize
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The numbers of active experts to count for.
+
+        Raises:
+            ValueError: one is above the model's own.
+        """
+        own = self.config.moe.k
+        given = self.config.compile.k or (own, *(k for k in FEWER if k < own))
+        if max(given) > own:
+            raise ValueError(f"compile.k = {given}: expected at most the model's own {own} experts")
+        return given
+
+    @property
+    def positions(self) -> int:
+        """Of the cache of each row.
+
+        Raises:
+            ValueError: they are more than the model's context, or fewer than the prompt has.
+        """
+        settings, context = self.config.compile, self.config.decoder.max_context
+        if not settings.positions <= context:
+            raise ValueError(f"compile.positions = {settings.positions}: expected at most the model's {context}")
+        if settings.phase == "prefill" and settings.prompt > settings.positions:
+            expected = f"at most compile.positions = {settings.positions}"
+            raise ValueError(f"compile.prompt = {settings.prompt}: expected {expected}")
+        return settings.positions
+
+    def load(self, rows: int, k: int) -> Load:
+        """The step with so many rows and active experts."""
+        settings = self.config.compile
+        if settings.phase == "prefill":
+            return Load(rows, settings.prompt, 0, k)
+        return Load(rows, 1, self.positions - 1, k)
+
+    def executed(self, mesh: MeshConfig) -> Execution:
+        """How the model runs on a mesh there."""
+        config = self.config
+        layout = None
+        if len(self.topology.devices) > 1:
+            layout = layout_of(mesh, config.architecture, self.topology.devices)
+        settings = {"kernels": config.kernels, "dtype": self.dtype, "layout": layout}
+        return execution_of(config.architecture, config.policy.k_max, platform=self.topology.platform, **settings)
+
+    def meshes(self) -> list[Candidate]:
+        """The configured mesh, or all that divide the model and the rows, the best first.
+
+        Raises:
+            ValueError: the configured mesh has another number of devices, or does not divide the model or the rows; or
+                no mesh does.
+        """
+        config, count, rows = self.config, len(self.topology.devices), self.config.compile.rows
+        if config.mesh.num_devices > 1:
+            if config.mesh.num_devices != count:
+                sizes = f"{config.mesh.data} x {config.mesh.expert} x {config.mesh.tensor}"
+                raise ValueError(
+                    f"mesh.data x expert x tensor = {sizes} = {config.mesh.num_devices} devices: expected the {count} "
+                    f"of compile.topology = {self.topology.name!r}"
+                )
+            config.mesh.require_divides(config.architecture)
+            config.mesh.require_batch("compile.rows", rows)
+            chosen = [config.mesh]
+        else:
+            chosen = list(meshes.dividing(count, config.architecture, rows, config.mesh))
+            if not chosen:
+                raise ValueError(
+                    f"compile.topology = {self.topology.name!r}: no mesh of {count} devices divides the model and "
+                    f"compile.rows = {rows}: expected another number of rows or devices"
+                )
+        load = self.load(rows, self.slots[0])
+        sizes = load, self.positions, self.itemsize, self.topology.chip
+        return meshes.ranked(chosen, self.executed, *sizes)
+
+    def lower(self, candidate: Candidate) -> whole_steps.Lowered:
+        """The step, before it is compiled."""
+        settings, dtype = self.config.compile, jnp.dtype(self.dtype)
+        given = candidate.execution, self.topology, settings.rows
+        if settings.phase == "prefill":
+            return whole_steps.lower_prefill(*given, settings.prompt, self.positions, dtype)
+        return whole_steps.lower_decode(*given, self.positions, dtype)
+
+    def compile(self, step: whole_steps.Lowered) -> Compiled | TooLargeError:
+        """What the compiler says of the step, or its refusal."""
+        try:
+            return whole_steps.compile_step(step, self.topology)
+        except TooLargeError as error:
+            return error
 
 
-def place_of(execution: Execution, topology: Topology) -> NamedSharding:
-    """Where arrays lie that are whole on every device."""
-    if execution.layout is not None:
-        return execution.layout.replicated
-    return NamedSharding(Mesh(np.array(topology.devices[:1]), ("x",)), PartitionSpec())
+class Counted(NamedTuple):
+    """A step by count, for one device."""
+
+    load: Load
+    share: Share
 
 
-def params_of(execution: Execution, dtype: jnp.dtype, place: NamedSharding) -> Any:
-    """The abstract parameters of a model, on their devices."""
-    layout = execution.layout
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """All that is known of a step."""
 
-    def put(path, leaf):
-        sharding = place if layout is None else layout.of_leaf(path, leaf)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    task: Task
+    candidates: Sequence[Candidate]  # the best first, which was compiled
+    compiled: Compiled | TooLargeError
 
-    return jax.tree_util.tree_map_with_path(put, parameters.shapes(execution.architecture, dtype))
+    @property
+    def best(self) -> Candidate:
+        """The mesh that was compiled."""
+        return self.candidates[0]
 
+    @property
+    def fits(self) -> bool:
+        """Whether the devices have the memory."""
+        chip = self.task.topology.chip
+        return isinstance(self.compiled, Compiled) and self.compiled.needed_bytes <= chip.memory_bytes
 
-def live_of(rows: int, execution: Execution, place: NamedSharding) -> batch.Live:
-    """Abstract settings of greedy requests that keep the model's own experts."""
-    here = dataclasses.replace(execution, layout=None)
-    (request,) = make_requests([[0]], None, here, sampling=SamplingConfig())
-    return abstract(batch.live_of([request] * rows, rows, here), place)
-
-
-def abstract(tree: Any, place: NamedSharding | Any) -> Any:
-    """Arrays as their shapes, in one place or each in its own."""
-    places = jax.tree.map(lambda _: place, tree) if isinstance(place, NamedSharding) else place
-    return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, places
-    )
-
-
-def _int32(*sizes: int, place: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(sizes, jnp.int32, sharding=place)
-
-
-def lower_decode(execution: Execution, topology: Topology, rows: int, positions: int, dtype: jnp.dtype) -> Lowered:
-    """A decode step of so many rows, whose caches have so many positions."""
-    place = place_of(execution, topology)
-    int32 = functools.partial(_int32, place=place)
-    params = params_of(execution, dtype, place)
-    cache = jax.eval_shape(functools.partial(caches.allocate, execution.architecture, rows, positions, dtype))
-    slots = steps.CacheSlots(cache, *(int32(rows) for _ in range(3)))
-    layout = execution.layout
-    slots = abstract(slots, place if layout is None else steps.shardings_of(slots, layout))
-    alive_B = jax.ShapeDtypeStruct((rows,), bool, sharding=place)
-    given = params, slots, alive_B, int32(), int32(1), live_of(rows, execution, place)
-    static = {"execution": execution, "most": generate.STEPS_OF_SEVERAL, "routing": False}
-    return Lowered(steps.decode.lower(*given, **static), params, slots.cache)
-
-
-def lower_prefill(
-    execution: Execution, topology: Topology, rows: int, prompt: int, positions: int, dtype: jnp.dtype
-) -> Lowered:
-    """A prefill of so many rows; the cache that it makes is an output."""
-    place = place_of(execution, topology)
-    int32 = functools.partial(_int32, place=place)
-    params = params_of(execution, dtype, place)
-    given = params, int32(rows, prompt), int32(rows), int32(rows), int32(1), live_of(rows, execution, place)
-    static = {"execution": execution, "memory": positions, "chunk": caches.CHUNK, "routing": False}
-    lowered = steps.prefill.lower(*given, **static)
-    cache = lowered.out_info[1].cache
-    layout = execution.layout
-    return Lowered(lowered, params, abstract(cache, place if layout is None else steps.shardings_of(
-        steps.CacheSlots(cache, None, None, None), layout).cache))
-
-
-def device_bytes(tree: Any) -> int:
-    """Of abstract arrays with their places, what one device holds."""
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-    )
+    @functools.cached_property
+    def counted(self) -> list[Counted]:
+        """The step with every number of rows and active experts; a program for them all."""
+        task = self.task
+        rows = sorted({task.config.compile.rows, *task.config.compile.batches})
+        loads = [task.load(one, k) for one in rows for k in task.slots]
+        return [Counted(load, parallel.share(self.best.execution, load, task.itemsize)) for load in loads]

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import jax
 from jax.experimental import topologies
 
+from moe_jax import memory
 from moe_jax.cost.chips import CHIPS, Chip
 
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")
@@ -36,11 +37,7 @@ class Topology(NamedTuple):
     name: str
     kind: str  # of `CHIPS`
     devices: tuple[jax.Device, ...]
-
-    @property
-    def chip(self) -> Chip:
-        """What is published about one of them."""
-        return CHIPS[self.kind]
+    chip: Chip  # what is published about one of them
 
     @property
     def platform(self) -> str:
@@ -91,10 +88,11 @@ def find(name: str) -> Topology:
     kind, sides = parse(name)
     platform = platform_of(kind)
     if platform == "cpu":
-        return Topology(name, kind, _virtual(name, sides[0]))
+        shared = memory.host_bytes() // sides[0]
+        return Topology(name, kind, _virtual(name, sides[0]), CHIPS[kind]._replace(memory_bytes=shared))
     described = _tpu(name, sides) if platform == "tpu" else _gpus(kind)
     devices = tuple(described.devices)
-    return Topology(name, kind, devices if platform == "tpu" else devices[: sides[0]])
+    return Topology(name, kind, devices if platform == "tpu" else devices[: sides[0]], CHIPS[kind])
 
 
 def _virtual(name: str, count: int) -> tuple[jax.Device, ...]:
