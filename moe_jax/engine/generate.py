@@ -15,7 +15,7 @@ from moe_jax.engine.batch import Grouping, PaddedPrompts, group_by_length, live_
 from moe_jax.engine.completion import Completion, RunningRequest
 from moe_jax.engine.request import Request
 from moe_jax.engine.steps import CacheSlots, DecodeResult, Live, PrefillResult
-from moe_jax.model import decoder
+from moe_jax.model import decoder, formats
 from moe_jax.model.finite import NotFiniteError, require_finite
 from moe_jax.model.sharding import on_all
 
@@ -98,7 +98,7 @@ class Engine:
     """
 
     def __init__(self, params: decoder.Params, tokenizer: tokenizers.Tokenizer, end_ids: Sequence[int]):
-        self.params = params
+        self.params = formats.laid_out(params, jax.default_backend())
         self._tokenizer = tokenizer
         self.end_I = np.array(sorted(set(end_ids)), np.int32)
         self.most_steps = 1 if _widens_in_loops(decoder.dtype_of(params)) else MOST_STEPS

@@ -17,7 +17,7 @@ from moe_jax.cost.collectives import Collective, collectives
 from moe_jax.engine import batch, generate, steps
 from moe_jax.engine import cache as caches
 from moe_jax.engine.request import make_requests
-from moe_jax.model import parameters
+from moe_jax.model import formats, parameters
 from moe_jax.model.execution import Execution
 from moe_jax.study.topologies import Topology
 
@@ -93,13 +93,14 @@ def place_of(execution: Execution, topology: Topology) -> NamedSharding:
     return NamedSharding(Mesh(np.array(topology.devices[:1]), ("x",)), PartitionSpec())
 
 
-def params_of(execution: Execution, dtype: jnp.dtype, place: NamedSharding) -> Any:
-    """The abstract parameters of a model, on their devices."""
-    layout = execution.layout
+def params_of(execution: Execution, topology: Topology, dtype: jnp.dtype) -> Any:
+    """The abstract parameters of a model, on their devices as an `Engine` has them."""
+    layout, place = execution.layout, place_of(execution, topology)
 
     def put(path, leaf):
         sharding = place if layout is None else layout.of_leaf(path, leaf)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        order = formats.of_parameter(parameters.find_key(path), sharding, topology.platform)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=order)
 
     return jax.tree_util.tree_map_with_path(put, parameters.shapes(execution.architecture, dtype))
 
@@ -127,7 +128,7 @@ def lower_decode(execution: Execution, topology: Topology, rows: int, positions:
     """A decode step of so many rows, whose caches have so many positions."""
     place = place_of(execution, topology)
     int32 = functools.partial(_int32, place=place)
-    params = params_of(execution, dtype, place)
+    params = params_of(execution, topology, dtype)
     cache = jax.eval_shape(functools.partial(caches.allocate, execution.architecture, rows, positions, dtype))
     slots = steps.CacheSlots(cache, *(int32(rows) for _ in range(3)))
     layout = execution.layout
@@ -144,7 +145,7 @@ def lower_prefill(
     """A prefill of so many rows; the cache that it makes is an output."""
     place = place_of(execution, topology)
     int32 = functools.partial(_int32, place=place)
-    params = params_of(execution, dtype, place)
+    params = params_of(execution, topology, dtype)
     given = params, int32(rows, prompt), int32(rows), int32(rows), int32(1), live_of(rows, execution, place)
     static = {"execution": execution, "memory": positions, "chunk": caches.CHUNK, "routing": False}
     lowered, layout = steps.prefill.lower(*given, **static), execution.layout
