@@ -16,6 +16,7 @@ from moe_jax.model.execution import Execution
 from moe_jax.model.parameters import Matrix, Parameter
 from moe_jax.model.sharding import Layout
 
+_FLOAT32 = 4  # bytes
 START_S = 5e-6  # until a collective has started: assumed, as `dispatch.choose` does, and measured on no device
 
 
@@ -44,15 +45,17 @@ class Share(NamedTuple):
         return self.floor_s(chip) + START_S * self.collectives
 
 
-def shard_size(parameter: Parameter, architecture: Architecture, layout: Layout | None) -> int:
-    """The numbers of a parameter that one device has."""
+def shard_size(
+    parameter: Parameter, architecture: Architecture, layout: Layout | None, gathered: bool = False
+) -> int:
+    """The numbers of a parameter that one device has; `gathered`: while its layer runs."""
     shape = parameter.shape(architecture)
-    return math.prod(shape if layout is None else layout.of_parameter(parameter).shard_shape(shape))
+    return math.prod(shape if layout is None else layout.of_parameter(parameter, gathered).shard_shape(shape))
 
 
-def weight_bytes(architecture: Architecture, layout: Layout | None, itemsize: int) -> int:
+def weight_bytes(architecture: Architecture, layout: Layout | None, itemsize: int, gathered: bool = False) -> int:
     """Of all parameters, on one device."""
-    return itemsize * sum(shard_size(one, architecture, layout) for one in parameters.of(architecture))
+    return itemsize * sum(shard_size(one, architecture, layout, gathered) for one in parameters.of(architecture))
 
 
 def cache_bytes(architecture: Architecture, layout: Layout | None, rows: int, positions: int, itemsize: int) -> int:
@@ -70,20 +73,74 @@ def share(execution: Execution, load: Load, itemsize: int) -> Share:
         itemsize: bytes of a weight, of a number in the cache and of an activation.
     """
     architecture, layout = execution.architecture, execution.layout
+    rows = _local(load.rows, layout)
+    passed = _one_pass(execution, load, rows)
+    cached = rows * (load.cached + load.new) * architecture.decoder.num_layers
+    numbers = passed.read + cached * _local_cached_numbers(architecture, layout)
+    sent_bytes, collectives = _sent(execution, load, itemsize, training=False)
+    return Share(Work(itemsize * numbers, 2 * passed.multiplied), sent_bytes, collectives)
+
+
+class Training(NamedTuple):
+    """What trains, on one device, and what a step does beside one pass forward and one backward."""
+
+    numbers: int  # that train
+    all_weights: bool  # otherwise most matrices have no gradient
+    teacher: bool
+    remat: bool
+    accumulation: int
+
+
+def training_share(execution: Execution, load: Load, itemsize: int, training: Training) -> Share:
+    """The least work and sends of a training step, whose rows are those of one of its batches.
+
+    Every pass reads all weights that it multiplies by. Gradients are float32 in memory, moments too; they are read and
+    written once.
+    """
+    layout, most = execution.layout, training.accumulation
+    passed = _one_pass(execution, load, _local(load.rows, layout) * load.new)
+    forward = 1 + training.remat + training.teacher
+    products = most * (forward + (2 if training.all_weights else 1)) * passed.multiplied
+    moved_bytes = most * itemsize * (forward + 1) * passed.read
+    moved_bytes += training.numbers * (2 * itemsize + 2 * _FLOAT32 + 4 * _FLOAT32)
+    sent_bytes, collectives = _sent(execution, load, itemsize, training=True)
+    if training.teacher:
+        again = _sent(execution, load, itemsize, training=False)
+        sent_bytes, collectives = sent_bytes + again[0], collectives + again[1]
+    if layout is not None and layout.fsdp:
+        parts = execution.architecture.decoder.num_layers
+        gathered = weight_bytes(execution.architecture, layout, itemsize, gathered=True)
+        gathered -= weight_bytes(execution.architecture, layout, itemsize)
+        sent_bytes += (forward + 1 + training.all_weights) * gathered
+        collectives += (forward + 1 + training.all_weights) * parts
+    elif layout is not None and layout.data_parts > 1:
+        sent_bytes += 2 * (1 - 1 / layout.data_parts) * training.numbers * itemsize / most
+        collectives += 1
+    return Share(Work(moved_bytes, 2 * products), most * sent_bytes, most * collectives)
+
+
+class _Pass(NamedTuple):
+    """One pass forward of one device: numbers of weights read, and multiplications."""
+
+    read: float
+    multiplied: float
+
+
+def _one_pass(execution: Execution, load: Load, scored: int) -> _Pass:
+    """Of the rows of a device; `scored` is for how many tokens the output projection runs."""
+    architecture, layout = execution.architecture, execution.layout
     trunk, rows = architecture.decoder, _local(load.rows, layout)
     tokens, experts = rows * load.new, _experts(execution, load)
     fixed = [one for one in parameters.of(architecture) if not parameters.is_routed(one) and "V" not in one.letters]
-    head = shard_size(parameters.find(["embedding_VD"]), architecture, layout)
-    numbers = sum(shard_size(one, architecture, layout) for one in fixed) + head + experts.read
+    sizes = {one: shard_size(one, architecture, layout, gathered=True) for one in fixed}
+    head = shard_size(parameters.find(["embedding_VD"]), architecture, layout, gathered=True)
+    read = sum(sizes.values()) + head + experts.read
     if not trunk.tie_embeddings:
-        numbers += min(tokens, trunk.vocab_size) * trunk.d_model
-    cached = rows * (load.cached + load.new) * trunk.num_layers * _local_cached_numbers(architecture, layout)
-    matrices = sum(shard_size(one, architecture, layout) for one in fixed if one.kind is Matrix)
+        read += min(tokens, trunk.vocab_size) * trunk.d_model
+    matrices = sum(size for one, size in sizes.items() if one.kind is Matrix)
     seen = load.new * load.cached + load.new * (load.new + 1) // 2
     mixed = trunk.num_layers * rows * seen * mixed_numbers(architecture.attention, load.new) / _tensor(layout)
-    products = tokens * matrices + mixed + experts.multiplied + rows * head
-    sent_bytes, collectives = _sent(execution, load, tokens, itemsize)
-    return Share(Work(itemsize * (numbers + cached), 2 * products), sent_bytes, collectives)
+    return _Pass(read, tokens * matrices + mixed + experts.multiplied + scored * head)
 
 
 class _Experts(NamedTuple):
@@ -106,21 +163,22 @@ def _experts(execution: Execution, load: Load) -> _Experts:
     return _Experts(size * read, size * slots)
 
 
-def _sent(execution: Execution, load: Load, tokens: int, itemsize: int) -> tuple[float, int]:
+def _sent(execution: Execution, load: Load, itemsize: int, training: bool) -> tuple[float, int]:
     """Bytes and collectives of the dispatch of each MoE layer, and of the sums over `tensor`."""
     layout, trunk = execution.layout, execution.architecture.decoder
     if layout is None or layout.mesh.size == 1:
         return 0.0, 0
-    row_bytes, moe = trunk.d_model * itemsize, execution.architecture.moe
+    row_bytes, moe, passes = trunk.d_model * itemsize, execution.architecture.moe, 1 + training
     how = execution.dispatch.of(load.rows * load.new)
-    one = choose.sent(how.name, min(load.k, execution.k_max), how)
+    one = choose.sent(how.name, min(load.k, execution.k_max), how, training)
     sent_bytes = trunk.num_moe_layers * one.rows * row_bytes * load.rows * load.new / _groups(layout)
     collectives = trunk.num_moe_layers * one.collectives
     if (tensor := _tensor(layout)) > 1:
         sums = trunk.num_layers + trunk.num_dense_layers + 1  # attention, dense feed-forwards, embeddings
         sums += trunk.num_moe_layers if moe.num_shared_experts else 0
-        sent_bytes += sums * 2 * (tensor - 1) / tensor * tokens * row_bytes
-        collectives += sums
+        tokens = _local(load.rows, layout) * load.new
+        sent_bytes += passes * sums * 2 * (tensor - 1) / tensor * tokens * row_bytes
+        collectives += passes * sums
     return sent_bytes, collectives
 
 

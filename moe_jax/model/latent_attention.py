@@ -50,7 +50,7 @@ class LatentHeads:
         Expands the latents of the whole cache.
         """
         cache = cache.extended(self.kept, layer, start_B)
-        key_BMGA = one_layer(cache.key_LBMGA, layer)
+        key_BMGA = one_layer(cache.key_LBMGA, layer)[..., : self.key_BTGA.shape[-1]]
         return self._causal(key_BMGA, None, start_B, mix, False), cache
 
     def _causal(self, key_BMGA, segments_BM, start_B, mix, prefixes):

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.mesh import EXPERT_AXES, MeshConfig
-from moe_jax.cost import parallel
 from moe_jax.cost.chips import Chip
 from moe_jax.cost.parallel import Load, Share
 from moe_jax.model.execution import Execution
@@ -23,13 +22,18 @@ class Candidate(NamedTuple):
     seconds: float
 
 
-def dividing(count: int, architecture: Architecture, rows: int, given: MeshConfig) -> Iterator[MeshConfig]:
-    """The meshes of `count` devices that divide a model and the rows of a batch; other settings as given."""
+def dividing(
+    count: int, architecture: Architecture, rows: int, given: MeshConfig, training: bool = False
+) -> Iterator[MeshConfig]:
+    """The meshes of `count` devices that divide a model and the rows of a batch; other settings as given.
+
+    In training, matrices lie over the data axis too.
+    """
     for data in _divisors(count):
         for expert in _divisors(count // data):
-            for axes in EXPERT_AXES if data > 1 else EXPERT_AXES[:1]:
+            for axes in EXPERT_AXES if data > 1 and not training else EXPERT_AXES[:1]:
                 sizes = {"data": data, "expert": expert, "tensor": count // data // expert, "expert_axes": axes}
-                mesh = dataclasses.replace(given, **sizes)
+                mesh = dataclasses.replace(given, **sizes, fsdp=data if training else 1)
                 try:
                     mesh.require_divides(architecture)
                     mesh.require_batch("rows", rows)
@@ -39,36 +43,14 @@ def dividing(count: int, architecture: Architecture, rows: int, given: MeshConfi
 
 
 def ranked(
-    candidates: Sequence[MeshConfig],
-    executed: Callable[[MeshConfig], Execution],
-    load: Load,
-    positions: int,
-    itemsize: int,
-    chip: Chip,
+    found: Sequence[MeshConfig], counted: Callable[[MeshConfig], Candidate], chip: Chip
 ) -> list[Candidate]:
-    """The meshes in the order of their time; those whose weights and cache do not fit come last, the fullest at the end.
-
-    Args:
-        candidates: the meshes.
-        executed: how the model runs on a mesh.
-        load: the step.
-        positions: of the cache of each row.
-        itemsize: bytes of a number.
-        chip: of which the devices are.
-    """
-    found = []
-    for mesh in candidates:
-        execution = executed(mesh)
-        held = (execution.architecture, execution.layout)
-        held_bytes = parallel.weight_bytes(*held, itemsize)
-        held_bytes += parallel.cache_bytes(*held, load.rows, positions, itemsize)
-        share = parallel.share(execution, load, itemsize)
-        found.append(Candidate(mesh, execution, load, held_bytes, share, share.estimate_s(chip)))
+    """The meshes in the order of their time; what does not fit in the memory of a device comes last, by its size."""
 
     def order(one: Candidate) -> tuple[int, float]:
         return (0, one.seconds) if one.held_bytes <= chip.memory_bytes else (one.held_bytes, one.seconds)
 
-    return sorted(found, key=order)
+    return sorted(map(counted, found), key=order)
 
 
 def _divisors(count: int) -> list[int]:

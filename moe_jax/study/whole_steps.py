@@ -3,6 +3,7 @@
 from collections import Counter
 import dataclasses
 import functools
+import math
 import re
 import time
 from typing import Any, NamedTuple
@@ -12,14 +13,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.config.schema import SamplingConfig
+from moe_jax.config.schema import Config, SamplingConfig
 from moe_jax.cost.collectives import Collective, collectives
 from moe_jax.engine import batch, generate, steps
 from moe_jax.engine import cache as caches
 from moe_jax.engine.request import make_requests
 from moe_jax.model import formats, parameters
 from moe_jax.model.execution import Execution
+from moe_jax.model.sharding import of_tree
+from moe_jax.routing import policies
+from moe_jax.routing.policies.parse import MODEL_OWN
 from moe_jax.study.topologies import Topology
+from moe_jax.training import finetuning
+from moe_jax.training.objective import Teacher
+from moe_jax.training.step import Fixed, State, make_program
 
 _KERNEL = re.compile(r'custom_call_target="((?:tpu_custom_call|mosaic_gpu)\w*)')
 
@@ -93,12 +100,14 @@ def place_of(execution: Execution, topology: Topology) -> NamedSharding:
     return NamedSharding(Mesh(np.array(topology.devices[:1]), ("x",)), PartitionSpec())
 
 
-def params_of(execution: Execution, topology: Topology, dtype: jnp.dtype) -> Any:
-    """The abstract parameters of a model, on their devices as an `Engine` has them."""
+def params_of(execution: Execution, topology: Topology, dtype: jnp.dtype, usual_order: bool = False) -> Any:
+    """The abstract parameters of a model, on their devices as an `Engine` has them, or in the usual order."""
     layout, place = execution.layout, place_of(execution, topology)
 
     def put(path, leaf):
         sharding = place if layout is None else layout.of_leaf(path, leaf)
+        if usual_order:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         order = formats.of_parameter(parameters.find_key(path), sharding, topology.platform)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=order)
 
@@ -129,7 +138,8 @@ def lower_decode(execution: Execution, topology: Topology, rows: int, positions:
     place = place_of(execution, topology)
     int32 = functools.partial(_int32, place=place)
     params = params_of(execution, topology, dtype)
-    cache = jax.eval_shape(functools.partial(caches.allocate, execution.architecture, rows, positions, dtype))
+    make = functools.partial(caches.allocate, multiple=execution.channel_multiple)
+    cache = jax.eval_shape(functools.partial(make, execution.architecture, rows, positions, dtype))
     slots = steps.CacheSlots(cache, *(int32(rows) for _ in range(3)))
     layout = execution.layout
     slots = abstract(slots, place if layout is None else steps.shardings_of(slots, layout))
@@ -154,8 +164,48 @@ def lower_prefill(
     return Lowered(lowered, params, slots.cache)
 
 
+def finetuning_state(config: Config, execution: Execution, topology: Topology) -> tuple[State, Fixed]:
+    """The abstract state of a fine-tuning run, and what it does not change, on their devices."""
+    place = place_of(execution, topology)
+    params = params_of(execution, topology, jnp.dtype(config.training.weights), usual_order=True)
+    state, frozen = jax.eval_shape(functools.partial(finetuning.start, config), params)
+
+    def lie(tree):
+        return abstract(tree, place if execution.layout is None else of_tree(tree, execution.layout))
+
+    teacher = None
+    if config.objective.has_teacher:
+        architecture = execution.architecture
+        own = policies.settings([MODEL_OWN] * config.training.batch_size, architecture, architecture.moe.k)
+        teacher = Teacher(params, abstract(own, place))
+    return lie(state), Fixed(lie(frozen), teacher)
+
+
+def lower_finetuning(config: Config, execution: Execution, topology: Topology) -> Lowered:
+    """A fine-tuning step of a configuration; what it holds beside weights, as a cache, is the optimizer's."""
+    training, place, architecture = config.training, place_of(execution, topology), execution.architecture
+    policy = finetuning.trained_policy(config, architecture)
+    live = policies.settings([policy] * training.batch_size, architecture, execution.k_max)
+    kept = execution if config.finetune.elastic else finetuning.kept_experts(execution, live)
+    state, fixed = finetuning_state(config, execution, topology)
+    size = training.batch_size * training.accumulation, training.sequence_length
+    packed = {f"{name}_BT": _int32(*size, place=place) for name in ("tokens", "labels", "segments", "positions")}
+    scale = config.finetune.lora_alpha / config.finetune.lora_rank
+    program = make_program(kept, training, config.objective, scale)
+    lowered = program.lower(state, fixed, packed, abstract(live, place))
+    teacher = None if fixed.teacher is None else fixed.teacher.params
+    return Lowered(lowered, (state.params, state.biases, fixed.frozen, teacher), state.optimizer)
+
+
+def device_numbers(tree: Any) -> int:
+    """Of abstract arrays with their places, the numbers that one device holds."""
+    return sum(math.prod(_shard_shape(leaf)) for leaf in jax.tree.leaves(tree))
+
+
 def device_bytes(tree: Any) -> int:
     """Of abstract arrays with their places, what one device holds."""
-    return sum(
-        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)
-    )
+    return sum(math.prod(_shard_shape(leaf)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _shard_shape(leaf: jax.ShapeDtypeStruct) -> tuple[int, ...]:
+    return leaf.sharding.shard_shape(leaf.shape)
