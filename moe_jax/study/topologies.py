@@ -45,9 +45,11 @@ class Topology(NamedTuple):
         return platform_of(self.kind)
 
     @property
-    def options(self) -> dict[str, int] | None:
-        """Of the compiler: timing variants of a program would need a GPU."""
-        return {"xla_gpu_autotune_level": 0} if self.platform == "gpu" else None
+    def options(self) -> dict[str, int | bool] | None:
+        """Of the compiler: timing variants of a program, and of products in Triton, would need a GPU."""
+        if self.platform != "gpu":
+            return None
+        return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
 def platform_of(kind: str) -> str:
