@@ -20,13 +20,10 @@ TOO_LARGE = 3  # exit status
 
 def main(run: command.Command) -> int:
     """Finds the devices, chooses a mesh, compiles, and reports."""
-    import jax
-
     from moe_jax.report import compiled as report
     from moe_jax.study import topologies
     from moe_jax.study.compile import Outcome, Task
 
-    jax.config.update("jax_enable_compilation_cache", False)  # seconds are those of the compiler
     topology = topologies.find(run.config.compile.topology)
     task = Task(run.config, topology)
     with run.timed("meshes"):

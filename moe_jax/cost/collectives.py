@@ -11,7 +11,7 @@ SHARE_SENT = {  # of the larger of operand and result, by each of n devices: the
     "all-reduce": lambda n: 2 * (n - 1) / n,
     "collective-permute": lambda n: 1,
 }
-_CALL = re.compile(r"= (?P<result>.+?) (?P<name>[a-z-]+?)(?:-start)?\(")
+_CALL = re.compile(r"= (?P<result>.+?) (?P<name>[a-z-]+?)(?P<start>-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]")
 # the ways in which XLA writes the devices of a group: {{0,1},{2,3}}, [2,4]<=[8], mesh['data'=2,'expert'=4] {'expert'},
 # mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}
@@ -58,11 +58,19 @@ def collectives(program: str) -> list[Collective]:
             if call is None or call["name"] not in SHARE_SENT:
                 continue
             devices = _devices(line)
-            result = _bytes(call["result"])
-            size = result * devices if call["name"] == "reduce-scatter" else result
             if devices > 1:
+                size = _larger(call["name"], _bytes(call["result"]), devices, bool(call["start"]))
                 found.append(Collective(call["name"], devices, size, times.get(name, 1)))
     return found
+
+
+def _larger(name: str, stated: int, devices: int, started: bool) -> int:
+    """The bytes of the larger of operand and result; the start of an operation states both, that of a sum one."""
+    if started and name in ("all-gather", "reduce-scatter"):
+        return stated * devices // (devices + 1)
+    if started and name in ("collective-permute", "all-to-all"):
+        return stated // 2
+    return stated * devices if name == "reduce-scatter" else stated
 
 
 def _computations(program: str) -> tuple[dict[str, list[str]], str]:

@@ -54,9 +54,10 @@ def table(outcome: Outcome) -> str:
     """For people: the verdict, memory, what is sent, and times by active experts and rows."""
     task, best = outcome.task, outcome.best
     settings, chip = task.config.compile, task.topology.chip
-    size = f"{settings.positions} positions" if settings.phase == "decode" else f"{settings.prompt} tokens"
+    load = best.load
+    size = f"{settings.positions} positions" if settings.phase == "decode" else f"{load.new} tokens"
     parts = [
-        f"{settings.phase} of {settings.rows} rows of {size}, {task.dtype}, on {len(task.topology.devices)} devices of "
+        f"{settings.phase} of {load.rows} rows of {size}, {task.dtype}, on {len(task.topology.devices)} devices of "
         f"{task.topology.name}\n"
         f"mesh {_mesh(best)}; " + ", ".join(f"{op} {name}" for op, name in best.execution.implementations.items()),
         _verdict(outcome),
@@ -81,10 +82,10 @@ def _verdict(outcome: Outcome) -> str:
     chip, compiled = outcome.task.topology.chip, outcome.compiled
     verdict = "fits" if outcome.fits else "DOES NOT FIT"
     if not isinstance(compiled, Compiled):
-        return f"{verdict}: weights and cache {outcome.best.held_bytes / 1e9:.2f} GB; {compiled}"
+        return f"{verdict}: {_held(outcome)} {outcome.best.held_bytes / 1e9:.2f} GB of each device; {compiled}"
     sizes = {
         "weights": compiled.weight_bytes,
-        "cache": compiled.cache_bytes,
+        "optimizer" if outcome.task.trains else "cache": compiled.cache_bytes,
         "temporaries": compiled.temporary_bytes,
         "other": compiled.other_bytes,
     }
@@ -94,6 +95,10 @@ def _verdict(outcome: Outcome) -> str:
         f"{verdict}: {listed}, in all {compiled.needed_bytes / 1e9:.2f} of {chip.memory_bytes / 1e9:.2f} GB of each "
         f"device; compiled in {compiled.seconds:.0f} s, kernel calls: {kernels}"
     )
+
+
+def _held(outcome: Outcome) -> str:
+    return "weights, gradients and moments" if outcome.task.trains else "weights and cache"
 
 
 def _sent(outcome: Outcome) -> str:
@@ -137,5 +142,5 @@ def _others(outcome: Outcome) -> str:
         ]
         for one in shown
     ]
-    head = ["mesh", "GB of weights and cache", "least ms", "with the starts of collectives"]
+    head = ["mesh", f"GB of {_held(outcome)}", "least ms", "with the starts of collectives"]
     return f"The best of {len(outcome.candidates)} meshes, by count:\n\n" + markdown(head, lines)

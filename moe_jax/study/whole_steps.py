@@ -28,7 +28,7 @@ from moe_jax.training import finetuning
 from moe_jax.training.objective import Teacher
 from moe_jax.training.step import Fixed, State, make_program
 
-_KERNEL = re.compile(r'custom_call_target="((?:tpu_custom_call|mosaic_gpu)\w*)')
+_TPU_KERNEL, _GPU_KERNEL = 'custom_call_target="tpu_custom_call"', 'custom_call_target="mosaic_gpu'
 
 
 class Lowered(NamedTuple):
@@ -47,7 +47,7 @@ class Compiled(NamedTuple):
     other_bytes: int  # padding of both, other arguments and results, and the program itself
     temporary_bytes: int
     collectives: list[Collective]
-    kernels: dict[str, int]  # by the compiler's name of their calls: how many
+    kernels: dict[str, int]  # our own, by name: how many calls
     seconds: float
 
     @property
@@ -66,18 +66,21 @@ class TooLargeError(Exception):
 
 
 def compile_step(step: Lowered, topology: Topology) -> Compiled:
-    """Compiles a step.
+    """Compiles a step, anew each time.
 
     Raises:
         TooLargeError: a device has too little memory; in the compiler's words.
     """
-    begin = time.perf_counter()
+    begin, cached = time.perf_counter(), jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
     try:
         program = step.lowered.compile(topology.options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise TooLargeError(str(error).splitlines()[0]) from error
+    finally:
+        jax.config.update("jax_enable_compilation_cache", cached)
     seconds = time.perf_counter() - begin
     memory, text = program.memory_analysis(), program.as_text()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -88,9 +91,17 @@ def compile_step(step: Lowered, topology: Topology) -> Compiled:
         held + memory.generated_code_size_in_bytes - weights - cache,
         memory.temp_size_in_bytes,
         collectives(text),
-        dict(Counter(_KERNEL.findall(text))),
+        dict(Counter(kernels(text))),
         seconds,
     )
+
+
+def kernels(program: str) -> list[str]:
+    """The names of the Pallas kernels in the text of a program, in its order; on a GPU, all are `mosaic_gpu`."""
+    before, *calls = program.split(_TPU_KERNEL)
+    parts = (before, *calls[:-1]) if calls else ()
+    named = [re.findall(r"^ *(?:ROOT )?%(\w+)\S* = ", text, re.MULTILINE)[-1] for text in parts]
+    return named + ["mosaic_gpu"] * program.count(_GPU_KERNEL)
 
 
 def place_of(execution: Execution, topology: Topology) -> NamedSharding:
