@@ -28,13 +28,9 @@ def main(run: command.Command) -> int:
     task = Task(run.config, topology)
     with run.timed("meshes"):
         candidates = task.meshes()
-    best = candidates[0]
-    run.implementations |= best.execution.implementations
-    with run.timed("lower"):
-        step = task.lower(best)
+    run.implementations |= candidates[0].execution.implementations
     with run.timed("compile"):
-        outcome = task.compile(step)
-    result = Outcome(task, candidates, outcome)
+        result = Outcome(task, candidates, task.compile(candidates[0]))
     run.finish(report.figures(result), rows=report.rows(result), text=report.table(result))
     return 0 if result.fits else TOO_LARGE
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.mesh import AXES, MeshConfig
@@ -26,6 +26,8 @@ AXIS_OF = {
     "G": "tensor",
     "V": "tensor",
 }
+
+_AXIS_TYPES = (AxisType.Auto,) * len(AXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +140,17 @@ def layout_of(
     if settings.num_devices == 1 and not isinstance(given, Mesh):
         return None
     sizes = tuple(getattr(settings, name) for name in AXES)
-    mesh = Mesh(devices.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return _on(Mesh(devices.reshape(sizes), AXES, axis_types=_AXIS_TYPES), settings, architecture)
+
+
+def counted_layout(settings: MeshConfig, architecture: Architecture) -> Layout:
+    """The layout on devices that need not exist, to count by; errors are those of `layout_of`."""
+    settings.require_divides(architecture)
+    sizes = tuple(getattr(settings, name) for name in AXES)
+    return _on(AbstractMesh(sizes, AXES, axis_types=_AXIS_TYPES), settings, architecture)
+
+
+def _on(mesh: Mesh | AbstractMesh, settings: MeshConfig, architecture: Architecture) -> Layout:
     attention = architecture.attention
     splits_heads = attention.kind == "grouped" and attention.num_kv_heads % settings.tensor == 0
     return Layout(

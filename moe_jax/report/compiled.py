@@ -64,7 +64,7 @@ def table(outcome: Outcome) -> str:
         _sent(outcome),
         "Least milliseconds of a step / tokens per second of all devices, by count; the one program serves every k:",
         _times(outcome),
-        f"Peaks of a device: {chip.bytes_per_s / 1e9:.0f} GB/s, {chip.flops_per_s / 1e12:.0f} TFLOP/s, links "
+        f"Peaks of a device: {chip.bytes_per_s / 1e9:.0f} GB/s, {chip.flops_per_s / 1e12:.3g} TFLOP/s, links "
         f"{chip.link_bytes_per_s / 1e9:.0f} GB/s ({chip.source}).",
     ]
     if len(outcome.candidates) > 1:
@@ -82,7 +82,15 @@ def _verdict(outcome: Outcome) -> str:
     chip, compiled = outcome.task.topology.chip, outcome.compiled
     verdict = "fits" if outcome.fits else "DOES NOT FIT"
     if not isinstance(compiled, Compiled):
-        return f"{verdict}: {_held(outcome)} {outcome.best.held_bytes / 1e9:.2f} GB of each device; {compiled}"
+        held, least = outcome.best.held_bytes, outcome.task.least_devices()
+        count = len(outcome.task.topology.devices)
+        where = f"{least} devices would hold them" if least > count else "fewer rows or positions may fit"
+        if not least:
+            where = "no power of two of devices would hold them"
+        return (
+            f"{verdict}: {_held(outcome)} take {held / 1e9:.2f} GB of the {chip.memory_bytes / 1e9:.2f} GB of each "
+            f"device ({compiled}); {where}"
+        )
     sizes = {
         "weights": compiled.weight_bytes,
         "optimizer" if outcome.task.trains else "cache": compiled.cache_bytes,

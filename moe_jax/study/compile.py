@@ -15,7 +15,7 @@ from moe_jax.engine.request import execution_of
 from moe_jax.kernels import chooser
 from moe_jax.kernels.grouped_matmul import api as grouped_matmul
 from moe_jax.model.execution import Execution
-from moe_jax.model.sharding import layout_of
+from moe_jax.model.sharding import counted_layout, layout_of
 from moe_jax.study import meshes, whole_steps
 from moe_jax.study.meshes import Candidate
 from moe_jax.study.topologies import Topology
@@ -23,6 +23,7 @@ from moe_jax.study.whole_steps import Compiled, TooLargeError
 
 DTYPE = "bfloat16"  # where model.dtype is "auto"
 LANES = 128  # numbers in a row of a TPU's registers
+MOST_DEVICES = 4096
 FEWER = (6, 4, 2)  # active experts, beside the model's own
 
 
@@ -92,12 +93,12 @@ class Task:
             return Load(rows, settings.prompt, 0, k)
         return Load(rows, 1, self.positions - 1, k)
 
-    def executed(self, mesh: MeshConfig) -> Execution:
-        """How the model runs on a mesh there."""
-        config = self.config
-        layout = None
-        if len(self.topology.devices) > 1:
-            layout = layout_of(mesh, config.architecture, self.topology.devices)
+    def executed(self, mesh: MeshConfig, there: bool = True) -> Execution:
+        """How the model runs on a mesh; `there`: of the topology's devices."""
+        config, layout = self.config, None
+        if mesh.num_devices > 1:
+            on = functools.partial(layout_of, devices=self.topology.devices) if there else counted_layout
+            layout = on(mesh, config.architecture)
         settings = {"kernels": config.kernels, "dtype": self.dtype, "layout": layout, "training": self.trains}
         k_max = max(config.policy.k_max, config.moe.k) if self.trains else config.policy.k_max
         return execution_of(config.architecture, k_max, platform=self.topology.platform, **settings)
@@ -131,6 +132,16 @@ class Task:
                 )
         return meshes.ranked(chosen, self.counted_on, self.topology.chip)
 
+    def least_devices(self) -> int:
+        """The number of devices, in powers of two from those of the topology on, that hold weights and cache; or 0."""
+        count = len(self.topology.devices)
+        while count <= MOST_DEVICES:
+            found = meshes.dividing(count, self.config.architecture, self.rows, MeshConfig(), self.trains)
+            if any(self.counted_on(mesh).held_bytes <= self.topology.chip.memory_bytes for mesh in found):
+                return count
+            count *= 2
+        return 0
+
     def suits(self, mesh: MeshConfig) -> bool:
         """Whether the kernels of the whole model run on its parts, and read weights as they lie.
 
@@ -149,7 +160,7 @@ class Task:
 
     def counted_on(self, mesh: MeshConfig) -> Candidate:
         """What the step takes on a mesh, by count."""
-        execution, load = self.executed(mesh), self.load(self.rows, self.slots[0])
+        execution, load = self.executed(mesh, there=False), self.load(self.rows, self.slots[0])
         share, held = self.share(execution, load), (execution.architecture, execution.layout)
         if self.trains:
             state, fixed = whole_steps.finetuning_state(self.config, execution, self.topology)
@@ -174,17 +185,20 @@ class Task:
     def lower(self, candidate: Candidate) -> whole_steps.Lowered:
         """The step, before it is compiled."""
         settings, dtype = self.config.compile, jnp.dtype(self.dtype)
-        given = candidate.execution, self.topology, settings.rows
+        execution = self.executed(candidate.mesh)
+        given = execution, self.topology, settings.rows
         if self.trains:
-            return whole_steps.lower_finetuning(self.config, candidate.execution, self.topology)
+            return whole_steps.lower_finetuning(self.config, execution, self.topology)
         if settings.phase == "prefill":
             return whole_steps.lower_prefill(*given, settings.prompt, self.positions, dtype)
         return whole_steps.lower_decode(*given, self.positions, dtype)
 
-    def compile(self, step: whole_steps.Lowered) -> Compiled | TooLargeError:
-        """What the compiler says of the step, or its refusal."""
+    def compile(self, candidate: Candidate) -> Compiled | TooLargeError:
+        """What the compiler says of the step, or why it is too large; nothing is compiled if weights alone are."""
+        if candidate.held_bytes > self.topology.chip.memory_bytes:
+            return TooLargeError("not compiled, since these alone are too large")
         try:
-            return whole_steps.compile_step(step, self.topology)
+            return whole_steps.compile_step(self.lower(candidate), self.topology)
         except TooLargeError as error:
             return error
 
