@@ -47,7 +47,6 @@ CHIPS = {
     "v6e": _tpu(31.24, 1638, 918, 800, "v6e"),
     "tpu7x": _tpu(94.74, 7380 / 2, 2307 / 2, 1200 / 2, "tpu7x"),
     "h100": _nvidia(79.1, 3350, 989, 900, "NVIDIA H100 data sheet, SXM"),
-    "h200": _nvidia(139.8, 4800, 989, 900, "NVIDIA H200 data sheet, SXM"),
     # memory is what is free, divided by the virtual devices that share it
     "cpu": Chip(0, 35e9, 207e9, 35e9 / 2, "docs/measured.md: two cores of an AMD EPYC; links are its memory"),
 }

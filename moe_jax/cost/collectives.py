@@ -14,7 +14,7 @@ SHARE_SENT = {  # of the larger of operand and result, by each of n devices: the
 _CALL = re.compile(r"= (?P<result>.+?) (?P<name>[a-z-]+?)(?P<start>-start)?\(")
 _ARRAY = re.compile(r"\b(pred|[a-z]+\d+)\[([\d,]*)\]")
 # the ways in which XLA writes the devices of a group: {{0,1},{2,3}}, [2,4]<=[8], mesh['data'=2,'expert'=4] {'expert'},
-# mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}
+# mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}, mesh['data'=2,'tensor'=8] {'tensor':(1)2}
 _LISTED, _COUNTED = re.compile(r"replica_groups=\{\{([\d,]*)\}"), re.compile(r"replica_groups=\[\d+,(\d+)\]")
 _NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\}")
 _COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
@@ -124,7 +124,9 @@ def _devices(line: str) -> int:
         return int(counted[1])
     if named := _NAMED.search(line):
         sizes = dict(axis.split("=") for axis in named[1].split(","))
-        return math.prod(int(sizes[axis]) for axis in named[2].split(","))
+        axes = (axis.partition(":") for axis in named[2].split(","))
+        # 'tensor':(2)4 is a part of an axis: four neighbours of each of two groups
+        return math.prod(int(part.rpartition(")")[2] or sizes[axis]) for axis, _, part in axes)
     raise ValueError(f"{line.strip()[:200]}: expected replica_groups in a form that is known")
 
 

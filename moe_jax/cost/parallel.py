@@ -95,13 +95,15 @@ def training_share(execution: Execution, load: Load, itemsize: int, training: Tr
     """The least work and sends of a training step, whose rows are those of one of its batches.
 
     Every pass reads all weights that it multiplies by. Gradients are float32 in memory, moments too; they are read and
-    written once.
+    written once. The teacher has the model's own number of experts.
     """
     layout, most = execution.layout, training.accumulation
-    passed = _one_pass(execution, load, _local(load.rows, layout) * load.new)
-    forward = 1 + training.remat + training.teacher
-    products = most * (forward + (2 if training.all_weights else 1)) * passed.multiplied
-    moved_bytes = most * itemsize * (forward + 1) * passed.read
+    scored = _local(load.rows, layout) * load.new
+    passed = _one_pass(execution, load, scored)
+    taught = _one_pass(execution, load._replace(k=max(execution.architecture.k_L)), scored)
+    forward = 1 + training.remat
+    products = (forward + 1 + training.all_weights) * passed.multiplied + training.teacher * taught.multiplied
+    moved_bytes = most * itemsize * ((forward + 1) * passed.read + training.teacher * taught.read)
     moved_bytes += training.numbers * (2 * itemsize + 2 * _FLOAT32 + 4 * _FLOAT32)
     sent_bytes, collectives = _sent(execution, load, itemsize, training=True)
     if training.teacher:
@@ -111,12 +113,13 @@ def training_share(execution: Execution, load: Load, itemsize: int, training: Tr
         parts = execution.architecture.decoder.num_layers
         gathered = weight_bytes(execution.architecture, layout, itemsize, gathered=True)
         gathered -= weight_bytes(execution.architecture, layout, itemsize)
-        sent_bytes += (forward + 1 + training.all_weights) * gathered
-        collectives += (forward + 1 + training.all_weights) * parts
+        times = forward + 1 + training.all_weights + training.teacher
+        sent_bytes += times * gathered
+        collectives += times * parts
     elif layout is not None and layout.data_parts > 1:
         sent_bytes += 2 * (1 - 1 / layout.data_parts) * training.numbers * itemsize / most
         collectives += 1
-    return Share(Work(moved_bytes, 2 * products), most * sent_bytes, most * collectives)
+    return Share(Work(moved_bytes, 2 * most * products), most * sent_bytes, most * collectives)
 
 
 class _Pass(NamedTuple):

@@ -19,6 +19,7 @@ from moe_jax.engine import batch, generate, steps
 from moe_jax.engine import cache as caches
 from moe_jax.engine.request import make_requests
 from moe_jax.model import formats, parameters
+from moe_jax.model.decoder import Params
 from moe_jax.model.execution import Execution
 from moe_jax.model.sharding import of_tree
 from moe_jax.routing import policies
@@ -111,14 +112,12 @@ def place_of(execution: Execution, topology: Topology) -> NamedSharding:
     return NamedSharding(Mesh(np.array(topology.devices[:1]), ("x",)), PartitionSpec())
 
 
-def params_of(execution: Execution, topology: Topology, dtype: jnp.dtype, usual_order: bool = False) -> Any:
-    """The abstract parameters of a model, on their devices as an `Engine` has them, or in the usual order."""
+def params_of(execution: Execution, topology: Topology, dtype: jnp.dtype) -> Params:
+    """The abstract parameters of a model, on their devices as an `Engine` has them."""
     layout, place = execution.layout, place_of(execution, topology)
 
     def put(path, leaf):
         sharding = place if layout is None else layout.of_leaf(path, leaf)
-        if usual_order:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
         order = formats.of_parameter(parameters.find_key(path), sharding, topology.platform)
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=order)
 
@@ -175,21 +174,26 @@ def lower_prefill(
     return Lowered(lowered, params, slots.cache)
 
 
+@functools.cache
+def _finetuning_shapes(config: Config) -> tuple[State, Params]:
+    params = parameters.shapes(config.architecture, jnp.dtype(config.training.weights))
+    return jax.eval_shape(functools.partial(finetuning.start, config), params)
+
+
 def finetuning_state(config: Config, execution: Execution, topology: Topology) -> tuple[State, Fixed]:
     """The abstract state of a fine-tuning run, and what it does not change, on their devices."""
-    place = place_of(execution, topology)
-    params = params_of(execution, topology, jnp.dtype(config.training.weights), usual_order=True)
-    state, frozen = jax.eval_shape(functools.partial(finetuning.start, config), params)
+    place, architecture = place_of(execution, topology), execution.architecture
 
     def lie(tree):
         return abstract(tree, place if execution.layout is None else of_tree(tree, execution.layout))
 
+    state, frozen = map(lie, _finetuning_shapes(config))
     teacher = None
     if config.objective.has_teacher:
-        architecture = execution.architecture
         own = policies.settings([MODEL_OWN] * config.training.batch_size, architecture, architecture.moe.k)
-        teacher = Teacher(params, abstract(own, place))
-    return lie(state), Fixed(lie(frozen), teacher)
+        params = parameters.shapes(architecture, jnp.dtype(config.training.weights))
+        teacher = Teacher(lie(params), abstract(own, place))
+    return state, Fixed(frozen, teacher)
 
 
 def lower_finetuning(config: Config, execution: Execution, topology: Topology) -> Lowered:

@@ -15,6 +15,8 @@ LINE = "  %sum.1 = f32[2,64]{1,0} all-reduce(%x), channel_id=1, replica_groups=G
         ("mesh['data'=2,'expert'=4] {'expert'}", 4),
         ("mesh['data'=2,'expert'=4] {'data','expert'}", 8),
         ("mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_0'}", 4),
+        ("mesh['data'=2,'expert'=1,'tensor'=8] {'tensor':(1)2}", 2),
+        ("mesh['data'=2,'expert'=1,'tensor'=8] {'data','tensor':(2)4}", 8),
     ],
 )
 def test_the_devices_of_a_group(groups, devices):
