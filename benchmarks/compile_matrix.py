@@ -33,6 +33,7 @@ from compilers import shape
 from moe_jax import files
 from moe_jax.kernels.causal_attention.api import causal_attention
 from moe_jax.kernels.grouped_matmul import pallas_gpu, pallas_tpu, pallas_tpu_tiles
+from moe_jax.study import topologies
 
 ROOT = pathlib.Path(__file__).parents[1]
 CHIPS = (*compilers.TPUS, "h100")
@@ -182,7 +183,7 @@ def made_by(chip: str) -> dict[str, str]:
     if chip != "h100":
         names = ("grouped_matmul/pallas_tpu*", "grouped_matmul/stacks*", "causal_attention/splash*")
     sources = b"".join(path.read_bytes() for name in names for path in sorted(folder.glob(f"{name}.py")))
-    return compilers.versions(chip) | {"kernels": hashlib.sha256(sources).hexdigest()[:8]}
+    return topologies.versions(chip) | {"kernels": hashlib.sha256(sources).hexdigest()[:8]}
 
 
 def read(path: pathlib.Path) -> dict[CompileCase, dict]:
@@ -236,7 +237,7 @@ def main() -> None:
     try:
         for chip in flags.chips:
             compilers.device(chip)
-    except compilers.NoCompilerError as error:
+    except topologies.NoCompilerError as error:
         parser.error(str(error))
     makers = {chip: made_by(chip) for chip in flags.chips}  # before anybody edits the sources
     fine = [compile_all(chip, path, makers[chip]) for chip, path in paths.items()]

@@ -152,6 +152,7 @@ def run(
     default_out: str | os.PathLike | None = None,
     huge_pages: bool = False,
     on_mesh: bool = False,
+    elsewhere: bool = False,
     virtual_devices: Callable[[schema.Config], int] = lambda config: 0,
 ) -> NoReturn:
     """Reads the command line, runs `main`, and exits.
@@ -167,6 +168,7 @@ def run(
         default_out: The output folder without `--out`. None: nothing is written.
         huge_pages: Whether to restart the process with huge pages where possible, see `use_huge_pages`.
         on_mesh: Whether `main` can run on a mesh of devices and in several processes.
+        elsewhere: Whether the mesh is of devices that are not here, which `main` checks.
         virtual_devices: The number of devices to make on the CPU for a configuration; 0: the machine's own.
     """
     if huge_pages:
@@ -178,7 +180,7 @@ def run(
     if sys.stdout is not None:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app.run(lambda _: _status_of(main, received, on_mesh, virtual_devices), flags_parser=parse_flags)
+        app.run(lambda _: _status_of(main, received, on_mesh, elsewhere, virtual_devices), flags_parser=parse_flags)
     except KeyboardInterrupt:
         _leave(received)
 
@@ -198,10 +200,11 @@ def _status_of(
     main: Callable[[Command], int | None],
     received: list[int],
     on_mesh: bool,
+    elsewhere: bool,
     virtual_devices: Callable[[schema.Config], int],
 ) -> int:
     try:
-        status = _run_main(main, on_mesh, virtual_devices)
+        status = _run_main(main, on_mesh, elsewhere, virtual_devices)
         interruption.ignore()
         if received:
             _leave(received)
@@ -227,11 +230,14 @@ def _leave(received: list[int]) -> NoReturn:
 
 
 def _run_main(
-    main: Callable[[Command], int | None], on_mesh: bool, virtual_devices: Callable[[schema.Config], int]
+    main: Callable[[Command], int | None],
+    on_mesh: bool,
+    elsewhere: bool,
+    virtual_devices: Callable[[schema.Config], int],
 ) -> int:
     values = flags.FLAGS
     config = gin.read_config(values["config"].value, values["set"].value)
-    if not on_mesh and config.mesh != schema.MeshConfig():
+    if not (on_mesh or elsewhere) and config.mesh != schema.MeshConfig():
         raise ValueError("mesh.data, mesh.expert or mesh.tensor is set: expected 1, this command runs on one device")
     out, made = None, []
     if values["out"].value is not None:

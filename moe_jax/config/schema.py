@@ -11,6 +11,7 @@ import pathlib
 
 from moe_jax.config.architecture import Architecture, AttentionConfig, DecoderConfig, MoEConfig
 from moe_jax.config.checks import require, require_fraction, require_one_of, require_positive
+from moe_jax.config.compile import CompileConfig
 from moe_jax.config.finetuning import FinetuneConfig, ObjectiveConfig
 from moe_jax.config.mesh import MeshConfig
 from moe_jax.config.predict import PredictConfig
@@ -259,6 +260,7 @@ class Config:
     predict: PredictConfig = PredictConfig()
     prune: PruneConfig = PruneConfig()
     search: SearchConfig = SearchConfig()
+    compile: CompileConfig = CompileConfig()
     run: RunConfig = RunConfig()
 
     @property

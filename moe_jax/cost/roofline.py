@@ -111,7 +111,7 @@ def _bytes(architecture: Architecture, step: Step, itemsize: int, cache_itemsize
     head = _head_size(architecture)
     rows = 0 if trunk.tie_embeddings else min(step.tokens, trunk.vocab_size) * trunk.d_model  # tied: part of the head
     experts = step.distinct_experts * count_expert(architecture)
-    position = trunk.num_layers * _cached_numbers(architecture.attention)
+    position = trunk.num_layers * cached_numbers(architecture.attention)
     cache = position * (sum(step.cached_B) + step.tokens)
     return itemsize * (count(architecture, _always_read) + head + rows + experts) + cache_itemsize * cache
 
@@ -119,7 +119,7 @@ def _bytes(architecture: Architecture, step: Step, itemsize: int, cache_itemsize
 def _flops(architecture: Architecture, step: Step) -> float:
     trunk = architecture.decoder
     mixing = trunk.num_layers * sum(
-        _mixed_numbers(architecture.attention, new) * (new * cached + new * (new + 1) // 2)
+        mixed_numbers(architecture.attention, new) * (new * cached + new * (new + 1) // 2)
         for cached, new in zip(step.cached_B, step.new_B)
     )
     matrices = count(architecture, lambda parameter: _always_read(parameter) and parameter.kind is Matrix)
@@ -133,13 +133,13 @@ def _head_size(architecture: Architecture) -> int:
     return find(["embedding_VD"]).size(architecture)
 
 
-def _cached_numbers(attention: AttentionConfig) -> int:
+def cached_numbers(attention: AttentionConfig) -> int:
     """Numbers that a layer caches for one token: keys and values, or a latent and a rotary key."""
     kv_heads, *widths = ATTENTION[attention.kind].cached_widths(attention)
     return kv_heads * sum(widths)
 
 
-def _mixed_numbers(attention: AttentionConfig, new: int) -> int:
+def mixed_numbers(attention: AttentionConfig, new: int) -> int:
     """Multiplications of one query token with one token that it sees: all heads, keys and values.
 
     Latents are expanded to keys and values for a row of several new tokens; for one token they are read directly.

@@ -56,10 +56,18 @@ def shape_of(prompts: Sequence[int], continuations: Sequence[int], max_context: 
 
 
 def allocate(
-    architecture: Architecture, batch: int, memory: int, dtype: jnp.dtype, layout: Layout | None = None
+    architecture: Architecture,
+    batch: int,
+    memory: int,
+    dtype: jnp.dtype,
+    layout: Layout | None = None,
+    multiple: int = 1,
 ) -> Cache:
-    """An empty cache of `batch` rows and `memory` positions; with a layout, in a compiled function."""
-    shapes = _array_shapes(architecture, batch, memory)
+    """An empty cache of `batch` rows and `memory` positions; with a layout, in a compiled function.
+
+    Latents are padded to a `multiple` of channels, that of the implementation of cached_attention.
+    """
+    shapes = _array_shapes(architecture, batch, memory, multiple)
     return Cache(
         *(
             constrained(jnp.zeros(shape, dtype), letters, layout) if shape else None
@@ -73,6 +81,7 @@ def require_memory(
     rows_and_positions: Sequence[tuple[int, int]],
     dtype: np.dtype,
     layout: Layout | None = None,
+    multiple: int = 1,
 ) -> None:
     """Checks that caches fit in the memory that the first device has left.
 
@@ -81,13 +90,14 @@ def require_memory(
         rows_and_positions: the size of each cache; the error message names the first.
         dtype: the dtype of all caches.
         layout: the mesh that they lie on; None: one device.
+        multiple: as `allocate`.
 
     Raises:
         ValueError: they do not fit; the message has the bytes needed and available.
     """
     needed_bytes = 0
     for one in rows_and_positions:
-        for shape, letters in zip(_array_shapes(architecture, *one), LETTERS):
+        for shape, letters in zip(_array_shapes(architecture, *one, multiple), LETTERS):
             if shape and layout is not None:
                 shape = layout.of_letters(letters).shard_shape(shape)
             needed_bytes += math.prod(shape) * np.dtype(dtype).itemsize if shape else 0
@@ -98,9 +108,13 @@ def require_memory(
     memory.require(what, needed_bytes, memory.device_bytes(), "fewer prompts or fewer tokens")
 
 
-def _array_shapes(architecture: Architecture, batch: int, memory: int) -> list[tuple[int, ...] | None]:
+def _array_shapes(
+    architecture: Architecture, batch: int, memory: int, multiple: int
+) -> list[tuple[int, ...] | None]:
     """Shapes of keys and of values; None for the values if the keys hold them."""
     attention = architecture.attention
     kv_heads, *widths = ATTENTION[attention.kind].cached_widths(attention)
+    if not widths[1]:
+        widths[0] = -(-widths[0] // multiple) * multiple
     leading = (architecture.decoder.num_layers, batch, memory, kv_heads)
     return [(*leading, width) if width else None for width in widths]

@@ -15,7 +15,7 @@ from moe_jax.engine.batch import Grouping, PaddedPrompts, group_by_length, live_
 from moe_jax.engine.completion import Completion, RunningRequest
 from moe_jax.engine.request import Request
 from moe_jax.engine.steps import CacheSlots, DecodeResult, Live, PrefillResult
-from moe_jax.model import decoder
+from moe_jax.model import decoder, formats
 from moe_jax.model.finite import NotFiniteError, require_finite
 from moe_jax.model.sharding import on_all
 
@@ -98,7 +98,7 @@ class Engine:
     """
 
     def __init__(self, params: decoder.Params, tokenizer: tokenizers.Tokenizer, end_ids: Sequence[int]):
-        self.params = params
+        self.params = formats.laid_out(params, jax.default_backend())
         self._tokenizer = tokenizer
         self.end_I = np.array(sorted(set(end_ids)), np.int32)
         self.most_steps = 1 if _widens_in_loops(decoder.dtype_of(params)) else MOST_STEPS
@@ -192,7 +192,13 @@ class Engine:
         whole = len(batches) == 1
         prefixes = [] if whole else [(batch.shape.batch, batch.shape.memory) for batch in batches]
         needed = [(grouping.slots, grouping.memory), *sorted(prefixes, key=np.prod)[-1:]]
-        caches.require_memory(execution.architecture, needed, decoder.dtype_of(self.params), execution.layout)
+        caches.require_memory(
+            execution.architecture,
+            needed,
+            decoder.dtype_of(self.params),
+            execution.layout,
+            execution.channel_multiple,
+        )
         live = batches[0].live if whole else live_of(requests, grouping.slots, execution)
         slots = self._shapes(grouping.slots, grouping.memory, execution)
         for batch in batches:
@@ -249,7 +255,9 @@ class Engine:
         layout, dtype = execution.layout, decoder.dtype_of(self.params)
 
         def make():
-            cache = caches.allocate(execution.architecture, slots, memory, dtype, layout)
+            cache = caches.allocate(
+                execution.architecture, slots, memory, dtype, layout, execution.channel_multiple
+            )
             return CacheSlots(cache, *(jax.numpy.zeros(slots, np.int32) for _ in CacheSlots._fields[1:]))
 
         if layout is None:
@@ -311,7 +319,9 @@ class Engine:
         key = (steps.prefill, execution, shape, routing, jax.tree.structure(batch.live))
         if key not in self._programs:
             needed, dtype = [(shape.batch, shape.memory)], decoder.dtype_of(self.params)
-            caches.require_memory(execution.architecture, needed, dtype, execution.layout)
+            caches.require_memory(
+                execution.architecture, needed, dtype, execution.layout, execution.channel_multiple
+            )
         return self._program(key, lambda: steps.prefill.lower(*self._prefill_inputs(batch, execution), **static))
 
     def _insert_program(

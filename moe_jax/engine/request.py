@@ -41,8 +41,9 @@ def execution_of(
     dtype: str = "float32",
     layout: Layout | None = None,
     training: bool = False,
+    platform: str = "",
 ) -> Execution:
-    """The static settings of the programs that run a model here.
+    """The static settings of the programs that run a model.
 
     Args:
         architecture: the model's architecture.
@@ -51,6 +52,7 @@ def execution_of(
         dtype: of the routed experts' weights; some kernels are for 16 bits only.
         layout: the mesh that it runs on, and how tokens reach their experts there; None: one device.
         training: whether its steps have a gradient.
+        platform: "cpu", "gpu" or "tpu"; "": that of this process.
 
     Raises:
         ValueError: the router cannot choose `k_max` experts, or an implementation is unknown or does not run here.
@@ -61,7 +63,7 @@ def execution_of(
         raise ValueError(f"policy.k_max = {k_max}: expected 0 (the model's own {moe.k}) to {reachable} experts")
     asked = dataclasses.asdict(kernels or KernelsConfig())
     num_devices = 1 if layout is None else layout.mesh.size
-    platform = jax.default_backend()
+    platform = platform or jax.default_backend()
     resolved = chooser.resolve(platform, architecture, dtype, asked, num_devices)
     k_max = k_max or moe.k
     if layout is None:

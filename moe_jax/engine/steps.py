@@ -90,7 +90,9 @@ def prefill(params, tokens_BT, length_B, budget_B, end_I, live: Live, *, executi
     """
     batch, length = tokens_BT.shape
     layout = execution.layout
-    cache = caches.allocate(execution.architecture, batch, memory, decoder.dtype_of(params), layout)
+    cache = caches.allocate(
+        execution.architecture, batch, memory, decoder.dtype_of(params), layout, execution.channel_multiple
+    )
     valid_BT = jnp.arange(length)[None, :] < length_B[:, None]
     last_B = jnp.maximum(length_B - 1, 0)
     with jax.named_scope("prefill"):

@@ -5,6 +5,7 @@ positions: `causal` over whole sequences; `extend` (several positions) and `step
 """
 
 import dataclasses
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,11 +14,14 @@ from jax import lax
 
 from moe_jax.config.architecture import AttentionConfig
 from moe_jax.kernels.cached_attention.api import cached_attention
-from moe_jax.kernels.causal_attention.api import causal_attention
 from moe_jax.model import rope
 from moe_jax.model.layers import Stacked, one_layer, project, rms_norm
 
 OUTPUT = "output_DHA"  # the output projection
+
+
+# `causal_attention` of one implementation on one mesh: (query, key, value, segments, start, scale, prefixes=) -> mixed
+Mix = Callable[..., jax.Array]
 
 
 class Kept(NamedTuple):
@@ -71,14 +75,14 @@ class GroupedHeads:
         """The keys and values that go into the cache."""
         return Kept(self.key_BTGA, self.value_BTGX)
 
-    def causal(self, segments_BT: jax.Array | None, implementation: str, *, prefixes: bool) -> jax.Array:
+    def causal(self, segments_BT: jax.Array | None, mix: Mix, *, prefixes: bool) -> jax.Array:
         """Mixes positions of whole sequences: mixed_BTHX, see `causal_attention`."""
         inputs = (self.query_BTHA, self.key_BTGA, self.value_BTGX)
         start_B = jnp.zeros(len(self.query_BTHA), jnp.int32)
-        return causal_attention(*inputs, segments_BT, start_B, self.scale, implementation, prefixes=prefixes)
+        return mix(*inputs, segments_BT, start_B, self.scale, prefixes=prefixes)
 
     def extend(
-        self, cache: Cache, layer: jax.Array | int, start_B: jax.Array, implementation: str
+        self, cache: Cache, layer: jax.Array | int, start_B: jax.Array, mix: Mix
     ) -> tuple[jax.Array, Cache]:
         """Adds several positions of every row to the cache; each attends to itself and all earlier ones.
 
@@ -86,7 +90,7 @@ class GroupedHeads:
             cache: the cache of all layers.
             layer: index into the cache.
             start_B: int32, where the first new position goes; the cache must have room for all.
-            implementation: the implementation of `causal_attention`.
+            mix: `causal_attention`, see `Mix`.
 
         Returns:
             mixed_BTHX and the cache.
@@ -94,7 +98,7 @@ class GroupedHeads:
         cache = cache.extended(self.kept, layer, start_B)
         key_BMGA, value_BMGX = (one_layer(all_layers, layer) for all_layers in cache)
         inputs = (self.query_BTHA, key_BMGA, value_BMGX)
-        mixed_BTHX = causal_attention(*inputs, None, start_B, self.scale, implementation, prefixes=False)
+        mixed_BTHX = mix(*inputs, None, start_B, self.scale, prefixes=False)
         return mixed_BTHX, cache
 
     def step(

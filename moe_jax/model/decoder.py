@@ -20,6 +20,7 @@ from moe_jax.model.layers import Stacked, feed_forward, one_layer, project, rms_
 from moe_jax.model.low_rank import KEPT, holds_any, merge
 from moe_jax.model.moe import ExpertUse, moe_layer
 from moe_jax.model.sharding import Layout, constrained, gathered
+from moe_jax.model.spread_attention import spread_over
 from moe_jax.routing import policies
 from moe_jax.routing.policies import Context, Settings
 from moe_jax.routing.policies.parse import MODEL_OWN
@@ -222,8 +223,10 @@ def _whole(
     cos_sin = rope.angles(positions_BT, architecture.attention)
     x_BTD = _embed(params, tokens_BT, execution.layout)
 
+    mix = spread_over(execution)
+
     def core(heads):
-        return heads.causal(segments_BT, execution.kernels.causal_attention, prefixes=prefixes), None
+        return heads.causal(segments_BT, mix, prefixes=prefixes), None
 
     adapted = holds_any(params)
     spread = execution.layout is not None and execution.layout.fsdp
@@ -348,14 +351,16 @@ def extend(
     cos_sin = rope.angles(positions_BT, architecture.attention)
     x_BTD = _embed(params, tokens_BT, execution.layout)
 
+    mix = spread_over(execution)
+
     def core(layer, cache):
         def run(heads):
             if is_step:
                 return heads.step(cache, layer, start_B, execution.kernels.cached_attention)
             # padding writes to the cache too; the tokens that follow overwrite it before it is read
             if start_B is not None:
-                return heads.extend(cache, layer, start_B, execution.kernels.causal_attention)
-            mixed_BTHX = heads.causal(None, execution.kernels.causal_attention, prefixes=False)
+                return heads.extend(cache, layer, start_B, mix)
+            mixed_BTHX = heads.causal(None, mix, prefixes=False)
             return mixed_BTHX, cache.opened(heads.kept, layer)
 
         return run

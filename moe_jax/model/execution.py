@@ -5,6 +5,7 @@ from typing import Self
 
 from moe_jax.config.architecture import Architecture
 from moe_jax.dispatch.choose import DispatchByTokens
+from moe_jax.kernels.cached_attention.api import channel_multiple
 from moe_jax.kernels.chooser import Kernels
 from moe_jax.model.sharding import Layout
 
@@ -28,6 +29,11 @@ class Execution:
     def exact(self) -> Self:
         """The same with a dispatch that drops no slot, whatever the capacity."""
         return dataclasses.replace(self, dispatch=self.dispatch.exact)
+
+    @property
+    def channel_multiple(self) -> int:
+        """Of cached latents, see `cached_attention.api`."""
+        return channel_multiple(self.kernels.cached_attention)
 
     @property
     def data_parts(self) -> int:

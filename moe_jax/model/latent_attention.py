@@ -12,9 +12,8 @@ import jax.numpy as jnp
 
 from moe_jax.config.architecture import AttentionConfig
 from moe_jax.kernels.cached_attention.api import cached_attention
-from moe_jax.kernels.causal_attention.api import causal_attention
 from moe_jax.model import rope
-from moe_jax.model.attention import Cache, Kept
+from moe_jax.model.attention import Cache, Kept, Mix
 from moe_jax.model.layers import Stacked, one_layer, project, rms_norm
 
 OUTPUT = "output_DHX"  # the output projection
@@ -38,30 +37,30 @@ class LatentHeads:
     def _scale(self) -> float:
         return rope.score_scale(self.attention, self.query_BTHA.shape[-1])
 
-    def causal(self, segments_BT: jax.Array | None, implementation: str, *, prefixes: bool) -> jax.Array:
+    def causal(self, segments_BT: jax.Array | None, mix: Mix, *, prefixes: bool) -> jax.Array:
         """Mixes positions of whole sequences: mixed_BTHX, see `causal_attention`."""
         start_B = jnp.zeros(len(self.query_BTHA), jnp.int32)
-        return self._causal(self.key_BTGA, segments_BT, start_B, implementation, prefixes)
+        return self._causal(self.key_BTGA, segments_BT, start_B, mix, prefixes)
 
     def extend(
-        self, cache: Cache, layer: jax.Array | int, start_B: jax.Array, implementation: str
+        self, cache: Cache, layer: jax.Array | int, start_B: jax.Array, mix: Mix
     ) -> tuple[jax.Array, Cache]:
         """Adds several positions of every row to the cache, as `GroupedHeads.extend`.
 
         Expands the latents of the whole cache.
         """
         cache = cache.extended(self.kept, layer, start_B)
-        key_BMGA = one_layer(cache.key_LBMGA, layer)
-        return self._causal(key_BMGA, None, start_B, implementation, False), cache
+        key_BMGA = one_layer(cache.key_LBMGA, layer)[..., : self.key_BTGA.shape[-1]]
+        return self._causal(key_BMGA, None, start_B, mix, False), cache
 
-    def _causal(self, key_BMGA, segments_BM, start_B, implementation, prefixes):
+    def _causal(self, key_BMGA, segments_BM, start_B, mix, prefixes):
         latent_BMGZ, rotary_BMGA = jnp.split(key_BMGA, [self.attention.latent_rank], axis=-1)
         expanded_BMHO = _einsum("bmz,hoz->bmho", latent_BMGZ[:, :, 0], self.up_HOZ)
         key_BMHA, value_BMHX = jnp.split(expanded_BMHO, [self.attention.nope_head_dim], axis=-1)
         rotary_BMHA = jnp.broadcast_to(rotary_BMGA, (*key_BMHA.shape[:3], rotary_BMGA.shape[-1]))
         key_BMHA = jnp.concatenate([key_BMHA, rotary_BMHA], axis=-1)
         inputs = (self.query_BTHA, key_BMHA, value_BMHX)
-        return causal_attention(*inputs, segments_BM, start_B, self._scale, implementation, prefixes=prefixes)
+        return mix(*inputs, segments_BM, start_B, self._scale, prefixes=prefixes)
 
     def step(
         self, cache: Cache, layer: jax.Array | int, position_B: jax.Array, implementation: str

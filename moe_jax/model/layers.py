@@ -8,7 +8,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from moe_jax.kernels.expert_ffn.api import swiglu
 from moe_jax.kernels.projection import xla
 from moe_jax.kernels.projection.api import projection
 
@@ -50,6 +49,9 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
 
 
 def feed_forward(x_ND: jax.Array, weights: dict[str, jax.Array | Stacked]) -> jax.Array:
-    """A gated feed-forward, for dense layers and shared experts."""
+    """A gated feed-forward, for dense layers and shared experts.
+
+    Gate and up stay apart, since F may be split over devices: joined into one axis, they would be gathered.
+    """
     gate_up_NIF = project(x_ND, weights["gate_up_IFD"])
-    return project(swiglu(gate_up_NIF.reshape(len(x_ND), -1)), weights["down_DF"])
+    return project(jax.nn.silu(gate_up_NIF[:, 0]) * gate_up_NIF[:, 1], weights["down_DF"])

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.mesh import AXES, MeshConfig
@@ -26,6 +26,8 @@ AXIS_OF = {
     "G": "tensor",
     "V": "tensor",
 }
+
+_AXIS_TYPES = (AxisType.Auto,) * len(AXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,13 +110,16 @@ class Layout:
         return NamedSharding(self.mesh, PartitionSpec())
 
 
-def layout_of(given: MeshConfig | Mesh | None, architecture: Architecture) -> Layout | None:
+def layout_of(
+    given: MeshConfig | Mesh | None, architecture: Architecture, devices: Sequence[jax.Device] = ()
+) -> Layout | None:
     """The layout of a model on a mesh; None for a single device.
 
     Args:
         given: settings, for which a mesh of this process' devices is made (of all devices, if there are several
             processes), or a mesh whose axes are among `data`, `expert` and `tensor`; None: one device.
         architecture: of the model.
+        devices: of which settings make a mesh, instead of this process' own.
 
     Raises:
         ValueError: the mesh does not divide the model, has an unknown axis, or needs more devices than there are.
@@ -128,13 +133,24 @@ def layout_of(given: MeshConfig | Mesh | None, architecture: Architecture) -> La
         order = [given.axis_names.index(name) for name in AXES if name in given.axis_names]
         devices = given.devices.transpose(order).flatten()
     else:
-        given.require_devices(jax.device_count(), jax.process_count())
-        settings, devices = given, np.array(jax.devices()[: given.num_devices])
+        if not devices:
+            given.require_devices(jax.device_count(), jax.process_count())
+        settings, devices = given, np.array((devices or jax.devices())[: given.num_devices])
     settings.require_divides(architecture)
     if settings.num_devices == 1 and not isinstance(given, Mesh):
         return None
     sizes = tuple(getattr(settings, name) for name in AXES)
-    mesh = Mesh(devices.reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return _on(Mesh(devices.reshape(sizes), AXES, axis_types=_AXIS_TYPES), settings, architecture)
+
+
+def counted_layout(settings: MeshConfig, architecture: Architecture) -> Layout:
+    """The layout on devices that need not exist, to count by; errors are those of `layout_of`."""
+    settings.require_divides(architecture)
+    sizes = tuple(getattr(settings, name) for name in AXES)
+    return _on(AbstractMesh(sizes, AXES, axis_types=_AXIS_TYPES), settings, architecture)
+
+
+def _on(mesh: Mesh | AbstractMesh, settings: MeshConfig, architecture: Architecture) -> Layout:
     attention = architecture.attention
     splits_heads = attention.kind == "grouped" and attention.num_kv_heads % settings.tensor == 0
     return Layout(

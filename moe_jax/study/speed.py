@@ -137,7 +137,13 @@ class Rows:
         if abstract:
             shapes = jax.eval_shape(lambda: engine.empty(shape.batch, shape.memory, execution))
             return cls(engine, execution, rows, shapes)
-        caches.require_memory(execution.architecture, [(shape.batch, shape.memory)], dtype_of(engine.params))
+        caches.require_memory(
+            execution.architecture,
+            [(shape.batch, shape.memory)],
+            dtype_of(engine.params),
+            None,
+            execution.channel_multiple,
+        )
         return cls(engine, execution, rows, engine.empty(shape.batch, shape.memory, execution))
 
     @property

@@ -222,6 +222,17 @@ def _divided(config: Config, params: Params) -> tuple[Params, Params, dict[str, 
     return trained, frozen, biases
 
 
+def start(config: Config, params: Params) -> tuple[State, Params]:
+    """The state before the first step, and the parameters that do not train."""
+    trained, frozen, biases = _divided(config, params)
+    return state_of(trained, {stack: bias_LE + 0 for stack, bias_LE in biases.items()}, config.training), frozen
+
+
+def kept_experts(execution: Execution, settings: policies.Settings) -> Execution:
+    """The execution of a step that trains under a policy: with as many slots as it keeps at most."""
+    return dataclasses.replace(execution, k_max=int(settings.columns_BL["k"].max()))
+
+
 def finetune(
     config: Config,
     folder: pathlib.Path,
@@ -248,13 +259,12 @@ def finetune(
         kept = execution
     else:
         settings = policies.settings([policy] * rows, architecture, execution.k_max)
-        kept = dataclasses.replace(execution, k_max=int(settings.columns_BL["k"].max()))
+        kept = kept_experts(execution, settings)
 
         def live(step: int):
             return settings
 
-    trained, frozen, biases = _divided(config, params)
-    state = state_of(trained, {stack: bias_LE + 0 for stack, bias_LE in biases.items()}, training)
+    state, frozen = start(config, params)
     teacher = None
     if config.objective.has_teacher:
         teacher = _teacher(*(other[1:] if other else (params, execution)), rows)

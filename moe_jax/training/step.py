@@ -65,6 +65,16 @@ def state_of(params: decoder.Params, biases: dict[str, jax.Array], training: Tra
 def make_step(
     execution: decoder.Execution, training: TrainingConfig, config: ObjectiveConfig, lora_scale: float = 1.0
 ) -> Step:
+    """Returns the step, as `make_program` has it; on a mesh, batch and live settings may be arrays of the host."""
+    program, layout = make_program(execution, training, config, lora_scale), execution.layout
+    if layout is None:
+        return program
+    return lambda state, fixed, batch, live: program(state, fixed, *on_all((batch, live), layout))
+
+
+def make_program(
+    execution: decoder.Execution, training: TrainingConfig, config: ObjectiveConfig, lora_scale: float = 1.0
+) -> Step:
     """Returns the jitted step (state, fixed, batch, live settings) -> (state, metrics). The state is donated.
 
     The rows of a batch are split into `training.accumulation` equal parts, whose gradients are averaged; `live` has the
@@ -126,10 +136,7 @@ def make_step(
             state = lax.with_sharding_constraint(state, of_tree(state, layout))
         return state, whole(metrics, layout)
 
-    compiled = jax.jit(step, donate_argnums=0)
-    if layout is None:
-        return compiled
-    return lambda state, fixed, batch, live: compiled(state, fixed, *on_all((batch, live), layout))
+    return jax.jit(step, donate_argnums=0)
 
 
 def _of_stack(load_LE: jax.Array, stack: str, architecture: Architecture) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Whole steps of OLMoE-1B-7B through the real compiler for an H100, with the Hopper kernels inside.
+"""Whole steps through the real compiler for an H100, with the Hopper kernels inside, on one and on a node of eight.
 
 Run as `test_gpu.py`.
 """
@@ -7,38 +7,48 @@ import jax
 import pytest
 
 from moe_jax.config.finetuning import ObjectiveConfig
+from moe_jax.config.mesh import MeshConfig
+from moe_jax.study import topologies
+from moe_jax.study import whole_steps as steps
 from moe_jax.training.objective import objective
 from tests.aot import whole_steps
 
 pytestmark = pytest.mark.aot
+CHIP, NODE = "h100:1", "h100:8"
 
 
 @pytest.fixture(autouse=True)
 def target():
     """Before any array is made: then it is too late to find the compiler."""
-    whole_steps.compilers.device("h100")
+    topologies.find(CHIP)
+    topologies.find(NODE)
 
 
 @pytest.mark.parametrize("rows", [1, 64])
 def test_decode_steps_copy_neither_weights_nor_cache(rows):
     """A layer of the cache of 64 rows has 537 MB, what is allowed 129."""
-    program, _ = whole_steps.decode("h100", rows)
-    assert "mosaic_gpu" in program.as_text()
-    assert program.memory_analysis().temp_size_in_bytes < whole_steps.most_temporaries("h100")
+    how = whole_steps.execution(CHIP)
+    compiled = whole_steps.decode(CHIP, how, rows)
+    assert compiled.kernels["mosaic_gpu"] == 2
+    assert compiled.temporary_bytes < whole_steps.most_temporaries(how)
 
 
 def test_prefill_copies_no_weights():
     """Beside sorted rows, gated rows and results, of each token k."""
-    program, rows, hidden = whole_steps.prefill("h100", 2048)
-    assert "mosaic_gpu" in program.as_text()
-    assert program.memory_analysis().temp_size_in_bytes < 2 * rows + hidden + whole_steps.most_temporaries("h100")
+    how = whole_steps.execution(CHIP)
+    compiled = whole_steps.prefill(CHIP, how, 2048)
+    assert compiled.kernels["mosaic_gpu"] == 2
+    rows, hidden = whole_steps.slot_bytes(how, 2048)
+    assert compiled.temporary_bytes < 2 * rows + hidden + whole_steps.most_temporaries(how)
 
 
 def test_gradient_of_a_training_step():
     layers, rows, length = 2, 1, 512
-    how = whole_steps.execution("h100", layers)
+    how = whole_steps.execution(CHIP, num_layers=layers)
+    topology = topologies.find(CHIP)
+    place = steps.place_of(how, topology)
     names = "tokens", "labels", "segments", "positions"
-    packed = {f"{name}_BT": whole_steps.int32(rows, length) for name in names}
+    packed = {f"{name}_BT": jax.ShapeDtypeStruct((rows, length), "int32", sharding=place) for name in names}
 
     def gradient(params, packed, live):
         def loss(params):
@@ -46,6 +56,16 @@ def test_gradient_of_a_training_step():
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
-    given = whole_steps.params_of(how), packed, whole_steps.live_of(rows, how).policy
-    program = whole_steps.compilers.compiled("h100", gradient, *given)
+    given = steps.params_of(how, topology, whole_steps.DTYPE), packed, steps.live_of(rows, how, place).policy
+    program = jax.jit(gradient).lower(*given).compile(topology.options)
     assert program.as_text().count("mosaic_gpu") >= 5  # gate and up, down, and their gradients
+
+
+def test_a_decode_step_on_a_node_sends_only_rows():
+    mesh = MeshConfig(data=8, expert_axes=("data", "expert"))
+    how = whole_steps.execution(NODE, "olmoe_1b_7b", mesh, num_layers=2)
+    compiled = whole_steps.decode(NODE, how, rows=64)
+    assert compiled.kernels["mosaic_gpu"] == 2
+    assert compiled.temporary_bytes < 0.1 * compiled.weight_bytes
+    rows = 64 * 2 * how.architecture.decoder.d_model
+    assert 2 * 2 * 7 / 8 * rows <= compiled.sent_bytes < 4 * 2 * 7 / 8 * rows  # in and out, in each of two layers

@@ -42,3 +42,8 @@ def cached_attention(
     return IMPLEMENTATIONS[implementation].forward(
         query_BHA, key_BGA, value_BGX, key_LBMGA, value_LBMGX, layer, position_B, scale, value_channels
     )
+
+
+def channel_multiple(implementation: str) -> int:
+    """What the channels of a cached latent are padded to a multiple of; the padding is zero, and stays so."""
+    return getattr(IMPLEMENTATIONS[implementation], "CHANNELS", 1)

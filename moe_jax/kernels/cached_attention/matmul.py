@@ -1,6 +1,8 @@
 """Attention against a cache by matrix products, for TPUs.
 
 There XLA reads a layer of the cache in place; where query heads share keys, and on a TPU7x, it copies the layer once.
+Latents of another number of channels than a multiple of 128 would lie with positions innermost between calls, and be
+copied whole at the start of each.
 """
 
 from collections.abc import Callable
@@ -8,6 +10,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+CHANNELS = 128  # a cached latent has a multiple of these
 
 
 def forward(query_BHA, key_BGA, value_BGX, key_LBMGA, value_LBMGX, layer, position_B, scale, value_channels):
@@ -21,6 +25,9 @@ def attend(
 ):
     """As `api.cached_attention`, where `mix` is `_mix` in another form; where keys hold the values, it is `_mix`."""
     rows = jnp.arange(len(position_B))
+    if value_LBMGX is None:  # the cache may have more channels, which are zero
+        padding = (0, 0), (0, 0), (0, key_LBMGA.shape[-1] - key_BGA.shape[-1])
+        query_BHA, key_BGA = jnp.pad(query_BHA, padding), jnp.pad(key_BGA, padding)
 
     def read(cache_LBMGA, new_BGA):
         cache_LBMGA = cache_LBMGA.at[layer, rows, position_B].set(new_BGA)
