@@ -35,7 +35,7 @@ class System:
         self._speed = speed
         self._model = moe_jax.load(folder)
         weights = experts_dtype(self._model.params)
-        self._execution = execution_of(self._model.architecture, dtype=weights.name)
+        self._execution = execution_of(self._model.architecture, dtype=weights)
         self._timed = speed.TimedModel(self._model.engine, self._execution, "model", SamplingConfig())
         self._cases = {}
         self._dtype = dtype_of(self._model.params)

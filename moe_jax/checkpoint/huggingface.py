@@ -21,13 +21,15 @@ from moe_jax.checkpoint import families, filling, layouts, redundant, safetensor
 from moe_jax.checkpoint.beside import TOKEN_IDS
 from moe_jax.checkpoint.families import Family, base, family_of
 from moe_jax.checkpoint.names import Rule
-from moe_jax.checkpoint.quantization import FLOAT8, blocks_of, take_scales
+from moe_jax.checkpoint.quantization import FLOAT8, Blocks, blocks_of, take_scales
 from moe_jax.checkpoint.reading import Piece, Stack
 from moe_jax.checkpoint.safetensors_file import StoredTensor
 from moe_jax.checkpoint.tables import INDEX, WEIGHTS, read_tables
 from moe_jax.config.architecture import Architecture
-from moe_jax.config.schema import DTYPES
+from moe_jax.config.schema import DTYPES, EXPERT_DTYPES
 from moe_jax.files import is_first, replaced_folder
+from moe_jax.kernels import quantized
+from moe_jax.model import parameters
 from moe_jax.model.sharding import layer_on_host, on_host
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -50,7 +52,12 @@ def describe(fields: dict[str, Any]) -> tuple[Family, Architecture]:
 
 
 def stacks_of(
-    folder: pathlib.Path, fields: dict[str, Any], family: Family, architecture: Architecture, dtype: str
+    folder: pathlib.Path,
+    fields: dict[str, Any],
+    family: Family,
+    architecture: Architecture,
+    dtype: str,
+    expert_dtype: str = "model",
 ) -> list[Stack]:
     """The location of every parameter of a model in its files.
 
@@ -63,6 +70,7 @@ def stacks_of(
             "auto": the most common dtype of the checkpoint (bfloat16 if that has eight bits) for a parameter whose
             tensors all have it, else float32. Nothing is rounded; the decoder runs weights of both, see
             `decoder.dtype_of`.
+        expert_dtype: of the routed experts, as `Checkpoint.load` takes it.
 
     Raises:
         ValueError: a tensor is missing, unknown, of another shape or not of floats, or a file is truncated.
@@ -81,7 +89,7 @@ def stacks_of(
             if stored[name].shape != expected:
                 raise ValueError(layouts.shape_complaint(name, stored[name], expected))
     most = most_common(stored)
-    return [
+    stacks = [
         Stack(
             rule.parameter,
             rule.shape(architecture),
@@ -92,6 +100,32 @@ def stacks_of(
         )
         for rule in rules
     ]
+    return with_experts_in(expert_dtype, stacks, blocks_of(fields))
+
+
+def with_experts_in(expert_dtype: str, stacks: list[Stack], blocks: Blocks | None) -> list[Stack]:
+    """The locations of parameters, with those of the routed experts in eight bits if that is asked for.
+
+    Args:
+        expert_dtype: as `Checkpoint.load` takes it.
+        stacks: as arrays.
+        blocks: the size of the blocks that share a scale, if tensors are quantised.
+    """
+    require_expert_dtype(expert_dtype)
+    of_experts = {stack.path: stack for stack in stacks if parameters.is_routed(parameters.find([stack.path]))}
+    if expert_dtype == "auto":
+        as_stored = all(piece.stored.dtype == FLOAT8 for stack in of_experts.values() for piece in stack.pieces)
+        expert_dtype = quantized.FLOAT8 if as_stored else "model"
+    if expert_dtype == "model":
+        return stacks
+
+    def in_eight_bits(stack: Stack) -> Stack:
+        block = quantized.block_of(expert_dtype, *stack.shape[-2:])
+        if expert_dtype == quantized.FLOAT8 and blocks is not None:
+            block = blocks
+        return stack._replace(dtype=np.dtype(expert_dtype), block=Blocks(*block), mapped=False)
+
+    return [in_eight_bits(stack) if stack.path in of_experts else stack for stack in stacks]
 
 
 def config_fields(family: Family, architecture: Architecture) -> dict[str, Any]:
@@ -294,6 +328,12 @@ def require_dtype(dtype: str) -> None:
     """Raises ValueError if `dtype` is not a known setting."""
     if dtype not in DTYPES:
         raise ValueError(f"dtype = {dtype!r}: expected one of {', '.join(DTYPES)}")
+
+
+def require_expert_dtype(expert_dtype: str) -> None:
+    """Raises ValueError if `expert_dtype` is not a known setting."""
+    if expert_dtype not in EXPERT_DTYPES:
+        raise ValueError(f"expert_dtype = {expert_dtype!r}: expected one of {', '.join(EXPERT_DTYPES)}")
 
 
 def _in_memory(dtype: np.dtype) -> np.dtype:

@@ -8,12 +8,12 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from moe_jax.checkpoint.safetensors_file import FLOATS, StoredTensor
+from moe_jax.kernels import quantized
 
-FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
+FLOAT8 = np.dtype(quantized.FLOAT8)
 SCALE_SUFFIX = "_scale_inv"
 # Fields about activations and about tensors that were not quantised. Not needed: the tensors' dtypes say it.
 _UNUSED = ("activation_scheme", "modules_to_not_convert", "ignored_layers", "scale_fmt")

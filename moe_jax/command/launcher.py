@@ -68,14 +68,27 @@ class Command:
         self._layout_of(opened.architecture)  # refuses a mesh before "auto" opens the weights
         dtype = dtype or self.config.model.dtype
         dtype = opened.expected_dtype if dtype == "auto" else dtype
-        return opened, self.execution_of(opened.architecture, dtype, training)
+        expert_dtype = self.config.model.expert_dtype
+        if training and expert_dtype not in ("auto", "model"):
+            raise ValueError(
+                f"model.expert_dtype = {expert_dtype!r}: weights in eight bits have no gradient: expected auto or model, "
+                "with which they are trained in training.weights"
+            )
+        expert_dtype = opened.eight_bits("model" if training else expert_dtype)
+        return opened, self.execution_of(opened.architecture, dtype, training, expert_dtype)
 
-    def execution_of(self, architecture: Architecture, dtype: str, training: bool = False) -> "decoder.Execution":
-        """How a model runs here, its weights in `dtype`; the chosen implementations go into the result."""
+    def execution_of(
+        self, architecture: Architecture, dtype: str, training: bool = False, expert_dtype: str = ""
+    ) -> "decoder.Execution":
+        """How a model runs here, its weights in `dtype`; the chosen implementations go into the result.
+
+        `expert_dtype` is that of the routed experts' weights if they are in eight bits.
+        """
         from moe_jax.engine.request import execution_of
 
         layout = self._layout_of(architecture)
-        execution = execution_of(architecture, self.config.policy.k_max, self.config.kernels, dtype, layout, training)
+        settings = {"dtype": dtype, "layout": layout, "training": training, "expert_dtype": expert_dtype}
+        execution = execution_of(architecture, self.config.policy.k_max, self.config.kernels, **settings)
         self.implementations |= execution.implementations
         return execution
 
@@ -87,7 +100,8 @@ class Command:
         layout = self._layout_of(opened.architecture)
         placement = None if layout is None else layout.placement
         with self.timed("load"):
-            params = opened.load(self.config.model.dtype, sharding_of(layout), placement)
+            settings = self.config.model
+            params = opened.load(settings.dtype, sharding_of(layout), placement, settings.expert_dtype)
         return api.Model(opened, params, layout)
 
     def _layout_of(self, architecture: Architecture) -> "sharding.Layout | None":

@@ -14,6 +14,7 @@ from moe_jax.config.mesh import MeshConfig
 from moe_jax.config.predict import PredictConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+EXPERT_DTYPES = ("auto", "model", "float8_e4m3fn", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,9 +23,12 @@ class ModelConfig:
 
     path: str = ""  # a checkpoint folder in the Hugging Face layout
     dtype: str = "auto"  # of weights and activations; "auto": the dtype of the stored weights
+    # of the routed experts' weights; "auto": eight bits if they are stored so, else model.dtype; "model": model.dtype
+    expert_dtype: str = "auto"
 
     def __post_init__(self):
         require_one_of("model", self, "dtype", DTYPES)
+        require_one_of("model", self, "expert_dtype", EXPERT_DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -95,12 +95,12 @@ def quantize(matrix: np.ndarray, dtype: str, block: tuple[int, int]) -> tuple[np
         block: its outputs and inputs; the last ones may be smaller.
 
     Returns:
-        values, and float32 scales of all blocks; zero blocks have the scale 1.
+        values, and float32 scales of all blocks: 1 for zero blocks, not finite for those that are not.
     """
     largest_in_rows = np.maximum.reduceat(np.abs(matrix), np.arange(0, matrix.shape[1], block[1]), axis=1)
     largest = np.maximum.reduceat(largest_in_rows, np.arange(0, matrix.shape[0], block[0]), axis=0)
     scale = largest.astype(np.float32) / np.float32(LARGEST[dtype])
-    scale = np.where(scale > 0, scale, np.float32(1))
+    scale = np.where(scale == 0, np.float32(1), scale)
     exact = matrix.astype(np.float32) / spread(scale, block, matrix.shape)
     if dtype == INT8:
         return np.rint(exact).astype(np.int8), scale

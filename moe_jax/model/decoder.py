@@ -12,7 +12,8 @@ from jax import lax
 from moe_jax.config import layer_order
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.layer_order import Block, Layer
-from moe_jax.kernels import chooser
+from moe_jax.kernels import chooser, quantized
+from moe_jax.kernels.quantized import Quantized
 from moe_jax.model import attention, latent_attention, parameters, rope
 from moe_jax.model.attention import Cache
 from moe_jax.model.execution import Execution
@@ -53,7 +54,7 @@ class Decoder(Weights):
         """float32 logits_BTV of whole texts, with the model's own number of experts; differentiable."""
         architecture, (batch, length) = self.architecture, tokens_BT.shape
         params = split(self)
-        kernels = chooser.resolve(jax.default_backend(), architecture, experts_dtype(params).name)
+        kernels = chooser.resolve(jax.default_backend(), architecture, experts_dtype(params))
         execution = Execution(architecture, architecture.moe.k, kernels)
         live = policies.settings([MODEL_OWN] * batch, architecture, architecture.moe.k)
         positions_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
@@ -68,17 +69,30 @@ def split(decoder: Decoder) -> Params:
 
 
 def dtype_of(params: Params) -> jnp.dtype:
-    """The dtype of activations and caches: the narrowest of the weights.
+    """The dtype of activations and caches: the narrowest of the weights, but for experts in eight bits.
 
     Products with wider weights run in the weights' dtype; their results are rounded to this one.
     """
-    return min((leaf.dtype for leaf in jax.tree.leaves(params)), key=lambda dtype: dtype.itemsize)
+    weights = jax.tree.leaves(params, is_leaf=quantized.is_quantized)
+    dtypes = (weight.dtype for weight in weights if not quantized.is_quantized(weight))
+    return min(dtypes, key=lambda dtype: dtype.itemsize)
 
 
-def experts_dtype(params: Params) -> jnp.dtype:
-    """The dtype of the routed experts' weights."""
-    stacks = [part for part in params.values() if isinstance(part, dict)]
-    return next(stack["experts"]["down_LEDF"].dtype for stack in stacks if "experts" in stack)
+def experts_dtype(params: Params) -> str:
+    """The dtype in which the routed experts' products run: of their weights or, in eight bits, of activations."""
+    down_LEDF = _experts(params)["down_LEDF"]
+    return (dtype_of(params) if isinstance(down_LEDF, Quantized) else down_LEDF.dtype).name
+
+
+def eight_bits_of(params: Params) -> str:
+    """The dtype of the routed experts' weights if they are in eight bits; "" if they are not."""
+    down_LEDF = _experts(params)["down_LEDF"]
+    return down_LEDF.values.dtype.name if isinstance(down_LEDF, Quantized) else ""
+
+
+def _experts(params: Params) -> Params:
+    """Those of the first MoE layers."""
+    return next(part["experts"] for part in params.values() if isinstance(part, dict) and "experts" in part)
 
 
 def _one_layer(weights: Params, modules: tuple[str, ...], layer: jax.Array | int, projection: str = "") -> Params:
