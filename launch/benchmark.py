@@ -35,7 +35,7 @@ def main(run: command.Command) -> None:
     import tqdm
 
     from moe_jax.cost import hardware
-    from moe_jax.model.decoder import dtype_of
+    from moe_jax.model.dtypes import dtype_of
     from moe_jax.study import speed
     from moe_jax.study.timing import timing_of
 

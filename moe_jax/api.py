@@ -15,7 +15,7 @@ from moe_jax.config.schema import SamplingConfig
 from moe_jax.engine import cache as caches
 from moe_jax.engine.generate import Completion, Engine
 from moe_jax.engine.request import AnyPolicy, execution_of, make_requests, policy_of_each
-from moe_jax.model import decoder
+from moe_jax.model import decoder, dtypes
 from moe_jax.model.finite import require_finite
 from moe_jax.model.sharding import Layout, layout_of, on_all, sharding_of, whole
 from moe_jax.routing import policies
@@ -88,7 +88,7 @@ class Model:
         return logits_BTV[:batch, :length]
 
     def _execution(self, k_max: int) -> decoder.Execution:
-        of_experts = {"dtype": decoder.experts_dtype(self.params), "expert_dtype": decoder.eight_bits_of(self.params)}
+        of_experts = {"dtype": dtypes.experts_dtype(self.params), "expert_dtype": dtypes.eight_bits_of(self.params)}
         return execution_of(self.architecture, k_max, layout=self.layout, **of_experts)
 
     def generate(

@@ -27,7 +27,7 @@ class System:
         from moe_jax import command
         from moe_jax.config.schema import SamplingConfig
         from moe_jax.engine.request import execution_of
-        from moe_jax.model.decoder import dtype_of, experts_dtype
+        from moe_jax.model.dtypes import dtype_of, experts_dtype
         from moe_jax.study import speed
 
         if keep_compiled:

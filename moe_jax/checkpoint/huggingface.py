@@ -69,7 +69,7 @@ def stacks_of(
         dtype: the dtype of every parameter but those that their family keeps in float32 (the router's selection bias).
             "auto": the most common dtype of the checkpoint (bfloat16 if that has eight bits) for a parameter whose
             tensors all have it, else float32. Nothing is rounded; the decoder runs weights of both, see
-            `decoder.dtype_of`.
+            `model.dtypes.dtype_of`.
         expert_dtype: of the routed experts, as `Checkpoint.load` takes it.
 
     Raises:

@@ -6,7 +6,6 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 import tokenizers
 
@@ -119,9 +118,8 @@ class Checkpoint:
         Raises:
             ValueError: as `load`.
         """
-        return huggingface.nested(
-            reading.read_whole(self.folder, self._stacks(dtype, expert_dtype), blocks_of(self.config))
-        )
+        stacks = self._stacks(dtype, expert_dtype)
+        return huggingface.nested(reading.read_whole(self.folder, stacks, blocks_of(self.config)))
 
     def load(
         self,

@@ -71,8 +71,8 @@ class Command:
         expert_dtype = self.config.model.expert_dtype
         if training and expert_dtype not in ("auto", "model"):
             raise ValueError(
-                f"model.expert_dtype = {expert_dtype!r}: weights in eight bits have no gradient: expected auto or model, "
-                "with which they are trained in training.weights"
+                f"model.expert_dtype = {expert_dtype!r}: weights in eight bits have no gradient: expected auto or "
+                "model, with which they are trained in training.weights"
             )
         expert_dtype = opened.eight_bits("model" if training else expert_dtype)
         return opened, self.execution_of(opened.architecture, dtype, training, expert_dtype)

@@ -15,7 +15,7 @@ from moe_jax.engine.batch import Grouping, PaddedPrompts, group_by_length, live_
 from moe_jax.engine.completion import Completion, RunningRequest
 from moe_jax.engine.request import Request
 from moe_jax.engine.steps import CacheSlots, DecodeResult, Live, PrefillResult
-from moe_jax.model import decoder
+from moe_jax.model import decoder, dtypes
 from moe_jax.model.finite import NotFiniteError, require_finite
 from moe_jax.model.sharding import on_all
 
@@ -101,7 +101,7 @@ class Engine:
         self.params = params
         self._tokenizer = tokenizer
         self.end_I = np.array(sorted(set(end_ids)), np.int32)
-        self.most_steps = 1 if _widens_in_loops(decoder.dtype_of(params)) else MOST_STEPS
+        self.most_steps = 1 if _widens_in_loops(dtypes.dtype_of(params)) else MOST_STEPS
         self._programs: dict[tuple, jax.stages.Compiled] = {}
 
     def compile(self, requests: Sequence[Request], execution: decoder.Execution) -> None:
@@ -192,7 +192,7 @@ class Engine:
         whole = len(batches) == 1
         prefixes = [] if whole else [(batch.shape.batch, batch.shape.memory) for batch in batches]
         needed = [(grouping.slots, grouping.memory), *sorted(prefixes, key=np.prod)[-1:]]
-        caches.require_memory(execution.architecture, needed, decoder.dtype_of(self.params), execution.layout)
+        caches.require_memory(execution.architecture, needed, dtypes.dtype_of(self.params), execution.layout)
         live = batches[0].live if whole else live_of(requests, grouping.slots, execution)
         slots = self._shapes(grouping.slots, grouping.memory, execution)
         for batch in batches:
@@ -246,7 +246,7 @@ class Engine:
 
     def empty(self, slots: int, memory: int, execution: decoder.Execution) -> CacheSlots:
         """Empty slots, each with a cache of `memory` positions."""
-        layout, dtype = execution.layout, decoder.dtype_of(self.params)
+        layout, dtype = execution.layout, dtypes.dtype_of(self.params)
 
         def make():
             cache = caches.allocate(execution.architecture, slots, memory, dtype, layout)
@@ -310,7 +310,7 @@ class Engine:
         static = {"execution": execution, "memory": shape.memory, "chunk": caches.CHUNK, "routing": routing}
         key = (steps.prefill, execution, shape, routing, jax.tree.structure(batch.live))
         if key not in self._programs:
-            needed, dtype = [(shape.batch, shape.memory)], decoder.dtype_of(self.params)
+            needed, dtype = [(shape.batch, shape.memory)], dtypes.dtype_of(self.params)
             caches.require_memory(execution.architecture, needed, dtype, execution.layout)
         return self._program(key, lambda: steps.prefill.lower(*self._prefill_inputs(batch, execution), **static))
 

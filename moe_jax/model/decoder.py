@@ -12,10 +12,10 @@ from jax import lax
 from moe_jax.config import layer_order
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.layer_order import Block, Layer
-from moe_jax.kernels import chooser, quantized
-from moe_jax.kernels.quantized import Quantized
+from moe_jax.kernels import chooser
 from moe_jax.model import attention, latent_attention, parameters, rope
 from moe_jax.model.attention import Cache
+from moe_jax.model.dtypes import dtype_of, experts_dtype
 from moe_jax.model.execution import Execution
 from moe_jax.model.layers import Stacked, feed_forward, one_layer, project, rms_norm
 from moe_jax.model.low_rank import KEPT, holds_any, merge
@@ -66,33 +66,6 @@ class Decoder(Weights):
 def split(decoder: Decoder) -> Params:
     """Returns the parameters as nested dicts of arrays."""
     return nnx.to_pure_dict(nnx.state(decoder))
-
-
-def dtype_of(params: Params) -> jnp.dtype:
-    """The dtype of activations and caches: the narrowest of the weights, but for experts in eight bits.
-
-    Products with wider weights run in the weights' dtype; their results are rounded to this one.
-    """
-    weights = jax.tree.leaves(params, is_leaf=quantized.is_quantized)
-    dtypes = (weight.dtype for weight in weights if not quantized.is_quantized(weight))
-    return min(dtypes, key=lambda dtype: dtype.itemsize)
-
-
-def experts_dtype(params: Params) -> str:
-    """The dtype in which the routed experts' products run: of their weights or, in eight bits, of activations."""
-    down_LEDF = _experts(params)["down_LEDF"]
-    return (dtype_of(params) if isinstance(down_LEDF, Quantized) else down_LEDF.dtype).name
-
-
-def eight_bits_of(params: Params) -> str:
-    """The dtype of the routed experts' weights if they are in eight bits; "" if they are not."""
-    down_LEDF = _experts(params)["down_LEDF"]
-    return down_LEDF.values.dtype.name if isinstance(down_LEDF, Quantized) else ""
-
-
-def _experts(params: Params) -> Params:
-    """Those of the first MoE layers."""
-    return next(part["experts"] for part in params.values() if isinstance(part, dict) and "experts" in part)
 
 
 def _one_layer(weights: Params, modules: tuple[str, ...], layer: jax.Array | int, projection: str = "") -> Params:

@@ -13,7 +13,8 @@ from moe_jax.engine.generate import Engine
 from moe_jax.evaluation import concurrent
 from moe_jax.evaluation.intervals import paired_ratio, ratio
 from moe_jax.evaluation.journal import Journal
-from moe_jax.model.decoder import Params, dtype_of
+from moe_jax.model.decoder import Params
+from moe_jax.model.dtypes import dtype_of
 from moe_jax.model.execution import Execution
 from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration

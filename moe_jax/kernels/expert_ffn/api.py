@@ -34,8 +34,9 @@ def expert_ffn(
     """Runs each group of rows through its expert: down(silu(gate(row)) * up(row)).
 
     Products run in the dtype of the weights, which may be wider than that of the rows, with float32 sums; those with
-    weights in eight bits run in the dtype of the rows. Differentiable in rows and weights, if these are arrays: then gate and up are two products in one and are kept for the gradient, whatever
-    the implementation. Runs on local arrays, inside `shard_map` if there is one.
+    weights in eight bits run in the dtype of the rows. Differentiable in rows and weights, if these are arrays: then
+    gate and up are two products in one and are kept for the gradient, whatever the implementation. Runs on local
+    arrays, inside `shard_map` if there is one.
 
     Args:
         rows_SD: rows sorted by expert; those after the last group belong to no expert and cost nothing.

@@ -33,8 +33,9 @@ def grouped_matmul(
 ) -> jax.Array:
     """Multiplies each group of rows by the matrix of its expert.
 
-    Differentiable in rows and weights, unless these are in eight bits. Sums are float32. The gradient for the weights is as large as the stack, so
-    training passes a stack of one layer. Runs on local arrays, inside `shard_map` if there is one.
+    Differentiable in rows and weights, unless these are in eight bits. Sums are float32. The gradient for the weights
+    is as large as the stack, so training passes a stack of one layer. Runs on local arrays, inside `shard_map` if there
+    is one.
 
     Args:
         rows_SD: rows sorted by expert; those after the last group belong to no expert and cost nothing.

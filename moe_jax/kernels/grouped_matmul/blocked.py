@@ -1,8 +1,8 @@
 """Grouped matmul in plain XLA, for CPUs without a C++ compiler and for gradients: loops with trip counts from the data.
 
-The outer loop is over the experts that have rows, and copies the matrix of each out of the stack, once, which dequantises
-one in eight bits; the inner loop is over blocks of its rows. Experts without rows, and rows of no expert, cost nothing. With few rows, the copy is most
-of the work; XLA cannot be made to avoid it.
+The outer loop is over the experts that have rows, and copies the matrix of each out of the stack, once; one in eight
+bits is dequantised then. The inner loop is over blocks of its rows. Experts without rows, and rows of no expert, cost
+nothing. With few rows, the copy is most of the work; XLA cannot be made to avoid it.
 """
 
 import jax
