@@ -88,8 +88,8 @@ class Model:
         return logits_BTV[:batch, :length]
 
     def _execution(self, k_max: int) -> decoder.Execution:
-        of_experts = {"dtype": dtypes.experts_dtype(self.params), "expert_dtype": dtypes.eight_bits_of(self.params)}
-        return execution_of(self.architecture, k_max, layout=self.layout, **of_experts)
+        settings = {"dtype": dtypes.experts_dtype(self.params), "expert_dtype": dtypes.eight_bits_of(self.params)}
+        return execution_of(self.architecture, k_max, layout=self.layout, **settings)
 
     def generate(
         self,

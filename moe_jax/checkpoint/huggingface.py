@@ -112,9 +112,9 @@ def with_experts_in(expert_dtype: str, stacks: list[Stack], blocks: Blocks | Non
         blocks: the size of the blocks that share a scale, if tensors are quantised.
     """
     require_expert_dtype(expert_dtype)
-    of_experts = {stack.path: stack for stack in stacks if parameters.is_routed(parameters.find([stack.path]))}
+    routed = {stack.path: stack for stack in stacks if parameters.is_routed(parameters.find([stack.path]))}
     if expert_dtype == "auto":
-        as_stored = all(piece.stored.dtype == FLOAT8 for stack in of_experts.values() for piece in stack.pieces)
+        as_stored = all(piece.stored.dtype == FLOAT8 for stack in routed.values() for piece in stack.pieces)
         expert_dtype = quantized.FLOAT8 if as_stored else "model"
     if expert_dtype == "model":
         return stacks
@@ -125,7 +125,7 @@ def with_experts_in(expert_dtype: str, stacks: list[Stack], blocks: Blocks | Non
             block = blocks
         return stack._replace(dtype=np.dtype(expert_dtype), block=Blocks(*block), mapped=False)
 
-    return [in_eight_bits(stack) if stack.path in of_experts else stack for stack in stacks]
+    return [in_eight_bits(stack) if stack.path in routed else stack for stack in stacks]
 
 
 def config_fields(family: Family, architecture: Architecture) -> dict[str, Any]:

@@ -179,12 +179,12 @@ def load_onto_devices(
         sharding_of: gives the sharding of a parameter; None: on the default device.
     """
     shardings = [sharding_of(parameters.find([stack.path])) for stack in stacks]
-    of_scales = [_sharding_of_scales(*pair) for pair in zip(stacks, shardings)]
+    scale_shardings = [_sharding_of_scales(*pair) for pair in zip(stacks, shardings)]
     places = [_places(*pair) for pair in zip(stacks, shardings)]
     parts = [list(dict.fromkeys(part for part, _ in place)) for place in places]
     arrays = read(folder, stacks, [[_index(part) for part in stack_parts] for stack_parts in parts], blocks)
     loaded = {}
-    for stack, sharding, of_scale, place, stack_parts in zip(stacks, shardings, of_scales, places, parts):
+    for stack, sharding, scale_sharding, place, stack_parts in zip(stacks, shardings, scale_shardings, places, parts):
         by_part = dict(zip(stack_parts, arrays.pop(0)))
         on_devices = [
             jax.block_until_ready(jax.device_put(by_part[part], device, may_alias=True)) for part, device in place
@@ -193,7 +193,7 @@ def load_onto_devices(
             loaded[stack.path] = _joined(stack.shape, sharding, on_devices)
         else:
             values = _joined(stack.shape, sharding, [one.values for one in on_devices])
-            scale = _joined(stack.scale_shape, of_scale, [one.scale for one in on_devices])
+            scale = _joined(stack.scale_shape, scale_sharding, [one.scale for one in on_devices])
             loaded[stack.path] = Quantized(values, scale)
     return loaded
 
@@ -212,15 +212,15 @@ def _sharding_of_scales(stack: Stack, sharding: jax.sharding.Sharding | None) ->
     """
     if stack.block is None or not isinstance(sharding, jax.sharding.NamedSharding):
         return sharding
-    of_scale = jax.sharding.NamedSharding(sharding.mesh, scale_spec(sharding.spec, stack.scale_shape))
-    for size, axes in zip(stack.scale_shape, of_scale.spec):
+    scale_sharding = jax.sharding.NamedSharding(sharding.mesh, scale_spec(sharding.spec, stack.scale_shape))
+    for size, axes in zip(stack.scale_shape, scale_sharding.spec):
         names = (axes,) if isinstance(axes, str) else axes or ()
         if size % math.prod(sharding.mesh.shape[name] for name in names):
             raise ValueError(
                 f"{stack.path} has {size} blocks of {' x '.join(map(str, stack.even_block))} weights that share a "
                 f"scale: expected a multiple of the size of mesh axis {', '.join(names)}, or model.expert_dtype=model"
             )
-    return of_scale
+    return scale_sharding
 
 
 Bounds = tuple[tuple[int, int], ...]  # a part as start and end of each dimension, which can be hashed
@@ -273,10 +273,10 @@ def _sources(
                 seen_as.append(end - first)
         else:
             if stack.block is not None:
-                into, of_matrix = array.values[tuple(place)], (tuple(seen_as), tuple(taken))
+                into, cut = array.values[tuple(place)], (tuple(seen_as), tuple(taken))
                 scales = array.scale[tuple(place[:-2])]
                 stored = piece.stored, into, piece.scale, blocks
-                yield filling.QuantizedSource(piece.name, *stored, *of_matrix, scales, stack.block)
+                yield filling.QuantizedSource(piece.name, *stored, *cut, scales, stack.block)
                 continue
             is_whole = [*map(slice, [0] * len(seen_as), seen_as)] == taken
             cut = () if is_whole else (tuple(seen_as), tuple(taken))

@@ -2,7 +2,8 @@
 
 A module of an implementation may say where it runs: `PLATFORM`, if on one alone; and `lacks(architecture, dtype)`, the
 reason why it cannot run this model here, or ""; and `ONE_DEVICE = True`, if it reads whole arrays only. One of grouped
-matmul says in `EIGHT_BITS` in which of `quantized.DTYPES` it takes weights.
+matmul says in `EIGHT_BITS` in which of `quantized.DTYPES` it takes weights, and may have `lacks_eight_bits(architecture,
+expert_dtype)`, such a reason for these.
 """
 
 import functools
@@ -65,9 +66,13 @@ def resolve(
             return f"runs on {only.upper()}s only, not on {platform!r}"
         if num_devices > 1 and getattr(implementation, "ONE_DEVICE", False):
             return f"runs on one device only, not on a mesh of {num_devices}"
-        is_of_experts = implementation in grouped_matmul.IMPLEMENTATIONS.values()
-        if expert_dtype and is_of_experts and expert_dtype not in getattr(implementation, "EIGHT_BITS", ()):
-            return f"takes no weights in eight bits ({expert_dtype})"
+        if expert_dtype and implementation in grouped_matmul.IMPLEMENTATIONS.values():
+            if expert_dtype not in getattr(implementation, "EIGHT_BITS", ()):
+                return f"takes no weights in eight bits ({expert_dtype})"
+            if hasattr(implementation, "lacks_eight_bits"):
+                reason = implementation.lacks_eight_bits(architecture, expert_dtype)
+                if reason:
+                    return reason
         return implementation.lacks(architecture, dtype) if hasattr(implementation, "lacks") else ""
 
     return Kernels(*(_resolve(name, asked.get(name, "auto"), platform, lacks) for name in OPERATIONS))
