@@ -101,7 +101,7 @@ def product(rows_SX, weights_LEIXX, group_sizes_E, layer, *, tiles: tiles_of.Til
     scaled = isinstance(weights_LEIXX, Quantized)
     scales, scale_specs, values = (), (), weights_LEIXX
     if scaled:
-        values, (one, spec) = weights_LEIXX.values, pallas_tpu_scales.operand(weights_LEIXX, tiles.columns)
+        values, (one, spec) = weights_LEIXX.values, pallas_tpu_scales.operand(weights_LEIXX, layer, tiles.columns)
         scales, scale_specs = (one,), (spec,)
         multiply_scaled = pallas_tpu_scales.product_of(weights_LEIXX, tiles.columns, _dot)
 

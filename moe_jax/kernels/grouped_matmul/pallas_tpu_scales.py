@@ -35,26 +35,30 @@ def _per_output(weights: Quantized) -> bool:
     return weights.block == (1, weights.shape[-1])
 
 
-def operand(weights_LEIFD: Quantized, columns: int) -> tuple[jax.Array, pl.BlockSpec]:
-    """The scales as an operand, and the part that a step reads.
+def operand(weights_LEIFD: Quantized, layer: jax.Array, columns: int) -> tuple[jax.Array, pl.BlockSpec]:
+    """The scales of one layer as an operand, and the part that a step reads.
+
+    They are sliced out of the stack, which is little: XLA would copy those of all layers into another layout, or into
+    vector memory.
 
     Args:
         weights_LEIFD: [L, E, 1 or 2, F, D].
+        layer: int32 scalar.
         columns: outputs of a block of weights.
     """
-    scale = weights_LEIFD.scale
-    num_matrices, down, across = scale.shape[2:]
+    scale_EIFD = lax.dynamic_index_in_dim(weights_LEIFD.scale, layer, keepdims=False)
+    num_experts, num_matrices, down, across = scale_EIFD.shape
 
     def of_columns(column, visit, layer, expert_T, *_):  # of its expert, for the columns of this pass
-        return layer[0], expert_T[visit], 0, 0, column
+        return expert_T[visit], 0, 0, column
 
     def of_expert(column, visit, layer, expert_T, *_):  # all of its expert
-        return layer[0], expert_T[visit], 0, 0, 0
+        return expert_T[visit], 0, 0, 0
 
     if _per_output(weights_LEIFD):
-        as_rows = scale.reshape(*scale.shape[:3], 1, down)
-        return as_rows, pl.BlockSpec((None, None, num_matrices, 1, columns), of_columns)
-    return scale, pl.BlockSpec((None, None, num_matrices, down, across), of_expert, memory_space=pltpu.SMEM)
+        as_rows = scale_EIFD.reshape(num_experts, num_matrices, 1, down)
+        return as_rows, pl.BlockSpec((None, num_matrices, 1, columns), of_columns)
+    return scale_EIFD, pl.BlockSpec((None, num_matrices, down, across), of_expert, memory_space=pltpu.SMEM)
 
 
 def product_of(weights_LEIFD: Quantized, columns: int, dot):
