@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-from moe_jax.checkpoint import beside, families, hub, huggingface, reading, stacked
+from moe_jax.checkpoint import beside, eight_bits, families, hub, huggingface, reading, stacked
 from moe_jax.checkpoint.families import Family
 from moe_jax.checkpoint.quantization import blocks_of
 from moe_jax.checkpoint.safetensors_file import StoredTensor
@@ -83,7 +83,7 @@ class Checkpoint:
         Args:
             expert_dtype: as `load` takes it.
         """
-        huggingface.require_expert_dtype(expert_dtype)
+        eight_bits.require_expert_dtype(expert_dtype)
         if expert_dtype != "auto":
             return "" if expert_dtype == "model" else expert_dtype
         if blocks_of(self.config) is None or self.table is not None:
@@ -158,7 +158,7 @@ class Checkpoint:
         self._fetch_weights()
         if self.table is not None:
             stacks = stacked.stacks_of(self.table, self.architecture, dtype)
-            return huggingface.with_experts_in(expert_dtype, stacks, None)
+            return eight_bits.with_experts_in(expert_dtype, stacks, None)
         return huggingface.stacks_of(self.folder, self.config, self.family, self.architecture, dtype, expert_dtype)
 
     def save(

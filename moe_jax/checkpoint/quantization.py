@@ -5,7 +5,7 @@ may be smaller. A weight is its stored value times the scale of its block.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,6 +54,17 @@ def blocks_of(fields: Mapping[str, Any]) -> Blocks | None:
     if others := sorted(set(given) - {"quant_method", "fmt", "weight_block_size", *_UNUSED}):
         raise ValueError(f"quantization_config.{others[0]} = {_text(given[others[0]])}: not implemented; {expected}")
     return Blocks(*size)
+
+
+def config_of(blocks: Blocks, not_quantized: Sequence[str]) -> dict[str, Any]:
+    """`quantization_config` of a model with tensors in FP8, given the names of the modules that are not."""
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(blocks),
+        "modules_to_not_convert": list(not_quantized),
+    }
 
 
 def take_scales(stored: dict[str, StoredTensor], blocks: Blocks | None) -> dict[str, StoredTensor]:

@@ -2,8 +2,8 @@
 
 A module of an implementation may say where it runs: `PLATFORM`, if on one alone; and `lacks(architecture, dtype)`, the
 reason why it cannot run this model here, or ""; and `ONE_DEVICE = True`, if it reads whole arrays only. One of grouped
-matmul says in `EIGHT_BITS` in which of `quantized.DTYPES` it takes weights, and may have `lacks_eight_bits(architecture,
-expert_dtype)`, such a reason for these.
+matmul says in `EIGHT_BITS` in which of `quantized.DTYPES` it takes weights; it may have `lacks_eight_bits(architecture,
+dtype)`, such a reason for these.
 """
 
 import functools

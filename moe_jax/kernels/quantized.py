@@ -107,6 +107,12 @@ def quantize(matrix: np.ndarray, dtype: str, block: tuple[int, int]) -> tuple[np
     return np.clip(exact, -LARGEST[dtype], LARGEST[dtype]).astype(ml_dtypes.float8_e4m3fn), scale
 
 
+def wide(matrix: Quantized) -> np.ndarray:
+    """One matrix as float32, in NumPy."""
+    values = np.asarray(matrix.values).astype(np.float32)
+    return values * spread(np.asarray(matrix.scale), matrix.block, values.shape)
+
+
 def spread(scale: np.ndarray, block: tuple[int, int], shape: tuple[int, int], step: tuple[int, int] = (1, 1)):
     """The scales of blocks of size `step`, which lie within blocks of size `block` that may end within the matrix."""
     rows, columns = (np.arange(0, size, by) // one for size, by, one in zip(shape, step, block))

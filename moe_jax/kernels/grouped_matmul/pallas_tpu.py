@@ -1,7 +1,8 @@
 """Grouped matmul for TPUs (v5e and newer), on Mosaic; the kernels are in `pallas_tpu_kernel`.
 
-For bfloat16 and float32, with float32 sums; weights may be in eight bits. The weights of each expert that has rows are read once, whatever the
-number of rows; the layer is one more index of the blocks, so nothing is sliced out of the stack.
+For bfloat16 and float32, with float32 sums; weights may be in eight bits. The weights of each expert that has rows are
+read once, whatever the number of rows; the layer is one more index of the blocks, so nothing is sliced out of the stack
+but scales.
 """
 
 import jax
