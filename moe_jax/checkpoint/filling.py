@@ -249,7 +249,7 @@ def _fill_quantized(source: QuantizedSource, files: Mapping[pathlib.Path, np.nda
         stored_scale = _values(source.scale, files).reshape(source.scale.shape).astype(np.float32)
     as_stored = values.dtype == source.destination.dtype
     block = source.block
-    step = max(1, _CHECKED_BYTES // (block[0] * shape[1])) * block[0]
+    step = max(1, _CHECKED_BYTES // (4 * block[0] * shape[1])) * block[0]
     matrices, even = values.reshape(source.seen_as), quantized.even_block(block, *shape)
     cut = tuple(blocks_of_part(*one) for one in zip((rows, columns), even, shape))
     for place in np.ndindex(source.destination.shape[:-2]):

@@ -101,10 +101,11 @@ def quantize(matrix: np.ndarray, dtype: str, block: tuple[int, int]) -> tuple[np
     largest = np.maximum.reduceat(largest_in_rows, np.arange(0, matrix.shape[0], block[0]), axis=0)
     scale = largest.astype(np.float32) / np.float32(LARGEST[dtype])
     scale = np.where(scale == 0, np.float32(1), scale)
-    exact = matrix.astype(np.float32) / spread(scale, block, matrix.shape)
-    if dtype == INT8:
-        return np.rint(exact).astype(np.int8), scale
-    return np.clip(exact, -LARGEST[dtype], LARGEST[dtype]).astype(ml_dtypes.float8_e4m3fn), scale
+    with np.errstate(invalid="ignore"):
+        exact = matrix.astype(np.float32) / spread(scale, block, matrix.shape)
+        if dtype == INT8:
+            return np.rint(exact).astype(np.int8), scale
+        return np.clip(exact, -LARGEST[dtype], LARGEST[dtype]).astype(ml_dtypes.float8_e4m3fn), scale
 
 
 def wide(matrix: Quantized) -> np.ndarray:
