@@ -32,6 +32,13 @@ def eight_bits_of(params: Mapping[str, Any]) -> str:
     return down_LEDF.values.dtype.name if isinstance(down_LEDF, Quantized) else ""
 
 
+def expert_itemsize(params: Mapping[str, Any]) -> float:
+    """Bytes of a routed expert's weight, with its share of the scales if it is in eight bits."""
+    experts = [part["experts"] for part in params.values() if isinstance(part, dict) and "experts" in part]
+    numbers = sum(weight.size for one in experts for weight in one.values())
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(experts)) / numbers
+
+
 def _experts(params: Mapping[str, Any]) -> Mapping[str, Any]:
     """Those of the first MoE layers."""
     return next(part["experts"] for part in params.values() if isinstance(part, dict) and "experts" in part)
