@@ -35,12 +35,13 @@ def main(run: command.Command) -> None:
 
     config, benchmark = run.config, run.config.benchmark
     dtype = "bfloat16" if config.model.dtype == "auto" else config.model.dtype
-    execution = run.execution_of(config.architecture, dtype)
+    execution = run.execution_of(config.architecture, dtype, expert_dtype=config.model.eight_bits)
     groups = grouped(config.sweep.policies, execution)
     trace = traces.read(command.in_repository(benchmark.trace, "benchmark.trace"))
     trace.require(config.moe.num_experts, execution.k_max)
     with run.timed("load"):
-        engine = Engine(random_params(config.architecture, dtype, config.run.seed), None, ())
+        params = random_params(config.architecture, dtype, config.run.seed, config.model.eight_bits)
+        engine = Engine(params, None, ())
     made_with = {"device": hardware.in_words(), "kernels": execution.kernels.grouped_matmul}
     path, lines = run.out / "loads.jsonl", []
     path.write_text("")

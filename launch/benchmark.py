@@ -35,7 +35,7 @@ def main(run: command.Command) -> None:
     import tqdm
 
     from moe_jax.cost import hardware
-    from moe_jax.model.decoder import dtype_of
+    from moe_jax.model.dtypes import dtype_of, expert_itemsize
     from moe_jax.study import speed
     from moe_jax.study.timing import timing_of
 
@@ -65,7 +65,8 @@ def main(run: command.Command) -> None:
                 samples[case.name] += taken
             machines.append(probe.measure())
     machine = hardware.typical(machines)
-    timings = [timing_of(case, samples[case.name], model.execution, machine, dtype.itemsize) for case in cases]
+    how = model.execution, machine, dtype.itemsize, expert_itemsize(model.engine.params)
+    timings = [timing_of(case, samples[case.name], *how) for case in cases]
     if TRACE.value:
         speed.profile(cases, run.out / "trace")
     figures = figures_of(timings, machines)
@@ -145,7 +146,7 @@ def prepare(run: command.Command):
     if config.model.path:
         opened, execution = run.open_model()
     else:
-        execution = run.execution_of(config.architecture, dtype)
+        execution = run.execution_of(config.architecture, dtype, expert_dtype=config.model.eight_bits)
     architecture = execution.architecture
     policy = parse(config.policy.spec, None if opened is None else opened.calibration)
     make_requests([[0]], None, execution, sampling=config.sampling, policy=policy)  # checks the settings
@@ -166,7 +167,8 @@ def prepare(run: command.Command):
     else:
         tokens_of = random_tokens(architecture.decoder.vocab_size, config.run.seed)
         with run.timed("load"):
-            engine = Engine(random_params(architecture, dtype, config.run.seed), None, ())
+            params = random_params(architecture, dtype, config.run.seed, config.model.eight_bits)
+            engine = Engine(params, None, ())
     return TimedModel(engine, execution, policy, config.sampling, trace), tokens_of, routing
 
 

@@ -22,6 +22,7 @@ def main(run: command.Command) -> None:
     from moe_jax.model import parameters
 
     settings = {"layout": TO.value, "dtype": run.config.model.dtype, "policy": run.config.policy.spec}
+    settings["expert_dtype"] = run.config.model.expert_dtype
     with run.timed("run"):
         held = conversion.convert(path, run.out / "model", **settings)
     architecture = held.checkpoint.architecture

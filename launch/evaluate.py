@@ -29,24 +29,37 @@ def main(run: command.Command) -> None:
     from moe_jax.text.held_out import load_held_out
 
     opened, execution = run.open_model()
+    executions = {config.model.expert_dtype: execution}
+    for expert_dtype in config.evaluation.expert_dtypes:
+        _, executions[expert_dtype] = run.open_model(expert_dtype=expert_dtype)
+    if len(executions) > 1:
+        run.implementations["expert_dtype"] = ", ".join(executions)
     tokenizer, seed = opened.require_tokenizer(), config.run.seed
     with run.timed("text"):
         documents, calibration = load_held_out(held_out), opened.calibration
         task = compare.prepare(config.evaluation, seed, documents, tokenizer, execution, calibration)
         xz = xz_bits_per_byte([document.text.encode() for document in task.held_out.documents])
 
-    model = run.load(opened)
     paths = [opened.folder, held_out, config.policy.calibration]
-    journal = Journal(run.out / "parts", identity(config, paths, run.implementations))
-    with run.timed("run"):
-        measured = compare.measure(config.evaluation, seed, task, model.engine, tokenizer, execution, journal)
+    depends_on = identity(config, paths, run.implementations)
+    journals, parts = [], []
+    for expert_dtype, execution in executions.items():
+        model = run.load(opened, expert_dtype)
+        journals.append(Journal(run.out / "parts", depends_on | {"expert_dtype": expert_dtype}))
+        shared = tokenizer, execution, journals[-1]
+        weights = f"experts in {expert_dtype}" if parts else ""
+        with run.timed("run"):
+            parts.append(compare.measure(config.evaluation, seed, task, model.engine, *shared, weights))
+        del model  # before the next is loaded
+    measured = compare.joined(parts)
 
     rows = evaluated.rows(task, measured)
     figures = rows[0]["figures"] | {"xz_bits_per_byte": {"value": xz, "unit": "bit/byte"}}
     for name, text in evaluated.details(task, measured).items():
         files.write_atomically(run.out / name, text)
     run.finish(figures, rows=rows, text=f"{evaluated.table(rows)}\n`xz -9e` of the same text: {xz:.3f} bits per byte")
-    journal.forget()
+    for journal in journals:
+        journal.forget()
 
 
 if __name__ == "__main__":

@@ -135,6 +135,12 @@ def timed_model(config, opened):
         other = checkpoint.open(command.in_repository(path)) if path else None
     architecture = timed.architecture if other is None else other.architecture
     require_alike(architecture, opened.architecture, "sweep.timed_config")
+    expected = opened.eight_bits(config.model.expert_dtype)
+    if expected != (timed.model.eight_bits if other is None else other.eight_bits(timed.model.expert_dtype)):
+        raise ValueError(
+            f"sweep.timed_config has model.expert_dtype = {timed.model.expert_dtype!r}: expected experts in "
+            f"{expected or 'model.dtype'}, as those of model.path are"
+        )
     most = architecture.decoder.max_context - 2
     if config.sweep.cached_tokens > most:
         raise ValueError(
@@ -155,10 +161,11 @@ def make_timed_engine(config, timed, other, model, execution):
         return TimedEngine(model.engine, execution), "the same model, with the same routing"
     routed = f"{config.sweep.timed_config}, {timed.model.dtype}, with the other model's routing"
     if other is not None:
-        engine = Model(other, other.load(timed.model.dtype)).engine
+        engine = Model(other, other.load(timed.model.dtype, expert_dtype=timed.model.expert_dtype)).engine
         return TimedEngine(engine, dataclasses.replace(execution, architecture=other.architecture)), routed
     dtype = "float32" if timed.model.dtype == "auto" else timed.model.dtype
-    engine = Engine(random_params(timed.architecture, dtype, config.run.seed), None, ())
+    params = random_params(timed.architecture, dtype, config.run.seed, timed.model.eight_bits)
+    engine = Engine(params, None, ())
     timed_execution = dataclasses.replace(execution, architecture=timed.architecture)
     return TimedEngine(engine, timed_execution), f"random weights in the shape of {routed}"
 

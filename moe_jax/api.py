@@ -15,7 +15,7 @@ from moe_jax.config.schema import SamplingConfig
 from moe_jax.engine import cache as caches
 from moe_jax.engine.generate import Completion, Engine
 from moe_jax.engine.request import AnyPolicy, execution_of, make_requests, policy_of_each
-from moe_jax.model import decoder
+from moe_jax.model import decoder, dtypes
 from moe_jax.model.finite import require_finite
 from moe_jax.model.sharding import Layout, layout_of, on_all, sharding_of, whole
 from moe_jax.routing import policies
@@ -88,8 +88,8 @@ class Model:
         return logits_BTV[:batch, :length]
 
     def _execution(self, k_max: int) -> decoder.Execution:
-        dtype = decoder.experts_dtype(self.params).name
-        return execution_of(self.architecture, k_max, dtype=dtype, layout=self.layout)
+        settings = {"dtype": dtypes.experts_dtype(self.params), "expert_dtype": dtypes.eight_bits_of(self.params)}
+        return execution_of(self.architecture, k_max, layout=self.layout, **settings)
 
     def generate(
         self,
@@ -163,6 +163,7 @@ def load(
     path: str | os.PathLike,
     *,
     dtype: str = "auto",
+    expert_dtype: str = "auto",
     calibration: str | os.PathLike | None = "",
     mesh: jax.sharding.Mesh | MeshConfig | None = None,
 ) -> Model:
@@ -172,6 +173,8 @@ def load(
         path: a folder in Hugging Face layout, a stacked folder from `launch/convert.py`, whose weights are mapped, or
             the name of a model on a hub: "organisation/name" or "organisation/name@revision".
         dtype: the dtype of weights and activations: "float32", "bfloat16", "float16", or "auto": as stored.
+        expert_dtype: of the routed experts' weights. "auto": eight bits if they are stored so, as DeepSeek-V3's are,
+            otherwise `dtype`; "model": always `dtype`; "float8_e4m3fn" or "int8": quantised while they are read.
         calibration: a file that `launch/calibrate.py` wrote for this model, for policies that need one; "":
             calibration.npz in the folder, if there is one; None: none.
         mesh: has axes among `data` (rows), `expert` (experts) and `tensor` (heads, hidden widths, vocabulary); each
@@ -188,7 +191,7 @@ def load(
     if layout is not None and layout.capacity:
         raise ValueError(f"mesh.capacity = {layout.capacity}: expected 0; launch/infer.py counts the slots it drops")
     placement = None if layout is None else layout.placement
-    return Model(opened, opened.load(dtype, sharding_of(layout), placement), layout)
+    return Model(opened, opened.load(dtype, sharding_of(layout), placement, expert_dtype), layout)
 
 
 @functools.partial(jax.jit, static_argnames="execution")

@@ -21,6 +21,7 @@ from moe_jax.config import gin
 from moe_jax.config.architecture import Architecture
 from moe_jax.engine.request import execution_of
 from moe_jax.files import replaced_folder
+from moe_jax.kernels import quantized
 from moe_jax.model import parameters
 from moe_jax.routing import policies
 from moe_jax.routing.policies.parse import parse
@@ -44,6 +45,7 @@ def convert(
     *,
     layout: str = "huggingface",
     dtype: str = "auto",
+    expert_dtype: str = "auto",
     policy: str = "model",
     shard_bytes: int = huggingface.SHARD_BYTES,
 ) -> ModelWithWeights:
@@ -55,6 +57,8 @@ def convert(
         destination: the new folder; it must not exist yet, or be empty.
         layout: one of `LAYOUTS`.
         dtype: the dtype of the weights; "auto": as they are.
+        expert_dtype: of the routed experts, as `Checkpoint.load` takes it; "auto": eight bits if they are stored so,
+            the layout has a form for them, and no dtype is asked for.
         policy: its k becomes the model's own; the k may differ between layers, but not between tokens.
         shard_bytes: as `write_checkpoint` takes it.
 
@@ -75,7 +79,11 @@ def convert(
         opened = checkpoint.open(source)
         with_k(opened.architecture, policy)
         is_orbax = (opened.folder / _PARAMS).is_dir()
-        model = _read_orbax(opened) if is_orbax else ModelWithWeights(opened, opened.read(dtype))
+        if expert_dtype == "auto" and (layout != "huggingface" or dtype != "auto"):
+            expert_dtype = "model"
+        model = _read_orbax(opened) if is_orbax else ModelWithWeights(opened, opened.read(dtype, expert_dtype))
+        if quantized.holds_any(model.params):
+            dtype = "auto"  # the other weights have theirs
     architecture = with_k(model.checkpoint.architecture, policy)
     model = model._replace(checkpoint=model.checkpoint.with_architecture(architecture))
     if layout == "orbax":

@@ -27,18 +27,20 @@ class System:
         from moe_jax import command
         from moe_jax.config.schema import SamplingConfig
         from moe_jax.engine.request import execution_of
-        from moe_jax.model.decoder import dtype_of, experts_dtype
+        from moe_jax.model.dtypes import dtype_of, eight_bits_of, expert_itemsize, experts_dtype
         from moe_jax.study import speed
 
         if keep_compiled:
             command.configure_jax()
         self._speed = speed
         self._model = moe_jax.load(folder)
-        weights = experts_dtype(self._model.params)
-        self._execution = execution_of(self._model.architecture, dtype=weights.name)
+        params = self._model.params
+        dtypes = {"dtype": experts_dtype(params), "expert_dtype": eight_bits_of(params)}
+        self._execution = execution_of(self._model.architecture, **dtypes)
         self._timed = speed.TimedModel(self._model.engine, self._execution, "model", SamplingConfig())
         self._cases = {}
-        self._dtype = dtype_of(self._model.params)
+        self._dtype = dtype_of(params)
+        self._itemsizes = {"itemsize": self._dtype.itemsize, "expert_itemsize": expert_itemsize(params)}
 
     @functools.cached_property
     def _probe(self):
@@ -80,5 +82,5 @@ class System:
         from moe_jax.cost import roofline
 
         [sample] = self._steps(tokens_BT, prompt, 1)
-        work = roofline.work(self._execution.architecture, sample.step, self._dtype.itemsize)
+        work = roofline.work(self._execution.architecture, sample.step, **self._itemsizes)
         return 1e3 * roofline.floor_s(work, self._probe.measure())

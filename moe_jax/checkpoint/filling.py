@@ -21,9 +21,9 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from moe_jax.checkpoint.quantization import Blocks, dequantize
+from moe_jax.checkpoint.quantization import FLOAT8, Blocks, dequantize
 from moe_jax.checkpoint.safetensors_file import StoredTensor
-from moe_jax.kernels import compiled
+from moe_jax.kernels import compiled, quantized
 
 _ALIGNMENT_BYTES = 64  # JAX on a CPU uses memory without copying it if it is aligned to this
 _COPIED_BYTES = 4 << 20  # at once
@@ -36,6 +36,7 @@ EXPONENTS = {
     np.dtype(np.float16): (np.uint16, 0x7C00),
     np.dtype(ml_dtypes.bfloat16): (np.uint16, 0x7F80),
 }
+_BITS = EXPONENTS | {FLOAT8: (np.uint8, 0x7F)}  # which has no infinity
 _scratch = threading.local()
 
 
@@ -61,6 +62,33 @@ class Source(NamedTuple):
     part: tuple[slice, ...] = ()
 
 
+class QuantizedSource(NamedTuple):
+    """As `Source`, for weights that are in eight bits in memory.
+
+    Attributes:
+        name: the name of the tensor.
+        stored: its location in a file.
+        destination: values, [stacked.., outputs, inputs].
+        scale: the location of the scales of its blocks, if it is stored in eight bits.
+        blocks: the size of those blocks.
+        seen_as: the shape that `part` refers to.
+        part: the part that is read, which has the shape of the destination.
+        scale_destination: float32 scales of the destination's blocks.
+        block: the size of the blocks in memory, of which the last may be smaller; those of `blocks` if the tensor is
+            stored in the dtype of the destination.
+    """
+
+    name: str
+    stored: StoredTensor
+    destination: np.ndarray
+    scale: StoredTensor | None
+    blocks: Blocks | None
+    seen_as: tuple[int, ...]
+    part: tuple[slice, ...]
+    scale_destination: np.ndarray
+    block: Blocks
+
+
 def allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """Uninitialised memory, aligned so that `jax.device_put` on a CPU uses it instead of copying it."""
     size = math.prod(shape) * dtype.itemsize
@@ -69,7 +97,7 @@ def allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[first : first + size].view(dtype).reshape(shape)
 
 
-def fill(sources: Sequence[Source]) -> None:
+def fill(sources: Sequence[Source | QuantizedSource]) -> None:
     """Reads all tensors, in the order of their files.
 
     Raises:
@@ -108,7 +136,7 @@ def map_values(stored: StoredTensor) -> np.ndarray:
 
 def require_finite(values: np.ndarray, name: str) -> None:
     """Raises ValueError, naming the tensor, if a value is NaN or infinite; `values` is contiguous."""
-    bits, exponent = EXPONENTS[values.dtype]
+    bits, exponent = _BITS[values.dtype]
     flat = values.reshape(-1).view(bits)
     step = _CHECKED_BYTES // flat.itemsize
     for first in range(0, flat.size, step):
@@ -143,7 +171,12 @@ def _copying() -> ctypes.CDLL | None:
         return None
 
 
-def _fill(source: Source, files: Mapping[pathlib.Path, np.ndarray], copying: ctypes.CDLL | None) -> None:
+def _fill(
+    source: Source | QuantizedSource, files: Mapping[pathlib.Path, np.ndarray], copying: ctypes.CDLL | None
+) -> None:
+    if isinstance(source, QuantizedSource):
+        _fill_quantized(source, files)
+        return
     values, flat = _values(source.stored, files), source.destination.reshape(-1)
     expected = math.prod(source.seen_as) if source.part else flat.size
     if values.size != expected:
@@ -203,6 +236,47 @@ def _fill_scaled(source: Source, values: np.ndarray, files: Mapping[pathlib.Path
     if source.part:
         outer, *inner = source.part
         source.destination[...] = whole.reshape(outer.stop - outer.start, *source.seen_as[1:])[:, *inner]
+
+
+def _fill_quantized(source: QuantizedSource, files: Mapping[pathlib.Path, np.ndarray]) -> None:
+    """Fills values and scales: as stored, if they are in this dtype, otherwise quantised some rows at a time."""
+    values, shape = _values(source.stored, files), source.seen_as[-2:]
+    if values.size != math.prod(source.seen_as):
+        raise ValueError(f"tensor {source.name} has {values.size} values: expected {math.prod(source.seen_as)}")
+    *outer, rows, columns = source.part
+    stored_scale = None
+    if source.scale is not None:
+        stored_scale = _values(source.scale, files).reshape(source.scale.shape).astype(np.float32)
+    as_stored = values.dtype == source.destination.dtype
+    block = source.block
+    step = max(1, _CHECKED_BYTES // (4 * block[0] * shape[1])) * block[0]
+    matrices, even = values.reshape(source.seen_as), quantized.even_block(block, *shape)
+    cut = tuple(blocks_of_part(*one) for one in zip((rows, columns), even, shape))
+    for place in np.ndindex(source.destination.shape[:-2]):
+        matrix = matrices[tuple(first + one.start for first, one in zip(place, outer))]
+        scale = stored_scale if as_stored else np.empty(block.scale_shape(shape), np.float32)
+        for first in range(rows.start // block[0] * block[0], rows.stop, step):
+            last = min(first + step, shape[0])
+            if as_stored:
+                piece = matrix[first:last]
+                require_finite(np.ascontiguousarray(piece), source.name)
+            else:
+                wide = matrix[first:last].astype(np.float32)
+                if stored_scale is not None:
+                    wide = dequantize(matrix[first:last], stored_scale, source.blocks, first)
+                piece, own_scale = quantized.quantize(wide, source.destination.dtype.name, block)
+                scale[first // block[0] : first // block[0] + len(own_scale)] = own_scale
+            low, high = max(first, rows.start), min(last, rows.stop)
+            source.destination[place][low - rows.start : high - rows.start] = piece[low - first : high - first, columns]
+        spread = quantized.spread(scale, block, shape, even)[cut]
+        if not np.isfinite(spread).all():
+            raise ValueError(f"tensor {source.name} holds NaN or infinity")
+        source.scale_destination[place] = spread
+
+
+def blocks_of_part(part: slice, block: int, size: int) -> slice:
+    """The blocks along an axis that hold a part of it, which begins and ends with a block unless there is only one."""
+    return slice(0, 1) if block == size else slice(part.start // block, part.stop // block)
 
 
 def _rows_of_part(source: Source) -> tuple[int, int]:

@@ -17,17 +17,19 @@ import ml_dtypes
 import numpy as np
 from absl import logging
 
-from moe_jax.checkpoint import families, filling, layouts, redundant, safetensors_file
+from moe_jax.checkpoint import eight_bits, families, filling, layouts, redundant, safetensors_file
 from moe_jax.checkpoint.beside import TOKEN_IDS
 from moe_jax.checkpoint.families import Family, base, family_of
 from moe_jax.checkpoint.names import Rule
-from moe_jax.checkpoint.quantization import FLOAT8, blocks_of, take_scales
+from moe_jax.checkpoint.quantization import FLOAT8, SCALE_SUFFIX, Blocks, blocks_of, config_of, take_scales
 from moe_jax.checkpoint.reading import Piece, Stack
 from moe_jax.checkpoint.safetensors_file import StoredTensor
 from moe_jax.checkpoint.tables import INDEX, WEIGHTS, read_tables
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import DTYPES
 from moe_jax.files import is_first, replaced_folder
+from moe_jax.kernels import quantized
+from moe_jax.kernels.quantized import Quantized
 from moe_jax.model.sharding import layer_on_host, on_host
 
 _BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -50,7 +52,12 @@ def describe(fields: dict[str, Any]) -> tuple[Family, Architecture]:
 
 
 def stacks_of(
-    folder: pathlib.Path, fields: dict[str, Any], family: Family, architecture: Architecture, dtype: str
+    folder: pathlib.Path,
+    fields: dict[str, Any],
+    family: Family,
+    architecture: Architecture,
+    dtype: str,
+    expert_dtype: str = "model",
 ) -> list[Stack]:
     """The location of every parameter of a model in its files.
 
@@ -62,7 +69,8 @@ def stacks_of(
         dtype: the dtype of every parameter but those that their family keeps in float32 (the router's selection bias).
             "auto": the most common dtype of the checkpoint (bfloat16 if that has eight bits) for a parameter whose
             tensors all have it, else float32. Nothing is rounded; the decoder runs weights of both, see
-            `decoder.dtype_of`.
+            `model.dtypes.dtype_of`.
+        expert_dtype: of the routed experts, as `Checkpoint.load` takes it.
 
     Raises:
         ValueError: a tensor is missing, unknown, of another shape or not of floats, or a file is truncated.
@@ -81,7 +89,7 @@ def stacks_of(
             if stored[name].shape != expected:
                 raise ValueError(layouts.shape_complaint(name, stored[name], expected))
     most = most_common(stored)
-    return [
+    stacks = [
         Stack(
             rule.parameter,
             rule.shape(architecture),
@@ -92,6 +100,7 @@ def stacks_of(
         )
         for rule in rules
     ]
+    return eight_bits.with_experts_in(expert_dtype, stacks, blocks_of(fields))
 
 
 def config_fields(family: Family, architecture: Architecture) -> dict[str, Any]:
@@ -143,7 +152,8 @@ def write_checkpoint(
         folder: where; missing parents are made.
         architecture: its `moe.k` becomes `num_experts_per_tok`.
         params: nested dict of arrays, as `Checkpoint.read` returns it.
-        dtype: the dtype of every tensor but those that the family keeps in float32. "auto": as in `params`.
+        dtype: the dtype of every tensor but those that the family keeps in float32. "auto": as in `params`; experts in
+            FP8 are then written as DeepSeek-V3's are.
         model_type: the family whose layout is written.
         token_ids: `bos_token_id`, `eos_token_id`, `pad_token_id`, for `config.json` and `generation_config.json`.
         config: fields of the `config.json` that the model was read from; kept unless the other arguments set them.
@@ -155,7 +165,7 @@ def write_checkpoint(
 
     Raises:
         ValueError: `folder` is taken, the family cannot express the architecture, or `params` has a parameter missing,
-            unknown, of another shape, or not finite in `dtype`.
+            unknown, of another shape, or not finite in `dtype`, or experts in int8.
     """
     folder = pathlib.Path(folder)
     require_dtype(dtype)
@@ -168,21 +178,34 @@ def write_checkpoint(
     arrays = dict(flattened(params))
     require_same_names(folder, {rule.parameter for rule in rules}, set(arrays))
     shapes, dtypes = {}, {}
+    blocks = blocks_of(config or {}) or Blocks(*quantized.block_of(quantized.FLOAT8, 0, 0))
     for rule in rules:
         given, expected = arrays[rule.parameter].shape, rule.shape(architecture)
         if given != expected:
             raise ValueError(f"parameter {rule.parameter} has shape {given}: the architecture asks for {expected}")
-        dtypes[rule] = _written_dtype(rule, dtype, arrays[rule.parameter].dtype)
+        dtypes[rule] = _written_dtype(rule, dtype, arrays[rule.parameter])
+        stored_shape = rule.stored_shape(architecture)
         for placement in rule.placements(architecture):
-            shapes[placement.tensor] = (dtypes[rule], rule.stored_shape(architecture))
+            shapes[placement.tensor] = (dtypes[rule], stored_shape)
+            if dtypes[rule] == FLOAT8:
+                shapes[placement.tensor + SCALE_SUFFIX] = (np.dtype(np.float32), blocks.scale_shape(stored_shape))
+    if FLOAT8 in dtypes.values():
+        matrices = [name for name, (_, shape) in shapes.items() if name.endswith(".weight") and len(shape) == 2]
+        others = sorted(name.removesuffix(".weight") for name in matrices if shapes[name][0] != FLOAT8)
+        fields["quantization_config"] = config_of(blocks, others)
 
     def tensors() -> Iterator[np.ndarray]:
         for rule in rules:
             for name, values in _values_of(rule, arrays[rule.parameter], architecture):
                 tensor = np.empty(rule.stored_shape(architecture), dtypes[rule])
-                filling.cast_into(tensor, values.reshape(tensor.shape))
+                wide = values
+                if isinstance(values, Quantized):
+                    wide = values.values if dtypes[rule] == FLOAT8 else quantized.wide(values)
+                filling.cast_into(tensor, wide.reshape(tensor.shape))
                 filling.require_finite(tensor, name)
                 yield tensor
+                if dtypes[rule] == FLOAT8:
+                    yield quantized.spread(values.scale, values.block, tensor.shape, blocks)
 
     most = most_common({name: StoredTensor(folder, *one, 0) for name, one in shapes.items()})
     texts = config_texts(fields, most, token_ids or {}, config or {}, generation_config or {})
@@ -203,12 +226,15 @@ def write_checkpoint(
             safetensors_file.write_file(partial / file, part, itertools.islice(made, len(part)))
 
 
-def _values_of(rule: Rule, array: Any, architecture: Architecture) -> Iterator[tuple[str, np.ndarray]]:
+def _values_of(rule: Rule, array: Any, architecture: Architecture) -> Iterator[tuple[str, np.ndarray | Quantized]]:
     """The name and values of every tensor of a parameter; a stacked one is in host memory layer by layer."""
     for layer, placements in itertools.groupby(rule.placements(architecture), lambda placement: placement.index[0]):
         is_stacked = isinstance(layer, int)
-        values = layer_on_host(array, layer) if is_stacked else on_host(array)
-        yield from ((name, values[index[1:] if is_stacked else index]) for name, index in placements)
+        parts = (array.values, array.scale) if isinstance(array, Quantized) else (array,)
+        parts = [layer_on_host(part, layer) if is_stacked else on_host(part) for part in parts]
+        for name, index in placements:
+            own = [part[index[1:] if is_stacked else index] for part in parts]
+            yield name, Quantized(*own) if isinstance(array, Quantized) else own[0]
 
 
 def require_free(folder: pathlib.Path, replace: bool = False) -> None:
@@ -320,7 +346,15 @@ def _dtype_of(
     return most if dtypes == {most} else np.dtype(np.float32)
 
 
-def _written_dtype(rule: Rule, dtype: str, given: np.dtype) -> np.dtype:
+def _written_dtype(rule: Rule, dtype: str, array: Any) -> np.dtype:
+    given = array.values.dtype if isinstance(array, Quantized) else array.dtype
+    if dtype == "auto" and isinstance(array, Quantized):
+        if given != FLOAT8:
+            raise ValueError(
+                f"parameter {rule.parameter} is {given.name}, for which the layout has no form: expected a dtype to "
+                f"save in, such as bfloat16, or a model with expert_dtype={quantized.FLOAT8}"
+            )
+        return FLOAT8
     expected = np.dtype(np.float32) if rule.float32 else given if dtype == "auto" else np.dtype(dtype)
     if expected not in filling.EXPONENTS:
         raise ValueError(f"parameter {rule.parameter} is {given.name}: expected one of {', '.join(DTYPES[1:])}")

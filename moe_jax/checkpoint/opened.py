@@ -6,17 +6,17 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 import tokenizers
 
-from moe_jax.checkpoint import beside, families, hub, huggingface, reading, stacked
+from moe_jax.checkpoint import beside, eight_bits, families, hub, huggingface, reading, stacked
 from moe_jax.checkpoint.families import Family
 from moe_jax.checkpoint.quantization import blocks_of
 from moe_jax.checkpoint.safetensors_file import StoredTensor
 from moe_jax.checkpoint.tables import read_json, read_tables
 from moe_jax.config.architecture import Architecture
 from moe_jax.dispatch.placement import ExpertPlacement
+from moe_jax.kernels import quantized
 from moe_jax.model.sharding import wait_for_all
 from moe_jax.routing import calibration as calibrations
 from moe_jax.routing.calibration import Calibration
@@ -75,6 +75,24 @@ class Checkpoint:
         stated = self.config.get("dtype") or self.config.get("torch_dtype")
         return stated if stated and self.fetch is not None else self.stored_dtype
 
+    def eight_bits(self, expert_dtype: str) -> str:
+        """The dtype of the routed experts' weights in memory if they are in eight bits, otherwise "".
+
+        As config.json states it where the weights would have to be fetched first.
+
+        Args:
+            expert_dtype: as `load` takes it.
+        """
+        eight_bits.require_expert_dtype(expert_dtype)
+        if expert_dtype != "auto":
+            return "" if expert_dtype == "model" else expert_dtype
+        if blocks_of(self.config) is None or self.table is not None:
+            return ""
+        if self.fetch is not None:
+            return quantized.FLOAT8
+        found = huggingface.stacks_of(self.folder, self.config, self.family, self.architecture, "auto", "auto")
+        return next((stack.dtype.name for stack in found if stack.block is not None), "")
+
     def _fetch_weights(self) -> None:
         if self.fetch is not None:
             self.fetch()
@@ -86,27 +104,30 @@ class Checkpoint:
             raise ValueError(f"{path} is missing: a model's folder holds the tokenizer that it was trained with")
         return self.tokenizer
 
-    def read(self, dtype: str = "auto") -> dict[str, Any]:
+    def read(self, dtype: str = "auto", expert_dtype: str = "model") -> dict[str, Any]:
         """Reads the weights into host memory.
 
         Args:
             dtype: as `load` takes it.
+            expert_dtype: as `load` takes it.
 
         Returns:
-            A nested dict of NumPy arrays (bfloat16 from `ml_dtypes`). Those of a stacked folder are mapped from its
-            file.
+            A nested dict of NumPy arrays (bfloat16 from `ml_dtypes`), or `Quantized` ones. Arrays of a stacked folder
+            are mapped from its file.
 
         Raises:
             ValueError: as `load`.
         """
-        return huggingface.nested(reading.read_whole(self.folder, self._stacks(dtype), blocks_of(self.config)))
+        stacks = self._stacks(dtype, expert_dtype)
+        return huggingface.nested(reading.read_whole(self.folder, stacks, blocks_of(self.config)))
 
     def load(
         self,
         dtype: str = "auto",
         sharding_of: reading.ShardingOf = lambda parameter: None,
         placement: ExpertPlacement | None = None,
-    ) -> dict[str, jax.Array]:
+        expert_dtype: str = "model",
+    ) -> dict[str, Any]:
         """Loads the weights onto devices.
 
         Args:
@@ -115,6 +136,9 @@ class Checkpoint:
             sharding_of: gives the sharding of a parameter; for each device only its own slices are read from the file.
                 None: whole, on the default device.
             placement: of the experts, as `Layout` has it; None: each once, in order.
+            expert_dtype: of the routed experts' weights, which are `Quantized` in eight bits. "model": those of any
+                other parameter; "auto": "float8_e4m3fn" if all of them are stored so, otherwise "model"; "int8" or
+                "float8_e4m3fn": quantised tensor by tensor, unless they are stored so.
 
         Returns:
             A nested dict of arrays.
@@ -123,18 +147,19 @@ class Checkpoint:
             ValueError: a tensor is missing, unknown, of another shape, truncated, or not finite in that dtype; the
                 model does not fit in the memory that is available; or the calibration is of another model.
         """
-        stacks = [reading.place_experts(stack, placement) for stack in self._stacks(dtype)]
+        stacks = [reading.place_experts(stack, placement) for stack in self._stacks(dtype, expert_dtype)]
         params = reading.load_onto_devices(self.folder, stacks, blocks_of(self.config), sharding_of)
         if self.calibration is not None:
             self.calibration.require(params["moe/router/weight_LED"])
         return huggingface.nested(params)
 
-    def _stacks(self, dtype: str) -> list[reading.Stack]:
+    def _stacks(self, dtype: str, expert_dtype: str = "model") -> list[reading.Stack]:
         huggingface.require_dtype(dtype)
         self._fetch_weights()
         if self.table is not None:
-            return stacked.stacks_of(self.table, self.architecture, dtype)
-        return huggingface.stacks_of(self.folder, self.config, self.family, self.architecture, dtype)
+            stacks = stacked.stacks_of(self.table, self.architecture, dtype)
+            return eight_bits.with_experts_in(expert_dtype, stacks, None)
+        return huggingface.stacks_of(self.folder, self.config, self.family, self.architecture, dtype, expert_dtype)
 
     def save(
         self,

@@ -5,15 +5,15 @@ may be smaller. A weight is its stored value times the scale of its block.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from moe_jax.checkpoint.safetensors_file import FLOATS, StoredTensor
+from moe_jax.kernels import quantized
 
-FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
+FLOAT8 = np.dtype(quantized.FLOAT8)
 SCALE_SUFFIX = "_scale_inv"
 # Fields about activations and about tensors that were not quantised. Not needed: the tensors' dtypes say it.
 _UNUSED = ("activation_scheme", "modules_to_not_convert", "ignored_layers", "scale_fmt")
@@ -54,6 +54,17 @@ def blocks_of(fields: Mapping[str, Any]) -> Blocks | None:
     if others := sorted(set(given) - {"quant_method", "fmt", "weight_block_size", *_UNUSED}):
         raise ValueError(f"quantization_config.{others[0]} = {_text(given[others[0]])}: not implemented; {expected}")
     return Blocks(*size)
+
+
+def config_of(blocks: Blocks, not_quantized: Sequence[str]) -> dict[str, Any]:
+    """`quantization_config` of a model with tensors in FP8, given the names of the modules that are not."""
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": list(blocks),
+        "modules_to_not_convert": list(not_quantized),
+    }
 
 
 def take_scales(stored: dict[str, StoredTensor], blocks: Blocks | None) -> dict[str, StoredTensor]:

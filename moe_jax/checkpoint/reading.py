@@ -16,10 +16,14 @@ from moe_jax import memory
 from moe_jax.checkpoint import filling
 from moe_jax.checkpoint.quantization import Blocks
 from moe_jax.checkpoint.safetensors_file import StoredTensor
+from moe_jax.dispatch.contract import scale_spec
 from moe_jax.dispatch.placement import ExpertPlacement
+from moe_jax.kernels import quantized
+from moe_jax.kernels.quantized import Quantized
 from moe_jax.model import parameters
 
 Index = tuple[slice, ...]
+HostArray = np.ndarray | Quantized  # the parts of the latter are NumPy arrays
 ShardingOf = Callable[[parameters.Parameter], jax.sharding.Sharding | None]
 
 
@@ -50,6 +54,8 @@ class Stack(NamedTuple):
         pieces: all of its tensors.
         mapped: whether its file is mapped instead of copied; it then has one piece, stored as it is used in memory.
         halved_itemsize: bytes of each number if the model is loaded in 16 bits: 4 for one that stays in float32.
+        block: for a parameter in eight bits, the size of the blocks that share a scale; the last may be smaller. None:
+            it is an array.
     """
 
     path: str
@@ -58,6 +64,34 @@ class Stack(NamedTuple):
     pieces: tuple[Piece, ...]
     mapped: bool
     halved_itemsize: int = 2
+    block: Blocks | None = None
+
+    @property
+    def even_block(self) -> tuple[int, int]:
+        """The blocks in memory, which divide the matrices."""
+        return quantized.even_block(self.block, *self.shape[-2:])
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Of the scales in memory."""
+        return *self.shape[:-2], *(size // one for size, one in zip(self.shape[-2:], self.even_block))
+
+    def scale_part(self, part: Index) -> Index:
+        """The scales of a part, which begins and ends with a block unless there is only one."""
+        last = zip(part[-2:], self.even_block, self.shape[-2:])
+        return *part[:-2], *(filling.blocks_of_part(*one) for one in last)
+
+    def bytes_of(self, part: Index) -> int:
+        """Bytes of a part in memory, scales included."""
+        scales = 0 if self.block is None else 4 * math.prod(_shape(self.scale_part(part)))
+        return math.prod(_shape(part)) * self.dtype.itemsize + scales
+
+    def allocate(self, part: Index) -> HostArray:
+        """Memory for a part, not initialised."""
+        values = filling.allocate(_shape(part), self.dtype)
+        if self.block is None:
+            return values
+        return Quantized(values, filling.allocate(_shape(self.scale_part(part)), np.dtype(np.float32)))
 
 
 def place_experts(stack: Stack, placement: ExpertPlacement | None) -> Stack:
@@ -93,7 +127,7 @@ def whole_index(stack: Stack) -> Index:
 
 def read(
     folder: pathlib.Path, stacks: Sequence[Stack], parts: Sequence[Sequence[Index]], blocks: Blocks | None
-) -> list[list[np.ndarray]]:
+) -> list[list[HostArray]]:
     """Reads parts of parameters into host memory; of each tensor only the bytes of these parts.
 
     Args:
@@ -109,14 +143,14 @@ def read(
         ValueError: the parts do not fit in memory, a file is truncated, or a value that is copied is not finite.
     """
     _require_memory(folder, stacks, parts)
-    sources: list[filling.Source] = []
-    found: list[list[np.ndarray]] = []
+    sources: list[filling.Source | filling.QuantizedSource] = []
+    found: list[list[HostArray]] = []
     for stack, stack_parts in zip(stacks, parts, strict=True):
         if stack.mapped:
             values = filling.map_values(stack.pieces[0].stored)
             found.append([values[part] for part in stack_parts])
             continue
-        arrays = [filling.allocate(_shape(part), stack.dtype) for part in stack_parts]
+        arrays = [stack.allocate(part) for part in stack_parts]
         for part, array in zip(stack_parts, arrays):
             sources += _sources(stack, part, array, blocks)
         found.append(arrays)
@@ -124,7 +158,7 @@ def read(
     return found
 
 
-def read_whole(folder: pathlib.Path, stacks: Sequence[Stack], blocks: Blocks | None) -> dict[str, np.ndarray]:
+def read_whole(folder: pathlib.Path, stacks: Sequence[Stack], blocks: Blocks | None) -> dict[str, HostArray]:
     """Reads parameters into host memory, by their paths."""
     arrays = read(folder, stacks, [[whole_index(stack)] for stack in stacks], blocks)
     return {stack.path: array for stack, [array] in zip(stacks, arrays)}
@@ -132,7 +166,7 @@ def read_whole(folder: pathlib.Path, stacks: Sequence[Stack], blocks: Blocks | N
 
 def load_onto_devices(
     folder: pathlib.Path, stacks: Sequence[Stack], blocks: Blocks | None, sharding_of: ShardingOf
-) -> dict[str, jax.Array]:
+) -> dict[str, jax.Array | Quantized]:
     """Loads parameters onto devices, by their paths.
 
     Each distinct shard is read once, for all devices that hold it. On a CPU JAX uses the memory into which it was read.
@@ -145,21 +179,48 @@ def load_onto_devices(
         sharding_of: gives the sharding of a parameter; None: on the default device.
     """
     shardings = [sharding_of(parameters.find([stack.path])) for stack in stacks]
+    scale_shardings = [_sharding_of_scales(*pair) for pair in zip(stacks, shardings)]
     places = [_places(*pair) for pair in zip(stacks, shardings)]
     parts = [list(dict.fromkeys(part for part, _ in place)) for place in places]
     arrays = read(folder, stacks, [[_index(part) for part in stack_parts] for stack_parts in parts], blocks)
     loaded = {}
-    for stack, sharding, place, stack_parts in zip(stacks, shardings, places, parts):
+    for stack, sharding, scale_sharding, place, stack_parts in zip(stacks, shardings, scale_shardings, places, parts):
         by_part = dict(zip(stack_parts, arrays.pop(0)))
         on_devices = [
-            jax.device_put(by_part[part], device, may_alias=True).block_until_ready() for part, device in place
+            jax.block_until_ready(jax.device_put(by_part[part], device, may_alias=True)) for part, device in place
         ]
-        loaded[stack.path] = (
-            on_devices[0]
-            if sharding is None
-            else jax.make_array_from_single_device_arrays(stack.shape, sharding, on_devices)
-        )
+        if stack.block is None:
+            loaded[stack.path] = _joined(stack.shape, sharding, on_devices)
+        else:
+            values = _joined(stack.shape, sharding, [one.values for one in on_devices])
+            scale = _joined(stack.scale_shape, scale_sharding, [one.scale for one in on_devices])
+            loaded[stack.path] = Quantized(values, scale)
     return loaded
+
+
+def _joined(shape: tuple[int, ...], sharding: jax.sharding.Sharding | None, on_devices: list[jax.Array]) -> jax.Array:
+    if sharding is None:
+        return on_devices[0]
+    return jax.make_array_from_single_device_arrays(shape, sharding, on_devices)
+
+
+def _sharding_of_scales(stack: Stack, sharding: jax.sharding.Sharding | None) -> jax.sharding.Sharding | None:
+    """That of the weights, but a block that spans an axis is on all of its devices.
+
+    Raises:
+        ValueError: a device's part of the weights would end within a block.
+    """
+    if stack.block is None or not isinstance(sharding, jax.sharding.NamedSharding):
+        return sharding
+    scale_sharding = jax.sharding.NamedSharding(sharding.mesh, scale_spec(sharding.spec, stack.scale_shape))
+    for size, axes in zip(stack.scale_shape, scale_sharding.spec):
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        if size % math.prod(sharding.mesh.shape[name] for name in names):
+            raise ValueError(
+                f"{stack.path} has {size} blocks of {' x '.join(map(str, stack.even_block))} weights that share a "
+                f"scale: expected a multiple of the size of mesh axis {', '.join(names)}, or model.expert_dtype=model"
+            )
+    return scale_sharding
 
 
 Bounds = tuple[tuple[int, int], ...]  # a part as start and end of each dimension, which can be hashed
@@ -184,7 +245,9 @@ def _shape(part: Index) -> tuple[int, ...]:
     return tuple(one.stop - one.start for one in part)
 
 
-def _sources(stack: Stack, part: Index, array: np.ndarray, blocks: Blocks | None) -> Iterable[filling.Source]:
+def _sources(
+    stack: Stack, part: Index, array: HostArray, blocks: Blocks | None
+) -> Iterable[filling.Source | filling.QuantizedSource]:
     """For each tensor that overlaps a part: the slice to read, and where it goes in the part's array."""
     for piece in stack.pieces:
         place: list[int | slice] = []
@@ -209,6 +272,12 @@ def _sources(stack: Stack, part: Index, array: np.ndarray, blocks: Blocks | None
                 taken.append(slice(low - first, high - first))
                 seen_as.append(end - first)
         else:
+            if stack.block is not None:
+                into, cut = array.values[tuple(place)], (tuple(seen_as), tuple(taken))
+                scales = array.scale[tuple(place[:-2])]
+                stored = piece.stored, into, piece.scale, blocks
+                yield filling.QuantizedSource(piece.name, *stored, *cut, scales, stack.block)
+                continue
             is_whole = [*map(slice, [0] * len(seen_as), seen_as)] == taken
             cut = () if is_whole else (tuple(seen_as), tuple(taken))
             yield filling.Source(piece.name, piece.stored, array[tuple(place)], piece.scale, blocks, *cut)
@@ -218,9 +287,11 @@ def _require_memory(folder: pathlib.Path, stacks: Sequence[Stack], parts: Sequen
     """Refuses what does not fit in memory; mapped parameters do not count, since the system can drop their pages."""
     needed_bytes = halved_bytes = 0
     for stack, stack_parts in zip(stacks, parts):
-        numbers = 0 if stack.mapped else sum(math.prod(_shape(part)) for part in stack_parts)
-        needed_bytes += numbers * stack.dtype.itemsize
-        halved_bytes += numbers * stack.halved_itemsize
+        if stack.mapped:
+            continue
+        needed_bytes += (own_bytes := sum(map(stack.bytes_of, stack_parts)))
+        numbers = sum(math.prod(_shape(part)) for part in stack_parts)
+        halved_bytes += numbers * stack.halved_itemsize if stack.block is None else own_bytes
     available_bytes = memory.host_bytes()
     remedy = "a smaller model"
     if halved_bytes <= available_bytes:

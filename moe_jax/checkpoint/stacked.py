@@ -23,6 +23,7 @@ from moe_jax.checkpoint.tables import INDEX, WEIGHTS, read_json
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import DTYPES
 from moe_jax.files import replaced_folder
+from moe_jax.kernels.quantized import Quantized
 from moe_jax.model import parameters
 from moe_jax.model.sharding import on_host
 
@@ -117,6 +118,11 @@ def dtypes_of(params: Mapping[str, Any], architecture: Architecture, dtype: str)
     for path, parameter in table.items():
         if arrays[path].shape != (expected := parameter.shape(architecture)):
             raise ValueError(f"parameter {path} has shape {arrays[path].shape}: the architecture asks for {expected}")
+        if isinstance(arrays[path], Quantized):
+            raise ValueError(
+                f"parameter {path} is in eight bits, which only the layout of Hugging Face holds: expected that, or "
+                "model.expert_dtype=model"
+            )
         dtypes[path] = np.dtype(arrays[path].dtype) if dtype == "auto" else parameter_dtype(parameter, dtype)
         if dtypes[path] not in filling.EXPONENTS:
             raise ValueError(f"parameter {path} is {dtypes[path].name}: expected one of {', '.join(DTYPES[1:])}")

@@ -51,7 +51,7 @@ class Command:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def open_model(
-        self, *, calibrated: bool = True, dtype: str = "", training: bool = False
+        self, *, calibrated: bool = True, dtype: str = "", training: bool = False, expert_dtype: str = ""
     ) -> "tuple[checkpoint.Checkpoint, decoder.Execution]":
         """Opens the model of `model.path` and checks it against the configuration, without reading weights.
 
@@ -59,6 +59,7 @@ class Command:
             calibrated: whether to read the calibration of `policy.calibration`, or of the model's folder.
             dtype: in which the weights will be loaded; "": `model.dtype`.
             training: whether it will be trained.
+            expert_dtype: of the routed experts, as it will be loaded; "": `model.expert_dtype`.
         """
         from moe_jax import checkpoint
 
@@ -68,26 +69,40 @@ class Command:
         self._layout_of(opened.architecture)  # refuses a mesh before "auto" opens the weights
         dtype = dtype or self.config.model.dtype
         dtype = opened.expected_dtype if dtype == "auto" else dtype
-        return opened, self.execution_of(opened.architecture, dtype, training)
+        expert_dtype = expert_dtype or self.config.model.expert_dtype
+        if training and self.config.model.eight_bits:
+            raise ValueError(
+                f"model.expert_dtype = {expert_dtype!r}: weights in eight bits have no gradient: expected auto or "
+                "model, with which they are trained in training.weights"
+            )
+        expert_dtype = opened.eight_bits("model" if training else expert_dtype)
+        return opened, self.execution_of(opened.architecture, dtype, training, expert_dtype)
 
-    def execution_of(self, architecture: Architecture, dtype: str, training: bool = False) -> "decoder.Execution":
-        """How a model runs here, its weights in `dtype`; the chosen implementations go into the result."""
+    def execution_of(
+        self, architecture: Architecture, dtype: str, training: bool = False, expert_dtype: str = ""
+    ) -> "decoder.Execution":
+        """How a model runs here, its weights in `dtype`; the chosen implementations go into the result.
+
+        `expert_dtype` is that of the routed experts' weights if they are in eight bits.
+        """
         from moe_jax.engine.request import execution_of
 
         layout = self._layout_of(architecture)
-        execution = execution_of(architecture, self.config.policy.k_max, self.config.kernels, dtype, layout, training)
+        settings = {"dtype": dtype, "layout": layout, "training": training, "expert_dtype": expert_dtype}
+        execution = execution_of(architecture, self.config.policy.k_max, self.config.kernels, **settings)
         self.implementations |= execution.implementations
         return execution
 
-    def load(self, opened: "checkpoint.Checkpoint") -> "api.Model":
-        """Loads a model in `model.dtype` onto the mesh, timed."""
+    def load(self, opened: "checkpoint.Checkpoint", expert_dtype: str = "") -> "api.Model":
+        """Loads a model in `model.dtype` onto the mesh, timed; experts in `model.expert_dtype` unless one is given."""
         from moe_jax import api
         from moe_jax.model.sharding import sharding_of
 
         layout = self._layout_of(opened.architecture)
         placement = None if layout is None else layout.placement
         with self.timed("load"):
-            params = opened.load(self.config.model.dtype, sharding_of(layout), placement)
+            expert_dtype = expert_dtype or self.config.model.expert_dtype
+            params = opened.load(self.config.model.dtype, sharding_of(layout), placement, expert_dtype)
         return api.Model(opened, params, layout)
 
     def _layout_of(self, architecture: Architecture) -> "sharding.Layout | None":

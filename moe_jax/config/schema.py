@@ -19,6 +19,7 @@ from moe_jax.config.pruning import PruneConfig
 from moe_jax.config.search import SearchConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+EXPERT_DTYPES = ("auto", "model", "float8_e4m3fn", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +28,17 @@ class ModelConfig:
 
     path: str = ""  # a checkpoint folder in the Hugging Face layout
     dtype: str = "auto"  # of weights and activations; "auto": the dtype of the stored weights
+    # of the routed experts' weights; "auto": eight bits if they are stored so, else model.dtype; "model": model.dtype
+    expert_dtype: str = "auto"
 
     def __post_init__(self):
         require_one_of("model", self, "dtype", DTYPES)
+        require_one_of("model", self, "expert_dtype", EXPERT_DTYPES)
+
+    @property
+    def eight_bits(self) -> str:
+        """The dtype of experts in eight bits, if it is asked for by name; "" otherwise."""
+        return self.expert_dtype if self.expert_dtype not in ("auto", "model") else ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,6 +129,7 @@ class EvaluationConfig:
     """What is measured on the held-out text."""
 
     policies: tuple[str, ...] = ("model",)  # the others are compared with the first
+    expert_dtypes: tuple[str, ...] = ()  # other values of model.expert_dtype, with which to measure the policies too
     batch_size: int = 16  # windows or questions per step; fewer if windows are long
     context: int = 0  # tokens per window of text; 0: the model's context, at most 2048
     documents: int = 0  # use the first n documents of the held-out text; 0: all
@@ -130,6 +140,10 @@ class EvaluationConfig:
 
     def __post_init__(self):
         require(len(self.policies) > 0, "evaluation.policies", self.policies, "at least one policy")
+        given = self.expert_dtypes
+        expected = f"some of {', '.join(EXPERT_DTYPES)}, each once"
+        each_once = len({*given}) == len(given) and {*given} <= {*EXPERT_DTYPES}
+        require(each_once, "evaluation.expert_dtypes", given, expected)
         require_one_of("evaluation", self, "half", ("", "even", "odd"))
         require(self.documents >= 0, "evaluation.documents", self.documents, "0 (all) or more")
         require(self.context == 0 or self.context > 3, "evaluation.context", self.context, "0, or 4 or more")

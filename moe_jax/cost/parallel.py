@@ -45,9 +45,7 @@ class Share(NamedTuple):
         return self.floor_s(chip) + START_S * self.collectives
 
 
-def shard_size(
-    parameter: Parameter, architecture: Architecture, layout: Layout | None, gathered: bool = False
-) -> int:
+def shard_size(parameter: Parameter, architecture: Architecture, layout: Layout | None, gathered: bool = False) -> int:
     """The numbers of a parameter that one device has; `gathered`: while its layer runs."""
     shape = parameter.shape(architecture)
     return math.prod(shape if layout is None else layout.of_parameter(parameter, gathered).shard_shape(shape))

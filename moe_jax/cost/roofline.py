@@ -93,7 +93,13 @@ def tensor_parallel_elements(tokens: int, devices: int, d_model: int) -> int:
     return 2 * (devices - 1) * tokens * d_model
 
 
-def work(architecture: Architecture, step: Step, itemsize: int, cache_itemsize: int | None = None) -> Work:
+def work(
+    architecture: Architecture,
+    step: Step,
+    itemsize: int,
+    cache_itemsize: int | None = None,
+    expert_itemsize: float | None = None,
+) -> Work:
     """Counts the least work of a prefill or decode step that samples one token for each row.
 
     Args:
@@ -101,19 +107,22 @@ def work(architecture: Architecture, step: Step, itemsize: int, cache_itemsize: 
         step: the tokens and slots of the step.
         itemsize: bytes of a weight.
         cache_itemsize: bytes of a number in the cache; None: those of a weight.
+        expert_itemsize: bytes of a weight of the routed experts; None: those of any other.
     """
     cache_itemsize = itemsize if cache_itemsize is None else cache_itemsize
-    return Work(_bytes(architecture, step, itemsize, cache_itemsize), _flops(architecture, step))
+    expert_itemsize = itemsize if expert_itemsize is None else expert_itemsize
+    return Work(_bytes(architecture, step, itemsize, cache_itemsize, expert_itemsize), _flops(architecture, step))
 
 
-def _bytes(architecture: Architecture, step: Step, itemsize: int, cache_itemsize: int) -> float:
+def _bytes(architecture: Architecture, step: Step, itemsize: int, cache_itemsize: int, expert_itemsize: float) -> float:
     trunk = architecture.decoder
     head = _head_size(architecture)
     rows = 0 if trunk.tie_embeddings else min(step.tokens, trunk.vocab_size) * trunk.d_model  # tied: part of the head
     experts = step.distinct_experts * count_expert(architecture)
     position = trunk.num_layers * cached_numbers(architecture.attention)
     cache = position * (sum(step.cached_B) + step.tokens)
-    return itemsize * (count(architecture, _always_read) + head + rows + experts) + cache_itemsize * cache
+    weights = itemsize * (count(architecture, _always_read) + head + rows) + expert_itemsize * experts
+    return weights + cache_itemsize * cache
 
 
 def _flops(architecture: Architecture, step: Step) -> float:

@@ -65,7 +65,7 @@ def dispatch(
     run = jax.shard_map(
         functools.partial(implementation.run, kernel=kernel, how=how),
         mesh=how.mesh,
-        in_specs=(x_spec, P(rows), how.experts_specs),
+        in_specs=(x_spec, P(rows), how.specs_of(experts)),
         out_specs=(x_spec, Counts(P(how.expert_axes), P(), P())),
         check_vma=False,  # kernels do not say over which axes their results vary
     )

@@ -10,13 +10,14 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.config.mesh import AXES
 from moe_jax.dispatch.placement import ExpertPlacement
+from moe_jax.kernels.quantized import Quantized
 
 
 class Experts(NamedTuple):
     """The routed experts of one layer, within the stacks of all layers: they are not copied out of them."""
 
-    gate_up_LEIFD: jax.Array
-    down_LEDF: jax.Array
+    gate_up_LEIFD: jax.Array | Quantized
+    down_LEDF: jax.Array | Quantized
     layer: jax.Array  # int32 scalar, the index L
 
 
@@ -90,3 +91,16 @@ class Dispatch:
     def experts_specs(self) -> Experts:
         """The layout of the stacks: E over the expert axes, F over `tensor`."""
         return Experts(P(None, self.expert_axes, None, "tensor", None), P(None, self.expert_axes, None, "tensor"), P())
+
+    def specs_of(self, experts: Experts) -> Experts:
+        """`experts_specs`, and for weights in eight bits the layout of their scales."""
+        return Experts(*map(_with_scale, self.experts_specs, experts))
+
+
+def _with_scale(spec: P, weight: jax.Array | Quantized) -> P | Quantized:
+    return Quantized(spec, scale_spec(spec, weight.scale.shape)) if isinstance(weight, Quantized) else spec
+
+
+def scale_spec(spec: P, shape: tuple[int, ...]) -> P:
+    """The layout of scales: that of their weights, but a block that spans an axis is on all of its devices."""
+    return P(*(None if size == 1 else axes for size, axes in zip(shape, spec, strict=True)))

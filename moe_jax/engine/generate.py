@@ -15,7 +15,7 @@ from moe_jax.engine.batch import Grouping, PaddedPrompts, group_by_length, live_
 from moe_jax.engine.completion import Completion, RunningRequest
 from moe_jax.engine.request import Request
 from moe_jax.engine.steps import CacheSlots, DecodeResult, Live, PrefillResult
-from moe_jax.model import decoder, formats
+from moe_jax.model import decoder, dtypes, formats
 from moe_jax.model.finite import NotFiniteError, require_finite
 from moe_jax.model.sharding import on_all
 
@@ -101,7 +101,7 @@ class Engine:
         self.params = formats.laid_out(params, jax.default_backend())
         self._tokenizer = tokenizer
         self.end_I = np.array(sorted(set(end_ids)), np.int32)
-        self.most_steps = 1 if _widens_in_loops(decoder.dtype_of(params)) else MOST_STEPS
+        self.most_steps = 1 if _widens_in_loops(dtypes.dtype_of(params)) else MOST_STEPS
         self._programs: dict[tuple, jax.stages.Compiled] = {}
 
     def compile(self, requests: Sequence[Request], execution: decoder.Execution) -> None:
@@ -195,7 +195,7 @@ class Engine:
         caches.require_memory(
             execution.architecture,
             needed,
-            decoder.dtype_of(self.params),
+            dtypes.dtype_of(self.params),
             execution.layout,
             execution.channel_multiple,
         )
@@ -252,12 +252,10 @@ class Engine:
 
     def empty(self, slots: int, memory: int, execution: decoder.Execution) -> CacheSlots:
         """Empty slots, each with a cache of `memory` positions."""
-        layout, dtype = execution.layout, decoder.dtype_of(self.params)
+        layout, dtype = execution.layout, dtypes.dtype_of(self.params)
 
         def make():
-            cache = caches.allocate(
-                execution.architecture, slots, memory, dtype, layout, execution.channel_multiple
-            )
+            cache = caches.allocate(execution.architecture, slots, memory, dtype, layout, execution.channel_multiple)
             return CacheSlots(cache, *(jax.numpy.zeros(slots, np.int32) for _ in CacheSlots._fields[1:]))
 
         if layout is None:
@@ -318,10 +316,8 @@ class Engine:
         static = {"execution": execution, "memory": shape.memory, "chunk": caches.CHUNK, "routing": routing}
         key = (steps.prefill, execution, shape, routing, jax.tree.structure(batch.live))
         if key not in self._programs:
-            needed, dtype = [(shape.batch, shape.memory)], decoder.dtype_of(self.params)
-            caches.require_memory(
-                execution.architecture, needed, dtype, execution.layout, execution.channel_multiple
-            )
+            needed, dtype = [(shape.batch, shape.memory)], dtypes.dtype_of(self.params)
+            caches.require_memory(execution.architecture, needed, dtype, execution.layout, execution.channel_multiple)
         return self._program(key, lambda: steps.prefill.lower(*self._prefill_inputs(batch, execution), **static))
 
     def _insert_program(

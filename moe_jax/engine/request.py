@@ -42,6 +42,7 @@ def execution_of(
     layout: Layout | None = None,
     training: bool = False,
     platform: str = "",
+    expert_dtype: str = "",
 ) -> Execution:
     """The static settings of the programs that run a model.
 
@@ -49,10 +50,11 @@ def execution_of(
         architecture: the model's architecture.
         k_max: static slots per token; 0: the model's own k.
         kernels: the implementation of each operation; None: by platform, device and model.
-        dtype: of the routed experts' weights; some kernels are for 16 bits only.
+        dtype: in which the routed experts' products run; some kernels are for 16 bits only.
         layout: the mesh that it runs on, and how tokens reach their experts there; None: one device.
         training: whether its steps have a gradient.
         platform: "cpu", "gpu" or "tpu"; "": that of this process.
+        expert_dtype: of the routed experts' weights if they are in eight bits; "": they are not.
 
     Raises:
         ValueError: the router cannot choose `k_max` experts, or an implementation is unknown or does not run here.
@@ -64,15 +66,15 @@ def execution_of(
     asked = dataclasses.asdict(kernels or KernelsConfig())
     num_devices = 1 if layout is None else layout.mesh.size
     platform = platform or jax.default_backend()
-    resolved = chooser.resolve(platform, architecture, dtype, asked, num_devices)
+    resolved = chooser.resolve(platform, architecture, dtype, asked, num_devices, expert_dtype)
     k_max = k_max or moe.k
     if layout is None:
-        return Execution(architecture, k_max, resolved)
+        return Execution(architecture, k_max, resolved, expert_dtype=expert_dtype)
     dropping = {"capacity": layout.capacity, "drop": True} if layout.capacity else {}
     how = Dispatch(mesh=layout.mesh, expert_axes=layout.expert_axes, placement=layout.placement, **dropping)
     row_bytes = architecture.decoder.d_model * jnp.dtype(dtype).itemsize
     chosen = choose(how, layout.dispatch, k_max, row_bytes, platform, training)
-    return Execution(architecture, k_max, resolved, chosen, layout)
+    return Execution(architecture, k_max, resolved, chosen, layout, expert_dtype)
 
 
 def policy_of_each(

@@ -12,7 +12,7 @@ from jax import lax
 
 from moe_jax.engine import cache as caches
 from moe_jax.engine.sampling import Sampling, sample_tokens
-from moe_jax.model import decoder
+from moe_jax.model import decoder, dtypes
 from moe_jax.model.attention import Cache
 from moe_jax.model.sharding import Layout, whole
 from moe_jax.routing import policies
@@ -91,7 +91,7 @@ def prefill(params, tokens_BT, length_B, budget_B, end_I, live: Live, *, executi
     batch, length = tokens_BT.shape
     layout = execution.layout
     cache = caches.allocate(
-        execution.architecture, batch, memory, decoder.dtype_of(params), layout, execution.channel_multiple
+        execution.architecture, batch, memory, dtypes.dtype_of(params), layout, execution.channel_multiple
     )
     valid_BT = jnp.arange(length)[None, :] < length_B[:, None]
     last_B = jnp.maximum(length_B - 1, 0)
@@ -141,7 +141,7 @@ def _in_chunks(params, cache, tokens_BT, last_B, valid_BT, policy, execution, ch
         last_BD = jnp.where(ends_here_B[:, None], ended_BD, last_BD)
         return cache, last_BD, chosen_LBTK, load_LE + use.load_E, overflow_L + use.overflow
 
-    last_BD = jnp.zeros((batch, trunk.d_model), decoder.dtype_of(params))
+    last_BD = jnp.zeros((batch, trunk.d_model), dtypes.dtype_of(params))
     chosen_LBTK = jnp.full((layers, batch, length, execution.k_max), -1, jnp.int32)
     load_LE = jnp.zeros((layers, execution.architecture.moe.num_experts), jnp.int32)
     count = last_B.max() // chunk + 1

@@ -1,7 +1,9 @@
 """Chooses the implementation of each operation: by name, or for the platform, the device and the model.
 
 A module of an implementation may say where it runs: `PLATFORM`, if on one alone; and `lacks(architecture, dtype)`, the
-reason why it cannot run this model here, or ""; and `ONE_DEVICE = True`, if it reads whole arrays only.
+reason why it cannot run this model here, or ""; and `ONE_DEVICE = True`, if it reads whole arrays only. One of grouped
+matmul says in `EIGHT_BITS` in which of `quantized.DTYPES` it takes weights; it may have `lacks_eight_bits(architecture,
+dtype)`, such a reason for these.
 """
 
 import functools
@@ -36,6 +38,7 @@ def resolve(
     dtype: str,
     asked: Mapping[str, str] | None = None,
     num_devices: int = 1,
+    expert_dtype: str = "",
 ) -> Kernels:
     """Chooses an implementation of every operation.
 
@@ -44,9 +47,10 @@ def resolve(
     Args:
         platform: "cpu", "gpu" or "tpu".
         architecture: of the model.
-        dtype: of the routed experts' weights.
+        dtype: in which the routed experts' products run.
         asked: by operation, the name of an implementation or "auto"; missing operations are "auto".
         num_devices: of the mesh that the model runs on.
+        expert_dtype: of the routed experts' weights if they are in eight bits; "": they are not.
 
     Raises:
         ValueError: an operation or a name is unknown, there is no implementation for the platform, or the named one
@@ -62,6 +66,13 @@ def resolve(
             return f"runs on {only.upper()}s only, not on {platform!r}"
         if num_devices > 1 and getattr(implementation, "ONE_DEVICE", False):
             return f"runs on one device only, not on a mesh of {num_devices}"
+        if expert_dtype and implementation in grouped_matmul.IMPLEMENTATIONS.values():
+            if expert_dtype not in getattr(implementation, "EIGHT_BITS", ()):
+                return f"takes no weights in eight bits ({expert_dtype})"
+            if hasattr(implementation, "lacks_eight_bits"):
+                reason = implementation.lacks_eight_bits(architecture, expert_dtype)
+                if reason:
+                    return reason
         return implementation.lacks(architecture, dtype) if hasattr(implementation, "lacks") else ""
 
     return Kernels(*(_resolve(name, asked.get(name, "auto"), platform, lacks) for name in OPERATIONS))

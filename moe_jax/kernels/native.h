@@ -10,6 +10,7 @@
 #include <functional>
 #include <memory>
 #include <thread>
+#include <type_traits>
 
 #if defined(__AVX2__) || defined(__F16C__)
 #include <immintrin.h>
@@ -29,6 +30,8 @@ typedef float Floats __attribute__((vector_size(4 * kLanes), aligned(4), may_ali
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
 typedef uint32_t Words __attribute__((vector_size(4 * kLanes), aligned(2), may_alias));
 typedef _Float16 Float16s __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+typedef int32_t Integers __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes), aligned(1), may_alias));
 
 // Reading, multiplying and storing numbers of one dtype.
 //
@@ -113,6 +116,90 @@ struct BFloat16 {
   }
 };
 
+// Eight-bit numbers, which are exact in every dtype of rows.
+//
+// `FromWords` converts the lowest bytes of kLanes words. `Halve` converts 2 * kLanes numbers to bfloat16, in order.
+struct Int8 {
+  using Number = int8_t;
+  static Floats FromWords(const Words& bytes) {
+    return __builtin_convertvector((Integers)(bytes << 24) >> 24, Floats);
+  }
+#ifdef __AVX512BF16__
+  static __m512bh Halve(const Number* from) {
+    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)from)));
+    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(from + kLanes))));
+    return _mm512_cvtne2ps_pbh(high, low);
+  }
+#endif
+};
+
+// float8_e4m3fn: four bits of exponent with a bias of 7, three of mantissa. NaN is not expected.
+struct Float8 {
+  using Number = uint8_t;
+  static Floats FromWords(const Words& bytes) {
+    // Exponent 0 means multiples of 2^-9: those are 2^-6 (1 + m / 8) less 2^-6. No step has a denormal number.
+    const Words is_small = (Words)((bytes & 0x78) == 0);
+    const Words bits = ((bytes & 0x7f) << 20) + (120 << 23) + (is_small & (1 << 23));
+    const Floats magnitude = (Floats)bits - (Floats)(is_small & (121 << 23));
+    return (Floats)((Words)magnitude | ((bytes & 0x80) << 24));
+  }
+#ifdef __AVX512BF16__
+  struct Table {
+    alignas(64) uint16_t bfloat16[128] = {};
+    constexpr Table() {
+      for (int exponent = 1; exponent < 16; exponent++)
+        for (int mantissa = 0; mantissa < 8; mantissa++)
+          bfloat16[8 * exponent + mantissa] = (exponent + 120) << 7 | mantissa << 4;
+      const int leading[8] = {0, 0, 1, 1, 2, 2, 2, 2};  // m 2^-9 = 2^(leading - 9) (1 + ..)
+      for (int m = 1; m < 8; m++)
+        bfloat16[m] = (127 - 9 + leading[m]) << 7 | (m - (1 << leading[m])) << (7 - leading[m]);
+    }
+  };
+  static __m512bh Halve(const Number* from) {
+    static constexpr Table table;
+    const auto at = [](int entry) { return _mm512_load_si512(table.bfloat16 + entry); };
+    const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i*)from));
+    const __m512i low = _mm512_permutex2var_epi16(at(0), bytes, at(32));
+    const __m512i high = _mm512_permutex2var_epi16(at(64), bytes, at(96));
+    const __mmask32 is_high = _mm512_test_epi16_mask(bytes, _mm512_set1_epi16(0x40));
+    const __m512i magnitude = _mm512_mask_blend_epi16(is_high, low, high);
+    const __m512i sign = _mm512_and_si512(_mm512_slli_epi16(bytes, 8), _mm512_set1_epi16((short)0x8000));
+    return (__m512bh)_mm512_or_si512(magnitude, sign);
+  }
+#endif
+};
+
+// Numbers of W, converted to a pack or to words of T where they are not T already.
+template <typename W>
+Floats WidenBytes(const typename W::Number* from) {
+  return W::FromWords(__builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Words));
+}
+
+template <typename T, typename W>
+typename T::Pack LoadAs(const typename W::Number* from) {
+  if constexpr (std::is_same_v<T, W>) {
+    return T::Load(from);
+  } else if constexpr (T::kStep == kLanes) {
+    return WidenBytes<W>(from);
+  } else {
+#ifdef __AVX512BF16__
+    return W::Halve(from);
+#else
+    const Words both = __builtin_convertvector(*reinterpret_cast<const Halves*>(from), Words);
+    return {W::FromWords(both & 0xff), W::FromWords(both >> 8)};
+#endif
+  }
+}
+
+template <typename T, typename W>
+Words LoadWordsAs(const typename W::Number* from) {
+  if constexpr (std::is_same_v<T, W>) return T::LoadWords(from);
+#ifdef __AVX512BF16__
+  else if constexpr (T::kPerWord == 2) return (Words)W::Halve(from);
+#endif
+  else return (Words)WidenBytes<W>(from);
+}
+
 inline float Sum(Floats x) {
 #ifdef __AVX512F__
   return _mm512_reduce_add_ps((__m512)x);
@@ -136,11 +223,11 @@ Floats WidenSome(const typename T::Number* from, int64_t count) {
   return count >= kLanes ? T::Widen(from) : T::Widen(Padded<T, kLanes>(from, count).numbers);
 }
 
-template <typename T>
-Words LoadWords(const typename T::Number* from, int64_t count) {
+template <typename T, typename W = T>
+Words LoadWords(const typename W::Number* from, int64_t count) {
   constexpr int kNumbers = kLanes * T::kPerWord;
-  if (count >= kNumbers) return T::LoadWords(from);
-  return T::LoadWords(Padded<T, kNumbers>(from, count).numbers);
+  if (count >= kNumbers) return LoadWordsAs<T, W>(from);
+  return LoadWordsAs<T, W>(Padded<W, kNumbers>(from, count).numbers);
 }
 
 // The lanes of two concatenated vectors that make up the new two when blocks of `kSize` lanes are swapped.

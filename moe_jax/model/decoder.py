@@ -15,6 +15,7 @@ from moe_jax.config.layer_order import Block, Layer
 from moe_jax.kernels import chooser
 from moe_jax.model import attention, latent_attention, parameters, rope
 from moe_jax.model.attention import Cache
+from moe_jax.model.dtypes import dtype_of, experts_dtype
 from moe_jax.model.execution import Execution
 from moe_jax.model.layers import Stacked, feed_forward, one_layer, project, rms_norm
 from moe_jax.model.low_rank import KEPT, holds_any, merge
@@ -54,7 +55,7 @@ class Decoder(Weights):
         """float32 logits_BTV of whole texts, with the model's own number of experts; differentiable."""
         architecture, (batch, length) = self.architecture, tokens_BT.shape
         params = split(self)
-        kernels = chooser.resolve(jax.default_backend(), architecture, experts_dtype(params).name)
+        kernels = chooser.resolve(jax.default_backend(), architecture, experts_dtype(params))
         execution = Execution(architecture, architecture.moe.k, kernels)
         live = policies.settings([MODEL_OWN] * batch, architecture, architecture.moe.k)
         positions_BT = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
@@ -66,20 +67,6 @@ class Decoder(Weights):
 def split(decoder: Decoder) -> Params:
     """Returns the parameters as nested dicts of arrays."""
     return nnx.to_pure_dict(nnx.state(decoder))
-
-
-def dtype_of(params: Params) -> jnp.dtype:
-    """The dtype of activations and caches: the narrowest of the weights.
-
-    Products with wider weights run in the weights' dtype; their results are rounded to this one.
-    """
-    return min((leaf.dtype for leaf in jax.tree.leaves(params)), key=lambda dtype: dtype.itemsize)
-
-
-def experts_dtype(params: Params) -> jnp.dtype:
-    """The dtype of the routed experts' weights."""
-    stacks = [part for part in params.values() if isinstance(part, dict)]
-    return next(stack["experts"]["down_LEDF"].dtype for stack in stacks if "experts" in stack)
 
 
 def _one_layer(weights: Params, modules: tuple[str, ...], layer: jax.Array | int, projection: str = "") -> Params:

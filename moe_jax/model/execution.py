@@ -19,11 +19,13 @@ class Execution:
     kernels: Kernels
     dispatch: DispatchByTokens = DispatchByTokens()
     layout: Layout | None = None  # the mesh that it runs on; None: one device
+    expert_dtype: str = ""  # of the routed experts' weights if they are in eight bits
 
     @property
     def implementations(self) -> dict[str, str]:
-        """Of the operations that have several, as results name them."""
-        return self.kernels._asdict() | ({} if self.layout is None else {"dispatch": self.dispatch.name})
+        """Of the operations that have several, as results name them, and the dtype of experts in eight bits."""
+        dispatch = {} if self.layout is None else {"dispatch": self.dispatch.name}
+        return self.kernels._asdict() | dispatch | ({"expert_dtype": self.expert_dtype} if self.expert_dtype else {})
 
     @property
     def exact(self) -> Self:

@@ -4,7 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from moe_jax.model.decoder import Params, dtype_of
+from moe_jax.model.decoder import Params
+from moe_jax.model.dtypes import dtype_of
 
 _REMEDIES = {
     "float16": "float16, whose largest number is 65504: expected model.dtype=bfloat16 or float32",

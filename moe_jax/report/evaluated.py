@@ -10,10 +10,11 @@ from moe_jax.study.compare import Measured, Task
 
 
 def rows(task: Task, measured: Measured) -> list[Row]:
-    """The rows of result.json: each policy's figures and, from the second on, their differences from the first's.
+    """The rows of result.json: the figures of each policy, with each set of weights if there are several.
 
-    Differences are paired by document. `bits_per_byte_increase` is a fraction of the first policy's bits per byte; the
-    others have the unit of their figure. What nothing was asked for has no figure.
+    From the second row on with differences from the first, paired by document. `bits_per_byte_increase` is a fraction
+    of the first row's bits per byte; the others have the unit of their figure. What nothing was asked for has no
+    figure.
     """
     bytes_J = task.held_out.bytes_J
     count = len(bytes_J)
@@ -33,7 +34,7 @@ def rows(task: Task, measured: Measured) -> list[Row]:
 
     rows = []
     first = measured.likelihoods[0]
-    for number, (policy, scored) in enumerate(zip(task.compared, measured.likelihoods, strict=True)):
+    for number, (measured_name, scored) in enumerate(zip(measured.names, measured.likelihoods, strict=True)):
         figures = {
             "bits_per_byte": figure(ratio(scored.bits_J, bytes_J), "bit/byte"),
             "kl_to_full": figure(ratio(scored.kl_J, scored.tokens_J), "nat/token"),
@@ -45,7 +46,7 @@ def rows(task: Task, measured: Measured) -> list[Row]:
             figures["bits_per_byte_increase"] = figure(paired_ratio(scored.bits_J, first.bits_J), "1")
             for (name, unit, part, whole), (_, _, reference, _) in zip(rates(number), rates(0)):
                 figures[f"{name}_difference"] = figure(paired_difference(part, reference, whole), unit)
-        rows.append({"policy": policy.spec, "figures": figures})
+        rows.append({"policy": measured_name, "figures": figures})
     return rows
 
 
@@ -69,7 +70,7 @@ def table(rows: Sequence[Row]) -> str:
 
 def details(task: Task, measured: Measured) -> dict[str, str]:
     """`documents.csv`, each document's bits under each policy, and `expert_load.csv`, each expert's slots."""
-    specs = [policy.spec for policy in task.compared]
+    specs = measured.names
     loads_PLE = [scored.load_LE for scored in measured.likelihoods]
     expert_lines = [
         [spec, layer, *load_E]

@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import layer_order
+from moe_jax.kernels import quantized
 from moe_jax.kernels.expert_ffn.api import swiglu
+from moe_jax.kernels.quantized import Quantized
 from moe_jax.model import decoder
 from moe_jax.model.finite import require_finite
 from moe_jax.routing import policies
@@ -71,7 +73,8 @@ def measure(params: decoder.Params, tokens_JT: np.ndarray, execution: decoder.Ex
             router = {name: value[index] for name, value in params[stack]["router"].items()}
             with_own_k = dataclasses.replace(moe, k=architecture.k_L[column], k_of_layers=())
             ratios[column].append(np.asarray(_ratios(x_LND[column], router, moe=with_own_k)))
-            gram_EE = _gram(x_LND[column, sample], experts["gate_up_LEIFD"][index], experts["down_LEDF"][index])
+            matrices = (_layer(experts[name], index) for name in ("gate_up_LEIFD", "down_LEDF"))
+            gram_EE = _gram(x_LND[column, sample], *matrices)
             gram_LEE[column, : moe.num_experts, : moe.num_experts] += gram_EE  # a layer may have fewer experts
     norm_LE = np.sqrt(np.maximum(np.einsum("lee->le", gram_LEE), np.finfo(np.float32).tiny))
     require_finite(gram_LEE, "the outputs of experts", params)
@@ -82,6 +85,13 @@ def measure(params: decoder.Params, tokens_JT: np.ndarray, execution: decoder.Ex
         (gram_LEE / norm_LE[:, :, None] / norm_LE[:, None, :]).astype(np.float32),
         sample_of(params["moe"]["router"]["weight_LED"]),
     )
+
+
+def _layer(stack, index: int) -> jax.Array:
+    """All experts of one layer; in float32 if they are in eight bits."""
+    if isinstance(stack, Quantized):
+        return quantized.dequantize(stack.values[index], stack.scale[index], jnp.float32)
+    return stack[index]
 
 
 @functools.partial(jax.jit, static_argnames="moe")

@@ -1,5 +1,6 @@
 """Compares policies side by side on held-out text: likelihood, choices of the next line, and completions."""
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,6 +38,14 @@ class Measured(NamedTuple):
     likelihoods: Sequence[likelihood.Likelihood]
     right: np.ndarray  # bool [policies, questions]
     parses: np.ndarray  # bool [policies, greedy and sampled, headers]
+    names: Sequence[str]  # of what was measured: the policy's spec, and the dtype of experts where there are several
+
+
+def joined(parts: Sequence[Measured]) -> Measured:
+    """The measurements of several sets of weights, one after the other."""
+    likelihoods, right, parses, names = zip(*parts)
+    in_order = itertools.chain.from_iterable
+    return Measured([*in_order(likelihoods)], np.concatenate(right), np.concatenate(parses), [*in_order(names)])
 
 
 def compared_policies(
@@ -107,9 +116,19 @@ def prepare(
 
 
 def measure(
-    config: EvaluationConfig, seed: int, task: Task, engine: Engine, tokenizer, execution: Execution, journal: Journal
+    config: EvaluationConfig,
+    seed: int,
+    task: Task,
+    engine: Engine,
+    tokenizer,
+    execution: Execution,
+    journal: Journal,
+    weights: str = "",
 ) -> Measured:
-    """Runs every measurement under every policy, except those that the journal already holds."""
+    """Runs every measurement under every policy, except those that the journal already holds.
+
+    `weights` says which weights these are, in names.
+    """
     with_full, reference = _with_full(task.compared, execution.architecture)
     likelihoods = likelihood.score_documents(
         engine.params,
@@ -135,7 +154,8 @@ def measure(
         seed=seed,
         journal=journal,
     )
-    return Measured(likelihoods[: len(task.compared)], choices.is_right(per_byte), parses)
+    names = [policy.spec + (f", {weights}" if weights else "") for policy in task.compared]
+    return Measured(likelihoods[: len(task.compared)], choices.is_right(per_byte), parses, names)
 
 
 def window_of(config: EvaluationConfig, architecture: Architecture) -> int:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import layer_order
-from moe_jax.model import decoder
+from moe_jax.model import decoder, dtypes
 from moe_jax.model.finite import require_finite
 from moe_jax.model.moe import moe_layer
 from moe_jax.routing import policies
@@ -39,7 +39,7 @@ def sensitivities(params: decoder.Params, execution: decoder.Execution, seed: in
     own_L = architecture.k_L
     live = policies.settings([parse(f"topk:{k}") for k in range(1, max(own_L) + 1)], architecture, execution.k_max)
     cost_LK = np.full((len(own_L), max(own_L)), np.inf)
-    shape, dtype = (TOKENS, architecture.decoder.d_model), decoder.dtype_of(params)
+    shape, dtype = (TOKENS, architecture.decoder.d_model), dtypes.dtype_of(params)
     for stack, index, _, column in filter(lambda layer: layer.is_moe, layer_order.layers(architecture)):
         own = own_L[column]
         router = {name.replace("_L", "_"): value[index] for name, value in params[stack]["router"].items()}

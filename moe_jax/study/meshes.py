@@ -42,9 +42,7 @@ def dividing(
                 yield mesh
 
 
-def ranked(
-    found: Sequence[MeshConfig], counted: Callable[[MeshConfig], Candidate], chip: Chip
-) -> list[Candidate]:
+def ranked(found: Sequence[MeshConfig], counted: Callable[[MeshConfig], Candidate], chip: Chip) -> list[Candidate]:
     """The meshes in the order of their time; what does not fit in the memory of a device comes last, by its size."""
 
     def order(one: Candidate) -> tuple[int, float]:

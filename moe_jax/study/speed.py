@@ -22,7 +22,7 @@ from moe_jax.engine.batch import PaddedPrompts, live_of, pad_prompts
 from moe_jax.engine.generate import Engine, steps_at_once
 from moe_jax.engine.request import AnyPolicy, make_requests
 from moe_jax.engine.steps import CacheSlots, DecodeResult, Live
-from moe_jax.model.decoder import dtype_of
+from moe_jax.model.dtypes import dtype_of
 from moe_jax.model.execution import Execution
 from moe_jax.model.finite import require_finite
 from moe_jax.routing import policies

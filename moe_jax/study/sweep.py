@@ -14,7 +14,8 @@ from moe_jax.evaluation import concurrent
 from moe_jax.evaluation.intervals import paired_ratio, ratio
 from moe_jax.evaluation.journal import Journal
 from moe_jax.model import parameters
-from moe_jax.model.decoder import Params, dtype_of
+from moe_jax.model.decoder import Params
+from moe_jax.model.dtypes import dtype_of, expert_itemsize
 from moe_jax.model.execution import Execution
 from moe_jax.routing import policies
 from moe_jax.routing.calibration import Calibration
@@ -148,7 +149,8 @@ def measure_speed(
     The order of the others is random in each round, so that none always follows the same one. The routing of a pruned
     model is replayed over as many of the timed model's experts as it has: the others are not read.
     """
-    itemsize = dtype_of(timed.engine.params).itemsize
+    params = timed.engine.params
+    itemsizes = {"itemsize": dtype_of(params).itemsize, "expert_itemsize": expert_itemsize(params)}
     seconds = {concurrency: [] for concurrency in config.concurrencies}
     bytes_moved = {}
 
@@ -177,7 +179,7 @@ def measure_speed(
             advance()
     for at, quality in qualities.items():
         recorded = [speed.replayed_step(chosen_LBK, config.cached_tokens) for chosen_LBK in quality["chosen_SLBK"]]
-        works = [roofline.work(timed.execution.architecture, step, itemsize) for step in recorded]
+        works = [roofline.work(timed.execution.architecture, step, **itemsizes) for step in recorded]
         bytes_moved[at] = float(np.mean([work.bytes for work in works]))
     return {
         (number, rows): _speed(np.stack(seconds[rows]), number, rows, bytes_moved[number, rows], quality)

@@ -47,12 +47,18 @@ class Timing:
 
 
 def timing_of(
-    case: Case, samples: Sequence[Sample], execution: Execution, machine: roofline.Machine, itemsize: int
+    case: Case,
+    samples: Sequence[Sample],
+    execution: Execution,
+    machine: roofline.Machine,
+    itemsize: int,
+    expert_itemsize: float | None = None,
 ) -> Timing:
-    """Summarises the samples of a case, with their roofline times."""
+    """Summarises the samples of a case, with their roofline times; itemsizes are as `roofline.work` takes them."""
     architecture = execution.architecture
     layers = architecture.decoder.num_moe_layers
-    works = [roofline.work(architecture, sample.step, itemsize) for sample in samples]
+    itemsizes = {"itemsize": itemsize, "expert_itemsize": expert_itemsize}
+    works = [roofline.work(architecture, sample.step, **itemsizes) for sample in samples]
     kept = statistics.mean(sample.step.kept_slots for sample in samples) / (layers * case.tokens)
     return Timing(
         case.name,

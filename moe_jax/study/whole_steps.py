@@ -1,11 +1,11 @@
 """Compiles whole steps of a model for devices that are not there; all arrays are abstract."""
 
-from collections import Counter
 import dataclasses
 import functools
 import math
 import re
 import time
+from collections import Counter
 from typing import Any, NamedTuple
 
 import jax

@@ -8,7 +8,7 @@ import safetensors.numpy
 import moe_jax
 from moe_jax import checkpoint
 from moe_jax.checkpoint import huggingface
-from moe_jax.model import decoder
+from moe_jax.model import dtypes
 from tests import tiny_model
 from tests.family_variants import VARIANTS, write
 
@@ -59,7 +59,7 @@ def test_wider_tensors_stay_wider(tmp_path, case):
     assert in_float32 == (wide or found.keys())
     for name, x in found.items():
         np.testing.assert_array_equal(x.astype(np.float32), expected[name], err_msg=name)
-    assert decoder.dtype_of(found) == (ml_dtypes.bfloat16 if wide else np.float32)
+    assert dtypes.dtype_of(found) == (ml_dtypes.bfloat16 if wide else np.float32)
 
 
 @pytest.mark.parametrize("case", ["much", "latents"])

@@ -48,6 +48,8 @@ OUT_OF_RANGE = {
     "moe.num_shared_experts": ["-1"],
     "moe.score": ["'sigmod'", "''", "'Softmax'"],
     "model.dtype": ["'int8'", "'float64'", "''"],
+    "model.expert_dtype": ["'int4'", "'bfloat16'", "''"],
+    "evaluation.expert_dtypes": ["('int4',)", "('int8', 'int8')"],
     "policy.spec": ["''", "'  '"],
     "policy.k_max": ["-1"],
     "text.sources": ["[]", "()"],

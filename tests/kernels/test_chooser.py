@@ -7,7 +7,7 @@ import pytest
 
 from moe_jax.config.schema import KernelsConfig
 from moe_jax.engine.request import execution_of
-from moe_jax.kernels import chooser, compiled
+from moe_jax.kernels import chooser, compiled, quantized
 from moe_jax.kernels.chooser import Kernels
 from tests import tiny_model
 
@@ -17,8 +17,8 @@ TINY = tiny_model.ARCHITECTURE
 FOR_HOPPER = tiny_model.changed(decoder={"d_model": 128}, moe={"expert_hidden": 64})
 
 
-def resolve(platform, asked=None, architecture=TINY, dtype="float32"):
-    return chooser.resolve(platform, architecture, dtype, asked)
+def resolve(platform, asked=None, architecture=TINY, dtype="float32", expert_dtype=""):
+    return chooser.resolve(platform, architecture, dtype, asked, expert_dtype=expert_dtype)
 
 
 @pytest.fixture(autouse=True)
@@ -92,6 +92,30 @@ def test_auto_takes_the_tpu_kernels_from_v5e_on(monkeypatch, kind, expected):
         assert str(refusal.value) == f"kernels.grouped_matmul = 'pallas_tpu': {reason}"
 
 
+@pytest.mark.parametrize("expert_dtype", quantized.DTYPES)
+def test_auto_takes_what_runs_experts_in_eight_bits(hopper, caplog, expert_dtype):
+    settings = {"architecture": FOR_HOPPER, "dtype": "bfloat16", "expert_dtype": expert_dtype}
+    assert resolve("cpu", **settings).grouped_matmul == "native"
+    assert resolve("gpu", **settings) == ON_A_GPU._replace(grouped_matmul="blocked")
+    reason = f"takes no weights in eight bits ({expert_dtype})"
+    slower = "kernels.grouped_matmul is 'blocked', which is slower:"
+    assert caplog.messages == [f"{slower} {one!r} {reason}" for one in ("pallas_gpu", "padded")]
+    for name in ("pallas_gpu", "padded"):
+        with pytest.raises(ValueError) as refusal:
+            resolve("gpu", {"grouped_matmul": name}, **settings)
+        assert str(refusal.value) == f"kernels.grouped_matmul = {name!r}: {reason}; blocked would run"
+
+
+def test_tpu_kernels_take_eight_bits_in_blocks_that_fill_lanes(monkeypatch):
+    monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="TPU v5e")])
+    for hidden in (64, 128, 384):
+        even = tiny_model.changed(moe={"expert_hidden": hidden})
+        assert resolve("tpu", architecture=even, expert_dtype="float8_e4m3fn").grouped_matmul == "pallas_tpu"
+    odd = tiny_model.changed(moe={"expert_hidden": 192})  # blocks of 64
+    assert resolve("tpu", architecture=odd, expert_dtype="float8_e4m3fn").grouped_matmul == "blocked"
+    assert resolve("tpu", architecture=odd, expert_dtype="int8").grouped_matmul == "pallas_tpu"
+
+
 def test_an_old_jax_has_no_hopper_kernels(hopper, monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
     with pytest.raises(ValueError, match=r"needs jax 0\.11 or newer, not .*; padded would run"):
@@ -139,4 +163,7 @@ def test_native_without_a_compiler_is_refused(monkeypatch):
 def test_every_operation_is_in_configurations_and_in_results():
     assert set(chooser.OPERATIONS) == set(vars(KernelsConfig()))
     execution = execution_of(tiny_model.ARCHITECTURE, kernels=KernelsConfig(projection="xla"))
-    assert execution.implementations == resolve("cpu")._replace(projection="xla")._asdict()
+    expected = resolve("cpu")._replace(projection="xla")._asdict()
+    assert execution.implementations == expected
+    execution = execution_of(tiny_model.ARCHITECTURE, kernels=KernelsConfig(projection="xla"), expert_dtype="int8")
+    assert execution.implementations == expected | {"expert_dtype": "int8"}

@@ -8,7 +8,9 @@ import pytest
 from moe_jax.kernels.expert_ffn import reference
 from moe_jax.kernels.expert_ffn.api import GATED, expert_ffn
 from moe_jax.kernels.grouped_matmul import pallas_gpu
-from moe_jax.kernels.grouped_matmul.api import IMPLEMENTATIONS
+from moe_jax.kernels.grouped_matmul.api import IMPLEMENTATIONS, takes
+from moe_jax.kernels.quantized import DTYPES as EIGHT_BITS
+from tests.kernels.eight_bits import random_weights
 
 # largest difference over the largest value of the reference
 TOLERANCE = {"float32": 4e-6, "bfloat16": 1.6e-2}
@@ -60,6 +62,27 @@ def test_forward_and_gradients(implementation, case, dtype):
     compare_with_the_loop(implementation, case, dtype)
 
 
+def compare_in_eight_bits(implementation, case, weights_dtype, dtype, widths=(D, F), block=None):
+    d_model, hidden = widths
+    num_rows, sizes = CASES[case]
+    rows = jnp.asarray(np.random.default_rng(0).standard_normal((num_rows, d_model)), dtype)
+    sizes = jnp.asarray(sizes, jnp.int32)
+    gate_up, wide_gate_up = random_weights((LAYERS, len(sizes), 2, hidden, d_model), weights_dtype, block)
+    down, wide_down = random_weights((LAYERS, len(sizes), d_model, hidden), weights_dtype, block, seed=1)
+    gate_up.scale, wide_gate_up = gate_up.scale * d_model**-0.5, wide_gate_up * d_model**-0.5
+    got = jax.jit(lambda *inputs: expert_ffn(*inputs, sizes, jnp.int32(1), implementation))(rows, gate_up, down)
+    assert got.dtype == rows.dtype
+    assert_close(got, reference.forward(rows, wide_gate_up, wide_down, sizes, 1), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("weights_dtype", EIGHT_BITS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("implementation", [name for name in ON_A_CPU if takes(name, "int8")])
+def test_in_eight_bits(implementation, case, weights_dtype, dtype):
+    compare_in_eight_bits(implementation, case, weights_dtype, dtype)
+
+
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernels ask for jax 0.11")
 def test_gated_on_hopper_kernels(monkeypatch):
     from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -75,6 +98,16 @@ def test_gated_on_tpu_kernels(case, dtype):
 
     with pltpu.force_tpu_interpret_mode():
         compare_with_the_loop("pallas_tpu", case, dtype)
+
+
+@pytest.mark.parametrize("weights_dtype", EIGHT_BITS)
+@pytest.mark.parametrize(("case", "dtype"), [("skewed", "bfloat16"), ("dropped_rows", "float32")])
+def test_in_eight_bits_on_tpu_kernels(case, dtype, weights_dtype):
+    from jax.experimental.pallas import tpu as pltpu
+
+    block = (128, 128) if weights_dtype == "float8_e4m3fn" else None
+    with pltpu.force_tpu_interpret_mode():
+        compare_in_eight_bits("pallas_tpu", case, weights_dtype, dtype, (384, 256), block)
 
 
 def test_weights_may_be_wider_than_rows():

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from moe_jax.kernels.grouped_matmul import native, reference, tiles
-from moe_jax.kernels.grouped_matmul.api import IMPLEMENTATIONS, grouped_matmul
+from moe_jax.kernels.grouped_matmul.api import IMPLEMENTATIONS, grouped_matmul, takes
+from moe_jax.kernels.quantized import DTYPES as EIGHT_BITS
+from moe_jax.kernels.quantized import Quantized
+from tests.kernels.eight_bits import random_weights
 
 # largest difference over the largest value of the reference
 TOLERANCE = {"float32": 2e-6, "bfloat16": 8e-3, "float16": 1e-3}
@@ -27,6 +30,9 @@ CASES = {
 }
 LAYERS, D, F = 3, 24, 40
 ON_A_CPU = [name for name in IMPLEMENTATIONS if not name.startswith("pallas")]  # their own tests interpret them
+
+
+EIGHT_BITS_ON_A_CPU = [name for name in ON_A_CPU if takes(name, "int8")]
 
 
 def random_inputs(num_rows, num_experts, dtype, seed=0):
@@ -88,6 +94,63 @@ def test_native_packs_rows_that_do_not_fill_a_block(columns, depth, dtype):
     weights = rng.standard_normal((2, len(sizes), columns, depth)).astype(dtype)
     got = native.forward(rows, weights, sizes, 1)
     assert_close(got, reference.forward(rows, weights, sizes, 1), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("weights_dtype", EIGHT_BITS)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("implementation", EIGHT_BITS_ON_A_CPU)
+def test_weights_in_eight_bits(implementation, case, weights_dtype, dtype):
+    num_rows, sizes = CASES[case]
+    rows, _, _ = random_inputs(num_rows, len(sizes), jnp.dtype(dtype))
+    weights, wide = random_weights((LAYERS, len(sizes), F, D), weights_dtype)
+    sizes = np.asarray(sizes, np.int32)
+    got = jax.jit(grouped_matmul, static_argnums=4)(rows, weights, sizes, 2, implementation)
+    assert got.dtype == rows.dtype
+    expected = reference.forward(rows.astype(np.float32), wide, sizes, 2)
+    assert_close(got, expected, dtype)
+    np.testing.assert_allclose(reference.forward(rows.astype(np.float32), weights, sizes, 2), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("weights_dtype", EIGHT_BITS)
+@pytest.mark.parametrize(("columns", "depth", "block"), [(5, 7, None), (49, 530, (7, 106)), (300, 2100, (50, 420))])
+def test_native_packs_blocks_that_share_a_scale(columns, depth, block, weights_dtype, dtype):
+    rng, sizes = np.random.default_rng(0), np.array([3, 40, 0, 13, 1, 150], np.int32)
+    rows = rng.standard_normal((sizes.sum() + 2, depth)).astype(dtype)
+    weights, wide = random_weights((2, len(sizes), columns, depth), weights_dtype, block)
+    got = native.forward(rows, weights, sizes, 1)
+    assert_close(got, reference.forward(rows.astype(np.float32), wide, sizes, 1), dtype)
+
+
+def test_native_reads_every_number_of_eight_bits():
+    """All 254 finite FP8 numbers, denormal ones included, and all of int8, each times one, in float32."""
+    every = np.arange(256, dtype=np.uint8)
+    every[(every & 0x7F) == 0x7F] = 0
+    for bits in (every.view("float8_e4m3fn"), every.view(np.int8)):
+        values = jnp.asarray(bits.reshape(1, 1, 256, 1))
+        got = native.forward(jnp.ones((1, 1)), Quantized(values, jnp.ones((1, 1, 1, 1))), jnp.array([1]), 0)
+        np.testing.assert_array_equal(got[0], bits.astype(np.float32))
+        in_rows = Quantized(values.reshape(1, 1, 4, 64), jnp.ones((1, 1, 1, 1)))
+        for number in range(64):  # the order of numbers in a pack
+            row = jnp.zeros((1, 64), jnp.bfloat16).at[0, number].set(1)
+            for rows in (row, jnp.tile(row, (30, 1))):
+                got = native.forward(rows, in_rows, jnp.array([len(rows)]), 0)
+                np.testing.assert_array_equal(
+                    got[-1].astype(np.float32), in_rows.values[0, 0, :, number].astype(np.float32)
+                )
+
+
+@pytest.mark.parametrize("weights_dtype", EIGHT_BITS)
+@pytest.mark.parametrize("implementation", EIGHT_BITS_ON_A_CPU)
+def test_experts_in_eight_bits_without_work_are_not_touched(implementation, weights_dtype):
+    rows, _, _ = random_inputs(32, 4, np.float32)
+    weights, _ = random_weights((LAYERS, 4, F, D), weights_dtype)
+    weights = Quantized(weights.values, weights.scale.at[:, jnp.array([1, 3])].set(jnp.nan))
+    rows[15:] = np.nan
+    got = grouped_matmul(rows, weights, np.array([6, 0, 9, 0], np.int32), jnp.int32(0), implementation)
+    assert np.isfinite(got).all()
+    assert (np.asarray(got)[15:] == 0).all()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -25,6 +25,16 @@ def test_fewer_experts_and_another_dtype(folder, tmp_path):
     assert json.loads((tmp_path / "out" / "result.json").read_text())["figures"]["experts_per_token"]["value"] == 2
 
 
+def test_experts_in_eight_bits(folder, tmp_path):
+    ended = launched.run(
+        "convert", f"--set=model.path={folder}", "--set=model.expert_dtype=float8_e4m3fn", "--out=out", folder=tmp_path
+    )
+    assert ended.status == 0, ended.stderr
+    fields = json.loads((tmp_path / "out" / "model" / "config.json").read_text())
+    assert fields["quantization_config"]["weight_block_size"] == [128, 128]
+    assert checkpoint.open(tmp_path / "out" / "model").eight_bits("auto") == "float8_e4m3fn"
+
+
 @pytest.mark.parametrize(
     ("flags", "says"),
     [

@@ -86,6 +86,20 @@ def test_a_short_text_that_is_no_python_has_likelihoods_alone(model, tmp_path):
     assert "| policy | bits per byte | increase, paired | KL to full | max/mean load |" in printed
 
 
+def test_experts_in_several_dtypes_side_by_side(model, tmp_path):
+    settings = {**SMALL, "evaluation.policies": '("model",)', "evaluation.expert_dtypes": '("int8",)'}
+    settings |= {"model.path": model, "evaluation.choice_questions": 0, "evaluation.completion_headers": 0}
+    launcher_module.run_main("evaluate", settings, tmp_path)
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert result["implementations"]["expert_dtype"] == "auto, int8"
+    (_, wide), (name, narrow) = ((row["policy"], row["figures"]) for row in result["rows"])
+    assert name == "model, experts in int8"
+    change = narrow["bits_per_byte"]["value"] / wide["bits_per_byte"]["value"] - 1
+    assert 0 < abs(change) < 0.003 and narrow["bits_per_byte_increase"]["value"] == pytest.approx(change)
+    with open(tmp_path / "documents.csv", newline="") as file:
+        assert {"model", name} < {*csv.DictReader(file).fieldnames}
+
+
 @pytest.mark.parametrize(
     ("setting", "expected"),
     [

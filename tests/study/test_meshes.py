@@ -39,6 +39,8 @@ def test_the_fastest_that_fits_is_first_and_what_does_not_fit_last_by_size(memor
     held = {"a": (40, 3.0), "b": (50, 4.0), "c": (60, 1.0)}
     chip = Chip(memory_bytes, 1.0, 1.0, 1.0, "")
     ranked = meshes.ranked(
-        list(held), lambda name: meshes.Candidate(name, None, Load(1, 1, 0, 1), held[name][0], None, held[name][1]), chip
+        list(held),
+        lambda name: meshes.Candidate(name, None, Load(1, 1, 0, 1), held[name][0], None, held[name][1]),
+        chip,
     )
     assert "".join(one.mesh for one in ranked) == order

@@ -35,6 +35,7 @@ WITHOUT_LANGUAGE = {"objective.language_model": 0.0, "objective.distillation": 1
             {"finetune.rollouts": 4, "training.sequence_length": 16},
             r"training.sequence_length = 16: with finetune.rollouts, expected more than",
         ),
+        ({"model.expert_dtype": "int8"}, r"model.expert_dtype = 'int8': weights in eight bits have no gradient"),
         ({"finetune.elastic": True, "finetune.k_min": 9}, r"finetune.k_min = 9: expected at most the model's own 8"),
         ({"finetune.elastic": True, "finetune.k_weights": (1.0, 2.0)}, r"finetune.k_weights has 2 numbers: expected 8"),
         ({"training.sequence_length": 64}, r"training.sequence_length = 64: .* the model's context of 32"),

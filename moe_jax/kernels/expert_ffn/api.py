@@ -9,8 +9,10 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from moe_jax.kernels import quantized
 from moe_jax.kernels.grouped_matmul import pallas_gpu, pallas_tpu
-from moe_jax.kernels.grouped_matmul.api import grouped_matmul
+from moe_jax.kernels.grouped_matmul.api import grouped_matmul, require_takes
+from moe_jax.kernels.quantized import Quantized
 
 GATED = {"pallas_gpu": pallas_gpu.gated, "pallas_tpu": pallas_tpu.gated}  # by implementation of grouped matmul
 
@@ -23,17 +25,18 @@ def swiglu(gate_up_NI: jax.Array) -> jax.Array:
 
 def expert_ffn(
     rows_SD: jax.Array,
-    gate_up_LEIFD: jax.Array,
-    down_LEDF: jax.Array,
+    gate_up_LEIFD: jax.Array | Quantized,
+    down_LEDF: jax.Array | Quantized,
     group_sizes_E: jax.Array,
     layer: jax.Array,
     implementation: str,
 ) -> jax.Array:
     """Runs each group of rows through its expert: down(silu(gate(row)) * up(row)).
 
-    Products run in the dtype of the weights, which may be wider than that of the rows, with float32 sums.
-    Differentiable in rows and weights: then gate and up are two products in one and are kept for the gradient, whatever
-    the implementation. Runs on local arrays, inside `shard_map` if there is one.
+    Products run in the dtype of the weights, which may be wider than that of the rows, with float32 sums; those with
+    weights in eight bits run in the dtype of the rows. Differentiable in rows and weights, if these are arrays: then
+    gate and up are two products in one and are kept for the gradient, whatever the implementation. Runs on local
+    arrays, inside `shard_map` if there is one.
 
     Args:
         rows_SD: rows sorted by expert; those after the last group belong to no expert and cost nothing.
@@ -51,16 +54,22 @@ def expert_ffn(
         ValueError: the implementation lacks the dtype or the widths.
     """
     run = _gated if implementation in GATED else _apart
-    inputs = rows_SD.astype(gate_up_LEIFD.dtype), gate_up_LEIFD, down_LEDF, group_sizes_E, layer
+    require_takes(implementation, gate_up_LEIFD)
+    inputs = _in_dtype_of(gate_up_LEIFD, rows_SD), gate_up_LEIFD, down_LEDF, group_sizes_E, layer
     return run(*inputs, implementation).astype(rows_SD.dtype)
 
 
+def _in_dtype_of(weights, rows_SX):
+    """Rows in the dtype in which they are multiplied by the weights."""
+    return rows_SX if isinstance(weights, Quantized) else rows_SX.astype(weights.dtype)
+
+
 def _down(hidden_SF, down_LEDF, group_sizes_E, layer, implementation):
-    return grouped_matmul(hidden_SF.astype(down_LEDF.dtype), down_LEDF, group_sizes_E, layer, implementation)
+    return grouped_matmul(_in_dtype_of(down_LEDF, hidden_SF), down_LEDF, group_sizes_E, layer, implementation)
 
 
 def _apart(rows_SD, gate_up_LEIFD, down_LEDF, group_sizes_E, layer, implementation):
-    gate_up_LEID = gate_up_LEIFD.reshape(*gate_up_LEIFD.shape[:2], -1, gate_up_LEIFD.shape[-1])
+    gate_up_LEID = jax.tree.map(lambda part: part.reshape(*part.shape[:2], -1, part.shape[-1]), gate_up_LEIFD)
     gate_up_SI = grouped_matmul(rows_SD, gate_up_LEID, group_sizes_E, layer, implementation)
     return _down(swiglu(gate_up_SI), down_LEDF, group_sizes_E, layer, implementation)
 
@@ -72,6 +81,9 @@ def _gated(rows_SD, gate_up_LEIFD, down_LEDF, group_sizes_E, layer, implementati
 
 
 def _forward(rows_SD, gate_up_LEIFD, down_LEDF, group_sizes_E, layer, implementation):
+    if quantized.holds_any((gate_up_LEIFD, down_LEDF)):
+        raise ValueError(quantized.NO_GRADIENT)
+
     def separate(rows_SD, gate_up_LEIFD, down_LEDF):
         return _apart(rows_SD, gate_up_LEIFD, down_LEDF, group_sizes_E, layer, implementation)
 

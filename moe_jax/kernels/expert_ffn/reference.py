@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from moe_jax.kernels.grouped_matmul.reference import as_array
+
 
 def _groups(group_sizes_E):
     ends = np.cumsum(np.asarray(group_sizes_E))
@@ -13,8 +15,8 @@ def forward(rows_SD, gate_up_LEIFD, down_LEDF, group_sizes_E, layer):
 
     Args:
         rows_SD: rows sorted by expert; those after the last group belong to no expert.
-        gate_up_LEIFD: the two input matrices of each layer and expert, the gate first.
-        down_LEDF: the output matrix of each.
+        gate_up_LEIFD: the two input matrices of each layer and expert, the gate first; may be in eight bits.
+        down_LEDF: the output matrix of each; may be in eight bits.
         group_sizes_E: rows of each expert, in order.
         layer: which layer of the stacks.
 
@@ -22,7 +24,7 @@ def forward(rows_SD, gate_up_LEIFD, down_LEDF, group_sizes_E, layer):
         out_SD in float64; zero for rows of no expert.
     """
     rows_SD, gate_up_EIFD, down_EDF = (
-        np.asarray(x, np.float64) for x in (rows_SD, gate_up_LEIFD[layer], down_LEDF[layer])
+        np.asarray(x, np.float64) for x in (rows_SD, as_array(gate_up_LEIFD)[layer], as_array(down_LEDF)[layer])
     )
     out_SD = np.zeros_like(rows_SD)
     for expert, own in _groups(group_sizes_E):

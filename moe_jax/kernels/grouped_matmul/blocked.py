@@ -1,16 +1,31 @@
 """Grouped matmul in plain XLA, for CPUs without a C++ compiler and for gradients: loops with trip counts from the data.
 
-The outer loop is over the experts that have rows, and copies the matrix of each out of the stack, once; the inner loop
-is over blocks of its rows. Experts without rows, and rows of no expert, cost nothing. With few rows, the copy is most
-of the work; XLA cannot be made to avoid it.
+The outer loop is over the experts that have rows, and copies the matrix of each out of the stack, once; one in eight
+bits is dequantised then. The inner loop is over blocks of its rows. Experts without rows, and rows of no expert, cost
+nothing. With few rows, the copy is most of the work; XLA cannot be made to avoid it.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from moe_jax.kernels import quantized
 from moe_jax.kernels.grouped_matmul import tiles
 from moe_jax.kernels.grouped_matmul.stacks import in_stack
+from moe_jax.kernels.quantized import Quantized
+
+EIGHT_BITS = quantized.DTYPES
+
+
+def _matrix(weights_LEFD, layer, expert, dtype):
+    """[F, D] of one expert."""
+
+    def take(stack):
+        return lax.dynamic_slice(stack, (layer, expert, 0, 0), (1, 1, *stack.shape[2:]))[0, 0]
+
+    if isinstance(weights_LEFD, Quantized):
+        return quantized.dequantize(take(weights_LEFD.values), take(weights_LEFD.scale), dtype)
+    return take(weights_LEFD)
 
 
 def _multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, transposed: bool):
@@ -23,7 +38,7 @@ def _multiply(rows_SX, weights_LEFD, group_sizes_E, layer, *, transposed: bool):
 
     def multiply_expert(i, out):
         first, last = groups.first_E[i], groups.last_E[i]
-        weight = lax.dynamic_slice(weights_LEFD, (layer, groups.expert_E[i], 0, 0), (1, 1, *matrix))[0, 0]
+        weight = _matrix(weights_LEFD, layer, groups.expert_E[i], rows_SX.dtype)
 
         def multiply_block(number, out):
             start, own = tiles.block(first, last, number, size, num_rows)

@@ -9,6 +9,7 @@
 #include <memory>
 #include <type_traits>
 
+#include "few.h"
 #include "native.h"
 
 namespace {
@@ -25,14 +26,16 @@ constexpr int64_t kManyColumns = kVectors * kLanes;
 template <typename T>
 constexpr bool kAsStored = T::kPerWord * sizeof(typename T::Number) == sizeof(uint32_t);
 
-// Adds the products of kRows rows and packed columns to the sums, kVectors per row.
-template <typename T, int kRows>
-void Tile(const uint32_t* rows, int64_t stride, const Words* columns, int64_t words, Floats* sums) {
-  Floats tile[kRows][kVectors];
+// Adds the products of kRows rows and packed columns to the sums, kVectors per row; scaled by column, if they are.
+template <typename T, int kRows, bool kScaled>
+void Tile(const uint32_t* rows, int64_t stride, const Words* columns, int64_t words, const Floats* scale,
+          Floats* sums) {
+  Floats tile[kRows][kVectors] = {};
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; v++) tile[r][v] = sums[r * kVectors + v];
+    for (int v = 0; v < kVectors; v++)
+      if constexpr (!kScaled) tile[r][v] = sums[r * kVectors + v];
   for (int64_t word = 0; word < words; word++, columns += kVectors) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; r++) {
@@ -44,7 +47,10 @@ void Tile(const uint32_t* rows, int64_t stride, const Words* columns, int64_t wo
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; r++)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; v++) sums[r * kVectors + v] = tile[r][v];
+    for (int v = 0; v < kVectors; v++) {
+      Floats& sum = sums[r * kVectors + v];
+      sum = kScaled ? sum + tile[r][v] * scale[v] : tile[r][v];
+    }
 }
 
 // The buffers of a thread: words of rows along d, words of columns across d, and the sums.
@@ -54,30 +60,32 @@ struct Packed {
   alignas(64) Floats sums[kManyChunk / kManyColumns][kPanel * kVectors];
 };
 
-template <typename T>
-void PackColumns(const typename T::Number* columns, int64_t num_columns, int64_t depth, int64_t count, Words* to) {
+template <typename T, typename W>
+void PackColumns(const typename W::Number* columns, int64_t num_columns, int64_t depth, int64_t count, Words* to) {
   for (int v = 0; v < kVectors; v++)
     for (int64_t word = 0; word * T::kPerWord < count; word += kLanes) {
       Words turned[kLanes];
       for (int c = 0; c < kLanes; c++) {
         const int64_t column = v * kLanes + c, d = word * T::kPerWord;
-        turned[c] = column < num_columns ? LoadWords<T>(columns + column * depth + d, count - d) : Words{};
+        turned[c] = column < num_columns ? LoadWords<T, W>(columns + column * depth + d, count - d) : Words{};
       }
       Transpose(turned);
       for (int i = 0; i < kLanes; i++) to[(word + i) * kVectors + v] = turned[i];
     }
 }
 
-template <typename T, typename Out>
-void Many(const typename T::Number* rows, int64_t num_rows, const typename T::Number* columns, int64_t num_columns,
-          int64_t depth, typename Out::Number* out, int64_t out_stride) {
+template <typename T, typename W, typename Out>
+void Many(const typename T::Number* rows, int64_t num_rows, const typename W::Number* columns, int64_t num_columns,
+          int64_t depth, Scales scales, typename Out::Number* out, int64_t out_stride) {
+  constexpr bool kScaled = !std::is_same_v<T, W>;
   static thread_local std::unique_ptr<Packed> kept;
   if (!kept) kept = std::make_unique<Packed>();
   Packed& packed = *kept;
   for (auto& sums : packed.sums) std::fill_n(sums, num_rows * kVectors, Floats{});
   constexpr int64_t kNumbers = kWords * T::kPerWord, kVectorNumbers = kLanes * T::kPerWord;
-  for (int64_t first = 0; first < depth; first += kNumbers) {
-    const int64_t count = std::min(kNumbers, depth - first);
+  for (int64_t first = 0, count; first < depth; first += count) {
+    count = std::min(kNumbers, depth - first);
+    if (kScaled) count = std::min(count, scales.inputs - first % scales.inputs);  // within a block
     const int64_t words = (count + kVectorNumbers - 1) / kVectorNumbers * kLanes;
     const uint32_t* packed_rows = packed.rows;
     int64_t stride = kWords;
@@ -92,11 +100,15 @@ void Many(const typename T::Number* rows, int64_t num_rows, const typename T::Nu
     }
     for (int64_t column = 0; column < num_columns; column += kManyColumns) {
       Floats* sums = packed.sums[column / kManyColumns];
-      PackColumns<T>(columns + column * depth + first, num_columns - column, depth, count, packed.columns);
+      PackColumns<T, W>(columns + column * depth + first, num_columns - column, depth, count, packed.columns);
+      Floats scale[kVectors] = {};
+      if constexpr (kScaled)
+        for (int64_t c = 0; c < std::min(kManyColumns, num_columns - column); c++)
+          scale[c / kLanes][c % kLanes] = scales.At(column + c, first);
       int64_t r = 0;
       const auto tiles = [&](auto some) {
         for (; r + some <= num_rows; r += some)
-          Tile<T, some>(packed_rows + r * stride, stride, packed.columns, words, sums + r * kVectors);
+          Tile<T, some, kScaled>(packed_rows + r * stride, stride, packed.columns, words, scale, sums + r * kVectors);
       };
       tiles(std::integral_constant<int, kManyRows>());
       tiles(std::integral_constant<int, kManyRows / 2>());

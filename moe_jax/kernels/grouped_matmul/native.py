@@ -11,11 +11,14 @@ import pathlib
 import jax
 import jax.numpy as jnp
 
-from moe_jax.kernels import compiled
+from moe_jax.kernels import compiled, quantized
 from moe_jax.kernels.grouped_matmul import blocked
+from moe_jax.kernels.quantized import Quantized
 
 PLATFORM, lacks, ONE_DEVICE = "cpu", compiled.lacks, True
+EIGHT_BITS = quantized.DTYPES
 _SOURCE = pathlib.Path(__file__).with_suffix(".cc")
+_ROWS = ("float32", "bfloat16", "float16")
 
 
 def forward(rows_SD, weights_LEFD, group_sizes_E, layer, out_dtype=None):
@@ -28,9 +31,11 @@ def forward(rows_SD, weights_LEFD, group_sizes_E, layer, out_dtype=None):
         ValueError: rows and weights differ in dtype or depth, are not float32, bfloat16 or float16, or there is no
             compiler that accepts the source.
     """
+    if isinstance(weights_LEFD, Quantized):
+        return _quantized(rows_SD, weights_LEFD, group_sizes_E, layer)
     dtype = jnp.dtype(rows_SD.dtype)
     out_dtype = jnp.dtype(out_dtype or dtype)
-    if weights_LEFD.dtype != dtype or dtype not in map(jnp.dtype, ("float32", "bfloat16", "float16")):
+    if weights_LEFD.dtype != dtype or dtype.name not in _ROWS:
         raise ValueError(
             f"grouped_matmul: rows are {dtype}, weights {weights_LEFD.dtype}: expected float32, bfloat16 or float16"
         )
@@ -42,6 +47,21 @@ def forward(rows_SD, weights_LEFD, group_sizes_E, layer, out_dtype=None):
         compiled.register(_SOURCE, "moe_jax_grouped_matmul"), jax.ShapeDtypeStruct((num_rows, num_columns), out_dtype)
     )
     return call(rows_SD, weights_LEFD, group_sizes_E.astype(jnp.int32), jnp.asarray(layer, jnp.int32))
+
+
+def _quantized(rows_SD, weights_LEFD, group_sizes_E, layer):
+    """Numbers in eight bits are converted as they are read; each block's sums are scaled in float32."""
+    if rows_SD.dtype.name not in _ROWS or weights_LEFD.values.dtype.name not in EIGHT_BITS:
+        raise ValueError(
+            f"grouped_matmul: rows are {rows_SD.dtype}, weights {weights_LEFD.values.dtype}: expected rows of "
+            f"{', '.join(_ROWS)}, and weights of {' or '.join(EIGHT_BITS)}"
+        )
+    if rows_SD.shape[1] != weights_LEFD.shape[3]:
+        raise ValueError(f"grouped_matmul: rows of {rows_SD.shape[1]} numbers, but weights {weights_LEFD.shape}")
+    out = jax.ShapeDtypeStruct((rows_SD.shape[0], weights_LEFD.shape[2]), rows_SD.dtype)
+    call = jax.ffi.ffi_call(compiled.register(_SOURCE, "moe_jax_quantized_matmul"), out)
+    sizes_E, layer = group_sizes_E.astype(jnp.int32), jnp.asarray(layer, jnp.int32)
+    return call(rows_SD, weights_LEFD.values, weights_LEFD.scale, sizes_E, layer)
 
 
 backward = blocked.backward

@@ -1,7 +1,8 @@
 """Grouped matmul for TPUs (v5e and newer), on Mosaic; the kernels are in `pallas_tpu_kernel`.
 
-For bfloat16 and float32, with float32 sums. The weights of each expert that has rows are read once, whatever the
-number of rows; the layer is one more index of the blocks, so nothing is sliced out of the stack.
+For bfloat16 and float32, with float32 sums; weights may be in eight bits. The weights of each expert that has rows are
+read once, whatever the number of rows; the layer is one more index of the blocks, so nothing is sliced out of the stack
+but scales.
 """
 
 import jax
@@ -9,11 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from moe_jax.config.architecture import Architecture
+from moe_jax.kernels import quantized
 from moe_jax.kernels.grouped_matmul import pallas_tpu_tiles
 from moe_jax.kernels.grouped_matmul.pallas_tpu_tiles import GradientTiles, Tiles
 from moe_jax.kernels.grouped_matmul.stacks import in_stack
+from moe_jax.kernels.quantized import Quantized
 
 PLATFORM = "tpu"
+EIGHT_BITS = quantized.DTYPES
 _TOO_SMALL = ("TPU v2", "TPU v3", "TPU v4")
 
 
@@ -28,7 +32,26 @@ def _lacks(dtype: str) -> str:
     return "" if dtype in ("bfloat16", "float32") else f"multiplies bfloat16 and float32, not {dtype}"
 
 
+def lacks_eight_bits(architecture: Architecture, expert_dtype: str) -> str:
+    """Why the kernels cannot run a model's experts in eight bits, quantised as they are here; "" if they can."""
+    from moe_jax.kernels.grouped_matmul import pallas_tpu_scales
+
+    hidden, d_model = architecture.moe.expert_hidden, architecture.decoder.d_model
+    for matrix in ((hidden, d_model), (d_model, hidden)):
+        block = quantized.even_block(quantized.block_of(expert_dtype, *matrix), *matrix)
+        if reason := pallas_tpu_scales.lacks(block, *matrix):
+            return reason
+    return ""
+
+
 def _check(rows_SX, weights):
+    if isinstance(weights, Quantized):
+        from moe_jax.kernels.grouped_matmul import pallas_tpu_scales
+
+        reason = _lacks(rows_SX.dtype.name) or pallas_tpu_scales.lacks(weights.block, *weights.shape[-2:])
+        if reason:
+            raise ValueError(f"pallas_tpu {reason}; blocked would run")
+        return
     if reason := _lacks(weights.dtype.name):
         raise ValueError(f"pallas_tpu {reason}; ragged_dot would run")
     if rows_SX.dtype != weights.dtype:
@@ -50,7 +73,9 @@ def launch_product(rows_SX, weights_LEIFD, group_sizes_E, layer, *, transposed=F
     num_matrices, *matrix = weights_LEIFD.shape[2:]
     columns = matrix[1] if transposed else matrix[0]
     if tiles is None:
-        settings = {"itemsize": weights_LEIFD.dtype.itemsize, "num_cores": _cores(num_cores)}
+        settings = {"itemsize": rows_SX.dtype.itemsize, "num_cores": _cores(num_cores)}
+        if isinstance(weights_LEIFD, Quantized):
+            settings["weight_itemsize"] = 1
         tiles = pallas_tpu_tiles.for_product(*rows_SX.shape, columns, num_matrices, **settings)
     return pallas_tpu_kernel.product(rows_SX, weights_LEIFD, group_sizes_E, layer, tiles=tiles, transposed=transposed)
 
@@ -61,12 +86,17 @@ def _multiply(rows_SX, weights_LEIFD, group_sizes_E, layer, **settings):
     return lax.cond(group_sizes_E.sum() > 0, launch.run, lambda: jnp.zeros(launch.out.shape, launch.out.dtype))
 
 
+def _as_one_of_one(weights_LEFD):
+    """[L, E, 1, F, D]."""
+    return jax.tree.map(lambda part: part[:, :, None], weights_LEFD)
+
+
 def forward(rows_SD, weights_LEFD, group_sizes_E, layer, *, tiles: Tiles | None = None, num_cores: int | None = None):
     """As `api.grouped_matmul`.
 
     Args:
         rows_SD: bfloat16 or float32.
-        weights_LEFD: of the same dtype.
+        weights_LEFD: of the same dtype, or in eight bits.
         group_sizes_E: int32.
         layer: int32 scalar.
         tiles: block sizes; None: by shape and dtype.
@@ -75,7 +105,7 @@ def forward(rows_SD, weights_LEFD, group_sizes_E, layer, *, tiles: Tiles | None 
     Raises:
         ValueError: the kernels lack the dtype, or no block fits.
     """
-    return _multiply(rows_SD, weights_LEFD[:, :, None], group_sizes_E, layer, tiles=tiles, num_cores=num_cores)
+    return _multiply(rows_SD, _as_one_of_one(weights_LEFD), group_sizes_E, layer, tiles=tiles, num_cores=num_cores)
 
 
 def gated(rows_SD, gate_up_LEIFD, group_sizes_E, layer, *, tiles: Tiles | None = None, num_cores: int | None = None):
@@ -83,7 +113,7 @@ def gated(rows_SD, gate_up_LEIFD, group_sizes_E, layer, *, tiles: Tiles | None =
 
     Args:
         rows_SD: bfloat16 or float32.
-        gate_up_LEIFD: of the same dtype, the gate before the up-projection.
+        gate_up_LEIFD: of the same dtype or in eight bits, the gate before the up-projection.
         group_sizes_E: int32.
         layer: int32 scalar.
         tiles: as `forward`.

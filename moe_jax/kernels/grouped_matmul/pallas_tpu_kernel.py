@@ -15,8 +15,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from moe_jax.kernels.grouped_matmul import pallas_tpu_scales
 from moe_jax.kernels.grouped_matmul import pallas_tpu_tiles as tiles_of
 from moe_jax.kernels.grouped_matmul import pallas_tpu_visits as visits_of
+from moe_jax.kernels.quantized import Quantized
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,7 +87,7 @@ def product(rows_SX, weights_LEIXX, group_sizes_E, layer, *, tiles: tiles_of.Til
 
     Args:
         rows_SX: [S, D], or transposed, [S, F].
-        weights_LEIXX: [L, E, 1 or 2, F, D].
+        weights_LEIXX: [L, E, 1 or 2, F, D]; not transposed, it may be in eight bits.
         group_sizes_E: int32.
         layer: int32 scalar.
         tiles: block sizes.
@@ -96,8 +98,15 @@ def product(rows_SX, weights_LEIXX, group_sizes_E, layer, *, tiles: tiles_of.Til
     columns = matrix[1] if transposed else matrix[0]
     contract = ((1,), (0,)) if transposed else ((1,), (1,))
     visits = visits_of.for_rows(group_sizes_E, num_rows, tiles.rows)
+    scaled = isinstance(weights_LEIXX, Quantized)
+    scales, scale_specs, values = (), (), weights_LEIXX
+    if scaled:
+        values, (one, spec) = weights_LEIXX.values, pallas_tpu_scales.operand(weights_LEIXX, layer, tiles.columns)
+        scales, scale_specs = (one,), (spec,)
+        multiply_scaled = pallas_tpu_scales.product_of(weights_LEIXX, tiles.columns, _dot)
 
-    def kernel(layer, expert_T, block_T, out_block_T, begin_T, end_T, rows, weights, out):
+    def kernel(layer, expert_T, block_T, out_block_T, begin_T, end_T, rows, weights, *scales_and_out):
+        *scale, out = scales_and_out
         visit = pl.program_id(1)
 
         @pl.when((visit == 0) | (out_block_T[visit] != out_block_T[lax.max(visit - 1, 0)]))
@@ -107,9 +116,15 @@ def product(rows_SX, weights_LEIXX, group_sizes_E, layer, *, tiles: tiles_of.Til
         def multiply(at, own):
             def of_columns(part):
                 across = (slice(None), part) if transposed else (part, slice(None))
-                sums = _dot(rows[at], weights[0, *across], contract)
+
+                def times(matrix):
+                    if scaled:
+                        return multiply_scaled(rows, weights, *scale, at, part, matrix)
+                    return _dot(rows[at], weights[matrix, *across], contract)
+
+                sums = times(0)
                 if num_matrices == 2:
-                    sums = sums * jax.nn.sigmoid(sums) * _dot(rows[at], weights[1, *across], contract)
+                    sums = sums * jax.nn.sigmoid(sums) * times(1)
                 out[at, part] = jnp.where(own, sums, out[at, part].astype(jnp.float32)).astype(out.dtype)
 
             _in_chunks(tiles.columns, of_columns)
@@ -133,6 +148,7 @@ def product(rows_SX, weights_LEIXX, group_sizes_E, layer, *, tiles: tiles_of.Til
         in_specs=[
             pl.BlockSpec((tiles.rows, depth), rows_at),
             pl.BlockSpec((None, None, num_matrices, *block), weights_at),
+            *scale_specs,
         ],
         out_specs=pl.BlockSpec((tiles.rows, tiles.columns), out_at),
     )
@@ -141,7 +157,7 @@ def product(rows_SX, weights_LEIXX, group_sizes_E, layer, *, tiles: tiles_of.Til
         kernel,
         grid_spec,
         (jnp.asarray(layer, jnp.int32)[None], *visits[1:]),
-        (rows_SX, weights_LEIXX),
+        (rows_SX, values, *scales),
         jax.ShapeDtypeStruct((num_rows, columns), rows_SX.dtype),
         ("parallel", "arbitrary"),
         2 * num_rows * depth * columns * num_matrices,

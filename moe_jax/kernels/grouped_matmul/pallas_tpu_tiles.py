@@ -52,7 +52,15 @@ def _passes(columns: int, num_cores: int):
     return range(num_cores, _round_up(-(-columns // _LANES), num_cores) + 1, num_cores)
 
 
-def for_product(num_rows: int, depth: int, columns: int, matrices: int, itemsize: int, num_cores: int) -> Tiles:
+def for_product(
+    num_rows: int,
+    depth: int,
+    columns: int,
+    matrices: int,
+    itemsize: int,
+    num_cores: int,
+    weight_itemsize: int | None = None,
+) -> Tiles:
     """The block sizes for rows of `depth` numbers times matrices that give `columns` numbers.
 
     Args:
@@ -62,20 +70,25 @@ def for_product(num_rows: int, depth: int, columns: int, matrices: int, itemsize
         matrices: per expert: 2 for gate and up, otherwise 1.
         itemsize: bytes of a number.
         num_cores: of the device; a multiple of it is the number of passes.
+        weight_itemsize: bytes of a stored weight; None: those of a number.
 
     Raises:
         ValueError: no block of 128 columns fits vector memory.
     """
     step = _step(num_rows, itemsize)
+    weight_itemsize = weight_itemsize or itemsize
+
+    def weights_bytes(width):
+        return weight_itemsize * matrices * width * depth
 
     def fits(rows, width):
-        return 2 * itemsize * (rows * depth + matrices * width * depth + rows * width) <= _BLOCKS_BYTES
+        return 2 * (itemsize * (rows * depth + rows * width) + weights_bytes(width)) <= _BLOCKS_BYTES
 
     kept = _round_up(num_rows, step)
     if kept * depth * itemsize <= _KEPT_ROWS_BYTES:
         for passes in _passes(columns, num_cores):
             width = _part(columns, passes)
-            if matrices * width * depth * itemsize <= _FEW_ROWS_WEIGHTS_BYTES and fits(kept, width):
+            if weights_bytes(width) <= _FEW_ROWS_WEIGHTS_BYTES and fits(kept, width):
                 return Tiles(kept, step, width)
     for passes in _passes(columns, num_cores):
         width = _part(columns, passes)

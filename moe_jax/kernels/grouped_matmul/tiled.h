@@ -117,8 +117,7 @@ void TiledColumns(const Words* rows, int64_t num_rows, const uint16_t* columns, 
 }
 
 template <typename Out>
-void Tiled(const uint16_t* rows, int64_t num_rows, const uint16_t* columns, int64_t num_columns, int64_t depth,
-           typename Out::Number* out, int64_t out_stride) {
+void Tiled(const uint16_t* rows, int64_t num_rows, const uint16_t* columns, int64_t num_columns, int64_t depth, Scales scales, typename Out::Number* out, int64_t out_stride) {
   struct alignas(64) Line {
     Words words;
   };
@@ -135,7 +134,7 @@ void Tiled(const uint16_t* rows, int64_t num_rows, const uint16_t* columns, int6
   for (; num_columns >= kSide; num_columns -= kSide, columns += kSide * depth, out += kSide)
     TiledColumns<Out, 1>(to, num_rows, columns, depth, out, out_stride);
   _tile_release();
-  Few<BFloat16, Out>(rows, num_rows, columns, num_columns, depth, out, out_stride);
+  Few<BFloat16, BFloat16, Out>(rows, num_rows, columns, num_columns, depth, scales, out, out_stride);
 }
 
 }  // namespace

@@ -9,7 +9,9 @@ import pytest
 
 from moe_jax.dispatch.api import dispatch
 from moe_jax.dispatch.contract import Dispatch, Experts
+from moe_jax.kernels.quantized import DTYPES as EIGHT_BITS
 from tests.dispatch import routed
+from tests.kernels.eight_bits import random_weights
 
 TOLERANCE = 1e-5  # of the norm
 TOKENS = 13  # no mesh divides it
@@ -74,6 +76,31 @@ def compare(mesh, axes, name):
 @pytest.mark.parametrize(("sizes", "axes", "name"), DEFAULT)
 def test_dispatch(mesh_of, sizes, axes, name):
     compare(mesh_of(sizes), axes, name)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "axes", "name", "dtype"),
+    [
+        ((2, 2, 2), ("expert",), "replicated", "int8"),
+        ((2, 2, 2), ("data", "expert"), "all_gather", "float8_e4m3fn"),
+        ((1, 8, 1), ("expert",), "all_to_all", "int8"),
+        ((2, 2, 2), ("data", "expert"), "ragged", "float8_e4m3fn"),
+        ((8, 1, 1), ("expert",), "local", "int8"),
+    ],
+)
+def test_experts_in_eight_bits(mesh_of, sizes, axes, name, dtype):
+    """A tensor axis of 2 splits blocks of 2 x 8 along F; a scale of int8 covers all of F, and is on both devices."""
+    assert dtype in EIGHT_BITS
+    shape, blocks = (routed.LAYERS, routed.EXPERTS), (None, None) if dtype == "int8" else ((2, 8), (8, 2))
+    gate_up, wide_gate_up = random_weights((*shape, 2, routed.F, routed.D), dtype, blocks[0])
+    down, wide_down = random_weights((*shape, routed.D, routed.F), dtype, blocks[1], seed=1)
+    x_ND, selection = routed.tokens(TOKENS), routed.selection("dropped", TOKENS)
+    how = Dispatch(name, mesh_of(sizes), axes)
+    y_ND, counts = jax.jit(functools.partial(dispatch, kernel="blocked", how=how))(
+        x_ND, selection, Experts(gate_up, down, jnp.int32(1))
+    )
+    assert_same((name, dtype), y_ND, routed.expected(x_ND, selection, Experts(wide_gate_up, wide_down, 1)))
+    assert counts.load_E.sum() == selection.keep_NK.sum()
 
 
 @pytest.mark.slow

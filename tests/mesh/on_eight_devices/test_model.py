@@ -47,6 +47,15 @@ def test_each_device_holds_its_experts_where_they_lie_over_two_axes(folder):
         assert experts[stack].sharding.shard_shape(experts[stack].shape) == own  # two of 16 experts
 
 
+def test_experts_in_eight_bits_lie_and_run_as_arrays_do(folder):
+    alone = moe_jax.load(folder, expert_dtype="int8").logits(TOKENS_BT, policy="topk:3")
+    model = moe_jax.load(folder, mesh=MeshConfig(2, 2, 2), expert_dtype="int8")
+    down = model.params["moe"]["experts"]["down_LEDF"]
+    shards = [part.sharding.shard_shape(part.shape) for part in (down.values, down.scale)]
+    assert shards == [(2, 8, 64, 12), (2, 8, 64, 1)]  # a scale covers all of F
+    assert np.linalg.norm(model.logits(TOKENS_BT, policy="topk:3") - alone) < 1e-5 * np.linalg.norm(alone)
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 def test_logits_and_greedy_text_are_those_of_one_device(one, folder, mesh):
     _, expected, completions = one
