@@ -14,6 +14,7 @@ from moe_jax.study.schedule_search import Found, Policies, rules, spec_of
 from moe_jax.study.schedules import KPerLayer
 
 SEARCHED, LINEAR, ORACLE, PLAIN, LEXI, UNIFORM = "searched", "linear", "oracle", "plain", "lexi", "uniform"
+SHORTLIST = 10  # the best on the windows of screening, or more if more are judged, are measured on all
 
 
 class Candidate(NamedTuple):
@@ -68,14 +69,14 @@ class Judged(NamedTuple):
 def linear_schedules(
     screening: Policies, measured: Policies, architecture: Architecture, total: int, count: int
 ) -> Linear:
-    """Measures all schedules (b,h,e,p) of a total, under each rule, and the best `count` on all calibration text.
+    """Measures all schedules (b,h,e,p) of a total under each rule, and those that are best again on all windows.
 
     Args:
         screening: scores policies on a part of the calibration text.
-        measured: scores them on all of it.
+        measured: scores `SHORTLIST` of them on all of it.
         architecture: the model's architecture.
         total: experts of all layers together.
-        count: how many go on; 0: none is measured.
+        count: how many go on to be judged; 0: none is measured.
     """
     schedule_of = dict(schedules.linear(architecture, total)) if count else {}
     if not schedule_of:
@@ -86,10 +87,10 @@ def linear_schedules(
     costs |= {(k_L, other_rule): cost for k_L, cost in zip(schedule_of, other.tolist())}
 
     def best(keys: Iterable[tuple[KPerLayer, str]]) -> list[Candidate]:
-        first = sorted(keys, key=costs.__getitem__)[:count]
+        first = sorted(keys, key=costs.__getitem__)[: max(SHORTLIST, count)]
         again = measured.costs(spec_of(k_L, rule) for k_L, rule in first).tolist()
         found = [Candidate(schedule_of[k_L] + rule, cost) for (k_L, rule), cost in zip(first, again)]
-        return sorted(found, key=lambda one: one.cost)
+        return sorted(found, key=lambda one: one.cost)[:count]
 
     screened = dict(zip(schedule_of, plain.tolist()))
     return Linear(schedule_of, screened, best(costs), best((k_L, own_rule) for k_L in schedule_of))

@@ -20,11 +20,11 @@ def stretched(k_L, own, layers, k):
         place = Fraction(layer * (len(k_L) - 1), layers - 1)
         left = min(int(place), len(k_L) - 2)
         shares.append((k_L[left] + (k_L[left + 1] - k_L[left]) * (place - left)) / own)
-    total = Fraction(sum(k_L), own * len(k_L)) * layers * k
-    shift = total / layers - k * sum(shares) / layers
+    total = sum(k_L) * layers * k // (own * len(k_L))
+    shift = Fraction(total, layers) - k * sum(shares) / layers
     exact = [k * share + shift for share in shares]
     whole = [int(one) for one in exact]
-    for layer in sorted(range(layers), key=lambda layer: whole[layer] - exact[layer])[: int(total) - sum(whole)]:
+    for layer in sorted(range(layers), key=lambda layer: whole[layer] - exact[layer])[: total - sum(whole)]:
         whole[layer] += 1
     return tuple(whole)
 
@@ -36,5 +36,5 @@ def test_each_config_has_the_demos_schedules_over_its_own_layers(name):
     config = gin.read_config(ROOT / "configs" / f"predict_{name}.gin")
     layers, k = config.decoder.num_moe_layers, config.moe.k
     given = [parse(spec).parts[0].k_L for spec in config.predict.policies if spec.startswith("layers:")]
-    assert given == [stretched(parse(found[budget]).parts[0].k_L, 8, layers, k) for budget in (6, 4)]
-    assert [sum(k_L) / layers / k for k_L in given] == [6 / 8, 4 / 8]
+    assert given == [stretched(parse(found[budget]).parts[0].k_L, 8, layers, k) for budget in (6, 5)]
+    assert [sum(k_L) for k_L in given] == [6 * layers * k // 8, 5 * layers * k // 8]
