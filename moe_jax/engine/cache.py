@@ -108,9 +108,7 @@ def require_memory(
     memory.require(what, needed_bytes, memory.device_bytes(), "fewer prompts or fewer tokens")
 
 
-def _array_shapes(
-    architecture: Architecture, batch: int, memory: int, multiple: int
-) -> list[tuple[int, ...] | None]:
+def _array_shapes(architecture: Architecture, batch: int, memory: int, multiple: int) -> list[tuple[int, ...] | None]:
     """Shapes of keys and of values; None for the values if the keys hold them."""
     attention = architecture.attention
     kv_heads, *widths = ATTENTION[attention.kind].cached_widths(attention)

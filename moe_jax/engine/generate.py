@@ -255,9 +255,7 @@ class Engine:
         layout, dtype = execution.layout, decoder.dtype_of(self.params)
 
         def make():
-            cache = caches.allocate(
-                execution.architecture, slots, memory, dtype, layout, execution.channel_multiple
-            )
+            cache = caches.allocate(execution.architecture, slots, memory, dtype, layout, execution.channel_multiple)
             return CacheSlots(cache, *(jax.numpy.zeros(slots, np.int32) for _ in CacheSlots._fields[1:]))
 
         if layout is None:
@@ -319,9 +317,7 @@ class Engine:
         key = (steps.prefill, execution, shape, routing, jax.tree.structure(batch.live))
         if key not in self._programs:
             needed, dtype = [(shape.batch, shape.memory)], decoder.dtype_of(self.params)
-            caches.require_memory(
-                execution.architecture, needed, dtype, execution.layout, execution.channel_multiple
-            )
+            caches.require_memory(execution.architecture, needed, dtype, execution.layout, execution.channel_multiple)
         return self._program(key, lambda: steps.prefill.lower(*self._prefill_inputs(batch, execution), **static))
 
     def _insert_program(

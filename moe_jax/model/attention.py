@@ -81,9 +81,7 @@ class GroupedHeads:
         start_B = jnp.zeros(len(self.query_BTHA), jnp.int32)
         return mix(*inputs, segments_BT, start_B, self.scale, prefixes=prefixes)
 
-    def extend(
-        self, cache: Cache, layer: jax.Array | int, start_B: jax.Array, mix: Mix
-    ) -> tuple[jax.Array, Cache]:
+    def extend(self, cache: Cache, layer: jax.Array | int, start_B: jax.Array, mix: Mix) -> tuple[jax.Array, Cache]:
         """Adds several positions of every row to the cache; each attends to itself and all earlier ones.
 
         Args:

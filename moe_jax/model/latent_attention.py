@@ -42,9 +42,7 @@ class LatentHeads:
         start_B = jnp.zeros(len(self.query_BTHA), jnp.int32)
         return self._causal(self.key_BTGA, segments_BT, start_B, mix, prefixes)
 
-    def extend(
-        self, cache: Cache, layer: jax.Array | int, start_B: jax.Array, mix: Mix
-    ) -> tuple[jax.Array, Cache]:
+    def extend(self, cache: Cache, layer: jax.Array | int, start_B: jax.Array, mix: Mix) -> tuple[jax.Array, Cache]:
         """Adds several positions of every row to the cache, as `GroupedHeads.extend`.
 
         Expands the latents of the whole cache.
