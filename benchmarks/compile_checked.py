@@ -39,7 +39,7 @@ def status(field: str) -> int:
 
 
 def forget_peak() -> None:
-    """Lets the peak of resident memory begin anew."""
+    """Lets the peak of resident memory begin again."""
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 
 

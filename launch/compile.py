@@ -1,4 +1,4 @@
-"""Compiles a step of a model for devices that are not here: does it fit, and what is the least time?
+"""Compiles a step of a model for devices that are not here, and says whether it fits and how long it takes at least.
 
     python launch/compile.py --config configs/models/qwen3_30b_a3b.gin --set compile.topology=v5e:2x4 --out out/compile
 
@@ -22,15 +22,15 @@ def main(run: command.Command) -> int:
     """Finds the devices, chooses a mesh, compiles, and reports."""
     from moe_jax.report import compiled as report
     from moe_jax.study import topologies
-    from moe_jax.study.compile import Outcome, Task
+    from moe_jax.study.compile import CompileResult, CompileTask
 
     topology = topologies.find(run.config.compile.topology)
-    task = Task(run.config, topology)
+    task = CompileTask(run.config, topology)
     with run.timed("meshes"):
         candidates = task.meshes()
     run.implementations |= candidates[0].execution.implementations
     with run.timed("compile"):
-        result = Outcome(task, candidates, task.compile(candidates[0]))
+        result = CompileResult(task, candidates, task.compile(candidates[0]))
     run.finish(report.figures(result), rows=report.rows(result), text=report.table(result))
     return 0 if result.fits else TOO_LARGE
 

@@ -11,7 +11,7 @@ from moe_jax.cost.roofline import Machine
 _GOOGLE = "docs.cloud.google.com/tpu/docs/"
 
 
-class Chip(NamedTuple):
+class ChipPeaks(NamedTuple):
     """One device of a kind."""
 
     memory_bytes: int  # that programs can have
@@ -26,19 +26,19 @@ class Chip(NamedTuple):
         return Machine(self.bytes_per_s, self.flops_per_s)
 
 
-def _tpu(gibibytes: float, gigabytes_per_s: float, teraflops: float, both_ways: float, page: str) -> Chip:
+def _tpu(gibibytes: float, gigabytes_per_s: float, teraflops: float, both_ways: float, page: str) -> ChipPeaks:
     """From what Google states, but for the memory, which is what libtpu lets a program have.
 
     Links are stated as the sum of both directions, in GB/s.
     """
     memory = int(gibibytes * 2**30)
-    return Chip(memory, 1e9 * gigabytes_per_s, 1e12 * teraflops, 1e9 * both_ways / 2, _GOOGLE + page)
+    return ChipPeaks(memory, 1e9 * gigabytes_per_s, 1e12 * teraflops, 1e9 * both_ways / 2, _GOOGLE + page)
 
 
-def _nvidia(gibibytes: float, gigabytes_per_s: float, teraflops: float, both_ways: float, document: str) -> Chip:
+def _nvidia(gibibytes: float, gigabytes_per_s: float, teraflops: float, both_ways: float, document: str) -> ChipPeaks:
     """From NVIDIA's data sheets; memory is what the driver reports, NVLink is stated as the sum of both directions."""
     memory = int(gibibytes * 2**30)
-    return Chip(memory, 1e9 * gigabytes_per_s, 1e12 * teraflops, 1e9 * both_ways / 2, document)
+    return ChipPeaks(memory, 1e9 * gigabytes_per_s, 1e12 * teraflops, 1e9 * both_ways / 2, document)
 
 
 CHIPS = {
@@ -48,5 +48,5 @@ CHIPS = {
     "tpu7x": _tpu(94.74, 7380 / 2, 2307 / 2, 1200 / 2, "tpu7x"),
     "h100": _nvidia(79.1, 3350, 989, 900, "NVIDIA H100 data sheet, SXM"),
     # memory is what is free, divided by the virtual devices that share it
-    "cpu": Chip(0, 35e9, 207e9, 35e9 / 2, "docs/measured.md: two cores of an AMD EPYC; links are its memory"),
+    "cpu": ChipPeaks(0, 35e9, 207e9, 35e9 / 2, "docs/measured.md: two cores of an AMD EPYC; links are its memory"),
 }

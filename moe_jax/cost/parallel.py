@@ -8,7 +8,7 @@ import math
 from typing import NamedTuple
 
 from moe_jax.config.architecture import Architecture
-from moe_jax.cost.chips import Chip
+from moe_jax.cost.chips import ChipPeaks
 from moe_jax.cost.roofline import Work, cached_numbers, expected_distinct, floor_s, mixed_numbers
 from moe_jax.dispatch import choose
 from moe_jax.model import parameters
@@ -20,7 +20,7 @@ _FLOAT32 = 4  # bytes
 START_S = 5e-6  # until a collective has started: assumed, as `dispatch.choose` does, and measured on no device
 
 
-class Load(NamedTuple):
+class StepShape(NamedTuple):
     """A step: every row has as many tokens."""
 
     rows: int
@@ -36,11 +36,11 @@ class Share(NamedTuple):
     sent_bytes: float
     collectives: int
 
-    def floor_s(self, chip: Chip) -> float:
+    def floor_s(self, chip: ChipPeaks) -> float:
         """The longer of moving and computing, and the time of the links."""
         return floor_s(self.work, chip.machine) + self.sent_bytes / chip.link_bytes_per_s
 
-    def estimate_s(self, chip: Chip) -> float:
+    def estimate_s(self, chip: ChipPeaks) -> float:
         """The floor, and the starts of the collectives."""
         return self.floor_s(chip) + START_S * self.collectives
 
@@ -62,7 +62,7 @@ def cache_bytes(architecture: Architecture, layout: Layout | None, rows: int, po
     return itemsize * _local(rows, layout) * positions * numbers
 
 
-def share(execution: Execution, load: Load, itemsize: int) -> Share:
+def share(execution: Execution, load: StepShape, itemsize: int) -> Share:
     """The least work and sends of a prefill or decode step that samples one token for each row.
 
     Args:
@@ -89,7 +89,7 @@ class Training(NamedTuple):
     accumulation: int
 
 
-def training_share(execution: Execution, load: Load, itemsize: int, training: Training) -> Share:
+def training_share(execution: Execution, load: StepShape, itemsize: int, training: Training) -> Share:
     """The least work and sends of a training step, whose rows are those of one of its batches.
 
     Every pass reads all weights that it multiplies by. Gradients are float32 in memory, moments too; they are read and
@@ -127,7 +127,7 @@ class _Pass(NamedTuple):
     multiplied: float
 
 
-def _one_pass(execution: Execution, load: Load, scored: int) -> _Pass:
+def _one_pass(execution: Execution, load: StepShape, scored: int) -> _Pass:
     """Of the rows of a device; `scored` is for how many tokens the output projection runs."""
     architecture, layout = execution.architecture, execution.layout
     trunk, rows = architecture.decoder, _local(load.rows, layout)
@@ -151,7 +151,7 @@ class _Experts(NamedTuple):
     multiplied: float  # numbers, once for each token
 
 
-def _experts(execution: Execution, load: Load) -> _Experts:
+def _experts(execution: Execution, load: StepShape) -> _Experts:
     architecture, layout = execution.architecture, execution.layout
     size = parameters.count_expert(architecture) / _tensor(layout)
     parts, groups = (1, 1) if layout is None else (layout.config.expert_parts, _groups(layout))
@@ -164,7 +164,7 @@ def _experts(execution: Execution, load: Load) -> _Experts:
     return _Experts(size * read, size * slots)
 
 
-def _sent(execution: Execution, load: Load, itemsize: int, training: bool) -> tuple[float, int]:
+def _sent(execution: Execution, load: StepShape, itemsize: int, training: bool) -> tuple[float, int]:
     """Bytes and collectives of the dispatch of each MoE layer, and of the sums over `tensor`."""
     layout, trunk = execution.layout, execution.architecture.decoder
     if layout is None or layout.mesh.size == 1:

@@ -1,8 +1,8 @@
 """The order in which the dimensions of a parameter lie in the memory of a device, where it is not that of its letters.
 
 A TPU multiplies by tiles of the two dimensions that lie innermost, one of them summed over. Attention's output
-projections sum over both of theirs, heads and channels: XLA would lay out those of all layers anew in every call, which
-takes as much memory again.
+projections sum over both of theirs, heads and channels: XLA would lay out those of all layers once more in every call,
+which takes as much memory again.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ def laid_out(params: Any, platform: str) -> Any:
     """Parameters in their order; the same arrays where it is the usual one."""
 
     def put(path, leaf):
-        wanted = of_parameter(parameters.find_key(path), leaf.sharding, platform)
-        return jax.device_put(leaf, wanted) if isinstance(wanted, Format) else leaf
+        order = of_parameter(parameters.find_key(path), leaf.sharding, platform)
+        return jax.device_put(leaf, order) if isinstance(order, Format) else leaf
 
     return jax.tree_util.tree_map_with_path(put, params)

@@ -4,13 +4,13 @@ from collections import Counter
 from typing import Any
 
 from moe_jax.report.figures import Row, markdown
-from moe_jax.study.compile import Compiled, Counted, Outcome
-from moe_jax.study.meshes import Candidate
+from moe_jax.study.compile import CompiledStep, CompileResult, Counted
+from moe_jax.study.meshes import CountedMesh
 
 OTHERS = 3  # meshes to show beside the best
 
 
-def figures(outcome: Outcome) -> dict[str, dict[str, Any]]:
+def figures(outcome: CompileResult) -> dict[str, dict[str, Any]]:
     """Memory, by the compiler, and the least work and time of a device with the model's own number of experts."""
     chip, best, compiled = outcome.task.topology.chip, outcome.best, outcome.compiled
     found = {
@@ -19,7 +19,7 @@ def figures(outcome: Outcome) -> dict[str, dict[str, Any]]:
         "fits": {"value": int(outcome.fits), "unit": "1"},
         **_share(outcome, Counted(best.load, best.share)),
     }
-    if isinstance(compiled, Compiled):
+    if isinstance(compiled, CompiledStep):
         found |= {
             name: {"value": getattr(compiled, name), "unit": "bytes"}
             for name in ("weight_bytes", "cache_bytes", "other_bytes", "temporary_bytes", "needed_bytes")
@@ -28,7 +28,7 @@ def figures(outcome: Outcome) -> dict[str, dict[str, Any]]:
     return found
 
 
-def rows(outcome: Outcome) -> list[Row]:
+def rows(outcome: CompileResult) -> list[Row]:
     """A row for each number of active experts and of rows."""
     return [
         {"policy": f"topk:{one.load.k}", "rows": one.load.rows, "figures": _share(outcome, one)}
@@ -36,7 +36,7 @@ def rows(outcome: Outcome) -> list[Row]:
     ]
 
 
-def _share(outcome: Outcome, one: Counted) -> dict[str, dict[str, Any]]:
+def _share(outcome: CompileResult, one: Counted) -> dict[str, dict[str, Any]]:
     chip, load, share = outcome.task.topology.chip, one.load, one.share
     tokens = load.rows * load.new
     return {
@@ -50,7 +50,7 @@ def _share(outcome: Outcome, one: Counted) -> dict[str, dict[str, Any]]:
     }
 
 
-def table(outcome: Outcome) -> str:
+def table(outcome: CompileResult) -> str:
     """For people: the verdict, memory, what is sent, and times by active experts and rows."""
     task, best = outcome.task, outcome.best
     settings, chip = task.config.compile, task.topology.chip
@@ -72,16 +72,16 @@ def table(outcome: Outcome) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _mesh(one: Candidate) -> str:
+def _mesh(one: CountedMesh) -> str:
     mesh = one.mesh
     sizes = " x ".join(f"{name} {getattr(mesh, name)}" for name in ("data", "expert", "tensor"))
     return f"{sizes}, experts over {' and '.join(mesh.expert_axes)}"
 
 
-def _verdict(outcome: Outcome) -> str:
+def _verdict(outcome: CompileResult) -> str:
     chip, compiled = outcome.task.topology.chip, outcome.compiled
     verdict = "fits" if outcome.fits else "DOES NOT FIT"
-    if not isinstance(compiled, Compiled):
+    if not isinstance(compiled, CompiledStep):
         held, least = outcome.best.held_bytes, outcome.task.least_devices()
         count = len(outcome.task.topology.devices)
         where = f"{least} devices would hold them" if least > count else "fewer rows or positions may fit"
@@ -105,12 +105,12 @@ def _verdict(outcome: Outcome) -> str:
     )
 
 
-def _held(outcome: Outcome) -> str:
+def _held(outcome: CompileResult) -> str:
     return "weights, gradients and moments" if outcome.task.trains else "weights and cache"
 
 
-def _sent(outcome: Outcome) -> str:
-    if not isinstance(outcome.compiled, Compiled) or not outcome.compiled.collectives:
+def _sent(outcome: CompileResult) -> str:
+    if not isinstance(outcome.compiled, CompiledStep) or not outcome.compiled.collectives:
         return ""
     found = Counter()
     for one in outcome.compiled.collectives:
@@ -126,7 +126,7 @@ def _sent(outcome: Outcome) -> str:
     return f"{total}\n\n{markdown(head, lines)}"
 
 
-def _times(outcome: Outcome) -> str:
+def _times(outcome: CompileResult) -> str:
     chip = outcome.task.topology.chip
     found = {(one.load.rows, one.load.k): one for one in outcome.counted}
     slots, batches = outcome.task.slots, sorted({one.load.rows for one in outcome.counted})
@@ -139,7 +139,7 @@ def _times(outcome: Outcome) -> str:
     return markdown(["rows", *map(str, batches)], lines)
 
 
-def _others(outcome: Outcome) -> str:
+def _others(outcome: CompileResult) -> str:
     shown = outcome.candidates[: OTHERS + 1]
     lines = [
         [

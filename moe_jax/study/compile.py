@@ -10,16 +10,16 @@ import jax.numpy as jnp
 from moe_jax.config.mesh import MeshConfig
 from moe_jax.config.schema import Config
 from moe_jax.cost import parallel
-from moe_jax.cost.parallel import Load, Share, Training
+from moe_jax.cost.parallel import Share, StepShape, Training
 from moe_jax.engine.request import execution_of
 from moe_jax.kernels import chooser
 from moe_jax.kernels.grouped_matmul import api as grouped_matmul
 from moe_jax.model.execution import Execution
 from moe_jax.model.sharding import counted_layout, layout_of
 from moe_jax.study import meshes, whole_steps
-from moe_jax.study.meshes import Candidate
+from moe_jax.study.meshes import CountedMesh
 from moe_jax.study.topologies import Topology
-from moe_jax.study.whole_steps import Compiled, TooLargeError
+from moe_jax.study.whole_steps import CompiledStep, TooLargeError
 
 DTYPE = "bfloat16"  # where model.dtype is "auto"
 LANES = 128  # numbers in a row of a TPU's registers
@@ -28,7 +28,7 @@ FEWER = (6, 4, 2)  # active experts, beside the model's own
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class CompileTask:
     """A step of a configured model on a topology."""
 
     config: Config
@@ -84,14 +84,14 @@ class Task:
             raise ValueError(f"compile.prompt = {settings.prompt}: expected {expected}")
         return settings.positions
 
-    def load(self, rows: int, k: int) -> Load:
-        """The step with so many rows and active experts."""
+    def step(self, rows: int, k: int) -> StepShape:
+        """The step with a number of rows and of active experts."""
         settings = self.config.compile
         if self.trains:
-            return Load(rows, self.config.training.sequence_length, 0, k)
+            return StepShape(rows, self.config.training.sequence_length, 0, k)
         if settings.phase == "prefill":
-            return Load(rows, settings.prompt, 0, k)
-        return Load(rows, 1, self.positions - 1, k)
+            return StepShape(rows, settings.prompt, 0, k)
+        return StepShape(rows, 1, self.positions - 1, k)
 
     def executed(self, mesh: MeshConfig, there: bool = True) -> Execution:
         """How the model runs on a mesh; `there`: of the topology's devices."""
@@ -103,7 +103,7 @@ class Task:
         k_max = max(config.policy.k_max, config.moe.k) if self.trains else config.policy.k_max
         return execution_of(config.architecture, k_max, platform=self.topology.platform, **settings)
 
-    def meshes(self) -> list[Candidate]:
+    def meshes(self) -> list[CountedMesh]:
         """The configured mesh, or all that divide the model and the rows, the best first.
 
         Raises:
@@ -158,9 +158,9 @@ class Task:
         part = dataclasses.replace(moe, expert_hidden=hidden, shared_hidden=moe.shared_width)
         return not implementation.lacks(dataclasses.replace(self.config.architecture, moe=part), self.dtype)
 
-    def counted_on(self, mesh: MeshConfig) -> Candidate:
+    def counted_on(self, mesh: MeshConfig) -> CountedMesh:
         """What the step takes on a mesh, by count."""
-        execution, load = self.executed(mesh, there=False), self.load(self.rows, self.slots[0])
+        execution, load = self.executed(mesh, there=False), self.step(self.rows, self.slots[0])
         share, held = self.share(execution, load), (execution.architecture, execution.layout)
         if self.trains:
             state, fixed = whole_steps.finetuning_state(self.config, execution, self.topology)
@@ -169,9 +169,9 @@ class Task:
         else:
             held_bytes = parallel.weight_bytes(*held, self.itemsize)
             held_bytes += parallel.cache_bytes(*held, self.rows, self.positions, self.itemsize)
-        return Candidate(mesh, execution, load, held_bytes, share, share.estimate_s(self.topology.chip))
+        return CountedMesh(mesh, execution, load, held_bytes, share, share.estimate_s(self.topology.chip))
 
-    def share(self, execution: Execution, load: Load) -> Share:
+    def share(self, execution: Execution, load: StepShape) -> Share:
         """The least work of one device."""
         if not self.trains:
             return parallel.share(execution, load, self.itemsize)
@@ -182,7 +182,7 @@ class Task:
         what = Training(numbers, all_weights, teacher, config.training.remat, config.training.accumulation)
         return parallel.training_share(execution, load, self.itemsize, what)
 
-    def lower(self, candidate: Candidate) -> whole_steps.Lowered:
+    def lower(self, candidate: CountedMesh) -> whole_steps.Lowered:
         """The step, before it is compiled."""
         settings, dtype = self.config.compile, jnp.dtype(self.dtype)
         execution = self.executed(candidate.mesh)
@@ -193,7 +193,7 @@ class Task:
             return whole_steps.lower_prefill(*given, settings.prompt, self.positions, dtype)
         return whole_steps.lower_decode(*given, self.positions, dtype)
 
-    def compile(self, candidate: Candidate) -> Compiled | TooLargeError:
+    def compile(self, candidate: CountedMesh) -> CompiledStep | TooLargeError:
         """What the compiler says of the step, or why it is too large; nothing is compiled if weights alone are."""
         if candidate.held_bytes > self.topology.chip.memory_bytes:
             return TooLargeError("not compiled, since these alone are too large")
@@ -206,20 +206,20 @@ class Task:
 class Counted(NamedTuple):
     """A step by count, for one device."""
 
-    load: Load
+    load: StepShape
     share: Share
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
+class CompileResult:
     """All that is known of a step."""
 
-    task: Task
-    candidates: Sequence[Candidate]  # the best first, which was compiled
-    compiled: Compiled | TooLargeError
+    task: CompileTask
+    candidates: Sequence[CountedMesh]  # the best first, which was compiled
+    compiled: CompiledStep | TooLargeError
 
     @property
-    def best(self) -> Candidate:
+    def best(self) -> CountedMesh:
         """The mesh that was compiled."""
         return self.candidates[0]
 
@@ -227,12 +227,12 @@ class Outcome:
     def fits(self) -> bool:
         """Whether the devices have the memory."""
         chip = self.task.topology.chip
-        return isinstance(self.compiled, Compiled) and self.compiled.needed_bytes <= chip.memory_bytes
+        return isinstance(self.compiled, CompiledStep) and self.compiled.needed_bytes <= chip.memory_bytes
 
     @functools.cached_property
     def counted(self) -> list[Counted]:
         """The step with every number of rows and active experts; a program for them all."""
         task = self.task
         rows = [task.rows] if task.trains else sorted({task.rows, *task.config.compile.batches})
-        loads = [task.load(one, k) for one in rows for k in task.slots]
+        loads = [task.step(one, k) for one in rows for k in task.slots]
         return [Counted(load, task.share(self.best.execution, load)) for load in loads]

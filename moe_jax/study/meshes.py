@@ -6,17 +6,17 @@ from typing import NamedTuple
 
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.mesh import EXPERT_AXES, MeshConfig
-from moe_jax.cost.chips import Chip
-from moe_jax.cost.parallel import Load, Share
+from moe_jax.cost.chips import ChipPeaks
+from moe_jax.cost.parallel import Share, StepShape
 from moe_jax.model.execution import Execution
 
 
-class Candidate(NamedTuple):
+class CountedMesh(NamedTuple):
     """A mesh, and what a step takes there by count."""
 
     mesh: MeshConfig
     execution: Execution
-    load: Load
+    load: StepShape
     held_bytes: int  # weights and cache of one device
     share: Share
     seconds: float
@@ -42,10 +42,12 @@ def dividing(
                 yield mesh
 
 
-def ranked(found: Sequence[MeshConfig], counted: Callable[[MeshConfig], Candidate], chip: Chip) -> list[Candidate]:
+def ranked(
+    found: Sequence[MeshConfig], counted: Callable[[MeshConfig], CountedMesh], chip: ChipPeaks
+) -> list[CountedMesh]:
     """The meshes in the order of their time; what does not fit in the memory of a device comes last, by its size."""
 
-    def order(one: Candidate) -> tuple[int, float]:
+    def order(one: CountedMesh) -> tuple[int, float]:
         return (0, one.seconds) if one.held_bytes <= chip.memory_bytes else (one.held_bytes, one.seconds)
 
     return sorted(map(counted, found), key=order)

@@ -17,7 +17,7 @@ import jax
 from jax.experimental import topologies
 
 from moe_jax import memory
-from moe_jax.cost.chips import CHIPS, Chip
+from moe_jax.cost.chips import CHIPS, ChipPeaks
 
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")
 GPUS = ("h100",)
@@ -37,7 +37,7 @@ class Topology(NamedTuple):
     name: str
     kind: str  # of `CHIPS`
     devices: tuple[jax.Device, ...]
-    chip: Chip  # what is published about one of them
+    chip: ChipPeaks  # what is published about one of them
 
     @property
     def platform(self) -> str:
@@ -53,7 +53,7 @@ class Topology(NamedTuple):
 
 
 def platform_of(kind: str) -> str:
-    """ "tpu", "gpu" or "cpu"."""
+    """As JAX names it: tpu, gpu or cpu."""
     return "tpu" if kind in TPUS else "gpu" if kind in GPUS else "cpu"
 
 

@@ -40,7 +40,7 @@ class Lowered(NamedTuple):
     cache: Any
 
 
-class Compiled(NamedTuple):
+class CompiledStep(NamedTuple):
     """What the compiler says of a step, for each device."""
 
     weight_bytes: int
@@ -66,8 +66,8 @@ class TooLargeError(Exception):
     """The compiler found that a step takes more memory than a device has."""
 
 
-def compile_step(step: Lowered, topology: Topology) -> Compiled:
-    """Compiles a step, anew each time.
+def compile_step(step: Lowered, topology: Topology) -> CompiledStep:
+    """Compiles a step.
 
     Raises:
         TooLargeError: a device has too little memory; in the compiler's words.
@@ -86,7 +86,7 @@ def compile_step(step: Lowered, topology: Topology) -> Compiled:
     memory, text = program.memory_analysis(), program.as_text()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
     weights, cache = device_bytes(step.weights), device_bytes(step.cache)
-    return Compiled(
+    return CompiledStep(
         weights,
         cache,
         held + memory.generated_code_size_in_bytes - weights - cache,
@@ -144,7 +144,7 @@ def _int32(*sizes: int, place: NamedSharding) -> jax.ShapeDtypeStruct:
 
 
 def lower_decode(execution: Execution, topology: Topology, rows: int, positions: int, dtype: jnp.dtype) -> Lowered:
-    """A decode step of so many rows, whose caches have so many positions."""
+    """A decode step of `rows` rows, whose caches have `positions`."""
     place = place_of(execution, topology)
     int32 = functools.partial(_int32, place=place)
     params = params_of(execution, topology, dtype)
@@ -162,7 +162,7 @@ def lower_decode(execution: Execution, topology: Topology, rows: int, positions:
 def lower_prefill(
     execution: Execution, topology: Topology, rows: int, prompt: int, positions: int, dtype: jnp.dtype
 ) -> Lowered:
-    """A prefill of so many rows; the cache that it makes is an output."""
+    """A prefill of `rows` rows; the cache that it makes is an output."""
     place = place_of(execution, topology)
     int32 = functools.partial(_int32, place=place)
     params = params_of(execution, topology, dtype)

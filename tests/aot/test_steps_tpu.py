@@ -48,7 +48,7 @@ def test_a_decode_step_on_a_slice_copies_neither_weights_nor_latents():
 def test_a_decode_step_on_a_slice_sends_what_is_counted():
     how = whole_steps.execution(SLICE, "deepseek_v3", MESH, num_layers=4)
     compiled = whole_steps.decode(SLICE, how, rows=64, positions=4096)
-    counted = parallel.share(how, parallel.Load(64, 1, 4095, 8), 2)
+    counted = parallel.share(how, parallel.StepShape(64, 1, 4095, 8), 2)
     layers = [one for one in compiled.collectives if one.name in ("all-reduce", "all-gather") and one.array_bytes > 1e5]
     assert sum(one.times * one.sent_bytes for one in layers) == pytest.approx(counted.sent_bytes, rel=0.1)
 

@@ -5,8 +5,8 @@ import pytest
 from jax.sharding import AxisType
 
 from moe_jax.cost import parallel
-from moe_jax.cost.chips import Chip
-from moe_jax.cost.parallel import Load, Training
+from moe_jax.cost.chips import ChipPeaks
+from moe_jax.cost.parallel import StepShape, Training
 from moe_jax.cost.roofline import Step, Work, work
 from moe_jax.dispatch.choose import choose
 from moe_jax.dispatch.contract import Dispatch
@@ -34,7 +34,7 @@ def attention_numbers():
 
 def test_one_device_is_the_roofline():
     execution = Execution(ARCHITECTURE, 2, tiny_model.KERNELS)
-    for load in (Load(3, 1, 20, 2), Load(2, 8, 0, 1)):
+    for load in (StepShape(3, 1, 20, 2), StepShape(2, 8, 0, 1)):
         distinct = MOE * E * (1 - (1 - load.k / E) ** (load.rows * load.new))
         step = Step([load.cached] * load.rows, [load.new] * load.rows, MOE * load.rows * load.new * load.k, distinct)
         share = parallel.share(execution, load, 2)
@@ -56,7 +56,7 @@ def test_weights_of_a_device_by_hand():
 
 def test_a_decode_step_of_a_device_by_hand():
     """Four rows, two on each half of `data`: every set of experts sees all tokens if they lie over `data` too."""
-    load = Load(4, 1, 9, 2)
+    load = StepShape(4, 1, 9, 2)
     share = parallel.share(execution_on(expert_axes=("data", "expert")), load, 2)
     distinct = E * (1 - (1 - 2 / E) ** 4)
     norms = LAYERS * (2 * D + 2 * 16) + D
@@ -77,12 +77,12 @@ def test_a_decode_step_of_a_device_by_hand():
 
 def test_fewer_experts_read_less_and_send_no_less():
     execution = execution_on(expert_axes=("data", "expert"))
-    shares = [parallel.share(execution, Load(4, 1, 9, k), 2) for k in (2, 1)]
+    shares = [parallel.share(execution, StepShape(4, 1, 9, k), 2) for k in (2, 1)]
     assert shares[1].work.bytes < shares[0].work.bytes and shares[1].sent_bytes == shares[0].sent_bytes
 
 
 def test_a_training_step_passes_and_gathers_as_often_as_it_must():
-    execution, load = execution_on(fsdp=True), Load(4, 8, 0, 2)
+    execution, load = execution_on(fsdp=True), StepShape(4, 8, 0, 2)
     one = Training(1000, all_weights=True, teacher=False, remat=False, accumulation=1)
     plain = parallel.training_share(execution, load, 2, one)
     forward = plain.work.flops / 3
@@ -97,7 +97,7 @@ def test_a_training_step_passes_and_gathers_as_often_as_it_must():
 
 
 def test_times():
-    chip = Chip(0, bytes_per_s=10.0, flops_per_s=100.0, link_bytes_per_s=2.0, source="")
+    chip = ChipPeaks(0, bytes_per_s=10.0, flops_per_s=100.0, link_bytes_per_s=2.0, source="")
     share = parallel.Share(Work(20.0, 500.0), 4.0, 3)
     assert share.floor_s(chip) == 5 + 2
     assert share.estimate_s(chip) == pytest.approx(7 + 3 * 5e-6)

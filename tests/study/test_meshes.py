@@ -3,8 +3,8 @@
 import pytest
 
 from moe_jax.config.mesh import MeshConfig
-from moe_jax.cost.chips import Chip
-from moe_jax.cost.parallel import Load
+from moe_jax.cost.chips import ChipPeaks
+from moe_jax.cost.parallel import StepShape
 from moe_jax.study import meshes
 from tests import tiny_model
 
@@ -37,10 +37,10 @@ def test_no_mesh_of_more_than_experts_and_heads():
 @pytest.mark.parametrize(("memory_bytes", "order"), [(100, "cab"), (50, "abc"), (10, "abc")])
 def test_the_fastest_that_fits_is_first_and_what_does_not_fit_last_by_size(memory_bytes, order):
     held = {"a": (40, 3.0), "b": (50, 4.0), "c": (60, 1.0)}
-    chip = Chip(memory_bytes, 1.0, 1.0, 1.0, "")
-    ranked = meshes.ranked(
-        list(held),
-        lambda name: meshes.Candidate(name, None, Load(1, 1, 0, 1), held[name][0], None, held[name][1]),
-        chip,
-    )
+    chip = ChipPeaks(memory_bytes, 1.0, 1.0, 1.0, "")
+
+    def counted(name):
+        return meshes.CountedMesh(name, None, StepShape(1, 1, 0, 1), held[name][0], None, held[name][1])
+
+    ranked = meshes.ranked(list(held), counted, chip)
     assert "".join(one.mesh for one in ranked) == order

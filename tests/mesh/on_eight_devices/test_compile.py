@@ -9,7 +9,7 @@ from moe_jax.config import gin
 from moe_jax.cost import parallel
 from moe_jax.model import parameters
 from moe_jax.study import topologies, whole_steps
-from moe_jax.study.compile import Task
+from moe_jax.study.compile import CompileTask
 from tests import launcher_module
 
 SMALL = {
@@ -37,18 +37,17 @@ def test_a_decode_step_on_the_best_mesh(tmp_path):
 
 def test_the_bytes_of_weights_are_those_of_arrays():
     overrides = [f"{name}={value}" for name, value in SMALL.items()]
-    task = Task(gin.read_config(None, overrides), topologies.find("cpu:8"))
+    task = CompileTask(gin.read_config(None, overrides), topologies.find("cpu:8"))
     shapes = parameters.shapes(task.config.architecture, "bfloat16")
+
+    def make():
+        return jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), shapes)
+
     sizes = set()
     for candidate in task.meshes():
         layout = task.executed(candidate.mesh).layout
-        put = jax.jit(
-            lambda: jax.tree.map(lambda leaf: jax.numpy.zeros(leaf.shape, leaf.dtype), shapes),
-            out_shardings=jax.tree_util.tree_map_with_path(layout.of_leaf, shapes),
-        )
-        held = [
-            sum(leaf.addressable_shards[device].data.nbytes for leaf in jax.tree.leaves(put())) for device in (0, 7)
-        ]
+        made = jax.jit(make, out_shardings=jax.tree_util.tree_map_with_path(layout.of_leaf, shapes))()
+        held = [sum(leaf.addressable_shards[device].data.nbytes for leaf in jax.tree.leaves(made)) for device in (0, 7)]
         counted = parallel.weight_bytes(task.config.architecture, candidate.execution.layout, 2)
         assert held == [counted] * 2
         sizes.add(counted)
@@ -88,7 +87,7 @@ def test_the_state_of_a_finetuning_step_by_hand():
     settings = {"compile.phase": "finetune", "training.weights": "bfloat16", "training.sequence_length": 16}
     settings |= {"mesh.data": 8, "mesh.fsdp": 8, "policy.spec": "topk:2", "objective.distillation": 1.0}
     overrides = [f"{name}={value}" for name, value in (SMALL | settings).items()]
-    task = Task(gin.read_config(None, overrides), topologies.find("cpu:8"))
+    task = CompileTask(gin.read_config(None, overrides), topologies.find("cpu:8"))
     (candidate,) = task.meshes()
     step = task.lower(candidate)
     architecture, layout = task.config.architecture, candidate.execution.layout
