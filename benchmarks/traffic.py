@@ -103,16 +103,28 @@ def products(experts: LayerShape, num_rows: int) -> dict[str, Product]:
     }
 
 
-def _unallocated(shape):
+def _unallocated(shape, dtype="bfloat16"):
     """An array of zeros that takes no memory."""
     import jax.numpy as jnp
     import numpy as np
 
-    return np.broadcast_to(np.zeros((), jnp.bfloat16), shape)
+    return np.broadcast_to(np.zeros((), jnp.dtype(dtype)), shape)
 
 
-def count(product: Product, sizes, num_cores: int):
-    """The `Traffic` of `pallas_tpu`; a launch that no expert has rows for is not made."""
+def in_eight_bits(shape, expert_dtype: str, array_of=_unallocated):
+    """Weights in eight bits, in blocks as they are quantised; `array_of(shape, dtype)` makes their parts."""
+    from moe_jax.kernels.quantized import Quantized, block_of, even_block
+
+    block = even_block(block_of(expert_dtype, *shape[-2:]), *shape[-2:])
+    blocks = (size // one for size, one in zip(shape[-2:], block))
+    return Quantized(array_of(shape, expert_dtype), array_of((*shape[:-2], *blocks), "float32"))
+
+
+def count(product: Product, sizes, num_cores: int, expert_dtype: str = ""):
+    """The `Traffic` of `pallas_tpu`; a launch that no expert has rows for is not made.
+
+    `expert_dtype` is that of weights in eight bits; "": they are bfloat16.
+    """
     import jax.numpy as jnp
 
     from moe_jax.kernels import traffic
@@ -122,7 +134,8 @@ def count(product: Product, sizes, num_cores: int):
     if product.to_weights:
         launch = pallas_tpu.launch_weights_gradient(rows, sizes_E, other_rows, num_cores=num_cores)
     else:
-        weights = _unallocated((1, len(sizes), *product.matrices))
+        shape = (1, len(sizes), *product.matrices)
+        weights = in_eight_bits(shape, expert_dtype) if expert_dtype else _unallocated(shape)
         settings = {"transposed": product.transposed, "num_cores": num_cores}
         launch = pallas_tpu.launch_product(rows, weights, sizes_E, 0, **settings)
     return traffic.count(launch.grid_spec, launch.scalars, launch.operands, [launch.out], num_cores)

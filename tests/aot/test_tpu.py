@@ -7,10 +7,13 @@ A kernel whose blocks do not fit vector memory fails to compile. `benchmarks/com
 what came of them.
 """
 
+import itertools
+
 import jax.numpy as jnp
 import pytest
 from jax import lax
 
+from moe_jax.kernels import quantized
 from moe_jax.kernels.grouped_matmul import pallas_tpu
 from tests import launcher_module
 
@@ -32,6 +35,38 @@ def cases():
 def test_products_compile_and_copy_no_weights(chip, model, tokens):
     for product in matrix.PRODUCTS:
         assert matrix.compile_case(matrix.CompileCase(chip, model, tokens, product)).problem == "", product
+
+
+def eight_bit_cases():
+    for chip, model, expert_dtype in itertools.product(compilers.TPUS, IN_CI, quantized.DTYPES):
+        for tokens in (1, 2048):
+            in_ci = chip == "v5e" and (model, tokens) in (("olmoe_1b_7b", 1), ("deepseek_v3", 2048))
+            yield pytest.param(chip, model, expert_dtype, tokens, marks=() if in_ci else (pytest.mark.slow,))
+
+
+@pytest.mark.parametrize(("chip", "model", "expert_dtype", "tokens"), list(eight_bit_cases()))
+def test_weights_in_eight_bits_compile_and_are_not_copied(chip, model, expert_dtype, tokens):
+    experts, layers = matrix.traffic.experts_of(model), matrix.LAYERS[model]
+
+    def of_layers(rows, gate_up, down, sizes):
+        def of_layer(layer, rows):
+            hidden = pallas_tpu.gated(rows, gate_up, sizes, layer)
+            return rows + pallas_tpu.forward(hidden, down, sizes, layer)
+
+        return lax.fori_loop(0, layers, of_layer, rows)
+
+    matrices = (2, experts.hidden, experts.d_model), (experts.d_model, experts.hidden)
+    weights = [
+        matrix.traffic.in_eight_bits(
+            (layers, experts.num_experts, *one), expert_dtype, lambda sizes, dtype: shape(*sizes, dtype=dtype)
+        )
+        for one in matrices
+    ]
+    sizes, rows = shape(experts.num_experts, dtype=jnp.int32), shape(tokens * experts.k, experts.d_model)
+    program = compilers.compiled(chip, of_layers, rows, *weights, sizes)
+    assert len(compilers.mosaic_kernels(program)) == 2
+    expert_bytes, row_bytes = sum(one.size for one in weights), 2 * rows.size
+    assert program.memory_analysis().temp_size_in_bytes < matrix.MOST_TEMPORARIES * expert_bytes + 4 * row_bytes
 
 
 @pytest.mark.parametrize("chip", compilers.TPUS)

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from moe_jax.kernels import traffic
+from moe_jax.kernels import quantized, traffic
 from moe_jax.kernels.grouped_matmul import pallas_tpu
 from tests import launcher_module
 
@@ -67,6 +67,20 @@ def test_decoding_moves_little_more_than_each_expert_once(model, tokens):
             counted = moved(model, tokens, name, num_cores)
             assert counted.total <= MOST["decode"] * products[name].least_bytes(sizes), (name, num_cores)
             assert counted.fetched[1] == 2 * (sizes > 0).sum() * np.prod(products[name].matrices)
+
+
+@pytest.mark.parametrize("expert_dtype", quantized.DTYPES)
+@pytest.mark.parametrize("tokens", (1, 64))
+@pytest.mark.parametrize("model", benchmark.MODELS)
+def test_weights_in_eight_bits_move_half_the_bytes(model, tokens, expert_dtype):
+    sizes, products = case(model, tokens)
+    for name in ("gated", "down"):
+        product, wide = products[name], moved(model, tokens, name, 2)
+        counted = benchmark.count(product, sizes, 2, expert_dtype)
+        assert counted.fetched[1] == (sizes > 0).sum() * np.prod(product.matrices) == wide.fetched[1] / 2
+        assert counted.fetched[2] <= 0.01 * counted.fetched[1]  # scales
+        rows_bytes = sum(2 * np.prod(rows) for rows in (product.rows, product.other_rows))
+        assert counted.total <= MOST["decode"] * (counted.fetched[1] + rows_bytes)
 
 
 @pytest.mark.parametrize("tokens", PREFILL)
