@@ -17,7 +17,7 @@ from moe_jax.study.schedule_search import Policies, marginal_costs, rules, searc
 from moe_jax.text.documents import Document
 from moe_jax.text.tokenizer import encode_documents
 
-SCREENED = 4  # all schedules (b,h,e,p) are measured on one of so many windows
+SCREENED = 4  # all schedules (b,h,e,p) are measured on one of this many windows
 POOL = 8  # times the windows needed: what they are picked from
 
 
