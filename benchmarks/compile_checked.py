@@ -2,7 +2,7 @@
 
     python benchmarks/compile_checked.py --layers 16 --out out/compile_checked
 
-OLMoE-1B-7B's published shape in bfloat16 with random weights, which needs 17 GB of free memory with all its 16 layers,
+OLMoE-1B-7B's published shape in bfloat16 with random weights, which needs 15 GB of free memory with all its 16 layers,
 and takes two minutes on two cores. A prefill, then a decode step, each in a process of its own: it is compiled, then
 weights are made, then a cache, then it runs. What each adds to the resident memory of the process, the run at its peak,
 is compared with what was reported. The exit status is 1 if the sums differ by more than 10%.
@@ -28,7 +28,7 @@ from moe_jax.study.random_model import random_params
 
 MODEL = pathlib.Path(__file__).parents[1] / "configs" / "models" / "olmoe_1b_7b.gin"
 DTYPE = jnp.dtype("bfloat16")
-ROWS, POSITIONS, PROMPT = 4, 2048, 512
+ROWS, POSITIONS, PROMPT = 2, 1024, 512
 MOST = 0.1  # relative difference
 
 

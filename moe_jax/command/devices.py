@@ -10,11 +10,12 @@ from moe_jax import files
 from moe_jax.command import folders
 
 
-def configure_jax(virtual_devices: int = 0) -> None:
+def configure_jax(virtual_devices: int = 0, keep_programs: bool = True) -> None:
     """Imports JAX and turns on its compilation cache, if its folder is writable.
 
     Args:
         virtual_devices: the number of devices to make on the CPU, whatever else there is; 0: the machine's own.
+        keep_programs: whether to turn on the cache; programs for devices that are not here cannot be read from it.
     """
     import jax
 
@@ -24,6 +25,9 @@ def configure_jax(virtual_devices: int = 0) -> None:
 
     for library in ("jax", "matplotlib", "httpx", "httpx2"):
         standard_logging.getLogger(library).setLevel(standard_logging.WARNING)
+    if not keep_programs:
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
     folder = os.environ.get("JAX_COMPILATION_CACHE_DIR") or str(files.cache_folder() / "xla")
     if "://" not in folder:
         try:

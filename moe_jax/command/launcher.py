@@ -183,7 +183,8 @@ def run(
         default_out: The output folder without `--out`. None: nothing is written.
         huge_pages: Whether to restart the process with huge pages where possible, see `use_huge_pages`.
         on_mesh: Whether `main` can run on a mesh of devices and in several processes.
-        elsewhere: Whether the mesh is of devices that are not here, which `main` checks.
+        elsewhere: Whether the mesh is of devices that are not here, which `main` checks; programs are not kept for the
+            next run.
         virtual_devices: The number of devices to make on the CPU for a configuration; 0: the machine's own.
     """
     if huge_pages:
@@ -261,7 +262,7 @@ def _run_main(
         except ValueError as error:
             raise ValueError(f"--out = {error}") from error
     try:
-        devices.configure_jax(virtual_devices(config))
+        devices.configure_jax(virtual_devices(config), keep_programs=not elsewhere)
         if on_mesh:
             hosts.join()
         devices.require_device()

@@ -176,7 +176,8 @@ def _sent(execution: Execution, load: StepShape, itemsize: int, training: bool) 
     collectives = trunk.num_moe_layers * one.collectives
     if (tensor := _tensor(layout)) > 1:
         sums = trunk.num_layers + trunk.num_dense_layers + 1  # attention, dense feed-forwards, embeddings
-        sums += trunk.num_moe_layers if moe.num_shared_experts else 0
+        # that of the shared experts is one with that of the routed ones, if these lie over the same devices
+        sums += trunk.num_moe_layers if moe.num_shared_experts and layout.config.expert_parts > 1 else 0
         tokens = _local(load.rows, layout) * load.new
         sent_bytes += passes * sums * 2 * (tensor - 1) / tensor * tokens * row_bytes
         collectives += passes * sums

@@ -72,16 +72,13 @@ def compile_step(step: Lowered, topology: Topology) -> CompiledStep:
     Raises:
         TooLargeError: a device has too little memory; in the compiler's words.
     """
-    begin, cached = time.perf_counter(), jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
+    begin = time.perf_counter()
     try:
         program = step.lowered.compile(topology.options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise TooLargeError(str(error).splitlines()[0]) from error
-    finally:
-        jax.config.update("jax_enable_compilation_cache", cached)
     seconds = time.perf_counter() - begin
     memory, text = program.memory_analysis(), program.as_text()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

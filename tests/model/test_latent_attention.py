@@ -22,7 +22,11 @@ def assert_close(got, expected):
     assert np.abs(got - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("kernels", [tiny_model.KERNELS, Kernels("blocked", "xla", "xla", "blocked")])
+# the last pads latents in the cache
+KERNELS = [tiny_model.KERNELS, *(Kernels("blocked", "xla", name, "blocked") for name in ("xla", "matmul"))]
+
+
+@pytest.mark.parametrize("kernels", KERNELS, ids=lambda kernels: kernels.cached_attention)
 def test_cached_decode_of_a_ragged_batch_equals_the_whole_sequence(kernels):
     """A variant that is not among those in `golden`, whose decode steps are compared with transformers."""
     variant = VARIANTS["deepseek_v3_halves"]
@@ -44,7 +48,7 @@ def test_cached_decode_of_a_ragged_batch_equals_the_whole_sequence(kernels):
 
     expected_BTV, length_B, rows = whole(params, tokens_BT), np.array([8, 2, 5, 7], np.int32), np.arange(4)
     valid_BT = np.arange(8)[None, :] < length_B[:, None]
-    cache = caches.allocate(architecture, 4, 16, jnp.float32)
+    cache = caches.allocate(architecture, 4, 16, jnp.float32, multiple=execution.channel_multiple)
     prompts_BT = np.where(valid_BT, tokens_BT[:, :8], 63)
     logits_BTV, cache = extend(params, cache, prompts_BT, np.zeros(4, np.int32), valid_BT)
     for row, length in enumerate(length_B):
@@ -59,3 +63,5 @@ def test_the_cache_holds_one_latent_and_one_rotary_key_per_position():
     cache = caches.allocate(architecture, 2, 16, jnp.bfloat16)
     assert cache.key_LBMGA.shape == (architecture.decoder.num_layers, 2, 16, 1, 24 + 8)
     assert cache.value_LBMGX is None
+    padded = caches.allocate(architecture, 2, 16, jnp.bfloat16, multiple=128)
+    assert padded.key_LBMGA.shape == (*cache.key_LBMGA.shape[:4], 128)
