@@ -114,14 +114,15 @@ def test_a_part_equals_that_part_of_the_whole(folder, stored, asked):
         quantize(folder, 5, 4)  # of [10, 16] and of [16, 10], which has blocks of 1 x 2 then
     opened = checkpoint.open(folder)
     stacks = [stack for stack in opened._stacks("auto", asked) if stack.path in EXPERTS]
-    expected = flattened(opened.read("auto", asked))
+    if not stored and asked == "float8_e4m3fn":  # parts of two rows, which may begin within a block
+        stacks = [stack._replace(block=Blocks(4, 6)) for stack in stacks]
     for stack in stacks:
-        outputs = stack.shape[-2]
         rows, columns = stack.even_block
-        cut = slice(outputs - 2 * rows if outputs > rows else 0, outputs), slice(0, columns)
+        first = rows if rows < stack.shape[-2] else 0
+        cut = slice(first, first + rows), slice(0, columns)
         part = (slice(1, 2), slice(2, 5), *(slice(1, 2) for _ in stack.shape[2:-2]), *cut)
-        [[array]] = reading.read(folder, [stack], [[part]], blocks_of(opened.config))
-        whole = expected[stack.path]
+        both = [part, reading.whole_index(stack)]
+        [[array, whole]] = reading.read(folder, [stack], [both], blocks_of(opened.config))
         np.testing.assert_array_equal(array.values.view(np.uint8), whole.values[part].view(np.uint8))
         np.testing.assert_array_equal(array.scale, whole.scale[stack.scale_part(part)])
 
