@@ -5,17 +5,17 @@ from typing import Any
 import numpy as np
 
 from moe_jax.report.figures import Row, csv_text, figure, markdown
-from moe_jax.study.schedule_rivals import LEXI, LINEAR, ORACLE, PLAIN, SEARCHED, UNIFORM, Judged
+from moe_jax.study.schedule_rivals import LEXI, LINEAR, ORACLE, PLAIN, SEARCHED, UNIFORM, JudgedPolicy
 from moe_jax.study.schedule_study import Searched
 
 
 def figures(searched: Searched) -> dict[str, dict[str, Any]]:
     """Rank agreements and the number of measurements."""
     found = {"measured_schedules": {"value": searched.measured, "unit": "schedules"}}
-    for name, agreement in (("lexi", searched.of_lexi), ("marginal", searched.of_marginal)):
-        found[f"{name}_rank_of_layers_and_k"] = {"value": agreement.of_all, "unit": "1"}
+    for name, agreement in (("lexi", searched.lexi_agreement), ("marginal", searched.marginal_agreement)):
+        found[f"{name}_rank_of_layers_and_k"] = {"value": agreement.layers_and_k, "unit": "1"}
         found[f"{name}_rank_across_layers"] = {"value": agreement.across_layers, "unit": "1"}
-        for budget, value in zip(searched.budgets, agreement.of_schedules):
+        for budget, value in zip(searched.budgets, agreement.schedules_of_budgets):
             found[f"{name}_rank_of_schedules_{budget.budget:g}"] = {"value": value, "unit": "1"}
     return found
 
@@ -96,7 +96,7 @@ def costs_csv(searched: Searched) -> str:
     return csv_text(["moe_layer", "k", *(f"kl{rule}" for rule in marginal), "lexi"], lines)
 
 
-def _compared(one: Judged | None) -> str:
+def _compared(one: JudgedPolicy | None) -> str:
     if one is None:
         return "none"
     value, (low, high) = one.searched
@@ -109,11 +109,14 @@ def _ranks_table(searched: Searched) -> str:
     lines = [
         [
             name,
-            *(f"{value:.2f}" for value in (agreement.of_all, agreement.across_layers, *agreement.of_schedules)),
+            *(
+                f"{value:.2f}"
+                for value in (agreement.layers_and_k, agreement.across_layers, *agreement.schedules_of_budgets)
+            ),
         ]
         for name, agreement in (
-            ("LExI's proxy", searched.of_lexi),
-            ("measured marginal costs", searched.of_marginal),
+            ("LExI's proxy", searched.lexi_agreement),
+            ("measured marginal costs", searched.marginal_agreement),
         )
     ]
     return markdown(head, lines)

@@ -11,9 +11,9 @@ from moe_jax.study.schedules import KPerLayer, sum_of
 class Agreement(NamedTuple):
     """Spearman's correlation with measured costs; nan where there are fewer than three different costs."""
 
-    of_all: float  # over all layers and all k below a layer's own
+    layers_and_k: float  # over all layers and all k below a layer's own
     across_layers: float  # over layers at the same k: the mean over k
-    of_schedules: tuple[float, ...]  # for each budget, over its schedules (b,h,e,p): of the sum over layers
+    schedules_of_budgets: tuple[float, ...]  # for each budget, over its schedules (b,h,e,p): of the sum over layers
 
 
 def agreement(cost_LK: np.ndarray, measured_LK: np.ndarray, schedules: list[Mapping[KPerLayer, float]]) -> Agreement:
@@ -30,14 +30,14 @@ def agreement(cost_LK: np.ndarray, measured_LK: np.ndarray, schedules: list[Mapp
         for k in range(below_LK.shape[1])
         if below_LK[:, k].sum() > 2
     ]
-    of_schedules = [
+    schedules_of_budgets = [
         spearman(np.array([sum_of(cost_LK, k_L) for k_L in costs]), np.array(list(costs.values())))
         for costs in schedules
     ]
     return Agreement(
         spearman(cost_LK[below_LK], measured_LK[below_LK]),
         float(np.mean(across)) if across else float("nan"),
-        tuple(of_schedules),
+        tuple(schedules_of_budgets),
     )
 
 

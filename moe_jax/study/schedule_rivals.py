@@ -10,40 +10,40 @@ from moe_jax.evaluation.concurrent import Windows
 from moe_jax.evaluation.intervals import Estimate, paired_ratio, ratio
 from moe_jax.routing.policies.parse import MODEL_OWN
 from moe_jax.study import schedules
-from moe_jax.study.schedule_search import Found, Policies, rules, spec_of
+from moe_jax.study.schedule_search import Policies, SearchedSchedule, rules, spec_of
 from moe_jax.study.schedules import KPerLayer
 
 SEARCHED, LINEAR, ORACLE, PLAIN, LEXI, UNIFORM = "searched", "linear", "oracle", "plain", "lexi", "uniform"
 SHORTLIST = 10  # the best on the windows of screening, or more if more are judged, are measured on all
 
 
-class Candidate(NamedTuple):
+class MeasuredPolicy(NamedTuple):
     """A policy and its cost on the calibration text."""
 
     spec: str
     cost: float  # nats per token
 
 
-class Linear(NamedTuple):
+class LinearSchedules(NamedTuple):
     """All schedules (b,h,e,p) of a budget."""
 
     schedule_of: dict[KPerLayer, str]  # the spec of each
     screened: dict[KPerLayer, float]  # cost of each under the model's own rule, on the windows of screening
-    best: Sequence[Candidate]  # the best ones on all windows, best first, under any rule
-    plain: Sequence[Candidate]  # the same, under the model's own rule
+    best: Sequence[MeasuredPolicy]  # the best ones on all windows, best first, under any rule
+    plain: Sequence[MeasuredPolicy]  # the same, under the model's own rule
 
 
-class Budget(NamedTuple):
+class BudgetResult(NamedTuple):
     """What was found and measured for one budget."""
 
     budget: float
-    found: Sequence[Found]  # under each rule, the better one first
-    linear: Linear
-    lexi: Candidate
-    uniform: Candidate | None  # None: the budget is not a whole number
+    found: Sequence[SearchedSchedule]  # under each rule, the better one first
+    linear: LinearSchedules
+    lexi: MeasuredPolicy
+    uniform: MeasuredPolicy | None  # None: the budget is not a whole number
 
     @property
-    def searched(self) -> Found:
+    def searched(self) -> SearchedSchedule:
         """The better one of `found`."""
         return self.found[0]
 
@@ -54,7 +54,7 @@ class Budget(NamedTuple):
         return list(dict.fromkeys(one.spec for one in named))
 
 
-class Judged(NamedTuple):
+class JudgedPolicy(NamedTuple):
     """A policy on held-out text."""
 
     role: str
@@ -68,7 +68,7 @@ class Judged(NamedTuple):
 
 def linear_schedules(
     screening: Policies, measured: Policies, architecture: Architecture, total: int, count: int
-) -> Linear:
+) -> LinearSchedules:
     """Measures all schedules (b,h,e,p) of a total under each rule, and those that are best again on all windows.
 
     Args:
@@ -80,34 +80,34 @@ def linear_schedules(
     """
     schedule_of = dict(schedules.linear(architecture, total)) if count else {}
     if not schedule_of:
-        return Linear({}, {}, [], [])
+        return LinearSchedules({}, {}, [], [])
     own_rule, other_rule = rules(architecture)
     plain, other = (screening.costs(spec_of(k_L, rule) for k_L in schedule_of) for rule in (own_rule, other_rule))
     costs = {(k_L, own_rule): cost for k_L, cost in zip(schedule_of, plain.tolist())}
     costs |= {(k_L, other_rule): cost for k_L, cost in zip(schedule_of, other.tolist())}
 
-    def best(keys: Iterable[tuple[KPerLayer, str]]) -> list[Candidate]:
+    def best(keys: Iterable[tuple[KPerLayer, str]]) -> list[MeasuredPolicy]:
         first = sorted(keys, key=costs.__getitem__)[: max(SHORTLIST, count)]
         again = measured.costs(spec_of(k_L, rule) for k_L, rule in first).tolist()
-        found = [Candidate(schedule_of[k_L] + rule, cost) for (k_L, rule), cost in zip(first, again)]
+        found = [MeasuredPolicy(schedule_of[k_L] + rule, cost) for (k_L, rule), cost in zip(first, again)]
         return sorted(found, key=lambda one: one.cost)[:count]
 
     screened = dict(zip(schedule_of, plain.tolist()))
-    return Linear(schedule_of, screened, best(costs), best((k_L, own_rule) for k_L in schedule_of))
+    return LinearSchedules(schedule_of, screened, best(costs), best((k_L, own_rule) for k_L in schedule_of))
 
 
-def better(measured: Policies, architecture: Architecture, specs: str) -> Candidate:
+def better(measured: Policies, architecture: Architecture, specs: str) -> MeasuredPolicy:
     """A schedule under the rule that costs less on calibration text."""
     candidates = [specs + rule for rule in rules(architecture)]
-    return min(map(Candidate, candidates, measured.costs(candidates).tolist()), key=lambda one: one.cost)
+    return min(map(MeasuredPolicy, candidates, measured.costs(candidates).tolist()), key=lambda one: one.cost)
 
 
-def judge(budgets: Sequence[Budget], held_out: Policies, windows: Windows) -> list[list[Judged]]:
+def judge(budgets: Sequence[BudgetResult], held_out: Policies, windows: Windows) -> list[list[JudgedPolicy]]:
     """Measures what was found on held-out text: for each budget the searched schedule, then the others.
 
     `linear` is the schedule (b,h,e,p) that is best on calibration text, as a user would choose it; `oracle` is the one
-    of `Linear.best` that needs the fewest bits on the held-out text itself, which favours it. `plain` is as published:
-    the best on calibration text under the model's own rule.
+    of `LinearSchedules.best` that needs the fewest bits on the held-out text itself, which favours it. `plain` is as
+    published: the best on calibration text under the model's own rule.
     """
     _, document_J = np.unique(windows.document_J, return_inverse=True)
     size_J, tokens_J = (np.bincount(document_J, one) for one in (windows.bytes_J, held_out.tokens_of_windows))
@@ -125,7 +125,7 @@ def judge(budgets: Sequence[Budget], held_out: Policies, windows: Windows) -> li
         own = bits[budget.searched.spec]
         judged.append(
             [
-                Judged(
+                JudgedPolicy(
                     role,
                     one.spec,
                     one.cost,

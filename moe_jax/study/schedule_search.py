@@ -105,7 +105,7 @@ class Policies:
         self._advance(len(compared))
 
 
-class Found(NamedTuple):
+class SearchedSchedule(NamedTuple):
     """The schedule that was found for a budget under one rule for the weights."""
 
     spec: str
@@ -140,7 +140,7 @@ def marginal_costs(measured: Policies, architecture: Architecture, rule: str) ->
     return cost_LK
 
 
-def search(measured: Policies, marginal_LK: Mapping[str, np.ndarray], total: int) -> list[Found]:
+def search(measured: Policies, marginal_LK: Mapping[str, np.ndarray], total: int) -> list[SearchedSchedule]:
     """The best schedule of a total under each rule, the better rule first.
 
     It begins with the cheapest schedule by marginal costs, and is refined by `refined`, unless this one costs more than
@@ -158,7 +158,7 @@ def search(measured: Policies, marginal_LK: Mapping[str, np.ndarray], total: int
         cost, cost_LK = start_cost, marginal_LK[rule]
         if start_cost <= CLOSE * costs.min():
             k_L, cost = refined(measured, cost_LK, k_L, start_cost, rule)
-        found.append(Found(spec_of(k_L, rule), cost, schedules.sum_of(cost_LK, k_L), start_cost))
+        found.append(SearchedSchedule(spec_of(k_L, rule), cost, schedules.sum_of(cost_LK, k_L), start_cost))
     return sorted(found, key=lambda one: one.cost)
 
 

@@ -12,24 +12,24 @@ from moe_jax.model.decoder import Params
 from moe_jax.model.execution import Execution
 from moe_jax.study import lexi, schedule_rivals, schedules
 from moe_jax.study.rank_agreement import Agreement, agreement
-from moe_jax.study.schedule_rivals import Budget, Judged
+from moe_jax.study.schedule_rivals import BudgetResult, JudgedPolicy
 from moe_jax.study.schedule_search import Policies, marginal_costs, rules, search, spec_of
 from moe_jax.text.documents import Document
 from moe_jax.text.tokenizer import encode_documents
 
-SCREENED = 4  # all schedules (b,h,e,p) are measured on one of this many windows
+SCREENED = 4  # the windows over those on which all schedules (b,h,e,p) are measured
 POOL = 8  # times the windows needed: what they are picked from
 
 
 class Searched(NamedTuple):
     """All results of a search."""
 
-    budgets: Sequence[Budget]
-    judged: Sequence[Sequence[Judged]]  # for each budget
+    budgets: Sequence[BudgetResult]
+    judged: Sequence[Sequence[JudgedPolicy]]  # for each budget
     marginal_LK: dict[str, np.ndarray]  # by rule
     lexi_LK: np.ndarray
-    of_lexi: Agreement
-    of_marginal: Agreement
+    lexi_agreement: Agreement
+    marginal_agreement: Agreement
     measured: int  # schedules that were measured on all calibration text
 
     @property
@@ -104,7 +104,7 @@ def run(
         uniform = None
         if budget == round(budget) <= min(architecture.k_L):
             uniform = schedule_rivals.better(measured, architecture, f"topk:{round(budget)}")
-        budgets.append(Budget(budget, found, linear, by_lexi, uniform))
+        budgets.append(BudgetResult(budget, found, linear, by_lexi, uniform))
     own_LK = marginal_LK[""]
     screened = [budget.linear.screened for budget in budgets]
     return Searched(

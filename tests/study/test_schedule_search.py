@@ -143,8 +143,8 @@ def test_rank_agreement_equals_scipys():
     costs = [{(1, 1, 1, 1): 9.0, (2, 1, 1, 1): 5.0, (1, 2, 1, 1): 7.0}, {}]
     found = rank_agreement.agreement(proxy_LK, measured_LK, costs)
     below = ([3, 1, 4, 2, 9, 3, 1], [3, 2, 5, 1, 4, 3, 1])
-    assert found.of_all == pytest.approx(stats.spearmanr(*below).statistic)
+    assert found.layers_and_k == pytest.approx(stats.spearmanr(*below).statistic)
     by_k = [([3, 4, 9, 1], [3, 5, 4, 1]), ([1, 2, 3], [2, 1, 3])]
     assert found.across_layers == pytest.approx(np.mean([stats.spearmanr(*pair).statistic for pair in by_k]))
-    assert found.of_schedules[0] == pytest.approx(stats.spearmanr([17, 15, 15], [9, 5, 7]).statistic)
-    assert np.isnan(found.of_schedules[1])
+    assert found.schedules_of_budgets[0] == pytest.approx(stats.spearmanr([17, 15, 15], [9, 5, 7]).statistic)
+    assert np.isnan(found.schedules_of_budgets[1])
