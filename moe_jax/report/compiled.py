@@ -37,8 +37,7 @@ def rows(outcome: CompileResult) -> list[Row]:
 
 
 def _share(outcome: CompileResult, one: Counted) -> dict[str, dict[str, Any]]:
-    chip, load, share = outcome.task.topology.chip, one.load, one.share
-    tokens = load.rows * load.new
+    chip, share, tokens = outcome.task.topology.chip, one.share, outcome.task.tokens(one.load)
     return {
         "bytes": {"value": share.work.bytes, "unit": "bytes"},
         "flops": {"value": share.work.flops, "unit": "flops"},
@@ -133,7 +132,7 @@ def _times(outcome: CompileResult) -> str:
 
     def cell(one: Counted) -> str:
         seconds = one.share.floor_s(chip)
-        return f"{1e3 * seconds:.3g} / {one.load.rows * one.load.new / seconds:.3g}"
+        return f"{1e3 * seconds:.3g} / {outcome.task.tokens(one.load) / seconds:.3g}"
 
     lines = [[f"`topk:{k}`", *(cell(found[rows, k]) for rows in batches)] for k in slots]
     return markdown(["rows", *map(str, batches)], lines)

@@ -93,6 +93,10 @@ class CompileTask:
             return StepShape(rows, settings.prompt, 0, k)
         return StepShape(rows, 1, self.positions - 1, k)
 
+    def tokens(self, load: StepShape) -> int:
+        """That a step reads."""
+        return load.rows * load.new * (self.config.training.accumulation if self.trains else 1)
+
     def executed(self, mesh: MeshConfig, there: bool = True) -> Execution:
         """How the model runs on a mesh; `there`: of the topology's devices."""
         config, layout = self.config, None

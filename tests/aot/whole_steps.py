@@ -34,6 +34,7 @@ def most_temporaries(how):
     return 0.01 * DTYPE.itemsize * size / parts
 
 
+@functools.cache
 def decode(topology, how, rows, positions=1024):
     found = topologies.find(topology)
     return whole_steps.compile_step(whole_steps.lower_decode(how, found, rows, positions, DTYPE), found)

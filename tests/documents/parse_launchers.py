@@ -21,7 +21,16 @@ from moe_jax.config import gin
 from moe_jax.routing.policies.parse import parse
 
 
-def read(main, *, default_config=None, default_out=None, huge_pages=False, on_mesh=False, virtual_devices=None):
+def read(
+    main,
+    *,
+    default_config=None,
+    default_out=None,
+    huge_pages=False,
+    on_mesh=False,
+    elsewhere=False,
+    virtual_devices=None,
+):
     """Does what `command.run` does before it calls `main`; policies are parsed too."""
     define_flags(default_config, default_out)
     if on_mesh:

@@ -1,4 +1,4 @@
-"""Attention spread over devices equals attention on one, with its gradients, whether or not they divide the key heads."""
+"""Attention spread over devices equals attention on one, with its gradients, whatever the number of key heads."""
 
 import jax
 import jax.numpy as jnp
