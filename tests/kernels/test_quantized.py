@@ -51,9 +51,9 @@ def test_quantised_as_by_a_plain_loop_within_half_a_step(shape, block, dtype):
     spread = quantized.spread(scale, block, shape, even)
     assert all(size % one == 0 for size, one in zip(shape, even))
     wide = plain(values, spread, even)
-    of_each = quantized.spread(scale, block, shape)
-    smallest = of_each * 2.0**-10  # half a step of FP8's smallest numbers
-    bound = np.maximum(np.abs(matrix) * HALF_STEP[dtype], smallest) if dtype != "int8" else of_each * HALF_STEP[dtype]
+    scale_of_number = quantized.spread(scale, block, shape)
+    smallest = scale_of_number * 2.0**-10  # half a step of FP8's smallest numbers
+    bound = np.maximum(np.abs(matrix) * HALF_STEP[dtype], smallest) if dtype != "int8" else scale_of_number * HALF_STEP[dtype]
     assert (np.abs(wide - matrix) <= bound * (1 + 1e-5)).all()
     got = quantized.dequantize(jnp.asarray(values), jnp.asarray(spread), jnp.float32)
     np.testing.assert_allclose(got, wide, rtol=1e-6)
