@@ -103,4 +103,4 @@ def _with_scale(spec: P, weight: jax.Array | Quantized) -> P | Quantized:
 
 def scale_spec(spec: P, shape: tuple[int, ...]) -> P:
     """The layout of scales: that of their weights, but a block that spans an axis is on all of its devices."""
-    return P(*(None if size == 1 else axes for size, axes in zip(shape, spec, strict=True)))
+    return P(*(None if size == 1 else axes for size, axes in zip(shape, spec)))

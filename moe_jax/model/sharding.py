@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.mesh import AXES, MeshConfig
+from moe_jax.dispatch.contract import scale_spec
 from moe_jax.dispatch.placement import ExpertPlacement, place, read_loads
 from moe_jax.model import parameters
 from moe_jax.model.parameters import Parameter
@@ -94,7 +95,10 @@ class Layout:
         if names[-1] in ("down", "up"):  # a factor; its rank has no letter
             first, last = parameter.num_stacked, len(letters) - len(parameter.inputs)
             letters = f"{letters[:first]}.{letters[last:]}" if names[-1] == "down" else f"{letters[:last]}."
-        return self._of(parameter, letters, gathered) if len(letters) == leaf.ndim else self.replicated
+        if len(letters) != leaf.ndim:
+            return self.replicated
+        sharding = self._of(parameter, letters, gathered)
+        return NamedSharding(self.mesh, scale_spec(sharding.spec, leaf.shape))  # a leaf may be scales
 
     def _of(self, parameter: Parameter, letters: str, gathered: bool) -> NamedSharding:
         if "router" in parameter.modules:

@@ -12,7 +12,6 @@ from moe_jax.kernels.grouped_matmul.api import IMPLEMENTATIONS, grouped_matmul, 
 from moe_jax.kernels.quantized import Quantized
 from tests.kernels.eight_bits import LARGEST, plain, random_weights
 
-HALF_STEP = {"float8_e4m3fn": 2.0**-4, "int8": 0.5}  # of a number for FP8, of a scale for int8
 SHAPES = [(5, 7), (16, 16), (40, 24), (33, 50)]
 
 
@@ -51,9 +50,10 @@ def test_quantised_as_by_a_plain_loop_within_half_a_step(shape, block, dtype):
     spread = quantized.spread(scale, block, shape, even)
     assert all(size % one == 0 for size, one in zip(shape, even))
     wide = plain(values, spread, even)
-    of_each = quantized.spread(scale, block, shape)
-    smallest = of_each * 2.0**-10  # half a step of FP8's smallest numbers
-    bound = np.maximum(np.abs(matrix) * HALF_STEP[dtype], smallest) if dtype != "int8" else of_each * HALF_STEP[dtype]
+    scale_of_number = quantized.spread(scale, block, shape)
+    bound = scale_of_number * 0.5
+    if dtype == "float8_e4m3fn":  # half a step: of three bits of mantissa, or of the smallest numbers
+        bound = np.maximum(np.abs(matrix) * 2.0**-4, scale_of_number * 2.0**-10)
     assert (np.abs(wide - matrix) <= bound * (1 + 1e-5)).all()
     got = quantized.dequantize(jnp.asarray(values), jnp.asarray(spread), jnp.float32)
     np.testing.assert_allclose(got, wide, rtol=1e-6)

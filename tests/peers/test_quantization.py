@@ -7,9 +7,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import moe_jax
 from moe_jax.checkpoint import filling
 from moe_jax.checkpoint.quantization import Blocks
 from moe_jax.checkpoint.safetensors_file import read_table
+from tests.family_variants import VARIANTS, write
 
 pytestmark = pytest.mark.peers
 
@@ -30,3 +32,24 @@ def test_torch_writes_and_multiplies_alike(tmp_path, shape):
         got = filling.allocate(shape, dtype)
         filling.fill([filling.Source("w", stored["w"], got, stored["w_scale_inv"], Blocks(128, 128))])
         np.testing.assert_array_equal(got.astype(np.float32), expected.to(narrow).to(torch.float32).numpy())
+
+
+def test_transformers_reads_experts_that_were_saved_in_fp8(tmp_path):
+    """Its kernels for FP8 need a GPU; without one it dequantises, by the scales and the list of other modules."""
+    import torch
+    import transformers
+
+    write(tmp_path / "wide", VARIANTS["qwen3_moe"])
+    model = moe_jax.load(tmp_path / "wide", dtype="float32", expert_dtype="float8_e4m3fn")
+    model.save(tmp_path / "narrow")
+    tokens_BT = np.random.default_rng(0).integers(0, 64, (2, 9))
+    settings = transformers.FineGrainedFP8Config(dequantize=True, weight_block_size=(128, 128))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "narrow", dtype=torch.float32, quantization_config=settings
+    )
+    with torch.no_grad():
+        expected_BTV = theirs(input_ids=torch.tensor(tokens_BT)).logits.numpy()
+    difference = np.linalg.norm(model.logits(tokens_BT) - expected_BTV) / np.linalg.norm(expected_BTV)
+    assert difference < 1e-5
+    wide = moe_jax.load(tmp_path / "wide", dtype="float32").logits(tokens_BT)
+    assert np.linalg.norm(wide - expected_BTV) > 1e-3 * np.linalg.norm(expected_BTV)  # what is read is narrow
