@@ -69,8 +69,8 @@ def main(run: command.Command) -> None:
         candidates[0] = study.Candidate(compared[0], lambda: run.load(original).params, original_execution)
     for one in smaller:
         own = dataclasses.replace(execution, architecture=one.architecture, k_max=one.architecture.moe.k)
-        load = lambda one=one: run.load(one).params  # noqa: E731
-        candidates.append(study.Candidate(compared[0], load, own, folder_name(one.folder)))
+        name = folder_name(one.folder)
+        candidates.append(study.Candidate(compared[0], lambda one=one: run.load(one).params, own, name))
 
     timed_folder = timed.model.path and command.in_repository(timed.model.path)
     paths = [opened.folder, original.folder, *(one.folder for one in smaller), held_out, config.policy.calibration]
