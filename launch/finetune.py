@@ -71,9 +71,12 @@ def open_teacher(run, student):
     config = run.config
     if not config.finetune.teacher:
         return None, None
-    teacher = checkpoint.open(command.in_repository(config.finetune.teacher, "finetune.teacher"), calibration=None)
+    teacher = checkpoint.open(
+        command.in_repository(config.finetune.teacher, "finetune.teacher"), calibration=None, setting="finetune.teacher"
+    )
     finetuning.require_teacher(config, student, teacher)
-    return teacher, run.execution_of(teacher.architecture, config.training.weights)
+    execution = run.execution_of(teacher.architecture, config.training.weights)
+    return teacher, dataclasses.replace(execution, k_max=max(execution.k_max, teacher.architecture.moe.k))
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ def main(run: command.Command) -> None:
     from moe_jax.routing.policies.parse import MODEL_OWN, parse
     from moe_jax.study import expert_use, prediction
 
-    opened = checkpoint.open(command.in_repository(predict.routing, "predict.routing"), calibration=None)
+    opened = checkpoint.open(
+        command.in_repository(predict.routing, "predict.routing"), calibration=None, setting="predict.routing"
+    )
     expert_use.require_stand_in(opened.architecture, config.architecture)
     parsed = [parse(spec) for spec in predict.policies]
     compared = [MODEL_OWN, *(policy for policy in parsed if policy.parts != MODEL_OWN.parts)]

@@ -29,14 +29,16 @@ def main(run: command.Command) -> None:
     from moe_jax.text import corpus
     from moe_jax.text.held_out import load_held_out
 
-    opened, execution = run.open_model(calibrated=False)
+    require_own(config)
+    opened, execution = run.open_model(calibrated=False, expert_dtype="model")
     architecture = opened.architecture
     choices = pruning.choices(config.prune, architecture)
     with run.timed("text"):
         documents = load_held_out(held_out)
         collected = corpus.collect(config.text.sources, documents)
         text = prune.prepare_text(config, opened, collected.documents, documents)
-    params = run.load(opened).params
+    params = run.load(opened, "model").params
+    prune.require_memory(params, architecture, choices)
     depends_on = identity(config, [opened.folder, held_out], run.implementations) | {"text": collected.sha256}
     journal = Journal(run.out / "parts", depends_on)
     dtype = opened.expected_dtype if config.model.dtype == "auto" else config.model.dtype
@@ -51,6 +53,19 @@ def main(run: command.Command) -> None:
     rows = report.rows(text, architecture, *measured)
     run.finish(rows[0]["figures"], rows=rows, text=report.table(rows))
     journal.forget()
+
+
+def require_own(config) -> None:
+    """Refuses settings of how experts run that pruning does not follow."""
+    if config.model.eight_bits:
+        raise ValueError(
+            f"model.expert_dtype = {config.model.expert_dtype!r}: expected auto or model, with which experts are "
+            "ranked and measured in model.dtype"
+        )
+    if config.policy.k_max:
+        raise ValueError(
+            f"policy.k_max = {config.policy.k_max}: expected 0, a pruned model runs with the model's own k"
+        )
 
 
 if __name__ == "__main__":

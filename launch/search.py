@@ -46,10 +46,11 @@ def main(run: command.Command) -> None:
         windows = concurrent.cut_windows(
             tokens, tokenizer, search.context, search.held_out_windows, config.run.seed, settings
         )
-        documents = corpus.collect(config.text.sources, held_out).documents
-        calibration_JT = schedule_study.calibration_windows(documents, tokenizer, search, config.run.seed)
+        collected = corpus.collect(config.text.sources, held_out)
+        calibration_JT = schedule_study.calibration_windows(collected.documents, tokenizer, search, config.run.seed)
     params = run.load(opened).params
-    journal = Journal(run.out / "parts", identity(config, [opened.folder, path], run.implementations))
+    depends_on = identity(config, [opened.folder, path], run.implementations) | {"text": collected.sha256}
+    journal = Journal(run.out / "parts", depends_on)
     with run.timed("run"), tqdm.tqdm(unit="schedule", disable=None) as progress:
         shared = execution, journal, progress.update
         found = schedule_study.run(params, calibration_JT, windows, search, config.run.seed, *shared)

@@ -47,7 +47,9 @@ def main(run: command.Command) -> None:
     opened, execution = run.open_model()
     architecture, original = opened.architecture, opened
     if sweep.original:
-        original = checkpoint.open(command.in_repository(sweep.original, "sweep.original"), calibration=None)
+        original = checkpoint.open(
+            command.in_repository(sweep.original, "sweep.original"), calibration=None, setting="sweep.original"
+        )
         study.require_alike(original.architecture, architecture, "sweep.original")
     execution = dataclasses.replace(execution, k_max=max(execution.k_max, original.architecture.moe.k))
     compared = study.parsed(sweep, opened.calibration, execution)
@@ -67,10 +69,13 @@ def main(run: command.Command) -> None:
     if sweep.original:
         original_execution = dataclasses.replace(execution, architecture=original.architecture)
         candidates[0] = study.Candidate(compared[0], lambda: run.load(original).params, original_execution)
-    for one in smaller:
+    for path, one in zip(sweep.pruned, smaller, strict=True):
         own = dataclasses.replace(execution, architecture=one.architecture, k_max=one.architecture.moe.k)
-        name = folder_name(one.folder)
-        candidates.append(study.Candidate(compared[0], lambda one=one: run.load(one).params, own, name))
+        candidates.append(study.Candidate(compared[0], lambda one=one: run.load(one).params, own, folder_name(path)))
+
+    shape = timed.architecture if timed_opened is None else timed_opened.architecture
+    for candidate in candidates:
+        study.timed_as(candidate, shape)  # refuses what cannot be timed before anything is measured
 
     timed_folder = timed.model.path and command.in_repository(timed.model.path)
     paths = [opened.folder, original.folder, *(one.folder for one in smaller), held_out, config.policy.calibration]
@@ -112,10 +117,8 @@ def open_pruned(run, opened):
 
     found = []
     for path in run.config.sweep.pruned:
-        one, setting = (
-            checkpoint.open(command.in_repository(path, "sweep.pruned"), calibration=None),
-            f"sweep.pruned: {path}",
-        )
+        setting = f"sweep.pruned: {path}"
+        one = checkpoint.open(command.in_repository(path, "sweep.pruned"), calibration=None, setting="sweep.pruned")
         require_pruned(one.architecture, opened.architecture, setting)
         if one.require_tokenizer().to_str() != opened.require_tokenizer().to_str():
             raise ValueError(f"{setting}: expected a model with the tokenizer of model.path")

@@ -1,5 +1,6 @@
 """Which parameters of a checkpoint are in eight bits in memory: those of the routed experts, if that is asked for."""
 
+import jax
 import numpy as np
 
 from moe_jax.checkpoint.quantization import FLOAT8, Blocks
@@ -20,7 +21,9 @@ def with_experts_in(expert_dtype: str, stacks: list[Stack], blocks: Blocks | Non
     require_expert_dtype(expert_dtype)
     routed = {stack.path: stack for stack in stacks if parameters.is_routed(parameters.find([stack.path]))}
     if expert_dtype == "auto":
-        as_stored = all(piece.stored.dtype == FLOAT8 for stack in routed.values() for piece in stack.pieces)
+        as_stored = keeps_stored() and all(
+            piece.stored.dtype == FLOAT8 for stack in routed.values() for piece in stack.pieces
+        )
         expert_dtype = quantized.FLOAT8 if as_stored else "model"
     if expert_dtype == "model":
         return stacks
@@ -32,6 +35,11 @@ def with_experts_in(expert_dtype: str, stacks: list[Stack], blocks: Blocks | Non
         return stack._replace(dtype=np.dtype(expert_dtype), block=Blocks(*block), mapped=False)
 
     return [in_eight_bits(stack) if stack.path in routed else stack for stack in stacks]
+
+
+def keeps_stored() -> bool:
+    """Whether "auto" keeps experts as they are stored: not on a GPU, whose fast kernels take no eight bits."""
+    return jax.default_backend() != "gpu"
 
 
 def require_expert_dtype(expert_dtype: str) -> None:

@@ -36,12 +36,13 @@ class Found(NamedTuple):
     fetch: Callable[[], None] | None = None
 
 
-def find(path: str | os.PathLike) -> Found:
+def find(path: str | os.PathLike, setting: str = "model.path") -> Found:
     """Finds a model. A path that exists, or does not look like a name on a hub, is taken as a folder.
 
     Args:
         path: a folder, or `organisation/name`, or `organisation/name@revision` (a branch, a tag or a commit).
             huggingface_hub reads HF_HOME, HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE to look such a name up.
+        setting: gave the path, for messages.
 
     Raises:
         ValueError: the model can neither be fetched nor is complete in the cache, or it has only pickled weights.
@@ -60,7 +61,7 @@ def find(path: str | os.PathLike) -> Found:
     missing = "all of it" if folder is None else _missing(folder)
     if missing:
         raise ValueError(
-            f"model.path = {os.fspath(path)!r} is not a folder, and as a model of a hub it cannot be fetched "
+            f"{setting} = {os.fspath(path)!r} is not a folder, and as a model of a hub it cannot be fetched "
             f"({_reason_of(reason)}) and the cache lacks {missing}: expected {LAYOUT}, or a name that can be fetched"
         ) from reason
     logging.warning("%s is taken from the cache: %s", os.fspath(path), _reason_of(reason))

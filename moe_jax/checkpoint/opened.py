@@ -86,7 +86,7 @@ class Checkpoint:
         eight_bits.require_expert_dtype(expert_dtype)
         if expert_dtype != "auto":
             return "" if expert_dtype == "model" else expert_dtype
-        if blocks_of(self.config) is None or self.table is not None:
+        if blocks_of(self.config) is None or self.table is not None or not eight_bits.keeps_stored():
             return ""
         if self.fetch is not None:
             return quantized.FLOAT8
@@ -222,7 +222,9 @@ class Checkpoint:
         return dataclasses.replace(self, files=files, calibration=None, folder=None, fetch=None, table=None)
 
 
-def open(path: str | os.PathLike, *, calibration: str | os.PathLike | None = "") -> Checkpoint:
+def open(
+    path: str | os.PathLike, *, calibration: str | os.PathLike | None = "", setting: str = "model.path"
+) -> Checkpoint:
     """Opens a model: reads each of its small files once, and checks it.
 
     Args:
@@ -230,13 +232,14 @@ def open(path: str | os.PathLike, *, calibration: str | os.PathLike | None = "")
             are fetched on first use.
         calibration: a file that `launch/calibrate.py` wrote for this model; "": calibration.npz in the folder, if
             there is one; None: none.
+        setting: gave the path, for messages.
 
     Raises:
         ValueError: there is no such model, its type is not supported, one of its fields asks for something that is not
             implemented, or a file is damaged; the message says which.
     """
-    folder, fetch = hub.find(path)
-    config, generation = read_json(folder / "config.json"), folder / "generation_config.json"
+    folder, fetch = hub.find(path, setting)
+    config, generation = read_json(folder / "config.json", setting), folder / "generation_config.json"
     generation_config = read_json(generation) if generation.exists() else {}
     try:
         family, architecture = huggingface.describe(config)

@@ -13,14 +13,18 @@ LAYOUT = (
 )
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """Reads a JSON object from a file of a checkpoint; ValueError names what is missing or damaged."""
+def read_json(path: pathlib.Path, setting: str = "model.path") -> dict[str, Any]:
+    """Reads a JSON object from a file of a checkpoint, which `setting` names.
+
+    Raises:
+        ValueError: it is missing or damaged.
+    """
     folder = path.parent
     if not folder.is_dir():
         what = "is a file" if folder.exists() else "does not exist"
-        raise ValueError(f"model.path = {str(folder)!r} {what}: expected {LAYOUT}")
+        raise ValueError(f"{setting} = {str(folder)!r} {what}: expected {LAYOUT}")
     if not path.is_file():
-        raise ValueError(f"model.path = {str(folder)!r} has no {path.name}: expected {LAYOUT}")
+        raise ValueError(f"{setting} = {str(folder)!r} has no {path.name}: expected {LAYOUT}")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

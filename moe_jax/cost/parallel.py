@@ -56,10 +56,13 @@ def weight_bytes(architecture: Architecture, layout: Layout | None, itemsize: in
     return itemsize * sum(shard_size(one, architecture, layout, gathered) for one in parameters.of(architecture))
 
 
-def cache_bytes(architecture: Architecture, layout: Layout | None, rows: int, positions: int, itemsize: int) -> int:
-    """Of the cache, on one device."""
-    numbers = architecture.decoder.num_layers * _local_cached_numbers(architecture, layout)
-    return itemsize * _local(rows, layout) * positions * numbers
+def cache_bytes(execution: Execution, rows: int, positions: int, itemsize: int) -> int:
+    """Of the cache, on one device, with what cached latents are padded by."""
+    architecture, layout = execution.architecture, execution.layout
+    numbers = _local_cached_numbers(architecture, layout)
+    if architecture.attention.kind == "latent":
+        numbers += -numbers % execution.channel_multiple
+    return itemsize * _local(rows, layout) * positions * numbers * architecture.decoder.num_layers
 
 
 def share(execution: Execution, load: StepShape, itemsize: int) -> Share:
@@ -104,9 +107,10 @@ def training_share(execution: Execution, load: StepShape, itemsize: int, trainin
     moved_bytes = most * itemsize * ((forward + 1) * passed.read + training.teacher * taught.read)
     moved_bytes += training.numbers * (2 * itemsize + 2 * _FLOAT32 + 4 * _FLOAT32)
     sent_bytes, collectives = _sent(execution, load, itemsize, training=True)
-    if training.teacher:
-        again = _sent(execution, load, itemsize, training=False)
-        sent_bytes, collectives = sent_bytes + again[0], collectives + again[1]
+    again = [load] * training.remat + [load._replace(k=max(execution.architecture.k_L))] * training.teacher
+    for forward_only in again:
+        more = _sent(execution, forward_only, itemsize, training=False)
+        sent_bytes, collectives = sent_bytes + more[0], collectives + more[1]
     if layout is not None and layout.fsdp:
         parts = execution.architecture.decoder.num_layers
         gathered = weight_bytes(execution.architecture, layout, itemsize, gathered=True)

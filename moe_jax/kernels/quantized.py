@@ -103,9 +103,9 @@ def quantize(matrix: np.ndarray, dtype: str, block: tuple[int, int]) -> tuple[np
     scale = np.where(scale == 0, np.float32(1), scale)
     with np.errstate(invalid="ignore"):
         exact = matrix.astype(np.float32) / spread(scale, block, matrix.shape)
-        if dtype == INT8:
-            return np.rint(exact).astype(np.int8), scale
-        return np.clip(exact, -LARGEST[dtype], LARGEST[dtype]).astype(ml_dtypes.float8_e4m3fn), scale
+        exact = np.clip(exact, -LARGEST[dtype], LARGEST[dtype])
+        values = np.rint(exact).astype(np.int8) if dtype == INT8 else exact.astype(ml_dtypes.float8_e4m3fn)
+        return values, scale
 
 
 def wide(matrix: Quantized) -> np.ndarray:

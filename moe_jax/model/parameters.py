@@ -246,8 +246,8 @@ def find(path: Iterable[str]) -> Parameter:
 
 
 def find_key(path: Sequence[Any]) -> Parameter:
-    """`find` for a path of `jax.tree_util`."""
-    return find(entry.key for entry in path)
+    """`find` for a path of `jax.tree_util`, of a parameter or of an array within one."""
+    return find(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey))
 
 
 def count(architecture: Architecture, included: Callable[[Parameter], bool] = lambda parameter: True) -> int:

@@ -12,10 +12,11 @@ from moe_jax.study.schedule_study import Searched
 def figures(searched: Searched) -> dict[str, dict[str, Any]]:
     """Rank agreements and the number of measurements."""
     found = {"measured_schedules": {"value": searched.measured, "unit": "schedules"}}
-    for name, agreement in (("lexi", searched.lexi_agreement), ("marginal", searched.marginal_agreement)):
-        found[f"{name}_rank_of_layers_and_k"] = {"value": agreement.layers_and_k, "unit": "1"}
-        found[f"{name}_rank_across_layers"] = {"value": agreement.across_layers, "unit": "1"}
-        for budget, value in zip(searched.budgets, agreement.schedules_of_budgets):
+    lexi = searched.lexi_agreement
+    found["lexi_rank_of_layers_and_k"] = {"value": lexi.layers_and_k, "unit": "1"}
+    found["lexi_rank_across_layers"] = {"value": lexi.across_layers, "unit": "1"}
+    for name, ranks in (("lexi", lexi.schedules_of_budgets), ("marginal", searched.marginal_ranks)):
+        for budget, value in zip(searched.budgets, ranks):
             found[f"{name}_rank_of_schedules_{budget.budget:g}"] = {"value": value, "unit": "1"}
     return found
 
@@ -106,17 +107,7 @@ def _compared(one: JudgedPolicy | None) -> str:
 
 def _ranks_table(searched: Searched) -> str:
     head = ["", "layers and k", "layers at one k", *(f"(b,h,e,p) of {one.budget:g}" for one in searched.budgets)]
-    lines = [
-        [
-            name,
-            *(
-                f"{value:.2f}"
-                for value in (agreement.layers_and_k, agreement.across_layers, *agreement.schedules_of_budgets)
-            ),
-        ]
-        for name, agreement in (
-            ("LExI's proxy", searched.lexi_agreement),
-            ("measured marginal costs", searched.marginal_agreement),
-        )
-    ]
-    return markdown(head, lines)
+    lexi, marginal = searched.lexi_agreement, searched.marginal_ranks
+    proxy = [f"{value:.2f}" for value in (lexi.layers_and_k, lexi.across_layers, *lexi.schedules_of_budgets)]
+    sums = [f"{value:.2f}" for value in marginal]
+    return markdown(head, [["LExI's proxy", *proxy], ["sums of measured marginal costs", "", "", *sums]])

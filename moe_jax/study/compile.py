@@ -29,10 +29,26 @@ FEWER = (6, 4, 2)  # active experts, beside the model's own
 
 @dataclasses.dataclass(frozen=True)
 class CompileTask:
-    """A step of a configured model on a topology."""
+    """A step of a configured model on a topology.
+
+    Raises:
+        ValueError: it has a teacher of another shape, or experts in eight bits.
+    """
 
     config: Config
     topology: Topology
+
+    def __post_init__(self):
+        if self.trains and self.config.finetune.teacher:
+            raise ValueError(
+                f"finetune.teacher = {self.config.finetune.teacher!r}: expected '', since the model itself is counted "
+                "as the teacher"
+            )
+        if self.config.model.eight_bits:
+            raise ValueError(
+                f"model.expert_dtype = {self.config.model.expert_dtype!r}: expected auto or model, since steps are "
+                "compiled with all weights in model.dtype"
+            )
 
     @property
     def trains(self) -> bool:
@@ -172,7 +188,7 @@ class CompileTask:
             held_bytes = whole_steps.device_bytes((state, fixed)) + gradients
         else:
             held_bytes = parallel.weight_bytes(*held, self.itemsize)
-            held_bytes += parallel.cache_bytes(*held, self.rows, self.positions, self.itemsize)
+            held_bytes += parallel.cache_bytes(execution, self.rows, self.positions, self.itemsize)
         return CountedMesh(mesh, execution, load, held_bytes, share, share.estimate_s(self.topology.chip))
 
     def share(self, execution: Execution, load: StepShape) -> Share:

@@ -7,11 +7,13 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from moe_jax import memory
 from moe_jax.checkpoint import Checkpoint
 from moe_jax.config.architecture import Architecture
 from moe_jax.config.schema import Config
 from moe_jax.evaluation.journal import Journal
 from moe_jax.evaluation.likelihood import score_documents
+from moe_jax.model import parameters
 from moe_jax.model.decoder import Params
 from moe_jax.model.execution import Execution
 from moe_jax.routing.policies.parse import MODEL_OWN
@@ -63,6 +65,16 @@ def prepare_text(
         expert_statistics.rows_of(shuffled(), length, config.prune.tokens),
         HeldOut(documents, encode_documents(tokenizer, documents)),
     )
+
+
+def require_memory(params: Params, architecture: Architecture, choices: Sequence[PruningChoice]) -> None:
+    """Checks that the largest smaller model fits beside the whole one, on the host and on the device."""
+    experts = max(choice.keep for choice in choices)
+    smaller = surgery.with_experts(architecture, (experts,) * len(architecture.k_L))
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    needed = round(weights * parameters.count(smaller) / parameters.count(architecture))
+    available = min(memory.host_bytes(), memory.device_bytes())
+    memory.require(f"a model with {experts} experts beside the whole one", needed, available, "a narrower model.dtype")
 
 
 def num_parts(text: PruningText, choices: Sequence[PruningChoice]) -> int:

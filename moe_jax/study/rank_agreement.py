@@ -30,14 +30,18 @@ def agreement(cost_LK: np.ndarray, measured_LK: np.ndarray, schedules: list[Mapp
         for k in range(below_LK.shape[1])
         if below_LK[:, k].sum() > 2
     ]
-    schedules_of_budgets = [
-        spearman(np.array([sum_of(cost_LK, k_L) for k_L in costs]), np.array(list(costs.values())))
-        for costs in schedules
-    ]
     return Agreement(
         spearman(cost_LK[below_LK], measured_LK[below_LK]),
         float(np.mean(across)) if across else float("nan"),
-        tuple(schedules_of_budgets),
+        ranks_of_schedules(cost_LK, schedules),
+    )
+
+
+def ranks_of_schedules(cost_LK: np.ndarray, schedules: list[Mapping[KPerLayer, float]]) -> tuple[float, ...]:
+    """For each budget, Spearman's correlation of the sums of costs per layer with the measured costs of schedules."""
+    return tuple(
+        spearman(np.array([sum_of(cost_LK, k_L) for k_L in costs]), np.array(list(costs.values())))
+        for costs in schedules
     )
 
 

@@ -11,7 +11,7 @@ from moe_jax.evaluation.journal import Journal
 from moe_jax.model.decoder import Params
 from moe_jax.model.execution import Execution
 from moe_jax.study import lexi, schedule_rivals, schedules
-from moe_jax.study.rank_agreement import Agreement, agreement
+from moe_jax.study.rank_agreement import Agreement, agreement, ranks_of_schedules
 from moe_jax.study.schedule_rivals import BudgetResult, JudgedPolicy
 from moe_jax.study.schedule_search import Policies, marginal_costs, rules, search, spec_of
 from moe_jax.text.documents import Document
@@ -29,7 +29,7 @@ class Searched(NamedTuple):
     marginal_LK: dict[str, np.ndarray]  # by rule
     lexi_LK: np.ndarray
     lexi_agreement: Agreement
-    marginal_agreement: Agreement
+    marginal_ranks: Sequence[float]  # of the sums of marginal costs, as `Agreement.schedules_of_budgets`
     measured: int  # schedules that were measured on all calibration text
 
     @property
@@ -113,6 +113,6 @@ def run(
         marginal_LK,
         lexi_LK,
         agreement(lexi_LK, own_LK, screened),
-        agreement(own_LK, own_LK, screened),
+        ranks_of_schedules(own_LK, screened),
         measured.count,
     )

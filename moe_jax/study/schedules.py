@@ -19,6 +19,8 @@ def totals(budgets: Sequence[float], architecture: Architecture) -> list[int]:
         ValueError: a budget is below 1 or above the model's own, or no whole numbers have this mean.
     """
     layers, most = architecture.decoder.num_moe_layers, sum(architecture.k_L)
+    if most == layers:
+        raise ValueError("the model's own k is 1 in every MoE layer: expected a larger one, so that there is a choice")
     found = []
     for budget in budgets:
         if not 1 <= budget <= most / layers:

@@ -210,7 +210,6 @@ def points(
     timed: TimedEngine,
 ) -> list[frontier.Point]:
     """Joins quality and speed into points; intervals of quality resample documents."""
-    itemsize = dtype_of(timed.engine.params).itemsize
     _, document_J = np.unique(windows.document_J, return_inverse=True)
     sizes = np.bincount(document_J, windows.bytes_J)
     bits = {place: np.bincount(document_J, quality["bits_J"]) for place, quality in qualities.items()}
@@ -238,7 +237,7 @@ def points(
                 float(quality["distinct"]),
             ),
             speeds[number, concurrency],
-            itemsize * parameters.count(_timed_as(candidates[number], timed.execution.architecture)),
+            _weights_bytes(timed_as(candidates[number], timed.execution.architecture), timed.engine.params),
             rival(number, concurrency),
         )
         for (number, concurrency), quality in sorted(qualities.items(), key=lambda item: (item[0][1], item[0][0]))
@@ -250,6 +249,17 @@ def _is_uniform(candidate: Candidate) -> bool:
     return not candidate.pruned and policies.uniform_k(candidate.policy, candidate.execution.architecture) is not None
 
 
-def _timed_as(candidate: Candidate, timed: Architecture) -> Architecture:
-    """The timed model's shape, with as many experts in each layer as the candidate's model has."""
+def _weights_bytes(architecture: Architecture, params: Params) -> int:
+    """The bytes of a model's weights in the dtypes of `params`."""
+    routed = parameters.count(architecture, parameters.is_routed)
+    others = parameters.count(architecture) - routed
+    return round(routed * expert_itemsize(params) + others * dtype_of(params).itemsize)
+
+
+def timed_as(candidate: Candidate, timed: Architecture) -> Architecture:
+    """The timed model's shape, with as many experts in each layer as the candidate's model has.
+
+    Raises:
+        ValueError: the timed model cannot have these numbers.
+    """
     return surgery.with_experts(timed, candidate.execution.architecture.num_experts_L)

@@ -21,6 +21,7 @@ from moe_jax.cost.chips import CHIPS, ChipPeaks
 
 TPUS = ("v5e", "v5p", "v6e", "tpu7x")
 GPUS = ("h100",)
+MOST_DEVICES = 16384  # of a slice, or virtual ones
 MOST_GPUS = 8  # of a node, whose links are NVLink
 _TARGET = pathlib.Path(__file__).parent / "h100.txtpb"
 _NAME = re.compile(r"([a-z0-9]+):(\d+(?:x\d+){0,2})")
@@ -68,7 +69,8 @@ def parse(name: str) -> tuple[str, tuple[int, ...]]:
         raise ValueError(f"compile.topology = {name!r}: expected {_EXPECTED}")
     kind, sides = match[1], tuple(map(int, match[2].split("x")))
     count = math.prod(sides)
-    if not count or (kind not in TPUS and len(sides) > 1) or (kind in GPUS and count > MOST_GPUS):
+    most = MOST_GPUS if kind in GPUS else MOST_DEVICES
+    if not 0 < count <= most or (kind not in TPUS and len(sides) > 1):
         raise ValueError(f"compile.topology = {name!r}: expected {_EXPECTED}")
     return kind, sides
 

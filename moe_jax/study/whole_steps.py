@@ -189,7 +189,8 @@ def finetuning_state(config: Config, execution: Execution, topology: Topology) -
     if config.objective.has_teacher:
         own = policies.settings([MODEL_OWN] * config.training.batch_size, architecture, architecture.moe.k)
         params = parameters.shapes(architecture, jnp.dtype(config.training.weights))
-        teacher = Teacher(lie(params), abstract(own, place))
+        full = dataclasses.replace(execution.exact, k_max=architecture.moe.k)
+        teacher = Teacher(lie(params), abstract(own, place), full)
     return state, Fixed(frozen, teacher)
 
 

@@ -70,6 +70,7 @@ def test_loops_are_counted_where_the_program_says_how_often_they_run():
         ("(bf16[4,8]{1,0}, bf16[32,8]{1,0}) all-gather-start(%x), replica_groups=[1,8]<=[8]", 512),
         ("(bf16[32,8]{1,0}, bf16[4,8]{1,0}) reduce-scatter-start(%x), replica_groups=[1,8]<=[8]", 512),
         ("bf16[4,8]{1,0} reduce-scatter(%x), replica_groups=[1,8]<=[8]", 512),
+        ("f8e4m3fn[4,8]{1,0} reduce-scatter(%x), replica_groups=[1,8]<=[8]", 256),
         ("f32[4,8]{1,0} all-reduce-start(%x), replica_groups=[1,8]<=[8]", 128),
     ],
 )

@@ -51,7 +51,7 @@ def test_weights_of_a_device_by_hand():
     for axes, parts in ((("expert",), 2), (("data", "expert"), 4)):
         layout = execution_on(expert_axes=axes).layout
         assert parallel.weight_bytes(ARCHITECTURE, layout, 2) == 2 * (norms + fixed + router + experts // parts)
-    assert parallel.cache_bytes(ARCHITECTURE, layout, 6, 10, 2) == 2 * LAYERS * 3 * 10 * 2 * 1 * 16
+    assert parallel.cache_bytes(execution_on(expert_axes=axes), 6, 10, 2) == 2 * LAYERS * 3 * 10 * 2 * 1 * 16
 
 
 def test_a_decode_step_of_a_device_by_hand():
@@ -89,6 +89,12 @@ def test_a_training_step_passes_and_gathers_as_often_as_it_must():
     for changed, passes in (({"remat": True}, 4), ({"teacher": True}, 4), ({"all_weights": False}, 2)):
         share = parallel.training_share(execution, load, 2, one._replace(**changed))
         assert share.work.flops == pytest.approx(passes * forward)
+    sent = {
+        name: parallel.training_share(execution_on(), load, 2, one._replace(**{name: True})).sent_bytes
+        - parallel.training_share(execution_on(), load, 2, one).sent_bytes
+        for name in ("remat", "teacher")
+    }
+    assert sent["remat"] == sent["teacher"] == parallel.share(execution_on(), load, 2).sent_bytes
     twice = parallel.training_share(execution, load, 2, one._replace(accumulation=2))
     assert twice.work.flops == pytest.approx(2 * plain.work.flops)
     assert twice.sent_bytes == pytest.approx(2 * plain.sent_bytes)

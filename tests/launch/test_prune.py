@@ -113,6 +113,8 @@ def test_the_written_models_are_those_that_were_measured(done, settings):
         ("prune.keep", "(7, 8)", "prune.keep = 7: expected room for the model's k = 8"),
         ("prune.keep", "(12,)", "prune.methods has 'odd', which keeps half of the experts: expected 8 in prune.keep"),
         ("prune.methods", '("reep",)', "prune.methods = ('reep',): expected some of random, odd"),
+        ("model.expert_dtype", "int8", "model.expert_dtype = 'int8': expected auto or model"),
+        ("policy.k_max", 4, "policy.k_max = 4: expected 0, a pruned model runs with the model's own k"),
         ("prune.export", '("reap_9",)', "prune.export = 'reap_9': expected one of random_12_0"),
         ("model.path", "nowhere", "nowhere"),
         ("moe.num_experts", "32", "moe.num_experts = 32: expected the model's own, 16"),

@@ -108,7 +108,7 @@ def test_what_cannot_teach_is_refused(model, sources, tmp_path):
     told = {"finetune__teacher": str(tmp_path / "words")}
     refused(model, sources, tmp_path / "out", r"expected a model with the tokenizer of model.path", **told)
     nowhere = {"finetune__teacher": "nowhere"}
-    refused(model, sources, tmp_path / "out", r"finetune.teacher|nowhere", **nowhere)
+    refused(model, sources, tmp_path / "out", r"finetune.teacher = .*nowhere", **nowhere)
 
 
 def test_without_another_teacher_there_is_nothing_to_recover(model, sources, tmp_path):

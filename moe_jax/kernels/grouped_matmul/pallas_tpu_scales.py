@@ -95,7 +95,7 @@ def product_of(weights_LEIFD: Quantized, columns: int, dot):
             return sums * scale[matrix, :, part]
 
         first_output = pl.program_id(0) * columns + part.start
-        width = min(part.size, block_outputs)
+        width = math.gcd(part.size, block_outputs)
 
         def scales(across):
             each = []

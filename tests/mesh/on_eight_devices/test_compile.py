@@ -71,6 +71,10 @@ def test_a_mesh_that_is_given_is_taken(tmp_path):
         ({"mesh.expert": 2, "mesh.tensor": 4, "attention.num_heads": 6}, "mesh.tensor = 4: expected a divisor"),
         ({"compile.rows": 7, "moe.num_experts": 9}, "no mesh of 8 devices divides the model and compile.rows = 7"),
         ({"compile.k": "(9,)"}, r"compile.k = \(9,\): expected at most the model's own 8 experts"),
+        (
+            {"compile.phase": "finetune", "finetune.teacher": "elsewhere"},
+            r"finetune.teacher = 'elsewhere': expected '', since the model itself is counted",
+        ),
         ({"compile.positions": 4096}, "compile.positions = 4096: expected at most the model's 1024"),
         ({"compile.phase": "prefill", "compile.prompt": 64}, "compile.prompt = 64: expected at most compile.positions"),
     ],
