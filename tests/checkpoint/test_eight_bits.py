@@ -144,7 +144,7 @@ for folder, expert_dtype in zip(sys.argv[2::2], sys.argv[3::2]):
             seen.append(anonymous())
             time.sleep(0.001)
 
-    watch = threading.Thread(target=look)
+    watch = threading.Thread(target=look, daemon=True)
     watch.start()
     model = moe_jax.load(folder, expert_dtype=expert_dtype)
     done.set(), watch.join()
