@@ -117,7 +117,8 @@ void TiledColumns(const Words* rows, int64_t num_rows, const uint16_t* columns, 
 }
 
 template <typename Out>
-void Tiled(const uint16_t* rows, int64_t num_rows, const uint16_t* columns, int64_t num_columns, int64_t depth, Scales scales, typename Out::Number* out, int64_t out_stride) {
+void Tiled(const uint16_t* rows, int64_t num_rows, const uint16_t* columns, int64_t num_columns, int64_t depth,
+           Scales scales, typename Out::Number* out, int64_t out_stride) {
   struct alignas(64) Line {
     Words words;
   };
