@@ -59,7 +59,7 @@ def measure(phase: str, layers: int) -> dict[str, dict[str, int]]:
     else:
         step = whole_steps.lower_prefill(execution, topology, ROWS, PROMPT, PROMPT, DTYPE)
     reported = whole_steps.compile_step(step, topology)
-    program = step.lowered.compile(topology.options)
+    program, _ = topology.compile(step.lowered)
     jax.block_until_ready(jax.jit(jnp.sum)(jnp.ones(1000)))
     before = status("VmRSS")
     params = random_params(architecture, DTYPE, 0)

@@ -39,7 +39,8 @@ def compiled(chip: str, function, *arguments, **static):
 
     jitted = function if hasattr(function, "lower") else jax.jit(function)
     lowered = jitted.lower(*jax.tree.map(on_device, arguments), **static)
-    return lowered.compile(topology(chip).options)
+    program, _ = topology(chip).compile(lowered)
+    return program
 
 
 def shape(*sizes, dtype=jnp.bfloat16) -> jax.ShapeDtypeStruct:

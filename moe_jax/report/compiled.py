@@ -25,6 +25,8 @@ def figures(outcome: CompileResult) -> dict[str, dict[str, Any]]:
             for name in ("weight_bytes", "cache_bytes", "other_bytes", "temporary_bytes", "needed_bytes")
         }
         found["compiled_sent_bytes"] = {"value": compiled.sent_bytes, "unit": "bytes"}
+        if outcome.task.topology.platform == "gpu":
+            found["triton_products"] = {"value": int(compiled.triton), "unit": "1"}
     return found
 
 
@@ -98,6 +100,8 @@ def _verdict(outcome: CompileResult) -> str:
     }
     listed = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in sizes.items())
     kernels = ", ".join(f"{count} {name}" for name, count in compiled.kernels.items()) or "none"
+    if outcome.task.topology.platform == "gpu" and not compiled.triton:
+        kernels += "; products by cuBLAS alone, where a run may have Triton"
     return (
         f"{verdict}: {listed}, in all {compiled.needed_bytes / 1e9:.2f} of {chip.memory_bytes / 1e9:.2f} GB of each "
         f"device; compiled in {compiled.seconds:.0f} s, kernel calls: {kernels}"

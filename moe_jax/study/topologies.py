@@ -14,6 +14,7 @@ import re
 from typing import NamedTuple
 
 import jax
+from absl import logging
 from jax.experimental import topologies
 
 from moe_jax import memory
@@ -45,12 +46,24 @@ class Topology(NamedTuple):
         """As JAX names it."""
         return platform_of(self.kind)
 
-    @property
-    def options(self) -> dict[str, int | bool] | None:
-        """Of the compiler: timing variants of a program, and of products in Triton, would need a GPU."""
+    def compile(self, lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, bool]:
+        """Compiles a program; on a GPU, without timing variants of it, which would need one.
+
+        XLA finds tiles for most products in Triton without a device. Where it does not, all products are cuBLAS'.
+
+        Returns:
+            The program, and whether products may be in Triton, as in a run on a GPU; False on other devices.
+        """
         if self.platform != "gpu":
-            return None
-        return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+            return lowered.compile(), False
+        options = {"xla_gpu_autotune_level": 0}
+        try:
+            return lowered.compile(options), True
+        except jax.errors.JaxRuntimeError as error:
+            if "No supported config found" not in str(error):
+                raise
+        logging.warning("compiled without products in Triton: temporaries may be other than those of a run")
+        return lowered.compile(options | {"xla_gpu_enable_triton_gemm": False}), False
 
 
 def platform_of(kind: str) -> str:

@@ -50,6 +50,7 @@ class CompiledStep(NamedTuple):
     collectives: list[Collective]
     kernels: dict[str, int]  # our own, by name: how many calls
     seconds: float
+    triton: bool  # whether products may be in Triton, see `Topology.compile`
 
     @property
     def needed_bytes(self) -> int:
@@ -74,7 +75,7 @@ def compile_step(step: Lowered, topology: Topology) -> CompiledStep:
     """
     begin = time.perf_counter()
     try:
-        program = step.lowered.compile(topology.options)
+        program, triton = topology.compile(step.lowered)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -91,6 +92,7 @@ def compile_step(step: Lowered, topology: Topology) -> CompiledStep:
         collectives(text),
         dict(Counter(kernels(text))),
         seconds,
+        triton,
     )
 
 
