@@ -33,6 +33,8 @@ def main(run: command.Command) -> None:
     from moe_jax.text.held_out import load_held_out
     from moe_jax.text.tokenizer import encode_documents
 
+    if config.policy.k_max:
+        raise ValueError(f"policy.k_max = {config.policy.k_max}: expected 0, schedules keep at most the model's own k")
     opened, execution = run.open_model(calibrated=False)
     architecture, tokenizer = opened.architecture, opened.require_tokenizer()
     execution = dataclasses.replace(execution, k_max=architecture.moe.k)

@@ -174,7 +174,8 @@ def load(
             the name of a model on a hub: "organisation/name" or "organisation/name@revision".
         dtype: the dtype of weights and activations: "float32", "bfloat16", "float16", or "auto": as stored.
         expert_dtype: of the routed experts' weights. "auto": eight bits if they are stored so, as DeepSeek-V3's are,
-            otherwise `dtype`; "model": always `dtype`; "float8_e4m3fn" or "int8": quantised while they are read.
+            otherwise, and on a GPU, `dtype`; "model": always `dtype`; "float8_e4m3fn" or "int8": quantised while they
+            are read.
         calibration: a file that `launch/calibrate.py` wrote for this model, for policies that need one; "":
             calibration.npz in the folder, if there is one; None: none.
         mesh: has axes among `data` (rows), `expert` (experts) and `tensor` (heads, hidden widths, vocabulary); each

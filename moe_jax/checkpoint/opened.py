@@ -137,8 +137,8 @@ class Checkpoint:
                 None: whole, on the default device.
             placement: of the experts, as `Layout` has it; None: each once, in order.
             expert_dtype: of the routed experts' weights, which are `Quantized` in eight bits. "model": those of any
-                other parameter; "auto": "float8_e4m3fn" if all of them are stored so, otherwise "model"; "int8" or
-                "float8_e4m3fn": quantised tensor by tensor, unless they are stored so.
+                other parameter; "auto": "float8_e4m3fn" if all of them are stored so, otherwise, and on a GPU, "model";
+                "int8" or "float8_e4m3fn": quantised tensor by tensor, unless they are stored so.
 
         Returns:
             A nested dict of arrays.

@@ -28,7 +28,8 @@ class ModelConfig:
 
     path: str = ""  # a checkpoint folder in the Hugging Face layout
     dtype: str = "auto"  # of weights and activations; "auto": the dtype of the stored weights
-    # of the routed experts' weights; "auto": eight bits if they are stored so, else model.dtype; "model": model.dtype
+    # of the routed experts' weights; "auto": eight bits if they are stored so, but not on a GPU, otherwise as "model",
+    # which is model.dtype
     expert_dtype: str = "auto"
 
     def __post_init__(self):

@@ -101,14 +101,14 @@ def training_share(execution: Execution, load: StepShape, itemsize: int, trainin
     layout, most = execution.layout, training.accumulation
     scored = _local(load.rows, layout) * load.new
     passed = _one_pass(execution, load, scored)
-    taught = _one_pass(execution, load._replace(k=max(execution.architecture.k_L)), scored)
+    full = load._replace(k=max(execution.architecture.k_L))
+    taught = _one_pass(execution, full, scored)
     forward = 1 + training.remat
     products = (forward + 1 + training.all_weights) * passed.multiplied + training.teacher * taught.multiplied
     moved_bytes = most * itemsize * ((forward + 1) * passed.read + training.teacher * taught.read)
     moved_bytes += training.numbers * (2 * itemsize + 2 * _FLOAT32 + 4 * _FLOAT32)
     sent_bytes, collectives = _sent(execution, load, itemsize, training=True)
-    again = [load] * training.remat + [load._replace(k=max(execution.architecture.k_L))] * training.teacher
-    for forward_only in again:
+    for forward_only in [load] * training.remat + [full] * training.teacher:
         more = _sent(execution, forward_only, itemsize, training=False)
         sent_bytes, collectives = sent_bytes + more[0], collectives + more[1]
     if layout is not None and layout.fsdp:

@@ -16,14 +16,13 @@ from moe_jax.kernels import chooser
 from moe_jax.kernels.grouped_matmul import api as grouped_matmul
 from moe_jax.model.execution import Execution
 from moe_jax.model.sharding import counted_layout, layout_of
-from moe_jax.study import meshes, whole_steps
+from moe_jax.study import meshes, topologies, whole_steps
 from moe_jax.study.meshes import CountedMesh
 from moe_jax.study.topologies import Topology
 from moe_jax.study.whole_steps import CompiledStep, TooLargeError
 
 DTYPE = "bfloat16"  # where model.dtype is "auto"
 LANES = 128  # numbers in a row of a TPU's registers
-MOST_DEVICES = 4096
 FEWER = (6, 4, 2)  # active experts, beside the model's own
 
 
@@ -155,7 +154,7 @@ class CompileTask:
     def least_devices(self) -> int:
         """The number of devices, in powers of two from those of the topology on, that hold weights and cache; or 0."""
         count = len(self.topology.devices)
-        while count <= MOST_DEVICES:
+        while count <= topologies.MOST_DEVICES:
             found = meshes.dividing(count, self.config.architecture, self.rows, MeshConfig(), self.trains)
             if any(self.counted_on(mesh).held_bytes <= self.topology.chip.memory_bytes for mesh in found):
                 return count
@@ -181,13 +180,13 @@ class CompileTask:
     def counted_on(self, mesh: MeshConfig) -> CountedMesh:
         """What the step takes on a mesh, by count."""
         execution, load = self.executed(mesh, there=False), self.step(self.rows, self.slots[0])
-        share, held = self.share(execution, load), (execution.architecture, execution.layout)
+        share = self.share(execution, load)
         if self.trains:
             state, fixed = whole_steps.finetuning_state(self.config, execution, self.topology)
             gradients = 4 * whole_steps.device_numbers(state.params)
             held_bytes = whole_steps.device_bytes((state, fixed)) + gradients
         else:
-            held_bytes = parallel.weight_bytes(*held, self.itemsize)
+            held_bytes = parallel.weight_bytes(execution.architecture, execution.layout, self.itemsize)
             held_bytes += parallel.cache_bytes(execution, self.rows, self.positions, self.itemsize)
         return CountedMesh(mesh, execution, load, held_bytes, share, share.estimate_s(self.topology.chip))
 

@@ -23,6 +23,8 @@ from moe_jax.routing.policies.parse import MODEL_OWN, parse
 from moe_jax.routing.selection import distinct_experts
 from moe_jax.study import frontier, speed, surgery
 
+PRUNED = "pruned"  # begins the name of a model with fewer experts
+
 
 class Candidate(NamedTuple):
     """A policy, and the model to measure it on."""
@@ -36,9 +38,6 @@ class Candidate(NamedTuple):
     def name(self) -> str:
         """What tables and charts call it."""
         return f"{PRUNED}:{self.pruned}" if self.pruned else self.policy.spec
-
-
-PRUNED = "pruned"  # begins the name of a model with fewer experts
 
 
 class TimedEngine(NamedTuple):

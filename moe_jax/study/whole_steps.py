@@ -23,7 +23,6 @@ from moe_jax.model.decoder import Params
 from moe_jax.model.execution import Execution
 from moe_jax.model.sharding import of_tree
 from moe_jax.routing import policies
-from moe_jax.routing.policies.parse import MODEL_OWN
 from moe_jax.study.topologies import Topology
 from moe_jax.training import finetuning
 from moe_jax.training.objective import Teacher
@@ -181,7 +180,7 @@ def _finetuning_shapes(config: Config) -> tuple[State, Params]:
 
 def finetuning_state(config: Config, execution: Execution, topology: Topology) -> tuple[State, Fixed]:
     """The abstract state of a fine-tuning run, and what it does not change, on their devices."""
-    place, architecture = place_of(execution, topology), execution.architecture
+    place = place_of(execution, topology)
 
     def lie(tree):
         return abstract(tree, place if execution.layout is None else of_tree(tree, execution.layout))
@@ -189,10 +188,9 @@ def finetuning_state(config: Config, execution: Execution, topology: Topology) -
     state, frozen = map(lie, _finetuning_shapes(config))
     teacher = None
     if config.objective.has_teacher:
-        own = policies.settings([MODEL_OWN] * config.training.batch_size, architecture, architecture.moe.k)
-        params = parameters.shapes(architecture, jnp.dtype(config.training.weights))
-        full = dataclasses.replace(execution.exact, k_max=architecture.moe.k)
-        teacher = Teacher(lie(params), abstract(own, place), full)
+        own, alone = finetuning.as_teacher(execution, config.training.batch_size)
+        params = parameters.shapes(execution.architecture, jnp.dtype(config.training.weights))
+        teacher = Teacher(lie(params), abstract(own, place), alone)
     return state, Fixed(frozen, teacher)
 
 

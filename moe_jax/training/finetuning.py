@@ -267,7 +267,9 @@ def finetune(
     state, frozen = start(config, params)
     teacher = None
     if config.objective.has_teacher:
-        teacher = _teacher(*(other[1:] if other else (params, execution)), rows)
+        full_params, full_execution = other[1:] if other else (params, execution)
+        own, alone = as_teacher(full_execution, rows)
+        teacher = Teacher(full_params, on_all(own, alone.layout), alone)
     lora_scale = config.finetune.lora_alpha / config.finetune.lora_rank
     judged_under = _judged_under(config, policy, architecture)
     watched = text.watched.first_bytes(training.evaluate_bytes)
@@ -297,12 +299,11 @@ def finetune(
     return Tuned(mask.merge(best), outcome.step, outcome.steps, masked_experts)
 
 
-def _teacher(params: Params, execution: Execution, rows: int) -> Teacher:
-    """A full model as the teacher: it runs with its own k, and drops no slot."""
+def as_teacher(execution: Execution, rows: int) -> tuple[policies.Settings, Execution]:
+    """How a full model runs as the teacher of `rows` rows: with its own k, and it drops no slot."""
     architecture = execution.architecture
     own = policies.settings([MODEL_OWN] * rows, architecture, architecture.moe.k)
-    full = dataclasses.replace(execution.exact, k_max=architecture.moe.k)
-    return Teacher(params, on_all(own, execution.layout), full)
+    return own, dataclasses.replace(execution.exact, k_max=architecture.moe.k)
 
 
 def _digest(text: FinetuningText) -> str:

@@ -54,6 +54,15 @@ def test_weights_of_a_device_by_hand():
     assert parallel.cache_bytes(execution_on(expert_axes=axes), 6, 10, 2) == 2 * LAYERS * 3 * 10 * 2 * 1 * 16
 
 
+def test_cached_latents_are_counted_with_their_padding():
+    """24 + 8 channels are 128 for the products of a TPU."""
+    latent = {"kind": "latent", "qk_norm": False, "latent_rank": 24, "rope_head_dim": 8}
+    architecture = tiny_model.changed(attention=latent | {"nope_head_dim": 16, "value_head_dim": 16})
+    for name, channels in (("xla", 32), ("matmul", 128)):
+        execution = Execution(architecture, 2, tiny_model.KERNELS._replace(cached_attention=name))
+        assert parallel.cache_bytes(execution, 6, 10, 2) == 2 * LAYERS * 6 * 10 * channels
+
+
 def test_a_decode_step_of_a_device_by_hand():
     """Four rows, two on each half of `data`: every set of experts sees all tokens if they lie over `data` too."""
     load = StepShape(4, 1, 9, 2)

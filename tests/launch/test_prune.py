@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import moe_jax
-from moe_jax import checkpoint
+from moe_jax import checkpoint, conversion
 from moe_jax.engine.request import execution_of
 from moe_jax.evaluation.likelihood import score_documents
 from moe_jax.routing.policies.parse import MODEL_OWN
@@ -104,6 +104,23 @@ def test_the_written_models_are_those_that_were_measured(done, settings):
         [scored] = score_documents(model.params, tokens, [MODEL_OWN], execution_of(model.architecture), **options)
         bits = scored.bits_J.sum() / sum(document.num_bytes for document in documents)
         assert rows[name]["bits_per_byte"]["value"] == pytest.approx(bits, rel=1e-6)
+
+
+def test_a_model_stored_in_fp8_is_pruned_in_the_wide_dtype(settings, tmp_path):
+    """With the figures of the model that its weights are, dequantised."""
+    conversion.convert(settings["model.path"], tmp_path / "fp8", expert_dtype="float8_e4m3fn")
+    conversion.convert(tmp_path / "fp8", tmp_path / "wide", dtype="float32")
+    one = {
+        "prune.methods": '("reap",)',
+        "prune.across_layers": "()",
+        "prune.keep": "(8,)",
+        "prune.export": '("reap_8",)',
+    }
+    for name in ("fp8", "wide"):
+        run({**settings, **one, "model.path": tmp_path / name, "model.dtype": "float32"}, tmp_path / f"out_{name}")
+    fp8, wide = (json.loads((tmp_path / f"out_{name}" / "result.json").read_text())["rows"] for name in ("fp8", "wide"))
+    assert fp8 == wide
+    assert moe_jax.load(tmp_path / "out_fp8" / "reap_8").architecture.moe.num_experts == 8
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import csv
 import json
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import time
 import pytest
 
 from moe_jax.config import gin
+from moe_jax.evaluation.divergence import score_together
+from moe_jax.study import schedule_search
 from tests import launcher_module, tiny_model, tiny_training
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -97,6 +100,32 @@ def test_without_rivals_only_the_search_is_measured(settings, done, tmp_path):
     assert result["figures"]["lexi_rank_of_schedules_2.25"]["value"] is None
 
 
+def test_what_was_measured_on_another_text_is_not_used(settings, tmp_path):
+    """Interrupted, and started again after a source file has changed: as if it had never run."""
+    sources = tmp_path / "text"
+    shutil.copytree(pathlib.Path(settings["text.held_out"]).parent / "train", sources)
+    own = {**settings, "search.rivals": 0, "search.budgets": (2.25,), "text.sources": f'("{sources}",)'}
+    (tmp_path / "resumed").mkdir(), (tmp_path / "fresh").mkdir()
+    scored = []
+
+    def interrupted(*arguments):
+        if scored:
+            raise KeyboardInterrupt
+        scored.append(score_together(*arguments))
+        return scored[0]
+
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(schedule_search, "score_together", interrupted)
+        launcher_module.run_main("search", own, tmp_path / "resumed", config=CONFIG)
+    assert len(list((tmp_path / "resumed" / "parts").rglob("*.npz"))) == 1
+    for path in sorted(sources.rglob("*.py")):
+        path.write_text(path.read_text().replace("def ", "def other_"))
+    for name in ("resumed", "fresh"):
+        launcher_module.run_main("search", own, tmp_path / name, config=CONFIG)
+    resumed, fresh = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("resumed", "fresh"))
+    assert resumed["rows"] == fresh["rows"]
+
+
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
@@ -105,6 +134,7 @@ def test_without_rivals_only_the_search_is_measured(settings, done, tmp_path):
         ({"search__budgets": (2.1,)}, "search.budgets: 2.1: expected a mean of 4 whole numbers, such as 2 or 2.25"),
         ({"search__budgets": (2, 2)}, "search.budgets = (2.0, 2.0): expected each budget once"),
         ({"search__budgets": ()}, "search.budgets = (): expected at least one budget"),
+        ({"policy__k_max": 2}, "policy.k_max = 2: expected 0, schedules keep at most the model's own k"),
         ({"search__rivals": -1}, "search.rivals = -1: expected 0 (none) or more"),
         ({"search__context": 33}, "search.context = 33: expected at most 32"),
         ({"search__windows": 10**6}, "text.sources has"),

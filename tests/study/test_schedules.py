@@ -102,3 +102,5 @@ def test_impossible_budgets_are_refused(budget, expected):
     with pytest.raises(ValueError, match=re.escape(expected)):
         schedules.totals([2, budget], architecture)
     assert schedules.totals([1, 2.25, 3.0], architecture) == [4, 9, 12]
+    with pytest.raises(ValueError, match="own k is 1 in every MoE layer: expected a larger one"):
+        schedules.totals([1], tiny_model.layers_of(MoEConfig(num_experts=8, k=1), 4))

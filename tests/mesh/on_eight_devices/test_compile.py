@@ -75,6 +75,10 @@ def test_a_mesh_that_is_given_is_taken(tmp_path):
             {"compile.phase": "finetune", "finetune.teacher": "elsewhere"},
             r"finetune.teacher = 'elsewhere': expected '', since the model itself is counted",
         ),
+        (
+            {"model.expert_dtype": "int8"},
+            "model.expert_dtype = 'int8': expected auto or model, since steps are compiled",
+        ),
         ({"compile.positions": 4096}, "compile.positions = 4096: expected at most the model's 1024"),
         ({"compile.phase": "prefill", "compile.prompt": 64}, "compile.prompt = 64: expected at most compile.positions"),
     ],
