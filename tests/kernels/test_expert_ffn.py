@@ -111,11 +111,11 @@ def test_in_eight_bits_on_tpu_kernels(case, dtype, weights_dtype):
 
 
 def test_blocks_of_more_outputs_than_are_multiplied_at_once_on_tpu_kernels():
-    """The second 256 of 768 columns lie in two blocks of 384."""
+    """A pass has 768 columns, 256 of them at once: the second 256 lie in two blocks of 384."""
     from jax.experimental.pallas import tpu as pltpu
 
     with pltpu.force_tpu_interpret_mode():
-        compare_in_eight_bits("pallas_tpu", "skewed", "float8_e4m3fn", "float32", (384, 768), (384, 128))
+        compare_in_eight_bits("pallas_tpu", "skewed", "float8_e4m3fn", "float32", (384, 1536), (384, 128))
 
 
 def test_weights_may_be_wider_than_rows():
