@@ -11,7 +11,7 @@ import pytest
 from hypothesis import strategies as st
 
 from moe_jax.kernels.grouped_matmul import pallas_gpu, pallas_gpu_rows, reference
-from moe_jax.kernels.grouped_matmul.pallas_gpu import Tiles
+from moe_jax.kernels.grouped_matmul.pallas_gpu import SEVERAL, Tiles
 from moe_jax.kernels.grouped_matmul.pallas_gpu_pieces import ProductPieces
 
 TOLERANCE = 8e-3  # bfloat16: largest difference over the largest value of the reference
@@ -24,6 +24,7 @@ CASES = {
     "empty_groups": (40, [0, 25, 0, 15], ONE_WARPGROUP),
     "one_expert": (203, [0, 0, 203, 0], TWO_WARPGROUPS),
     "dropped_rows": (150, [5, 0, 61, 9], ONE_WARPGROUP),
+    "as_many_as_several": (70, [41, 0, 9, 20], SEVERAL),
     "nothing_kept": (16, [0, 0, 0, 0], ONE_WARPGROUP),
     "fewer_rows_than_a_copy": (4, [1, 0, 1, 2], ONE_WARPGROUP),
 }

@@ -27,7 +27,7 @@ def by_hand(sizes, num_rows, tiles, depth, width, out_columns):
         start = first // 8 * 8
         while size and start < first + size:
             own = min(first + size, start + tiles.rows) - start
-            loaded = tiles.rows if tiles.rows > 64 else next(n for n in (8, 16, 32, 64) if n >= own)
+            loaded = tiles.rows if tiles.rows > 64 else -(-own // 8) * 8
             for _ in range(0, width, out_columns):
                 rows += min(loaded, num_rows - start) * depth
             weights += width * depth
@@ -76,7 +76,6 @@ def test_gradient_to_weights_as_counted_by_hand():
 @pytest.mark.parametrize("tokens", (1, 8, 64))
 @pytest.mark.parametrize("model", benchmark.MODELS)
 def test_decoding_reads_each_expert_once_and_few_rows_twice(model, tokens):
-    """With 6 rows of an expert or more, rows that its other columns need again are more than a tenth of its bytes."""
     experts = benchmark.experts_of(model)
     sizes = benchmark.draw_sizes(experts, tokens)
     products = benchmark.products(experts, int(sizes.sum()))
@@ -84,8 +83,7 @@ def test_decoding_reads_each_expert_once_and_few_rows_twice(model, tokens):
         product = products[name]
         counted = benchmark.count_gpu(product, sizes)
         assert counted.fetched[1] == 2 * (sizes > 0).sum() * np.prod(product.matrices), name
-        if sizes.sum() < 6 * len(sizes):
-            assert counted.total <= MOST * product.least_bytes(sizes), name
+        assert counted.total <= MOST * product.least_bytes(sizes), name
 
 
 def test_half_the_experts_read_half_the_weights_at_batch_1():

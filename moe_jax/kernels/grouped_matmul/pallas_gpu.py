@@ -28,16 +28,21 @@ class Tiles(NamedTuple):
 
 
 FEW = Tiles(64, 128, 128, 4)
+SEVERAL = Tiles(64, 256, 64, 4)
 MANY = Tiles(128, 256, 64, 4)
-CANDIDATES = {  # worth timing, with few rows per expert and with many
-    FEW: (FEW, Tiles(64, 128, 64, 8), Tiles(64, 256, 64, 4), Tiles(64, 256, 128, 2)),
+_SEVERAL_ROWS = 6  # of an expert: from here on, loading them for each 128 columns is a tenth of all that moves
+CANDIDATES = {  # worth timing, by the tiles of the rule
+    FEW: (FEW, Tiles(64, 128, 64, 8), SEVERAL, Tiles(64, 256, 128, 2)),
+    SEVERAL: (SEVERAL, Tiles(64, 256, 64, 5), Tiles(64, 256, 128, 2), FEW),
     MANY: (MANY, Tiles(128, 128, 64, 6), Tiles(128, 192, 64, 4), Tiles(128, 256, 128, 2)),
 }
 
 
 def by_rule(product: str, num_rows: int, num_experts: int) -> Tiles:
-    """The tiles where nothing was measured: for few rows per expert, those that stream weights."""
-    return FEW if product != "weights_gradient" and num_rows <= 64 * num_experts else MANY
+    """The tiles where nothing was measured: up to 64 rows per expert, those that stream weights."""
+    if product == "weights_gradient" or num_rows > 64 * num_experts:
+        return MANY
+    return FEW if num_rows < _SEVERAL_ROWS * num_experts else SEVERAL
 
 
 def candidates(product: str, num_rows: int, num_experts: int) -> tuple[Tiles, ...]:

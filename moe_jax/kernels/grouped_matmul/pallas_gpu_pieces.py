@@ -180,10 +180,10 @@ class ProductPieces(NamedTuple):
         return ProductPiece(blocks, layer[0] * self.num_experts + group, start, begin, end, column, narrower)
 
     def loads(self, piece: ProductPiece, block) -> list[Load]:
-        """Rows, of a short tile the least power of two that holds them; and one block of columns, or two."""
+        """Rows, of a short tile the least multiple of 8 that holds them; and one block of columns, or two."""
         tiles, deep = self.tiles, block * self.tiles.depth
-        sizes = [tiles.rows] if tiles.rows > WARPGROUP_ROWS else [8, 16, 32, 64]
-        taken = sum(((piece.end > size).astype(jnp.int32) for size in sizes[:-1]), jnp.int32(0))
+        sizes = range(ALIGNMENT, tiles.rows + 1, ALIGNMENT) if self.warpgroups == 1 else [tiles.rows]
+        taken = lax.div(lax.max(piece.end, 1) - 1, jnp.int32(ALIGNMENT)) if self.warpgroups == 1 else jnp.int32(0)
         rows = [[LoadedBlock(0, None, (piece.start, deep), (size, tiles.depth), 0)] for size in sizes]
         columns = [self._columns(piece, deep, width) for width in self.widths]
         return [Load(taken, rows), Load(piece.narrower, columns)]
