@@ -45,6 +45,12 @@ def prefill(topology, how, tokens, rows=1):
     return whole_steps.compile_step(whole_steps.lower_prefill(how, found, rows, tokens, tokens, DTYPE), found)
 
 
+def attention_bytes(how):
+    """Of the matrices of attention in one layer, whole."""
+    size = parameters.count(how.architecture, lambda one: one.modules == ("moe", "attention"))
+    return DTYPE.itemsize * size / how.architecture.decoder.num_moe_layers
+
+
 def slot_bytes(how, tokens):
     """Of sorted rows, and of gated rows: of each token k."""
     moe = how.architecture.moe
