@@ -31,6 +31,7 @@ SHAPES = {
     "qwen3_down": (128, 2048, 768),
     "v3_local": (32, 4096, 7168),
     "v3_local_down": (32, 7168, 2048),
+    "projection": (1, 2048, 2048),
 }
 
 
@@ -88,9 +89,10 @@ def stack(shape_name: str, layers: int, small: bool, transposed: bool):
 
 def sizes_of(shape_name: str, small: bool):
     """(experts, outputs, depth) of a named shape; tiny if `small`."""
+    experts, outputs, depth = SHAPES[shape_name]
     if small:
-        return (8, 128, 64) if shape_name.endswith("_down") else (8, 128, 128)
-    return SHAPES[shape_name]
+        return min(experts, 8), 128, 64 if shape_name.endswith("_down") else 128
+    return experts, outputs, depth
 
 
 def matrices_of(shape_name: str, small: bool, transposed: bool):

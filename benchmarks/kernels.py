@@ -25,6 +25,8 @@ from kernel_times import rate, time_of
 from moe_jax.cost import hardware
 from moe_jax.kernels.expert_ffn.api import swiglu
 from moe_jax.kernels.grouped_matmul import padded, pallas_gpu, ragged_dot, reference
+from moe_jax.kernels.projection import pallas_gpu as of_few_rows
+from moe_jax.kernels.projection import xla as of_xla
 
 Tiles = pallas_gpu.Tiles
 MANY_TILES = [
@@ -52,6 +54,15 @@ def gated(small=False):
         return pallas_gpu.gated(rows, halves, sizes, layer, **settings)
 
     return "ours, gated", forward
+
+
+def projected(implementation):
+    """The product with one matrix of a stack, of all rows that a case has."""
+
+    def forward(rows, weights, sizes, layer):
+        return implementation.forward(rows, weights[:, 0], layer, 1, rows.dtype)
+
+    return forward
 
 
 def whole_layer(small: bool):
@@ -149,7 +160,7 @@ def ceilings(results: ResultsFile, small: bool):
 
 
 def decode(results: ResultsFile, small: bool):
-    """One product with few rows per expert, bound by bandwidth; and with no rows, the fixed cost of a call."""
+    """One product with few rows per expert, bound by bandwidth; with no rows, the fixed cost of a call; projections."""
     cases = []
     grid = [(name, 1, 8) for name in ("olmoe", "olmoe_down", "v2_lite", "qwen3", "qwen3_down", "v3_local")]
     grid += [("olmoe", 1, 0), ("olmoe", 1, 4), ("olmoe", 8, 8), ("olmoe", 64, 8), ("qwen3", 64, 8)]
@@ -160,6 +171,9 @@ def decode(results: ResultsFile, small: bool):
         if (shape_name, tokens, k) not in (("olmoe", 1, 8), ("olmoe", 64, 8)):
             tried = tried[:1]  # those of the rule
         cases += [(case, *ours(tiles, small)) for tiles in tried]
+    for tokens in (1,) if small else (1, 8):
+        case = Case("projection", tokens, 1, 16, 1 if small else 16, small)  # more than the cache of a GPU holds
+        cases += [(case, name, projected(module)) for name, module in (("ours", of_few_rows), ("XLA's", of_xla))]
     time_all(results, cases)
 
 

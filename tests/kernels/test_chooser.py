@@ -48,7 +48,8 @@ def test_auto_resolves_by_platform():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_auto_takes_the_hopper_kernels_where_they_run(hopper, caplog, dtype):
-    assert resolve("gpu", architecture=FOR_HOPPER, dtype=dtype) == ON_A_GPU._replace(grouped_matmul="pallas_gpu")
+    expected = ON_A_GPU._replace(grouped_matmul="pallas_gpu", projection="pallas_gpu")
+    assert resolve("gpu", architecture=FOR_HOPPER, dtype=dtype) == expected
     assert not caplog.messages
 
 
@@ -63,9 +64,14 @@ def test_auto_takes_the_hopper_kernels_where_they_run(hopper, caplog, dtype):
 )
 def test_auto_says_why_the_hopper_kernels_do_not_run(monkeypatch, caplog, capability, architecture, dtype, reason):
     pretend(monkeypatch, capability)
-    for _ in range(2):
-        assert resolve("gpu", architecture=architecture, dtype=dtype) == ON_A_GPU
-    assert caplog.messages == [f"kernels.grouped_matmul is 'padded', which is slower: 'pallas_gpu' {reason}"]
+    found = [resolve("gpu", architecture=architecture, dtype=dtype) for _ in range(2)]
+    others = "grouped_matmul is 'padded'", "projection is 'xla'"
+    if architecture is TINY:  # whose width is a multiple of 64
+        assert found == [ON_A_GPU._replace(projection="pallas_gpu")] * 2
+        others = others[:1]
+    else:
+        assert found == [ON_A_GPU] * 2
+    assert caplog.messages == [f"kernels.{other}, which is slower: 'pallas_gpu' {reason}" for other in others]
     with pytest.raises(ValueError) as refusal:
         resolve("gpu", {"grouped_matmul": "pallas_gpu"}, architecture, dtype)
     assert str(refusal.value) == f"kernels.grouped_matmul = 'pallas_gpu': {reason}; padded would run"
@@ -96,7 +102,7 @@ def test_auto_takes_the_tpu_kernels_from_v5e_on(monkeypatch, kind, expected):
 def test_auto_takes_what_runs_experts_in_eight_bits(hopper, caplog, expert_dtype):
     settings = {"architecture": FOR_HOPPER, "dtype": "bfloat16", "expert_dtype": expert_dtype}
     assert resolve("cpu", **settings).grouped_matmul == "native"
-    assert resolve("gpu", **settings) == ON_A_GPU._replace(grouped_matmul="blocked")
+    assert resolve("gpu", **settings) == ON_A_GPU._replace(grouped_matmul="blocked", projection="pallas_gpu")
     reason = f"takes no weights in eight bits ({expert_dtype})"
     slower = "kernels.grouped_matmul is 'blocked', which is slower:"
     assert caplog.messages == [f"{slower} {one!r} {reason}" for one in ("pallas_gpu", "padded")]

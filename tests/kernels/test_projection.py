@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.kernels.projection import reference
+from moe_jax.kernels.projection import pallas_gpu, reference, xla
 from moe_jax.kernels.projection.api import IMPLEMENTATIONS, projection
 
 # largest difference over the largest value of the reference
@@ -56,6 +56,54 @@ def test_a_wider_stack_is_not_rounded(implementation):
     x, stack, contracted = random_inputs("to_heads", "bfloat16", "float32")
     got = run(x, stack, 1, contracted, jnp.dtype("float32"), implementation)
     assert_close(got, reference.forward(x, stack, 1, contracted), "float32")
+
+
+HOPPER_CASES = {
+    "to_heads": ((2, 1, 128), (3, 64, 128), 1),
+    "from_heads": ((9, 1, 2, 64), (192, 2, 64), 2),
+    "gate_and_up": ((64, 64), (2, 64, 64), 1),
+}
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel asks for jax 0.11")
+@pytest.mark.parametrize("case", HOPPER_CASES)
+def test_few_rows_on_a_hopper_gpu(case, monkeypatch):
+    """Interpreted, from one layer alone: of the others NaN would spread."""
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+    monkeypatch.setitem(CASES, case, HOPPER_CASES[case])
+    x, stack, contracted = random_inputs(case, "bfloat16")
+    expected = reference.forward(x, stack, 1, contracted)
+    stack = stack.at[0].set(jnp.nan).at[2].set(jnp.nan)
+    monkeypatch.setattr(xla, "forward", None)
+    with plgpu.force_gpu_interpret_mode():
+        assert_close(run(x, stack, jnp.int32(1), contracted, x.dtype, "pallas_gpu"), expected, "bfloat16")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", HOPPER_CASES)
+def test_on_a_gpu(case, monkeypatch):
+    monkeypatch.setitem(CASES, case, HOPPER_CASES[case])
+    x, stack, contracted = random_inputs(case, "bfloat16")
+    got = run(x, stack, jnp.int32(1), contracted, x.dtype, "pallas_gpu")
+    assert_close(got, reference.forward(x, stack, 1, contracted), "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("x", "layer", "dtype", "out_dtype"),
+    [
+        ((1, 64), (64, 64), "bfloat16", "bfloat16"),
+        ((65, 64), (64, 64), "bfloat16", "bfloat16"),
+        ((8, 64), (64, 64), "bfloat16", "float32"),
+        ((8, 64), (64, 64), "float32", "bfloat16"),
+        ((8, 64), (96, 64), "float16", "float16"),
+    ],
+)
+def test_other_products_on_a_hopper_gpu_are_those_of_xla(x, layer, dtype, out_dtype, monkeypatch):
+    taken = []
+    monkeypatch.setattr(xla, "forward", lambda *operands: taken.append(operands))
+    pallas_gpu.forward(jnp.zeros(x, dtype), jnp.zeros((2, *layer), dtype), 1, 1, jnp.dtype(out_dtype))
+    assert len(taken) == 1
 
 
 def test_gradient():

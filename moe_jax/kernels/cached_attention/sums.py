@@ -5,14 +5,21 @@ A matrix product would first copy the layer.
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from moe_jax.kernels.cached_attention.matmul import attend
 
 
 def forward(query_BHA, key_BGA, value_BGX, key_LBMGA, value_LBMGX, layer, position_B, scale, value_channels):
     """As `api.cached_attention`."""
-    new = query_BHA, key_BGA, value_BGX
-    return attend(*new, key_LBMGA, value_LBMGX, layer, position_B, scale, value_channels, _mix)
+    new, caches = (query_BHA, key_BGA, value_BGX), (key_LBMGA, value_LBMGX)
+    mixed_BHX, *caches = attend(*new, *map(_as_named, caches), layer, position_B, scale, value_channels, _mix)
+    return mixed_BHX, *map(_as_named, caches)
+
+
+def _as_named(cache_LBMGA):
+    """The cache in the order of its letters. XLA might prefer positions innermost, and copy it whole in every call."""
+    return None if cache_LBMGA is None else with_layout_constraint(cache_LBMGA, Layout((0, 1, 2, 3, 4)))
 
 
 def _mix(query_BGQA, key_BMGA, value_BMGX, seen_BM, scale):

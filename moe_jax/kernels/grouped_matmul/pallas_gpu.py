@@ -69,10 +69,11 @@ def choose_tiles(product: str, rows_SX, weights_LEFD) -> Tiles:
 
 def lacks(architecture: Architecture, dtype: str) -> str:
     """Why the kernels cannot run a model's experts on this device; "" if they can."""
-    return _lacks(dtype, (architecture.moe.expert_hidden, architecture.decoder.d_model))
+    return lacks_widths((architecture.moe.expert_hidden, architecture.decoder.d_model), dtype)
 
 
-def _lacks(dtype: str, widths: tuple[int, int]) -> str:
+def lacks_widths(widths: tuple[int, int], dtype: str) -> str:
+    """Why the kernels cannot multiply by matrices of these widths on this device; "" if they can."""
     if jax.__version_info__ < (0, 11):
         return f"needs jax 0.11 or newer, not {jax.__version__}"
     if jax.default_backend() == "gpu" and jax.devices()[0].compute_capability != _CAPABILITY:
@@ -92,7 +93,7 @@ def _settings(rows_SX, weights_LEFD, tiles: Tiles, num_cores: int | None) -> dic
     """
     if rows_SX.dtype != weights_LEFD.dtype:
         raise ValueError(f"pallas_gpu: rows are {rows_SX.dtype}, weights {weights_LEFD.dtype}: expected one dtype")
-    if reason := _lacks(str(weights_LEFD.dtype), weights_LEFD.shape[-2:]):
+    if reason := lacks_widths(weights_LEFD.shape[-2:], str(weights_LEFD.dtype)):
         raise ValueError(f"pallas_gpu {reason}; padded would run")
     if num_cores is None:
         num_cores = jax.devices()[0].core_count if jax.default_backend() == "gpu" else NUM_CORES

@@ -1,16 +1,16 @@
 """A product with one layer's matrix out of the stack of all layers: the contract and the implementations.
 
-XLA copies the layer out of the stack before its dot. With few rows, that copy takes most of the time; `native` reads
-the matrix in place.
+XLA copies the layer out of the stack before its dot. With few rows, that copy takes most of the time; `native` and
+`pallas_gpu` read the matrix in place.
 """
 
 import jax
 import jax.numpy as jnp
 
-from moe_jax.kernels.projection import native, xla
+from moe_jax.kernels.projection import native, pallas_gpu, xla
 
-IMPLEMENTATIONS = {"native": native, "xla": xla}
-BY_PLATFORM = {"cpu": ("native", "xla"), "gpu": ("xla",), "tpu": ("xla",)}  # the best first
+IMPLEMENTATIONS = {"native": native, "pallas_gpu": pallas_gpu, "xla": xla}
+BY_PLATFORM = {"cpu": ("native", "xla"), "gpu": ("pallas_gpu", "xla"), "tpu": ("xla",)}  # the best first
 
 
 def projection(
@@ -23,8 +23,8 @@ def projection(
 ) -> jax.Array:
     """Sums over the last `contracted` axes of x and of one layer of a stack.
 
-    x is converted to the dtype of the stack; sums are float32. `xla` has a gradient as large as the stack, `native` has
-    none.
+    x is converted to the dtype of the stack; sums are float32. `xla` has a gradient as large as the stack, the
+    others have none.
 
     Args:
         x: activations, [..., inputs].
