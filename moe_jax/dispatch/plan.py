@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from moe_jax.routing.selection import Selection
 
-FEW_SLOTS = 2048  # up to this many slots, a cumulative sum of one-hot rows is faster than a sort
+MOST_COMPARED = 1024  # slots; up to here a GPU or TPU compares every two, which is faster than a sort
 
 
 class Plan(NamedTuple):
@@ -21,16 +22,24 @@ class Plan(NamedTuple):
 def plan(selection: Selection, num_experts: int) -> Plan:
     """Sorts the slots by expert, then by token, then by rank; dropped slots come last."""
     num_tokens, k_max = selection.expert_NK.shape
-    num_slots = num_tokens * k_max
-    expert_S = jnp.where(selection.keep_NK, selection.expert_NK, num_experts).reshape(num_slots)
-    one_hot_SE = expert_S[:, None] == jnp.arange(num_experts + 1)[None, :]
-    sizes = one_hot_SE.sum(axis=0, dtype=jnp.int32)  # dropped slots are the last group
-    slots = jnp.arange(num_slots, dtype=jnp.int32)
-    if num_slots <= FEW_SLOTS:
-        before_SE = jnp.cumsum(one_hot_SE, axis=0, dtype=jnp.int32) - 1 + (jnp.cumsum(sizes) - sizes)[None, :]
-        position_S = jnp.where(one_hot_SE, before_SE, 0).sum(axis=1, dtype=jnp.int32)
-        order_S = jnp.zeros_like(slots).at[position_S].set(slots, unique_indices=True)
-    else:
-        order_S = jnp.argsort(expert_S, stable=True).astype(jnp.int32)
-        position_S = jnp.zeros_like(slots).at[order_S].set(slots, unique_indices=True)
-    return Plan(order_S // k_max, position_S.reshape(num_tokens, k_max), sizes[:num_experts])
+    expert_S = jnp.where(selection.keep_NK, selection.expert_NK, num_experts).reshape(num_tokens * k_max)
+    sizes_E = (expert_S[:, None] == jnp.arange(num_experts)[None, :]).sum(axis=0, dtype=jnp.int32)
+    on_chip = compare if len(expert_S) <= MOST_COMPARED else sort
+    order_S, position_S = lax.platform_dependent(expert_S, cpu=sort, default=on_chip)
+    return Plan(order_S // k_max, position_S.reshape(num_tokens, k_max), sizes_E)
+
+
+def sort(expert_S: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(the slots by expert, the place of each slot among them), int32; slots of one expert keep their order."""
+    order_S = jnp.argsort(expert_S, stable=True).astype(jnp.int32)
+    slots = jnp.arange(len(expert_S), dtype=jnp.int32)
+    return order_S, jnp.zeros_like(slots).at[order_S].set(slots, unique_indices=True)
+
+
+def compare(expert_S: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As `sort`, by two sums: a chip runs each as one kernel."""
+    slots = jnp.arange(len(expert_S), dtype=jnp.int32)
+    key_S = expert_S * len(expert_S) + slots
+    position_S = (key_S[None, :] < key_S[:, None]).sum(axis=1, dtype=jnp.int32)
+    order_S = jnp.where(position_S[None, :] == slots[:, None], slots[None, :], 0).sum(axis=1, dtype=jnp.int32)
+    return order_S, position_S

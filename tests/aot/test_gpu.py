@@ -15,6 +15,7 @@ import pytest
 
 from moe_jax.kernels.grouped_matmul import pallas_gpu
 from tests import launcher_module
+from tests.aot import cached
 
 matrix = launcher_module.import_launcher("compile_matrix", "benchmarks")
 compilers, shape = matrix.compilers, matrix.shape
@@ -42,6 +43,18 @@ def test_all_tiles_worth_timing_fit_into_shared_memory(rows):
     for tiles in pallas_gpu.candidates("gated", rows, 64):
         call = functools.partial(pallas_gpu.gated, tiles=tiles)
         assert 0 < compilers.shared_bytes(jax.make_jaxpr(call)(*arguments).jaxpr)[0] <= compilers.SHARED_BYTES
+
+
+@pytest.mark.parametrize(
+    ("heads", "rows", "positions", "most"),
+    [
+        ((16, 16, 128, 128), 1, 4096, 0.1),  # OLMoE
+        ((32, 4, 128, 128), 64, 1024, 0.2),  # Qwen3-30B-A3B: scores and shares of 8 heads for each of keys
+        ((16, 1, 576, 512), 64, 1024, 1.1),  # V2-Lite: latents are multiplied by matrices
+    ],
+)
+def test_decoding_copies_no_keys_and_values_and_latents_once(heads, rows, positions, most):
+    assert cached.temporaries("h100", heads, rows, positions) < most
 
 
 def test_tiles_beyond_shared_memory_are_refused():

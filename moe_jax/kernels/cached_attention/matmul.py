@@ -17,13 +17,23 @@ CHANNELS = 128  # a cached latent has a multiple of these
 def forward(query_BHA, key_BGA, value_BGX, key_LBMGA, value_LBMGX, layer, position_B, scale, value_channels):
     """As `api.cached_attention`."""
     new = query_BHA, key_BGA, value_BGX
-    return attend(*new, key_LBMGA, value_LBMGX, layer, position_B, scale, value_channels, _mix)
+    return attend(*new, key_LBMGA, value_LBMGX, layer, position_B, scale, value_channels, mix, mix_latents)
 
 
 def attend(
-    query_BHA, key_BGA, value_BGX, key_LBMGA, value_LBMGX, layer, position_B, scale, value_channels, mix: Callable
+    query_BHA,
+    key_BGA,
+    value_BGX,
+    key_LBMGA,
+    value_LBMGX,
+    layer,
+    position_B,
+    scale,
+    value_channels,
+    of_values: Callable,
+    of_latents: Callable,
 ):
-    """As `api.cached_attention`, where `mix` is `_mix` in another form; where keys hold the values, it is `_mix`."""
+    """As `api.cached_attention`, by `mix`, or `mix_latents` where keys hold the values, or by other forms of them."""
     rows = jnp.arange(len(position_B))
     if value_LBMGX is None:  # the cache may have more channels, which are zero
         padding = (0, 0), (0, 0), (0, key_LBMGA.shape[-1] - key_BGA.shape[-1])
@@ -37,15 +47,21 @@ def attend(
     seen_BM = jnp.arange(key_BMGA.shape[1])[None, :] <= position_B[:, None]
     query_BGQA = query_BHA.reshape(len(query_BHA), key_BMGA.shape[2], -1, query_BHA.shape[-1])
     if value_LBMGX is None:
-        mixed_BGQX = _mix(query_BGQA, key_BMGA, key_BMGA[..., :value_channels], seen_BM, scale)
+        mixed_BGQX = of_latents(query_BGQA, key_BMGA, seen_BM, scale, value_channels)
     else:
         value_BMGX, value_LBMGX = read(value_LBMGX, value_BGX)
-        mixed_BGQX = mix(query_BGQA, key_BMGA, value_BMGX, seen_BM, scale)
+        mixed_BGQX = of_values(query_BGQA, key_BMGA, value_BMGX, seen_BM, scale)
     mixed_BHX = mixed_BGQX.reshape(*query_BHA.shape[:2], -1)
     return mixed_BHX.astype(query_BHA.dtype), key_LBMGA, value_LBMGX
 
 
-def _mix(query_BGQA, key_BMGA, value_BMGX, seen_BM, scale):
+def mix_latents(query_BGQA, key_BMGA, seen_BM, scale, value_channels):
+    """`mix`, where the first channels of a key are its value."""
+    return mix(query_BGQA, key_BMGA, key_BMGA[..., :value_channels], seen_BM, scale)
+
+
+def mix(query_BGQA, key_BMGA, value_BMGX, seen_BM, scale):
+    """mixed_BGQX, float32: values in the shares of the softmax over seen positions."""
     precision = None
     if key_BMGA.dtype == jnp.float32:  # a TPU would round the operands; and scores round less if queries are scaled
         precision, query_BGQA, scale = lax.Precision.HIGHEST, query_BGQA.astype(jnp.float32) * scale, 1.0

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from moe_jax.kernels.cached_attention.matmul import attend
+from moe_jax.kernels.cached_attention.matmul import attend, mix_latents
 
 _TERMS = 8  # parts of a sum, added one after another
 
@@ -14,7 +14,7 @@ _TERMS = 8  # parts of a sum, added one after another
 def forward(query_BHA, key_BGA, value_BGX, key_LBMGA, value_LBMGX, layer, position_B, scale, value_channels):
     """As `api.cached_attention`."""
     new = query_BHA, key_BGA, value_BGX
-    return attend(*new, key_LBMGA, value_LBMGX, layer, position_B, scale, value_channels, _mix)
+    return attend(*new, key_LBMGA, value_LBMGX, layer, position_B, scale, value_channels, _mix, mix_latents)
 
 
 def _mix(query_BGQA, key_BMGA, value_BMGX, seen_BM, scale):
