@@ -60,7 +60,12 @@ class ResultsFile:
 
 
 def random_sizes(rng, num_experts: int, tokens: int, k: int, skew: float = 0.0) -> np.ndarray:
-    """Rows per expert if every token chooses k different experts; `skew` is the spread of their log weights."""
+    """Rows per expert if every token chooses k different experts; `skew` is the spread of their log weights.
+
+    A single expert has all k slots of every token.
+    """
+    if num_experts == 1:
+        return np.array([tokens * k], np.int32)
     log_weights = skew * rng.normal(size=num_experts)
     scores = log_weights + rng.gumbel(size=(tokens, num_experts))
     chosen = np.argpartition(-scores, k - 1, axis=1)[:, :k]

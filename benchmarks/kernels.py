@@ -18,17 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from kernel_attention import attention
-from kernel_cases import TOLERANCE, Case, ResultsFile, poison, relative, time_all
+from kernel_cases import SLOTS, TOLERANCE, Case, ResultsFile, poison, relative, time_all
 from kernel_peers import peers, ragged
 from kernel_times import rate, time_of
 
 from moe_jax.cost import hardware
 from moe_jax.kernels.expert_ffn.api import swiglu
 from moe_jax.kernels.grouped_matmul import padded, pallas_gpu, ragged_dot, reference
-from moe_jax.kernels.projection import pallas_gpu as of_few_rows
-from moe_jax.kernels.projection import xla as of_xla
+from moe_jax.kernels.projection import api as projection
 
 Tiles = pallas_gpu.Tiles
+PROJECTIONS = {"ours": projection.IMPLEMENTATIONS["pallas_gpu"], "XLA's": projection.IMPLEMENTATIONS["xla"]}
 MANY_TILES = [
     pallas_gpu.MANY,
     Tiles(128, 128, 64, 6),
@@ -171,9 +171,9 @@ def decode(results: ResultsFile, small: bool):
         if (shape_name, tokens, k) not in (("olmoe", 1, 8), ("olmoe", 64, 8)):
             tried = tried[:1]  # those of the rule
         cases += [(case, *ours(tiles, small)) for tiles in tried]
-    for tokens in (1,) if small else (1, 8):
-        case = Case("projection", tokens, 1, 16, 1 if small else 16, small)  # more than the cache of a GPU holds
-        cases += [(case, name, projected(module)) for name, module in (("ours", of_few_rows), ("XLA's", of_xla))]
+    for tokens in (1,) if small else (1, 8):  # times 8 rows, in more layers than the cache of a GPU holds
+        case = Case("projection", tokens, SLOTS, 16, 1 if small else 16, small)
+        cases += [(case, name, projected(module)) for name, module in PROJECTIONS.items()]
     time_all(results, cases)
 
 

@@ -37,11 +37,13 @@ def test_products_compile_and_copy_no_weights(model, tokens):
         assert matrix.compile_case(matrix.CompileCase("h100", model, tokens, product)).problem == "", product
 
 
+@pytest.mark.parametrize("product", ["gated", "forward", "rows_gradient"])
 @pytest.mark.parametrize("rows", [8, 512, 65536])
-def test_all_tiles_worth_timing_fit_into_shared_memory(rows):
-    arguments = shape(rows, 2048), shape(2, 64, 2, 1024, 2048), shape(64, dtype=jnp.int32), shape(dtype=jnp.int32)
-    for tiles in pallas_gpu.candidates("gated", rows, 64):
-        call = functools.partial(pallas_gpu.gated, tiles=tiles)
+def test_all_tiles_worth_timing_fit_into_shared_memory(rows, product):
+    halves = (2, 1024) if product == "gated" else (2048,)
+    arguments = shape(rows, 2048), shape(2, 64, *halves, 2048), shape(64, dtype=jnp.int32), shape(dtype=jnp.int32)
+    for tiles in pallas_gpu.candidates(product, rows, 64):
+        call = functools.partial(getattr(pallas_gpu, product), tiles=tiles)
         assert 0 < compilers.shared_bytes(jax.make_jaxpr(call)(*arguments).jaxpr)[0] <= compilers.SHARED_BYTES
 
 

@@ -98,6 +98,13 @@ def test_auto_takes_the_tpu_kernels_from_v5e_on(monkeypatch, kind, expected):
         assert str(refusal.value) == f"kernels.grouped_matmul = 'pallas_tpu': {reason}"
 
 
+def test_projections_on_a_mesh_and_of_odd_widths_are_those_of_xla(hopper):
+    found = chooser.resolve("gpu", FOR_HOPPER, "bfloat16", num_devices=2)
+    assert (found.grouped_matmul, found.projection) == ("pallas_gpu", "xla")
+    odd = tiny_model.changed(decoder={"d_model": 96}, moe={"expert_hidden": 64})
+    assert resolve("gpu", architecture=odd, dtype="bfloat16").projection == "xla"
+
+
 @pytest.mark.parametrize("expert_dtype", quantized.DTYPES)
 def test_auto_takes_what_runs_experts_in_eight_bits(hopper, caplog, expert_dtype):
     settings = {"architecture": FOR_HOPPER, "dtype": "bfloat16", "expert_dtype": expert_dtype}

@@ -66,24 +66,26 @@ HOPPER_CASES = {
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the kernel asks for jax 0.11")
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("case", HOPPER_CASES)
-def test_few_rows_on_a_hopper_gpu(case, monkeypatch):
-    """Interpreted, from one layer alone: of the others NaN would spread."""
+def test_few_rows_on_a_hopper_gpu(case, dtype, monkeypatch):
+    """Interpreted. The other layers are NaN, which would spread."""
     from jax.experimental.pallas import mosaic_gpu as plgpu
 
     monkeypatch.setitem(CASES, case, HOPPER_CASES[case])
-    x, stack, contracted = random_inputs(case, "bfloat16")
+    x, stack, contracted = random_inputs(case, dtype)
     expected = reference.forward(x, stack, 1, contracted)
     stack = stack.at[0].set(jnp.nan).at[2].set(jnp.nan)
     monkeypatch.setattr(xla, "forward", None)
     with plgpu.force_gpu_interpret_mode():
-        assert_close(run(x, stack, jnp.int32(1), contracted, x.dtype, "pallas_gpu"), expected, "bfloat16")
+        assert_close(run(x, stack, jnp.int32(1), contracted, x.dtype, "pallas_gpu"), expected, dtype)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", HOPPER_CASES)
 def test_on_a_gpu(case, monkeypatch):
     monkeypatch.setitem(CASES, case, HOPPER_CASES[case])
+    monkeypatch.setattr(xla, "forward", None)
     x, stack, contracted = random_inputs(case, "bfloat16")
     got = run(x, stack, jnp.int32(1), contracted, x.dtype, "pallas_gpu")
     assert_close(got, reference.forward(x, stack, 1, contracted), "bfloat16")

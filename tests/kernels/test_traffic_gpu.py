@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from moe_jax.kernels import traffic
-from moe_jax.kernels.grouped_matmul.pallas_gpu import MANY, NUM_CORES, Tiles
+from moe_jax.kernels.grouped_matmul import pallas_gpu
+from moe_jax.kernels.grouped_matmul.pallas_gpu import FEW, MANY, NUM_CORES, SEVERAL, Tiles
 from moe_jax.kernels.grouped_matmul.pallas_gpu_pieces import GradientPieces, ProductPieces
 from tests import launcher_module
 
@@ -42,7 +43,7 @@ def by_hand(sizes, num_rows, tiles, depth, width, out_columns):
 )
 def test_product_as_counted_by_hand(tiles, num_cores, out_columns):
     """Rows of no expert are stored, as zeros, and not loaded; the last tile of columns is narrower than the others."""
-    sizes, num_rows, depth, width = [3, 0, 150, 30], 256, 192, 320
+    sizes, num_rows, depth, width = [8, 0, 150, 30], 256, 192, 320  # the first group fills a copy
     pieces = ProductPieces.of(shape(num_rows, depth), shape(2, 4, width, depth), tiles, num_cores)
     tables = pieces.tables(jnp.asarray(sizes, jnp.int32), 1)
     operands = shape(num_rows, depth), shape(8, width, depth)
@@ -96,6 +97,13 @@ def test_half_the_experts_read_half_the_weights_at_batch_1():
         counted.append(benchmark.count_gpu(product, sizes))
     assert counted[0].fetched[1] == 2 * counted[1].fetched[1] == 8 * 2 * np.prod(product.matrices)
     assert counted[1].total <= 0.55 * counted[0].total
+
+
+def test_tiles_follow_the_rows_of_an_expert():
+    """256 columns from 6 rows on, as the rows of 128 would be a tenth of all that moves; many rows, two warpgroups."""
+    tiles = [pallas_gpu.by_rule("forward", rows, 8) for rows in (8, 47, 48, 512, 513)]
+    assert tiles == [FEW, FEW, SEVERAL, SEVERAL, MANY]
+    assert {tiles.columns for tiles in (FEW, SEVERAL)} == {128, 256}
 
 
 @pytest.mark.parametrize(("name", "k"), [("gated", 8), ("gated", 4), ("down", 8), ("down", 4), ("down", 2)])

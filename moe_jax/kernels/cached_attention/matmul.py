@@ -30,8 +30,8 @@ def attend(
     position_B,
     scale,
     value_channels,
-    of_values: Callable,
-    of_latents: Callable,
+    value_mix: Callable,
+    latent_mix: Callable,
 ):
     """As `api.cached_attention`, by `mix`, or `mix_latents` where keys hold the values, or by other forms of them."""
     rows = jnp.arange(len(position_B))
@@ -47,10 +47,10 @@ def attend(
     seen_BM = jnp.arange(key_BMGA.shape[1])[None, :] <= position_B[:, None]
     query_BGQA = query_BHA.reshape(len(query_BHA), key_BMGA.shape[2], -1, query_BHA.shape[-1])
     if value_LBMGX is None:
-        mixed_BGQX = of_latents(query_BGQA, key_BMGA, seen_BM, scale, value_channels)
+        mixed_BGQX = latent_mix(query_BGQA, key_BMGA, seen_BM, scale, value_channels)
     else:
         value_BMGX, value_LBMGX = read(value_LBMGX, value_BGX)
-        mixed_BGQX = of_values(query_BGQA, key_BMGA, value_BMGX, seen_BM, scale)
+        mixed_BGQX = value_mix(query_BGQA, key_BMGA, value_BMGX, seen_BM, scale)
     mixed_BHX = mixed_BGQX.reshape(*query_BHA.shape[:2], -1)
     return mixed_BHX.astype(query_BHA.dtype), key_LBMGA, value_LBMGX
 

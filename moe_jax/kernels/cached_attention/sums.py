@@ -26,7 +26,9 @@ def forward(query_BHA, key_BGA, value_BGX, key_LBMGA, value_LBMGX, layer, positi
 
 def _in_order(x):
     """The same array, with its dimensions in the order of their letters in memory; None if it is None."""
-    return None if x is None else with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    if x is None or jax.__version_info__ < (0, 11):  # which on a mesh would gather the array first
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def _mix(query_BGQA, key_BMGA, value_BMGX, seen_BM, scale):

@@ -182,8 +182,10 @@ class ProductPieces(NamedTuple):
     def loads(self, piece: ProductPiece, block) -> list[Load]:
         """Rows, of a short tile the least multiple of 8 that holds them; and one block of columns, or two."""
         tiles, deep = self.tiles, block * self.tiles.depth
-        sizes = range(ALIGNMENT, tiles.rows + 1, ALIGNMENT) if self.warpgroups == 1 else [tiles.rows]
-        taken = lax.div(lax.max(piece.end, 1) - 1, jnp.int32(ALIGNMENT)) if self.warpgroups == 1 else jnp.int32(0)
+        sizes, taken = [tiles.rows], jnp.int32(0)
+        if self.warpgroups == 1:
+            sizes = range(ALIGNMENT, tiles.rows + 1, ALIGNMENT)
+            taken = lax.div(lax.max(piece.end, 1) - 1, jnp.int32(ALIGNMENT))
         rows = [[LoadedBlock(0, None, (piece.start, deep), (size, tiles.depth), 0)] for size in sizes]
         columns = [self._columns(piece, deep, width) for width in self.widths]
         return [Load(taken, rows), Load(piece.narrower, columns)]

@@ -1,5 +1,6 @@
 """The compiled decode step of a whole model leaves its experts where they are."""
 
+import dataclasses
 import math
 import re
 
@@ -42,6 +43,14 @@ def made(text):
             yield math.prod(map(int, filter(None, shape.split(",")))), name
 
 
+def decode_program(model, **kernels):
+    execution = model._execution(0)
+    execution = dataclasses.replace(execution, kernels=execution.kernels._replace(**kernels))
+    requests = make_requests([[3, 4, 5]] * 4, model.tokenizer, execution, sampling=SamplingConfig(4))
+    slots, live = model.engine.empty(4, 16, execution), live_of(requests, 4, execution)
+    return model.engine.decode_program(slots, live, execution)
+
+
 @pytest.mark.parametrize(
     "mesh",
     [
@@ -51,13 +60,18 @@ def made(text):
     ],
 )
 def test_no_experts_are_gathered_or_copied(large, mesh):
-    model = moe_jax.load(large, mesh=mesh)
-    execution = model._execution(0)
-    requests = make_requests([[3, 4, 5]] * 4, model.tokenizer, execution, sampling=SamplingConfig(4))
-    slots, live = model.engine.empty(4, 16, execution), live_of(requests, 4, execution)
-    program = model.engine.decode_program(slots, live, execution)
+    program = decode_program(moe_jax.load(large, mesh=mesh))
     experts = LARGE.moe.num_experts * EXPERT // (mesh.expert * mesh.tensor)  # of one layer, on one device
     largest, name = max(made(program.as_text()))
     assert 0 < largest < experts // 3, name  # a layer's down-projections
     assert [one for one in collectives(program.as_text()) if one.array_bytes >= 4 * EXPERT // 3] == []
     assert program.memory_analysis().temp_size_in_bytes < 4 * experts
+
+
+@pytest.mark.parametrize("as_on", ["sums", "matmul"])
+def test_the_cache_as_gpus_and_tpus_read_it_is_not_gathered(large, as_on):
+    model, sent = moe_jax.load(large, mesh=MeshConfig(2, 2, 2)), []
+    for name in ("xla", as_on):
+        found = collectives(decode_program(model, cached_attention=name).as_text())
+        sent.append(sum(one.times * one.sent_bytes for one in found))
+    assert 0 < sent[1] <= sent[0]
