@@ -15,8 +15,8 @@ mkdir -p "$out"
 rm -f "$out"/kernels.{jsonl,log}
 limit=${LIMIT:-530} # seconds for all stages together
 scale=${SCALE:-1} # multiplies the limits of single stages: use 5 on a slow machine
-declare -A most=([tests]=47 [ceilings]=18 [check]=30 [layer]=50 [decode]=38 [olmoe]=88 [qwen3]=112 [peers]=40 [ragged]=18
-  [prefill]=40 [attention]=49) # 530 together
+declare -A most=([tests]=47 [ceilings]=18 [check]=33 [layer]=50 [decode]=41 [olmoe]=88 [qwen3]=112 [peers]=40 [ragged]=18
+  [prefill]=40 [attention]=43) # 530 together
 tiny="--set benchmark.decode_batches=(1,4) --set decoder.d_model=128 --set moe.expert_hidden=64"
 tiny="$tiny --set decoder.num_layers=2 --set decoder.vocab_size=1000"
 

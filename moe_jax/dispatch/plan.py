@@ -8,7 +8,7 @@ from jax import lax
 
 from moe_jax.routing.selection import Selection
 
-MOST_COMPARED = 1024  # slots; up to here a GPU or TPU compares every two, in two small kernels; a CPU always sorts
+MOST_COMPARED = 2048  # slots; up to here a GPU or TPU compares every two, in two small kernels; a CPU always sorts
 
 
 class Plan(NamedTuple):

@@ -289,11 +289,6 @@ def _by_pass(weights: Params, stack: str, block: Block) -> Params:
     return jax.tree.map(split_passes, weights)
 
 
-def _put(all_layers: jax.Array, own: jax.Array, column: jax.Array | int) -> jax.Array:
-    """The arrays of all layers with those of one layer, which is known to be one of them: a chip tests nothing."""
-    return lax.dynamic_update_index_in_dim(all_layers, own, column, 0)
-
-
 def head(params: Params, layout: Layout | None = None) -> jax.Array:
     """The output projection [V, D], whole along D; the embedding if they are tied."""
     return _top(params, "head_VD" if "head_VD" in params else "embedding_VD", layout)
@@ -368,9 +363,8 @@ def extend(
                 ffn = _moe_ffn(weights, params[layer.stack]["experts"], layer, live, context, execution)
             x_BTD, cache, new = _layer(x_BTD, weights, cos_sin, core(layer.number, cache), ffn, execution)
             if layer.is_moe:
-                use = ExpertUse(
-                    *(_put(all_layers, own, layer.column) for all_layers, own in zip(use, new, strict=True))
-                )
+                put = functools.partial(lax.dynamic_update_index_in_dim, index=layer.column, axis=0)
+                use = jax.tree.map(put, use, new)
             carried = x_BTD, cache, use
         return carried
 

@@ -33,7 +33,6 @@ def test_decode_steps_copy_neither_weights_nor_cache(rows, kernels):
     assert compiled.temporary_bytes < whole_steps.attention_bytes(how)
 
 
-@pytest.mark.slow
 def test_the_cache_of_many_rows_is_not_copied():
     """A layer of it has 537 MB, what is allowed 129."""
     how = whole_steps.execution(CHIP)
